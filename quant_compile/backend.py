@@ -1,0 +1,141 @@
+"""The torch.compile entry: validate, clone Dynamo's graph, run the pipeline, call Inductor, wrap the inputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import exceptions_allowed_to_be_fallback
+from torch.nn import Parameter
+
+from quant_compile.inspect import naming
+from quant_compile.inspect.ledger import LEDGER
+from quant_compile.ir.errors import GradModeError, GraphError, OptionError, RecompileLimitWarning
+from quant_compile.lowering.registry import Problem
+from quant_compile.lowering.select import Dispatch, choose
+from quant_compile.lowering.target import Target, default_policy
+from quant_compile.options import Options, PolicySource
+from quant_compile.runtime import GraphRunner
+
+
+def sglquant(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """The Dynamo backend ``sglquant``.
+
+    Args:
+        gm: Dynamo's graph; never modified.
+        example_inputs: its arguments; Parameters are the real ones.
+        mode: an Inductor mode.
+        options: see ``Options``.
+
+    Raises:
+        OptionError, PolicyError, GradModeError, NoKernelError, MissingScalesError: see their messages; Dynamo wraps them in
+            BackendCompilerFailed.
+    """
+    parsed = Options.of(options, mode)
+    _refuse_gradients(example_inputs)
+    _refuse_freezing(gm)
+    target = Target.of(_device_of(example_inputs))
+    source = PolicySource(parsed.policy, default_policy(target))
+    runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), _chooser(parsed, source, target), target.label)
+    runner.prepare()
+    _watch_recompile_limit(example_inputs, source, target)
+    return runner
+
+
+def _refuse_gradients(inputs: Sequence[Any]) -> None:
+    if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
+        raise GradModeError(
+            "sglquant graphs are for inference: they have no backward, and gradients are enabled.\n"
+            "Fix: call the model under torch.inference_mode() or torch.no_grad(), or model.requires_grad_(False)."
+        )
+
+
+def _refuse_freezing(gm: fx.GraphModule) -> None:
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value: Any = gm
+        for part in str(node.target).split("."):
+            value = getattr(value, part, None)
+        if isinstance(value, Parameter) and value.dim() > 1:
+            raise OptionError(
+                f"the weight {node.target} is a constant of the graph (freezing), so nothing can be quantized.\n"
+                "Fix: turn off torch._dynamo.config.prepare_freezing and torch._inductor.config.freezing, and keep "
+                "torch._dynamo.config.inline_inbuilt_nn_modules on."
+            )
+
+
+def _device_of(inputs: Sequence[Any]) -> torch.device:
+    """Device of the weights, else of the inputs; CPU for a graph without tensors."""
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    devices = [value.device for value in tensors if isinstance(value, Parameter)] or [value.device for value in tensors]
+    if any(device.type == "meta" for device in devices):
+        raise GraphError("the model is on the meta device and cannot run. Fix: load it onto a CPU or GPU first (to_empty + load_state_dict).")
+    return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
+
+
+def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    patches: dict[str, Any] = {}
+    if target.device == "cuda":
+        patches["split_reductions"] = False  # keeps act·mul + amax + quantize in one kernel at few rows
+    if options.mode != "default":
+        patches |= torch._inductor.list_mode_options(options.mode)
+    patches |= dict(options.inductor)
+
+    def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        try:
+            return compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[arg-type]
+        except exceptions_allowed_to_be_fallback as error:
+            # Dynamo answers these with a graph break and runs the frame eagerly, in 16 bits and in silence.
+            raise GraphError(f"Inductor cannot compile the quantized graph: {error}") from error
+
+    return compile_graph
+
+
+def _chooser(options: Options, source: PolicySource, target: Target) -> Callable[[Problem, str], Dispatch]:
+    def pick(problem: Problem, name: str) -> Dispatch:
+        request = options.request(source.policy)
+        return choose(problem, target, request, name)
+
+    return pick
+
+
+def _watch_recompile_limit(inputs: Sequence[Any], source: PolicySource, target: Target) -> None:
+    """Past the recompile limit torch runs a function eagerly, in 16 bits, with nothing but a log line: not with us."""
+    from torch._dynamo import config
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._guards import CompileContext
+
+    del CompileContext
+    code = _compiled_code()
+    if code is None:
+        return
+    graphs = len(_debug_get_cache_entry_list(code)) + 1
+    if graphs < config.recompile_limit:
+        return
+    raised = min(config.recompile_limit * 2, config.accumulated_recompile_limit)
+    text = f"{code.co_qualname} has been compiled {graphs} times, which is torch._dynamo.config.recompile_limit"
+    if raised > config.recompile_limit:
+        config.recompile_limit = raised
+        text += f"; raised it to {raised}, since further calls would run unquantized. Compiling the whole model needs fewer graphs."
+    else:
+        text += "; further variants will run eagerly and UNQUANTIZED. Fix: compile the whole model, or raise accumulated_recompile_limit."
+    warnings.warn(text, RecompileLimitWarning, stacklevel=2)
+    owner = naming.owner_of(value for value in inputs if isinstance(value, Parameter))
+    if owner is not None:
+        LEDGER.session(owner, source.policy, target.label).notes[text] = None
+
+
+def _compiled_code() -> Any:
+    """Code object of the frame that Dynamo is compiling."""
+    import sys
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_compile" and frame.f_code.co_filename.endswith("convert_frame.py"):
+            return frame.f_locals.get("code")
+        frame = frame.f_back
+    return None

@@ -1,0 +1,237 @@
+"""The command line ``sglquant``: presets and policies, a policy checked against a model, rewritten graphs, a demo.
+
+Models are built from their configuration; no command needs weights. Exit codes: 0 fine, 1 an error of the policy or the
+model (one text on stderr), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quant_compile.ir.errors import OptionError, QuantError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from quant_compile.lowering.target import Target
+
+TARGETS = ("cpu", "sm80", "sm89", "sm90", "sm100", "sm120")
+# Width of tables that are piped or captured, where there is no terminal to fit.
+PIPED_WIDTH = 170
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or the mistake
+        return int(stop.code or 0)
+    try:
+        return arguments.run(arguments)
+    except OptionError as error:
+        return _report_error(arguments, error, 2)
+    except QuantError as error:
+        return _report_error(arguments, error, 1)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        hint = "Run again with --traceback to see where it comes from."
+        print(f"sglquant: {type(error).__name__}: {error}\n{hint}", file=sys.stderr)
+        return 1
+
+
+def _report_error(arguments: argparse.Namespace, error: QuantError, code: int) -> int:
+    if arguments.traceback:
+        raise error
+    print(f"sglquant: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
+    parser = argparse.ArgumentParser(prog="sglquant", description="Quantize unmodified models through torch.compile.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, parents=[common], help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    command("policies", _policies, "list the presets and the shipped policies, and what each costs")
+    check = command("check", _check, "validate a policy against a model and show the plan; needs no weights")
+    check.add_argument("policy", metavar="POLICY", help="preset, shipped policy or YAML file")
+    check.add_argument(
+        "--model", required=True, metavar="DIR_OR_ID", help="folder with config.json, or Hugging Face id"
+    )
+    check.add_argument("--full", action="store_true", help="one line for every weight")
+    check.add_argument("--json", action="store_true", help="print the plan as JSON")
+    _model_arguments(check)
+    inspect = command("inspect", _inspect, "show the rewritten graph and the kernels; needs no weights")
+    inspect.add_argument("model", metavar="MODEL", help="folder with config.json, or Hugging Face id")
+    inspect.add_argument("--policy", required=True, metavar="P", help="preset, shipped policy or YAML file")
+    inspect.add_argument("--graph", choices=("before", "after", "diff"), help="which graph to print (default: after)")
+    inspect.add_argument("--target", choices=TARGETS, help="show the kernels that this device would get")
+    inspect.add_argument("--tokens", type=_positive, default=16, metavar="N", help="tokens of the traced input")
+    inspect.add_argument("--full", action="store_true", help="one line for every weight in the ledger")
+    _model_arguments(inspect)
+    command("demo", _demo, "quantize a bundled small model with several policies and compare them")
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--class", dest="class_name", metavar="NAME", help="transformers class (default: the config's)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the weights (default: the config's)"
+    )
+    parser.add_argument("--layers", type=_positive, metavar="N", help="build this many layers only")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+
+
+def _policies(arguments: argparse.Namespace) -> int:
+    console = _console()
+    console.print(_presets_table())
+    console.print(_shipped_table())
+    return 0
+
+
+def _presets_table() -> Table:
+    from rich.table import Table
+
+    import quant_compile.lowering.schemes  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the presets
+    from quant_compile.ir.scheme import PRESETS
+
+    table = Table(title="presets", title_justify="left")
+    for column in ("name", "weights", "inputs", "bits a weight", "what it costs"):
+        table.add_column(column, justify="right" if column == "bits a weight" else "left")
+    for name, scheme in sorted(PRESETS.items()):
+        inputs = scheme.input_activations.spec if scheme.input_activations else "16 bits"
+        table.add_row(name, scheme.weights.spec, inputs, f"{scheme.bits_per_weight:.3g}", _cost(scheme))
+    return table
+
+
+def _cost(scheme: Any) -> str:
+    """What a scheme costs, in one line."""
+    share = f"{scheme.bits_per_weight / 16:.0%} of the bytes of bf16"
+    inputs = scheme.input_activations
+    if inputs is None:
+        return f"{share}; multiplies in 16 bits, so it helps where weights are the bottleneck"
+    if not inputs.dynamic:
+        return f"{share}; inputs need calibrated scales"
+    per = {"token": "for each token", "tensor": "for the whole input", "group": f"for {inputs.group_size} inputs"}
+    return f"{share}; one scale {per.get(inputs.strategy, inputs.strategy)} computed at run time"
+
+
+def _shipped_table() -> Table:
+    from rich.table import Table
+
+    from quant_compile.policy import Policy, shipped_policies
+
+    table = Table(title="shipped policies (files to copy and edit)", title_justify="left")
+    for column in ("name", "default", "rules", "file"):
+        table.add_column(column, overflow="fold")
+    for name, path in shipped_policies().items():
+        policy = Policy.load(path)
+        default = policy.default.spec if policy.default else "keep"
+        table.add_row(name, default, str(len(policy.rules)), str(path))
+    return table
+
+
+def _quiet_transformers() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+
+
+def _model_spec(arguments: argparse.Namespace, source: str) -> Any:
+    from quant_compile.inspect.models import ModelSpec
+
+    return ModelSpec(source, arguments.class_name, arguments.dtype, arguments.layers)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from quant_compile.policy import Policy
+
+    policy = Policy.load(arguments.policy)  # first, since a mistake in it needs no model
+    _quiet_transformers()
+    from quant_compile.inspect.models import build_model
+    from quant_compile.inspect.plan import Plan
+
+    plan = Plan.of(policy, build_model(_model_spec(arguments, arguments.model)))
+    if arguments.json:
+        print(plan.to_json())
+    else:
+        _console().print(plan.table(arguments.full))
+    for note in (*plan.problems, *([plan.calibration_note] if plan.calibration_note else [])):
+        print(f"warning: {note}", file=sys.stderr)
+    if policy.strict:
+        plan.enforce()
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from quant_compile.lowering.target import Target
+    from quant_compile.policy import Policy
+
+    policy = Policy.load(arguments.policy)
+    target = Target.fake(arguments.target) if arguments.target else None
+    _quiet_transformers()
+    from quant_compile.backend import explain
+    from quant_compile.inspect.models import build_model, example_inputs
+
+    model = build_model(_model_spec(arguments, arguments.model), small_on_cpu=True)
+    explanation = explain(model, dict(example_inputs(model, arguments.tokens)), policy, target)
+    if arguments.graph or target is None:
+        _print_graph(arguments.graph or "after", explanation.before, explanation.after)
+    console = _console()
+    console.print(explanation.report.table(arguments.full))
+    if target is not None:
+        _print_kernels(console, policy, model, target)
+    return 0
+
+
+def _print_graph(which: str, before: list[str], after: list[str]) -> None:
+    if which == "diff":
+        lines = list(difflib.unified_diff(before, after, "before", "after", lineterm=""))
+    else:
+        lines = before if which == "before" else after
+    print("\n".join(lines))
+
+
+def _print_kernels(console: Console, policy: Any, model: Any, target: Target) -> None:
+    from quant_compile.inspect.kernels import kernel_choices, kernels_table, refusals_table
+    from quant_compile.inspect.plan import Plan
+
+    choices = kernel_choices(Plan.of(policy, model), target)
+    console.print(kernels_table(choices, target))
+    console.print(refusals_table(choices))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    return int(importlib.import_module("quant_compile.demo").main() or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Name Parameters by identity: which model a graph's weights belong to, and all the names each of them has there.
+
+Dynamo's own names are relative to the compiled frame and wrong after graph breaks and in per-layer compilation, so names
+come from (1) models given to ``quant_compile.compile``, (2) the outermost nn.Module on the Python stack that holds the
+Parameter.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from quant_compile.inspect.weights import output_embeddings, unwrap
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of one Parameter, full and as rules see them (without ``.weight``)."""
+
+    full: tuple[str, ...]
+    is_output_embedding: bool
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Names without a trailing ``.weight``."""
+        return tuple(name.removesuffix(".weight") for name in self.full)
+
+
+_REGISTERED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def register(model: nn.Module) -> None:
+    """Use this model's names for its Parameters, however it is called."""
+    _REGISTERED.add(unwrap(model))
+
+
+def owner_of(parameters: Iterable[nn.Parameter]) -> nn.Module | None:
+    """The model that holds any of these Parameters: a registered one, else the outermost on the Python stack."""
+    wanted = set(map(id, parameters))
+    if not wanted:
+        return None
+    for model in list(_REGISTERED):
+        if _holds(model, wanted):
+            return model
+    outermost = None
+    seen: set[int] = set()
+    for module in _modules_on_stack():
+        if id(module) not in seen:
+            seen.add(id(module))
+            if _holds(module, wanted):
+                outermost = module
+    return None if outermost is None else unwrap(outermost)
+
+
+def _holds(model: nn.Module, wanted: set[int]) -> bool:
+    return any(id(parameter) in wanted for parameter in model.parameters())
+
+
+def _modules_on_stack() -> Iterator[nn.Module]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if "self" in frame.f_code.co_varnames:
+            value = frame.f_locals.get("self")
+            if isinstance(value, nn.Module):
+                yield value
+        frame = frame.f_back
+
+
+def names_in(model: nn.Module | None) -> dict[int, Names]:
+    """id of each Parameter -> its names in ``model``."""
+    if model is None:
+        return {}
+    heads = output_embeddings(model)
+    by_id: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_id.setdefault(id(parameter), []).append(name)
+    return {identity: Names(tuple(names), identity in heads) for identity, names in by_id.items()}

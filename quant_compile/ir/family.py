@@ -1,0 +1,98 @@
+"""A scheme family: the torch truth of a group of schemes, and the one registry of families.
+
+A family says, in plain torch that runs on any device, what weights and inputs become (their planes), how planes become
+numbers again, and what a linear over planes computes. Everything faster is tested against it. Each file in
+``lowering/schemes`` registers one family.
+
+Planes of a weight are always in *row form*: every plane's first dimension is n (or n in blocks), data first, scale second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quant_compile.ir.errors import SchemeError
+from quant_compile.ir.scheme import Scheme, add_presets
+
+Planes = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A refusal with its reason: matchers, rules, families and kernels answer with it instead of raising."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlaneSpec:
+    """Name, shape and dtype of one plane, known without data (for plans on the meta device)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the plane."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Family:
+    """The functions of a scheme family.
+
+    Attributes:
+        accepts: ``scheme -> None`` when the family implements it, else a Reject.
+        weight_planes: ``(scheme, n, k, dtype) -> specs`` of the row form of a weight of this dtype.
+        quantize_weight: ``(w [n, k], scheme) -> planes`` in row form, on w's device.
+        dequantize_weight: ``(planes, scheme, k) -> [n, k] f32``.
+        quantize_input: ``(x [..., k], scheme, scale | None) -> planes``; plain torch calls, traced into graphs.
+        linear: ``(x planes, w planes, bias | None, scheme, dtype) -> [..., n] dtype``.
+        row_block: rows that share a scale; a row range that is a multiple of it can be cut from the planes.
+    """
+
+    name: str
+    presets: Mapping[str, Scheme]
+    accepts: Callable[[Scheme], Reject | None]
+    weight_planes: Callable[[Scheme, int, int, torch.dtype], tuple[PlaneSpec, ...]]
+    quantize_weight: Callable[[Tensor, Scheme], Planes]
+    dequantize_weight: Callable[[Planes, Scheme, int], Tensor]
+    quantize_input: Callable[[Tensor, Scheme, Tensor | None], Planes]
+    linear: Callable[[Planes, Planes, Tensor | None, Scheme, torch.dtype], Tensor]
+    row_block: Callable[[Scheme], int] = lambda scheme: 1
+
+
+FAMILIES: list[Family] = []
+
+
+def register_family(family: Family) -> Family:
+    """Add a family and its presets; called once by each file of ``lowering/schemes``."""
+    FAMILIES.append(family)
+    add_presets(family.presets)
+    family_of.cache_clear()
+    return family
+
+
+@lru_cache(maxsize=None)
+def family_of(scheme: Scheme) -> Family:
+    """The family that implements ``scheme``.
+
+    Raises:
+        SchemeError: none does; gives each family's reason.
+    """
+    reasons: list[str] = []
+    for family in FAMILIES:
+        answer = family.accepts(scheme)
+        if answer is None:
+            return family
+        reasons.append(f"  {family.name}: {answer.reason}")
+    raise SchemeError("\n".join([f"no scheme family implements {scheme.spec}", *reasons, "Fix: use a preset."]))

@@ -1,0 +1,233 @@
+"""Copy, edit, check and print FX graphs. Dynamo's own graph is never touched: every pass works on a copy.
+
+Placeholders of a rewritten graph are either arguments of Dynamo's graph (``meta["argument"]`` = its position) or planes
+(``meta["plane"]`` = a PlaneRef, resolved by the runtime at each call).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from quant_compile.ir.errors import GraphError
+from quant_compile.ir.family import PlaneSpec
+
+STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}
+
+
+@dataclass(frozen=True)
+class PlaneRef:
+    """One plane of a packed weight, or of several that are merged.
+
+    Attributes:
+        slots: positions of the weights among the arguments of Dynamo's graph; several for merged siblings.
+        transposed: per slot, whether the Parameter is stored [k, n].
+        spec: the scheme.
+        layout: how the planes lie in memory.
+        dtype: dtype the linear computes in; under autocast not the Parameter's.
+        index: which plane.
+    """
+
+    slots: tuple[int, ...]
+    transposed: tuple[bool, ...]
+    spec: str
+    layout: str
+    dtype: torch.dtype
+    index: int
+
+
+@dataclass(frozen=True)
+class ScaleRef:
+    """The calibrated input scale [1] f32 of the weights in ``slots`` (equal for all of them)."""
+
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BiasRef:
+    """The joined bias of merged siblings; a None slot stands for ``size`` zeros."""
+
+    slots: tuple[int | None, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Ref = PlaneRef | ScaleRef | BiasRef
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose placeholders carry ``meta["argument"]``; shares the original's fake values, not its nodes."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    original = next(iter(gm.graph.find_nodes(op="output")))
+    graph.output(output).meta = dict(original.meta)
+    for position, old in enumerate(gm.graph.find_nodes(op="placeholder")):
+        mapping[old].meta.setdefault("argument", position)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    return copy
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode of the values in a Dynamo graph.
+
+    Raises:
+        GraphError: no node carries a fake tensor.
+    """
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    raise GraphError("the graph carries no fake tensors")
+
+
+def add_plane(graph: fx.Graph, ref: Ref, spec: PlaneSpec, like: fx.Node, name: str) -> fx.Node:
+    """A new placeholder for a plane, on the device of ``like``'s value; after the existing placeholders."""
+    value = like.meta["example_value"]
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    with value.fake_mode:
+        node.meta["example_value"] = torch.empty(spec.shape, dtype=spec.dtype, device=value.device)
+    node.meta["plane"] = ref
+    node.meta["tensor_dict"] = dict(STATIC_INPUT)
+    return node
+
+
+def prepare_for_inductor(gm: fx.GraphModule) -> None:
+    """Drop what ties placeholders to Dynamo's guards, and mark planes static so that CUDA graphs never copy them."""
+    gm._param_name_to_source = {}  # type: ignore[assignment]
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = None  # type: ignore[attr-defined]
+
+
+class _Shape:
+    """``x.shape`` of a traced input of which only the last size is known."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def __getitem__(self, index: int) -> int:
+        if index != -1:
+            raise GraphError("a traced input knows only its last size")
+        return self.last
+
+
+class _InputProxy(fx.Proxy):
+    last_size = 0
+
+    @property
+    def shape(self) -> _Shape:
+        return _Shape(self.last_size)
+
+
+def trace(function: Callable[..., Any], last_size: int, inputs: int) -> fx.Graph:
+    """Graph of a function of ``inputs`` tensors (the first [..., last_size]) that returns a tuple of tensors."""
+    graph = fx.Graph()
+    tracer = fx.Tracer()
+    tracer.graph = graph
+    tracer.root = torch.nn.Module()
+    proxies = [_InputProxy(graph.placeholder(f"a{i}"), tracer) for i in range(inputs)]
+    proxies[0].last_size = last_size
+    graph.output(tracer.create_arg(function(*proxies)))
+    return graph
+
+
+def inline(graph: fx.Graph, template: fx.Graph, inputs: Iterable[fx.Node], before: fx.Node) -> tuple[fx.Node, ...]:
+    """Copy a traced template in front of ``before``; returns the nodes of its outputs."""
+    mapping = dict(zip(template.find_nodes(op="placeholder"), inputs, strict=False))
+    result: Any = ()
+    with graph.inserting_before(before):
+        for node in template.nodes:
+            if node.op == "output":
+                result = node.args[0]
+            elif node.op != "placeholder":
+                mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    return tuple(mapping[node] for node in result)
+
+
+def erase_with_inputs(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node without users, then what fed only it: views, planes, and tensor placeholders (Inductor keeps unused inputs).
+
+    Only for nodes known to have no effect: matched linears, sglq ops and the views around them.
+    """
+    if node.users or (node.op == "placeholder" and not isinstance(node.meta.get("example_value"), torch.Tensor)):
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for source in inputs:
+        if source.op == "placeholder" or is_view(source):
+            erase_with_inputs(graph, source)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node only looks at its one input differently, so that it may vanish when nothing uses it."""
+    if len(node.all_input_nodes) != 1:
+        return False
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in {"t", "transpose", "permute", "swapaxes", "contiguous", "detach", "to", "type", "float", "bfloat16", "half"} or (
+        node.target is getattr and node.args[1] in ("T", "mT")
+    )
+
+
+def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
+    """Check a rewritten graph and recompile it.
+
+    Args:
+        gm: the graph.
+        stage: ``quantized`` (sglq ops allowed) or ``lowered`` (none may be left).
+
+    Raises:
+        GraphError: an sglq op is left after lowering, or a placeholder has no origin.
+    """
+    gm.graph.lint()
+    for node in gm.graph.nodes:
+        if stage == "lowered" and getattr(node.target, "namespace", None) == "sglq":
+            raise GraphError(f"{node.format_node()} is left after lowering")
+        if node.op == "placeholder" and "plane" not in node.meta and "argument" not in node.meta:
+            raise GraphError(f"placeholder {node.name} has no origin")
+    gm.recompile()
+    return gm
+
+
+def lines(gm: fx.GraphModule) -> list[str]:
+    """The graph as text, one line a node; quantized sites are marked with ``*``."""
+    return [text for node in gm.graph.nodes if (text := _line(node))]
+
+
+def _line(node: fx.Node) -> str:
+    value = node.meta.get("example_value")
+    kind = f"{_short(value.dtype)}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    if node.op == "placeholder":
+        ref = node.meta.get("plane")
+        origin = node.meta.get("parameter", "")
+        return f"  {node.name}: {kind or 'int'} = {'plane' if ref else 'input'} {origin}".rstrip()
+    if node.op == "output":
+        return f"  return {_text(node.args[0])}"
+    arguments = ", ".join([*map(_text, node.args), *(f"{key}={_text(value)}" for key, value in node.kwargs.items())])
+    name = node.target if isinstance(node.target, str) else _target_name(node.target)
+    site = node.meta.get("site", "")
+    return f"{'*' if site else ' '} {node.name}{': ' + kind if kind else ''} = {name}({arguments}){'  # ' + site if site else ''}"
+
+
+def _target_name(target: Any) -> str:
+    namespace = getattr(target, "namespace", None)
+    if namespace:
+        return f"{namespace}.{target._schema.name.split('::')[1]}"
+    return getattr(target, "__name__", str(target))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return _short(value) if isinstance(value, torch.dtype) else repr(value) if isinstance(value, str) else str(value)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f").replace("uint", "u").replace("int", "i")

@@ -1,0 +1,57 @@
+"""Arithmetic that several scheme families share: scales, rounding onto codes, and row-wise chunking.
+
+All of it is plain torch. Scales multiply on dequantize. Divisions are written as a multiplication by a reciprocal that is
+computed once per row, so that eager, Inductor and Triton (whose ``/`` is approximate) round alike up to the last ulp of
+that one reciprocal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+FLOAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0}
+# Rows whose largest value is below this become zeros. Large enough that scale and 1/scale are normal f32 numbers.
+SMALLEST_AMAX = 2.0**-100
+CHUNK_ELEMENTS = 1 << 23
+
+
+def to_float8(x: Tensor, inverse_scale: Tensor, format: str) -> Tensor:
+    """Round ``x * inverse_scale`` (f32) onto e4m3 or e5m2, saturating; NaN stays NaN."""
+    limit = FLOAT_MAX[format]
+    return (x * inverse_scale).clamp(-limit, limit).to(FLOAT_DTYPES[format])
+
+
+def to_int8(x: Tensor, inverse_scale: Tensor) -> Tensor:
+    """Round ``x * inverse_scale`` (f32) half to even onto -127..127.
+
+    -128 is left out so that negation stays exact, as CUTLASS-based int8 kernels assume.
+    """
+    return (x * inverse_scale).round().clamp(-127.0, 127.0).to(torch.int8)
+
+
+def safe_amax(x: Tensor, dim: int | None = -1) -> Tensor:
+    """Largest magnitude along ``dim`` (kept; None: of all), f32, never below SMALLEST_AMAX; NaN and inf pass through."""
+    amax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
+    return amax.to(torch.float32).clamp_min(SMALLEST_AMAX)
+
+
+def tensor_amax(w: Tensor) -> Tensor:
+    """``safe_amax`` of a whole weight without a temporary of its size."""
+    low, high = torch.aminmax(w)
+    return torch.maximum(-low, high).to(torch.float32).clamp_min(SMALLEST_AMAX)
+
+
+def by_row_chunks(w: Tensor, rows: int, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Apply ``function`` to slices of ``w`` ([n, k]) of a multiple of ``rows`` rows and join the planes it returns.
+
+    Keeps f32 temporaries at a few chunks instead of a whole layer.
+    """
+    step = max(rows, CHUNK_ELEMENTS // max(1, w.shape[1]) // rows * rows)
+    if w.shape[0] <= step:
+        return function(w)
+    chunks = [function(w[start : start + step]) for start in range(0, w.shape[0], step)]
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))

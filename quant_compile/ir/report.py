@@ -1,0 +1,166 @@
+"""The ledger as data: what became of every parameter's bytes and why, for people, for JSON and for CI gates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quant_compile.ir.errors import CoverageError
+
+
+@dataclass(frozen=True)
+class WeightLine:
+    """What became of one Parameter.
+
+    Attributes:
+        names: every qualified name.
+        bytes_before: bytes of the Parameter as the model defines it.
+        bytes_after: bytes of its planes, or bytes_before if kept.
+        scheme: spec it is quantized to, None if kept.
+        layout: layout of its planes.
+        kernels: kernels per range of M.
+        reason: why it is as it is.
+        named: the policy names a scheme for it.
+        released: the original values were freed.
+    """
+
+    names: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    scheme: str | None
+    layout: str
+    kernels: str
+    reason: str
+    named: bool
+    released: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """The ledger of one model.
+
+    Attributes:
+        policy: name of the policy.
+        target: device it runs on.
+        lines: one for each distinct Parameter, in the model's order.
+        notes: what the user should know: warnings, refusals, limits.
+        misses: linear-like nodes over Parameters that were not quantized: (parameter or node, reason).
+        timings: seconds by stage (``passes.*``, ``packing``, ``selection``, ``inductor``).
+    """
+
+    policy: str
+    target: str
+    lines: tuple[WeightLine, ...]
+    notes: tuple[str, ...] = ()
+    misses: tuple[tuple[str, str], ...] = ()
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of all parameters before quantization; equals the model's own total."""
+        return sum(line.bytes_before for line in self.lines)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes that the model computes with: planes of quantized parameters and the kept ones."""
+        return sum(line.bytes_after for line in self.lines)
+
+    @property
+    def coverage(self) -> float:
+        """Quantized bytes over the bytes that the policy names; 0 when it names none."""
+        named = sum(line.bytes_before for line in self.lines if line.named)
+        done = sum(line.bytes_before for line in self.lines if line.named and line.scheme)
+        return done / named if named else 0.0
+
+    @property
+    def share(self) -> float:
+        """Quantized bytes over all parameter bytes."""
+        done = sum(line.bytes_before for line in self.lines if line.scheme)
+        return done / self.bytes_total if self.bytes_total else 0.0
+
+    @property
+    def skips(self) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of every parameter that the policy names and that is not quantized, then the misses."""
+        lines = [(line.names[0], line.reason) for line in self.lines if line.named and not line.scheme]
+        return (*lines, *self.misses)
+
+    def require(self, coverage: float = 1.0) -> Report:
+        """Return the report if enough was quantized.
+
+        Raises:
+            CoverageError: ``.coverage`` is below ``coverage``; names the weights and reasons.
+        """
+        if self.coverage >= coverage:
+            return self
+        reasons = [f"  {name}: {reason}" for name, reason in self.skips[:20]] or ["  the policy names no weight of this model"]
+        head = f"coverage is {self.coverage:.4f}, required {coverage:.4f}; not quantized:"
+        raise CoverageError("\n".join([head, *reasons, "Fix: run the model once, or change the policy (see the reasons)."]))
+
+    def table(self, full: bool = False) -> Table:
+        """The ledger as a rich table: lines alike are joined unless ``full``."""
+        table = Table(title=f"sglquant ledger: {self.policy} on {self.target}", caption=self._caption(), title_justify="left")
+        for column in ("weights", "scheme", "layout", "kernels", "bytes", "reason"):
+            table.add_column(column, overflow="fold", justify="right" if column == "bytes" else "left")
+        for group in _grouped(self.lines, full):
+            first = group[0]
+            before, after = sum(line.bytes_before for line in group), sum(line.bytes_after for line in group)
+            size = f"{_size(before)} → {_size(after)}" if first.scheme else _size(before)
+            table.add_row(_label(group), first.scheme or "kept", first.layout, first.kernels, size, first.reason)
+        for note in self.notes:
+            table.add_row("note", "", "", "", "", note)
+        return table
+
+    def _caption(self) -> str:
+        return (
+            f"coverage {self.coverage:.1%} of the bytes the policy names, {self.share:.1%} of all; "
+            f"{_size(self.bytes_total)} → {_size(self.bytes_after)}"
+        )
+
+    def to_json(self) -> str:
+        """The report as JSON; ``from_json`` reads it."""
+        data = asdict(self) | {"coverage": self.coverage, "share": self.share, "bytes_total": self.bytes_total}
+        return json.dumps(data, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        """Inverse of ``to_json``."""
+        data: dict[str, Any] = json.loads(text)
+        lines = tuple(WeightLine(**{**line, "names": tuple(line["names"])}) for line in data["lines"])
+        misses = tuple((name, reason) for name, reason in data["misses"])
+        return Report(data["policy"], data["target"], lines, tuple(data["notes"]), misses, data["timings"])
+
+    def __str__(self) -> str:
+        console = Console(width=150, record=False, file=None)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def _grouped(lines: tuple[WeightLine, ...], full: bool) -> list[list[WeightLine]]:
+    groups: dict[Any, list[WeightLine]] = {}
+    for i, line in enumerate(lines):
+        key: Any = i if full else (line.scheme, line.layout, line.kernels, line.reason, _pattern(line.names[0]), line.released)
+        groups.setdefault(key, []).append(line)
+    return list(groups.values())
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _label(group: list[WeightLine]) -> str:
+    name = group[0].names[0] if len(group) == 1 else f"{_pattern(group[0].names[0])} ({len(group)})"
+    others = group[0].names[1:] if len(group) == 1 else ()
+    return name + (f" = {', '.join(others)}" if others else "") + (" [released]" if group[0].released else "")
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 10_000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:.4g} GB"

@@ -1,0 +1,122 @@
+"""What a kernel and a layout are, and the registry of both.
+
+A *layout* is how a weight's planes lie in memory; several kernels may read one layout, so that they can share one packed
+copy and be chosen by M at run time. A *kernel* answers ``fit`` (a rank, or a refusal with its reason) and can ``run``.
+Every module of ``lowering/kernels`` whose name has no leading underscore offers ``KERNELS`` and, if it brings its own, ``LAYOUTS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
+from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.target import Target
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One linear as kernels see it: y[m, n] = x[m, k] @ w[n, k].T (+ bias), for any m.
+
+    Attributes:
+        scheme: what w and x are.
+        n: output features.
+        k: input features.
+        dtype: dtype of the 16-bit (or f32) input and of y.
+        has_bias: a bias [n] of ``dtype`` is added.
+    """
+
+    scheme: Scheme
+    n: int
+    k: int
+    dtype: torch.dtype
+    has_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A kernel's answer that it can run; the lowest cost wins. Costs are estimates of microseconds, for comparison only."""
+
+    cost: float
+
+
+Fit = Callable[[Problem, int, Target], Rank | Reject]
+Run = Callable[[Planes, Planes, Tensor | None, Problem], Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Something that can run a linear.
+
+    Attributes:
+        name: provider, then job: ``sgl_fp8``.
+        layout: name of the layout of its weight planes.
+        fit: ``(problem, m, target) -> Rank | Reject``. A kernel that only serves some m refuses the others.
+        run: ``(x planes, w planes, bias, problem) -> y``. x planes are 2-D: data [m, k] contiguous, scale [m, 1] or [1]
+            (groups: [m, g]); for 16-bit inputs the one plane is x [m, k]. m is at least 1.
+        column_scales: needs the input's group scales in column-major order (stride 1 along m).
+        reference: slow and exact; on a GPU only used when the policy or the options allow it.
+    """
+
+    name: str
+    layout: str
+    fit: Fit
+    run: Run
+    column_scales: bool = False
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the planes of a weight lie in memory.
+
+    Attributes:
+        pack: ``(row-form planes, problem) -> planes``, on the planes' device.
+        unpack: its inverse.
+        planes: ``problem -> specs`` of the packed planes, known without data.
+        row_block: ``problem -> rows``; planes may be cut along dimension 0 at multiples of it (each plane proportionally);
+            0 when they cannot be cut.
+    """
+
+    name: str
+    pack: Callable[[Planes, Problem], Planes]
+    unpack: Callable[[Planes, Problem], Planes]
+    planes: Callable[[Problem], tuple[PlaneSpec, ...]]
+    row_block: Callable[[Problem], int]
+
+
+ROWS = Layout(
+    "rows",
+    pack=lambda planes, problem: planes,
+    unpack=lambda planes, problem: planes,
+    planes=lambda p: family_of(p.scheme).weight_planes(p.scheme, p.n, p.k, p.dtype),
+    row_block=lambda p: family_of(p.scheme).row_block(p.scheme),
+)
+
+
+@lru_cache(maxsize=1)
+def _modules() -> tuple[object, ...]:
+    package = importlib.import_module("quant_compile.lowering.kernels")
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return tuple(importlib.import_module(f"{package.__name__}.{name}") for name in names)
+
+
+@lru_cache(maxsize=1)
+def kernels() -> dict[str, Kernel]:
+    """All kernels by name."""
+    return {kernel.name: kernel for module in _modules() for kernel in getattr(module, "KERNELS", ())}
+
+
+@lru_cache(maxsize=1)
+def layouts() -> dict[str, Layout]:
+    """All layouts by name."""
+    own = {layout.name: layout for module in _modules() for layout in getattr(module, "LAYOUTS", ())}
+    return {ROWS.name: ROWS, **own}
+

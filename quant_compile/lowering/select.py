@@ -1,0 +1,177 @@
+"""Choose, for a problem on a target, one layout and for every M a kernel that reads it.
+
+A weight is packed once, so prefill and decode share its layout: the layout is chosen for both, then each range of M takes
+the best kernel of that layout. Costs are the kernels' own estimates, or measurements of this GPU (``lowering/tune.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from quant_compile.ir.errors import NoKernelError, OptionError
+from quant_compile.ir.family import Reject
+from quant_compile.ir.scheme import parse
+from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
+from quant_compile.lowering.target import Target
+
+# Upper ends of the ranges of M that get a kernel of their own, and what each is worth when layouts are compared: decode
+# runs thousands of steps for one prefill, so small M count for more.
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+WEIGHTS = {1: 4.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 2.0, 32: 1.0, 64: 1.0, 128: 0.5, 256: 0.5, 512: 1.0, 1024: 0.5, 2048: 1.0, 4096: 1.0}
+NOT_FITTING = 1e12
+
+CostOf = Callable[[Kernel, Problem, int], float]
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """The kernels of one problem: all read ``layout``; ``table`` is (largest m, kernel name), ascending, last is unbounded."""
+
+    problem: Problem
+    layout: str
+    table: tuple[tuple[int, str], ...]
+    column_scales: bool = False
+
+    @property
+    def text(self) -> str:
+        """Everything about the dispatch as one word: it is an argument of the kernel op and part of Inductor's cache key."""
+        p = self.problem
+        head = f"{p.scheme.spec}|{p.n}|{p.k}|{str(p.dtype).removeprefix('torch.')}|{int(p.has_bias)}|{self.layout}|{int(self.column_scales)}"
+        return f"{head}|{';'.join(f'{m}={name}' for m, name in self.table)}"
+
+    @property
+    def ranges(self) -> str:
+        """The table for people: ``m<=16: triton_gemv, m>16: sgl_fp8``."""
+        if len(self.table) == 1:
+            return self.table[0][1]
+        parts = [f"m<={bound}: {name}" for bound, name in self.table[:-1]]
+        return ", ".join([*parts, f"m>{self.table[-2][0]}: {self.table[-1][1]}"])
+
+    def kernel_for(self, m: int) -> Kernel:
+        """The kernel that serves m rows."""
+        for bound, name in self.table:
+            if m <= bound:
+                return kernels()[name]
+        return kernels()[self.table[-1][1]]
+
+
+@lru_cache(maxsize=None)
+def parse_dispatch(text: str) -> Dispatch:
+    """Inverse of ``Dispatch.text``."""
+    spec, n, k, dtype, bias, layout, column, table = text.split("|")
+    problem = Problem(parse(spec), int(n), int(k), getattr(torch, dtype), bias == "1")
+    pairs = tuple((int(m), name) for m, name in (entry.split("=") for entry in table.split(";")))
+    return Dispatch(problem, layout, pairs, column == "1")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user wants of kernels.
+
+    Attributes:
+        kernels: ``auto``, ``reference``, or (scheme spec or ``*``, kernel name) pins.
+        allow_reference: the reference kernel may serve on a GPU.
+        tune: ``off`` (estimates), ``quick`` or ``full`` (measure on the GPU).
+    """
+
+    kernels: str | tuple[tuple[str, str], ...] = "auto"
+    allow_reference: bool = False
+    tune: str = "off"
+
+    def pin_for(self, spec: str) -> str | None:
+        """The kernel that this scheme is pinned to."""
+        if isinstance(self.kernels, str):
+            return "reference" if self.kernels == "reference" else None
+        pins = dict(self.kernels)
+        return pins.get(spec, pins.get("*"))
+
+
+def fits(problem: Problem, target: Target, request: Request, bucket: int) -> dict[str, float | str]:
+    """Kernel name -> its estimated cost at m = bucket, or its reason why not."""
+    pin = request.pin_for(problem.scheme.spec)
+    if pin is not None and pin not in kernels():
+        raise OptionError(f"no kernel is called {pin!r}; kernels: {', '.join(sorted(kernels()))}")
+    out: dict[str, float | str] = {}
+    for name, kernel in kernels().items():
+        if pin is not None and name != pin:
+            out[name] = f"the options pin {problem.scheme.spec} to {pin}"
+        elif kernel.reference and pin is None and target.device != "cpu" and not request.allow_reference:
+            out[name] = "the torch reference on a GPU needs allow_reference: true"
+        else:
+            answer = kernel.fit(problem, bucket, target)
+            out[name] = answer.reason if isinstance(answer, Reject) else answer.cost
+    return out
+
+
+def choose(problem: Problem, target: Target, request: Request | None = None, site: str = "", cost: CostOf | None = None) -> Dispatch:
+    """The dispatch for a problem.
+
+    Args:
+        problem: what to run.
+        target: where.
+        request: pins and permissions.
+        site: the weight's name, for the error.
+        cost: measured costs instead of estimates; ``lowering.tune.measured`` gives them.
+
+    Raises:
+        NoKernelError: some range of M has no kernel in any layout; each kernel's reason is given.
+    """
+    request = request or Request()
+    answers = {bucket: fits(problem, target, request, bucket) for bucket in BUCKETS}
+    best: tuple[float, str, dict[int, str]] | None = None
+    for layout in layouts():
+        table: dict[int, str] = {}
+        score = 0.0
+        for bucket, weight in WEIGHTS.items():
+            candidates = {
+                name: (cost(kernels()[name], problem, bucket) if cost else answer)
+                for name, answer in answers[bucket].items()
+                if not isinstance(answer, str) and kernels()[name].layout == layout
+            }
+            if not candidates:
+                break
+            name = min(candidates, key=lambda key: (candidates[key], key))
+            table[bucket] = name
+            score += weight * math.log(max(candidates[name], 1e-3))
+        if len(table) == len(BUCKETS) and (best is None or score < best[0]):
+            best = (score, layout, table)
+    if best is None:
+        raise _no_kernel(problem, target, answers, site)
+    return Dispatch(problem, best[1], _ranges(best[2]), _column_scales(best[2]))
+
+
+def _column_scales(table: Mapping[int, str]) -> bool:
+    return any(kernels()[name].column_scales for name in table.values())
+
+
+def _ranges(table: Mapping[int, str]) -> tuple[tuple[int, str], ...]:
+    """Adjacent buckets of one kernel merged."""
+    out: list[tuple[int, str]] = []
+    for bound, name in table.items():
+        if out and out[-1][1] == name:
+            out.pop()
+        out.append((bound, name))
+    return tuple(out)
+
+
+def _no_kernel(problem: Problem, target: Target, answers: Mapping[int, Mapping[str, float | str]], site: str) -> NoKernelError:
+    reasons: dict[str, str] = {}
+    for bucket, by_kernel in answers.items():
+        for name, answer in by_kernel.items():
+            if isinstance(answer, str):
+                reasons.setdefault(name, answer)
+            elif bucket == BUCKETS[0]:
+                reasons.setdefault(name, f"its layout {kernels()[name].layout} has no kernel for every m")
+    words = f"{site or 'a linear'} ({problem.scheme.spec}, n={problem.n} k={problem.k}, {problem.dtype}, {target.label})"
+    fix = "map this weight to another scheme in the policy (W8A8 or `keep`), or set allow_reference: true."
+    return NoKernelError(words, reasons, fix)
+
+
+def bucket_of(m: int) -> int:
+    """The bucket whose kernel serves m."""
+    return next((bound for bound in BUCKETS if m <= bound), BUCKETS[-1])

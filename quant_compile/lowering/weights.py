@@ -1,0 +1,466 @@
+"""Parameter -> packed planes: one packed copy per (Parameter, scheme, layout) in a process, found by identity.
+
+The store holds Parameters weakly: when a model goes, its planes go. Siblings that a graph merges share one slab, and each
+sibling's own planes are row slices of it. ``epoch`` counts every change of any planes, so callers that cached planes know
+when to look again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from quant_compile.ir.errors import MissingScalesError, ReleasedWeightError, StaleWeightError, WeightError
+from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.scheme import parse
+from quant_compile.lowering.registry import Layout, Problem, layouts
+
+
+class ReleasableParameter(Parameter):
+    """A Parameter whose original values may be freed after packing; until then it behaves as any other.
+
+    Once released, shape, dtype, device and strides stay readable, so that models can be inspected and compiled again;
+    compiled graphs run on its planes; any other use is an error. Weights get this class before Dynamo builds the guards of
+    their first graph, since a class that changes later would fail them.
+    """
+
+    released_by_sglquant = False
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.compiler.is_dynamo_compiling() and not _is_metadata(func) and _any_released(args, kwargs):
+            raise ReleasedWeightError(_released_message(getattr(func, "__name__", str(func))))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        if self.released_by_sglquant:
+            raise ReleasedWeightError(_released_message("deepcopy"))
+        return super().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.released_by_sglquant:
+            raise ReleasedWeightError(_released_message("pickle or torch.save"))
+        return super().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        with torch._C.DisableTorchFunctionSubclass():
+            if not self.released_by_sglquant:
+                return super().__repr__()
+            return f"ReleasableParameter(released, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+
+def _any_released(args: Any, kwargs: Any) -> bool:
+    values = [*args, *(kwargs or {}).values()]
+    nested = [item for value in values if isinstance(value, list | tuple) for item in value]
+    return any(isinstance(v, ReleasableParameter) and v.released_by_sglquant for v in (*values, *nested))
+
+
+def _is_metadata(func: Any) -> bool:
+    return getattr(func, "__name__", "") in _READABLE or _is_getter(func)
+
+
+_READABLE = {
+    "size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_contiguous",
+    "storage_offset", "get_device", "is_signed", "is_inference", "is_conj", "is_neg", "__len__", "__hash__", "_is_view", "requires_grad_", "type",
+}  # fmt: skip
+_GETTERS = {
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_leaf", "grad_fn",
+    "is_quantized", "is_mkldnn", "is_nested", "names", "is_mps", "is_xpu", "itemsize", "nbytes", "_version", "is_sparse_csr", "retains_grad",
+    "is_vulkan", "is_ipu", "is_mtia", "is_xla", "is_maia", "name", "_backward_hooks", "output_nr",
+}  # fmt: skip
+
+
+def _is_getter(func: Any) -> bool:
+    """Whether func is ``Tensor.<metadata>.__get__``."""
+    owner = getattr(func, "__self__", None)
+    return getattr(func, "__name__", "") == "__get__" and getattr(owner, "__name__", "") in _GETTERS
+
+
+def _released_message(what: str) -> str:
+    return (
+        f"{what} reads a weight whose original values were released after quantization.\n"
+        "Fix: quant_compile.restore(model, source) with the checkpoint it came from, or compile with release_weights=False."
+    )
+
+
+class Key(NamedTuple):
+    """What a pack depends on besides the Parameter."""
+
+    spec: str
+    layout: str
+    transposed: bool
+    dtype: torch.dtype
+
+
+@dataclass(eq=False)
+class Slab:
+    """Planes of one weight or of merged siblings, in order."""
+
+    members: tuple[int, ...]
+    rows: tuple[int, ...]
+    planes: Planes
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A weight's share of a slab: rows ``start`` to ``stop``."""
+
+    slab: Slab
+    start: int
+    stop: int
+
+
+@dataclass(eq=False)
+class Entry:
+    """What is known of one Parameter."""
+
+    ref: weakref.ref[Parameter]
+    signature: tuple[Any, ...]
+    packs: dict[Key, Pack] = field(default_factory=dict)
+    alone: dict[Key, Planes] = field(default_factory=dict)
+    input_scale: Tensor | None = None
+    released: bool = False
+    fingerprint: int | None = None
+    plain_readers: set[str] = field(default_factory=set)
+
+
+class WeightStore:
+    """The packed weights of this process. Thread-safe; see the module's docstring."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.pack_seconds = 0.0
+        self._entries: dict[int, Entry] = {}
+        self._lock = threading.RLock()
+        self._on_forget: list[weakref.WeakMethod[Callable[[int], None]]] = []
+
+    def on_forget(self, callback: Callable[[int], None]) -> None:
+        """Call ``callback(id)`` when a Parameter dies; held weakly."""
+        self._on_forget = [ref for ref in self._on_forget if ref() is not None]
+        self._on_forget.append(weakref.WeakMethod(callback))
+
+    def entry(self, parameter: Parameter) -> Entry:
+        """The entry of a Parameter, made on first sight."""
+        with self._lock:
+            identity = id(parameter)
+            found = self._entries.get(identity)
+            if found is not None and found.ref() is parameter:
+                return found
+            ref = weakref.ref(parameter, lambda dead, identity=identity: self._forget(identity, dead))
+            made = Entry(ref, signature_of(parameter))
+            self._entries[identity] = made
+            return made
+
+    def peek(self, parameter: Parameter) -> Entry | None:
+        """The entry of a Parameter if there is one."""
+        found = self._entries.get(id(parameter))
+        return found if found is not None and found.ref() is parameter else None
+
+    def _forget(self, identity: int, dead: weakref.ref[Parameter]) -> None:
+        with self._lock:
+            found = self._entries.get(identity)
+            if found is None or found.ref is not dead:
+                return  # the address already belongs to another Parameter
+            del self._entries[identity]
+            self.epoch += 1
+        for ref in list(self._on_forget):
+            callback = ref()
+            if callback is not None:
+                callback(identity)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def planes(self, parameters: tuple[Parameter, ...], keys: tuple[Key, ...], names: tuple[str, ...] = ()) -> Planes:
+        """Packed planes of one weight or of siblings merged in this order; quantized now if they are not there.
+
+        Raises:
+            WeightError: NaN, inf, a dtype or device that cannot be quantized.
+            StaleWeightError: a released weight would have to be packed again.
+        """
+        with self._lock:
+            packs: list[Pack] = []
+            for i, (parameter, key) in enumerate(zip(parameters, keys, strict=True)):
+                entry = self.entry(parameter)
+                self._check_fresh(entry, parameter)
+                pack = entry.packs.get(key)
+                if pack is None:
+                    pack = self._pack_alone(entry, parameter, key, names[i] if i < len(names) else "a weight")
+                packs.append(pack)
+            if len(packs) == 1:
+                return self._slice(packs[0], parameters[0], keys[0])
+            return self._merged(parameters, keys, packs)
+
+    def _pack_alone(self, entry: Entry, parameter: Parameter, key: Key, name: str) -> Pack:
+        other = next((k for k in entry.packs if k._replace(layout=key.layout) == key), None)
+        problem = problem_of(parameter, key)
+        if other is not None:
+            rows = self._rows(entry.packs[other], parameter, other)
+        elif entry.released:
+            raise StaleWeightError(
+                f"{name} was released as {', '.join(sorted({k.spec for k in entry.packs})) or 'nothing'} and cannot become {key.spec}.\n"
+                "Fix: quant_compile.restore(model, source) first."
+            )
+        else:
+            rows = quantize(parameter, key, name)
+        started = time.perf_counter()
+        with _plain_tensors():
+            planes = layouts()[key.layout].pack(rows, problem)
+        self.pack_seconds += time.perf_counter() - started
+        pack = Pack(Slab((id(parameter),), (problem.n,), planes), 0, problem.n)
+        entry.packs[key] = pack
+        self.epoch += 1
+        return pack
+
+    def _merged(self, parameters: tuple[Parameter, ...], keys: tuple[Key, ...], packs: list[Pack]) -> Planes:
+        slab = packs[0].slab
+        consecutive = all(p.slab is slab for p in packs) and all(a.stop == b.start for a, b in zip(packs, packs[1:], strict=False))
+        if consecutive:
+            whole = Pack(slab, packs[0].start, packs[-1].stop)
+            cut = self._cut(whole, _slab_problem(slab, parameters[0], keys[0]), layouts()[keys[0].layout])
+            if cut is not None:
+                return cut
+        rows = [self._rows(pack, parameter, key) for pack, parameter, key in zip(packs, parameters, keys, strict=True)]
+        with _plain_tensors():
+            joined = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+            sizes = tuple(pack.stop - pack.start for pack in packs)
+            problem = problem_of(parameters[0], keys[0], sum(sizes))
+            made = Slab(tuple(map(id, parameters)), sizes, layouts()[keys[0].layout].pack(joined, problem))
+        start = 0
+        for parameter, key, size in zip(parameters, keys, sizes, strict=True):
+            self.entry(parameter).packs[key] = Pack(made, start, start + size)
+            start += size
+        self.epoch += 1
+        return made.planes
+
+    def _slice(self, pack: Pack, parameter: Parameter, key: Key) -> Planes:
+        """One weight's planes: its part of the slab, or a pack of its own where the slab cannot be cut."""
+        problem = _slab_problem(pack.slab, parameter, key)
+        cut = self._cut(pack, problem, layouts()[key.layout])
+        if cut is not None:
+            return cut
+        entry = self.entry(parameter)
+        if key not in entry.alone:
+            with _plain_tensors():
+                rows = self._rows(pack, parameter, key)
+                entry.alone[key] = layouts()[key.layout].pack(rows, problem_of(parameter, key))
+        return entry.alone[key]
+
+    def _rows(self, pack: Pack, parameter: Parameter, key: Key) -> Planes:
+        """Row-form planes of one weight, out of its slab."""
+        layout = layouts()[key.layout]
+        problem = _slab_problem(pack.slab, parameter, key)
+        cut = self._cut(pack, problem, layout)
+        with _plain_tensors():
+            if cut is not None and pack.stop - pack.start != problem.n:
+                return layout.unpack(cut, problem_of(parameter, key))
+            rows = layout.unpack(pack.slab.planes, problem)
+            whole = Pack(Slab(pack.slab.members, pack.slab.rows, rows), pack.start, pack.stop)
+            result = self._cut(whole, problem, layouts()["rows"])
+        if result is None:
+            raise WeightError("merged siblings do not end at a block of rows; this is a defect of merge_siblings")
+        return result
+
+    @staticmethod
+    def _cut(pack: Pack, problem: Problem, layout: Layout) -> Planes | None:
+        """Rows start..stop of a slab's planes as views, or None where the layout does not allow it."""
+        if (pack.start, pack.stop) == (0, problem.n):
+            return pack.slab.planes
+        block = layout.row_block(problem)
+        if block == 0 or pack.start % block or (pack.stop % block and pack.stop != problem.n):
+            return None
+        return tuple(_cut_plane(plane, pack.start, pack.stop, problem.n, block) for plane in pack.slab.planes)
+
+    def _check_fresh(self, entry: Entry, parameter: Parameter) -> None:
+        if entry.released:
+            return
+        signature = signature_of(parameter)
+        if signature != entry.signature:
+            if entry.packs:
+                self._drop(entry)
+            entry.signature = signature
+
+    def _drop(self, entry: Entry) -> None:
+        entry.packs.clear()
+        entry.alone.clear()
+        self.epoch += 1
+
+    def keep_only(self, parameter: Parameter, spec: str) -> None:
+        """Forget planes under other schemes: the policy changed. A released weight keeps all it has."""
+        with self._lock:
+            entry = self.peek(parameter)
+            if entry is None or entry.released or all(key.spec == spec for key in entry.packs):
+                return
+            entry.packs = {key: pack for key, pack in entry.packs.items() if key.spec == spec}
+            entry.alone = {key: planes for key, planes in entry.alone.items() if key.spec == spec}
+            self.epoch += 1
+
+    def input_scale(self, parameters: tuple[Parameter, ...], names: tuple[str, ...]) -> Tensor:
+        """Calibrated scale [1] f32 of the input of a weight (merged siblings share theirs).
+
+        Raises:
+            MissingScalesError: none was calibrated.
+        """
+        scale = self.entry(parameters[0]).input_scale
+        if scale is None:
+            raise MissingScalesError(
+                f"{names[0] if names else 'a weight'} has a static scheme and no calibrated input scale.\n"
+                "Fix: policy = quant_compile.calibrate(model, batches, policy), or use a dynamic scheme."
+            )
+        device = parameters[0].device
+        if scale.device != device:
+            scale = self.entry(parameters[0]).input_scale = scale.to(device)
+        return scale
+
+    def refresh(self, parameters: Iterable[Parameter]) -> int:
+        """Forget the planes of these weights so that the next call packs them anew; returns how many had planes.
+
+        Raises:
+            StaleWeightError: one of them is released.
+        """
+        with self._lock:
+            entries = [entry for p in parameters if (entry := self.peek(p)) is not None and entry.packs]
+            if any(entry.released for entry in entries):
+                raise StaleWeightError("a released weight cannot be packed again. Fix: quant_compile.restore(model, source) first.")
+            for entry in entries:
+                self._drop(entry)
+            return len(entries)
+
+    def release(self, parameter: Parameter) -> int:
+        """Free the original values of a packed weight; returns the bytes freed (0: not packed or already released)."""
+        with self._lock:
+            entry = self.peek(parameter)
+            if entry is None or entry.released or not entry.packs or entry.plain_readers:
+                return 0
+            self._check_fresh(entry, parameter)
+            if not entry.packs:
+                return 0
+            entry.fingerprint = fingerprint(parameter)
+            size = parameter.numel() * parameter.element_size()
+            with _plain_tensors():
+                hollow = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device)
+                hollow.untyped_storage().resize_(0)
+                parameter.data = hollow
+            entry.released = True
+            claim(parameter)
+            parameter.released_by_sglquant = True  # type: ignore[attr-defined]
+            self.epoch += 1
+            return size
+
+    def restore(self, parameter: Parameter, source: Tensor) -> bool:
+        """Put original values back; returns whether they are the very values that were released (planes then stay)."""
+        with self._lock:
+            entry = self.entry(parameter)
+            if not entry.released:
+                return True
+            with torch._C.DisableTorchFunctionSubclass():
+                if tuple(source.shape) != tuple(parameter.shape):
+                    raise StaleWeightError(f"source has shape {tuple(source.shape)}, the weight {tuple(parameter.shape)}")
+                with _plain_tensors():
+                    values = source.detach().to(device=parameter.device, dtype=parameter.dtype, copy=True)
+                    parameter.data = values
+                    parameter.released_by_sglquant = False  # type: ignore[attr-defined]
+            entry.released = False
+            entry.signature = signature_of(parameter)
+            same = fingerprint(parameter) == entry.fingerprint
+            if not same:
+                self._drop(entry)
+            self.epoch += 1
+            return same
+
+
+def claim(parameter: Parameter) -> None:
+    """Make a weight releasable; must happen before Dynamo builds guards over it."""
+    if type(parameter) is Parameter:
+        parameter.__class__ = ReleasableParameter
+
+
+def _plain_tensors() -> Any:
+    """Planes must be ordinary tensors: made in inference mode they could not be repacked outside of it."""
+    return _Both(torch.inference_mode(False), torch.no_grad())
+
+
+class _Both:
+    def __init__(self, first: Any, second: Any) -> None:
+        self.managers = (first, second)
+
+    def __enter__(self) -> None:
+        for manager in self.managers:
+            manager.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for manager in reversed(self.managers):
+            manager.__exit__(*error)
+
+
+def _cut_plane(plane: Tensor, start: int, stop: int, n: int, block: int) -> Tensor:
+    count = plane.shape[0]
+    ratio = n // count if count and n % count == 0 else block
+    return plane[start // ratio : -(-stop // ratio)]
+
+
+def _slab_problem(slab: Slab, parameter: Parameter, key: Key) -> Problem:
+    return problem_of(parameter, key, sum(slab.rows))
+
+
+def problem_of(parameter: Parameter, key: Key, n: int | None = None) -> Problem:
+    """The packing problem of a weight (or of a slab of n rows)."""
+    rows, columns = parameter.shape
+    own, k = (columns, rows) if key.transposed else (rows, columns)
+    return Problem(parse(key.spec), own if n is None else n, k, key.dtype)
+
+
+def quantize(parameter: Parameter, key: Key, name: str) -> Planes:
+    """Row-form planes of a weight, on its own device, in chunks of rows; cast to the key's dtype first, as autocast does.
+
+    Raises:
+        WeightError: the weight has NaN or inf, is on the meta device, or is not floating point.
+    """
+    if parameter.is_meta:
+        raise WeightError(f"{name} is on the meta device and has no values. Fix: load the weights before the first call.")
+    if not parameter.dtype.is_floating_point:
+        raise WeightError(f"{name} is {parameter.dtype}; only floating-point weights can be quantized. Fix: `keep` it.")
+    scheme = parse(key.spec)
+    with _plain_tensors():
+        weight = parameter.detach()
+        weight = (weight.t().contiguous() if key.transposed else weight).to(key.dtype)
+        low, high = torch.aminmax(weight) if weight.numel() else (torch.zeros(()), torch.zeros(()))
+        if not (torch.isfinite(low) & torch.isfinite(high)):
+            raise WeightError(f"{name} has NaN or inf values. Fix: repair the checkpoint, or `keep` this weight in the policy.")
+        return tuple(plane.contiguous() for plane in family_of(scheme).quantize_weight(weight, scheme))
+
+
+def signature_of(parameter: Parameter) -> tuple[Any, ...]:
+    """What shows that a Parameter's values may have changed: version, storage, dtype, device."""
+    return version_of(parameter), parameter.data_ptr(), parameter.dtype, parameter.device, tuple(parameter.stride())
+
+
+def version_of(parameter: Parameter) -> int:
+    """``_version``, or -1 for a Parameter made in inference mode, which has none (``refresh`` is then the only way)."""
+    return -1 if parameter.is_inference() else parameter._version
+
+
+def fingerprint(parameter: Parameter) -> int:
+    """A checksum of the values' bytes, to tell whether restored values are the released ones."""
+    with _plain_tensors():
+        flat = parameter.detach().contiguous().view(-1)
+        codes = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        total = 0
+        step = 1 << 22
+        for start in range(0, codes.numel(), step):
+            part = codes[start : start + step].to(torch.int64)
+            weights = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
+            total = (total * 1_000_003 + int((part * weights).sum())) & (2**63 - 1)
+        return total
+
+
+STORE = WeightStore()

@@ -1,0 +1,132 @@
+"""The backend's options as data, with their validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quant_compile.ir.errors import OptionError, PolicyError
+from quant_compile.lowering.registry import kernels as known_kernels
+from quant_compile.lowering.select import Request
+from quant_compile.policy import Policy
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+TUNE = ("off", "quick", "full")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``backend="sglquant"``.
+
+    Attributes:
+        policy: preset name, shipped policy, YAML path, dict or Policy; None: the device's default preset.
+        mode: an Inductor mode (torch.compile refuses its own ``mode`` beside options).
+        release_weights: free the original weights after packing.
+        kernels: ``auto``, ``reference``, or {scheme or ``*``: kernel name}.
+        tune: ``off`` (cost estimates), ``quick`` or ``full`` (measure on this GPU, cached on disk).
+        inductor: Inductor config patches.
+    """
+
+    policy: Any = None
+    mode: str = "default"
+    release_weights: bool | None = None
+    kernels: str | Mapping[str, str] = "auto"
+    tune: str = "quick"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Validate the options of a compile call.
+
+        Raises:
+            OptionError: unknown key or a value it cannot have; lists the valid ones.
+        """
+        data = dict(options or {})
+        valid = list(Options.__dataclass_fields__)
+        for key in data:
+            if key not in valid:
+                raise OptionError(f"unknown option {key!r}; valid options: {', '.join(valid)}")
+        if mode and mode != "default":
+            data.setdefault("mode", mode)
+        made = Options(**data)
+        _one_of("mode", made.mode, MODES)
+        _one_of("tune", made.tune, TUNE)
+        if made.release_weights not in (None, True, False):
+            raise OptionError(f"release_weights must be true or false, got {made.release_weights!r}")
+        if isinstance(made.kernels, str):
+            _one_of("kernels", made.kernels, ("auto", "reference"), " or a dict {scheme: kernel}")
+        else:
+            for name in made.kernels.values():
+                _one_of("kernels", name, tuple(known_kernels()))
+        if not isinstance(made.inductor, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"inductor must be a dict of Inductor config patches, got {type(made.inductor).__name__}")
+        return made
+
+    def request(self, policy: Policy) -> Request:
+        """What the user wants of kernels."""
+        pins = self.kernels if isinstance(self.kernels, str) else tuple(sorted((k.upper(), v) for k, v in self.kernels.items()))
+        return Request(pins, policy.allow_reference or pins == "reference", self.tune)
+
+    def releases(self, policy: Policy) -> bool:
+        """Whether original weights are freed; the option wins over the policy."""
+        return bool(policy.release_weights if self.release_weights is None else self.release_weights)
+
+
+def _one_of(name: str, value: Any, valid: tuple[str, ...], more: str = "") -> None:
+    if value not in valid:
+        raise OptionError(f"{name} must be one of {', '.join(valid)}{more}, got {value!r}")
+
+
+class PolicySource:
+    """A policy and, when it came from a file, a cheap check whether that file has changed since."""
+
+    def __init__(self, given: Any, default: str) -> None:
+        self.given = given
+        self.policy = Policy.load(default if given is None else given)
+        self.is_default = given is None
+        self._paths = tuple(Path(p) for p in (self.policy.source, self.policy.scales) if p is not None and Path(p).is_file())
+        self._stamp = self._now()
+
+    @cached_property
+    def scales(self) -> dict[str, Tensor]:
+        """Calibrated input scales of the policy, by ``<weight>.input_scale``.
+
+        Raises:
+            PolicyError: the scales file is missing.
+        """
+        path = self.policy.scales
+        if path is None:
+            return {}
+        if not Path(path).is_file():
+            raise PolicyError(f"scales file {path} does not exist. Fix: quant_compile.calibrate(model, batches, policy) writes it.")
+        return load_file(str(path))
+
+    def _now(self) -> tuple[tuple[int, int], ...]:
+        out: list[tuple[int, int]] = []
+        for path in self._paths:
+            try:
+                stat = path.stat()
+            except OSError:
+                return self._stamp  # mid-edit or gone: keep what was loaded
+            out.append((stat.st_mtime_ns, stat.st_size))
+        return tuple(out)
+
+    def reload_if_changed(self) -> bool:
+        """Load the policy again if its file changed; returns whether its content did."""
+        if not self._paths:
+            return False
+        now = self._now()
+        if now == self._stamp:
+            return False
+        self._stamp = now
+        fresh = Policy.load(self.given)
+        changed = fresh.content_hash != self.policy.content_hash
+        self.policy = fresh
+        self.__dict__.pop("scales", None)
+        return changed

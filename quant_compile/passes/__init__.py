@@ -1,0 +1,10 @@
+"""Graph rewrites, one file each: ``GraphModule + Plan -> GraphModule + PassReport``. PIPELINE is the order they run in."""
+
+from __future__ import annotations
+
+from quant_compile.passes.insert_quant import insert_quant
+from quant_compile.passes.lower import lower
+from quant_compile.passes.merge_siblings import merge_siblings
+from quant_compile.passes.share_quant import share_quant
+
+PIPELINE = (insert_quant, share_quant, merge_siblings, lower)

@@ -1,0 +1,85 @@
+"""Turn every sglq op into what runs: quantization into ATen that Inductor fuses, linears into one opaque kernel op.
+
+Reads ``sglq`` nodes; writes traced scheme code, ``sglq_kernels.linear`` with its dispatch, and planes in the chosen layout.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import fx
+
+from quant_compile.ir import ops
+from quant_compile.ir.family import family_of
+from quant_compile.ir.graph import PlaneRef, add_plane, erase_with_inputs, inline, trace, verify
+from quant_compile.ir.scheme import parse
+from quant_compile.lowering import ops as kernel_ops
+from quant_compile.lowering.registry import Problem, layouts
+from quant_compile.lowering.select import Dispatch
+from quant_compile.passes.plan import PassReport, Plan
+
+
+def lower(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
+    """Lower every sglq op; none may be left."""
+    report = PassReport("lower")
+    column_scales: set[fx.Node] = set()
+    for node in list(gm.graph.find_nodes(op="call_function", target=ops.linear)):
+        x, names, slots = node.args[0], " + ".join(node.meta["names"]), node.args[1][0].meta["plane"].slots
+        dispatch = _lower_linear(gm.graph, node, plan)
+        if dispatch.column_scales and isinstance(x, fx.Node):
+            column_scales.add(x)
+        report.rewrote.append(f"{names}: {dispatch.layout}, {dispatch.ranges}")
+        report.dispatches[slots] = dispatch
+    for node in list(gm.graph.find_nodes(op="call_function", target=ops.quantize)):
+        _lower_quantize(gm.graph, node, node in column_scales)
+    return verify(gm, "lowered"), report
+
+
+def _lower_linear(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
+    x, w, bias, spec, dtype = node.args
+    ref: PlaneRef = w[0].meta["plane"]  # type: ignore[index, union-attr]
+    source = x if isinstance(x, fx.Node) else x[0]  # type: ignore[index]
+    value = (source.args[0] if source.target is ops.quantize else source).meta["example_value"]  # type: ignore[union-attr]
+    n = w[0].meta["example_value"].shape[0]  # type: ignore[index, union-attr]
+    problem = Problem(parse(str(spec)), int(n), int(value.shape[-1]), dtype, bias is not None)  # type: ignore[arg-type]
+    dispatch = plan.choose(problem, " + ".join(node.meta["names"]))
+    planes = list(w)  # type: ignore[arg-type]
+    if dispatch.layout != ref.layout:
+        planes = []
+        for i, plane in enumerate(layouts()[dispatch.layout].planes(problem)):
+            moved = PlaneRef(ref.slots, ref.transposed, ref.spec, dispatch.layout, ref.dtype, i)
+            planes.append(add_plane(graph, moved, plane, w[0], f"{w[0].name}_{dispatch.layout}_{plane.name}"))  # type: ignore[index, union-attr]
+            planes[-1].meta["parameter"] = w[0].meta["parameter"]  # type: ignore[index, union-attr]
+    with graph.inserting_before(node):
+        y = graph.call_function(kernel_ops.linear, (x, planes, bias, dispatch.text))
+    y.meta = {key: node.meta[key] for key in ("site", "names", "example_value")}
+    node.replace_all_uses_with(y)
+    erase_with_inputs(graph, node)
+    return dispatch
+
+
+@lru_cache(maxsize=None)
+def _template(spec: str, k: int, static: bool) -> fx.Graph:
+    """The scheme's own ``quantize_input``, traced: what runs is what the reference computes."""
+    scheme = parse(spec)
+    family = family_of(scheme)
+    if static:
+        return trace(lambda x, scale: family.quantize_input(x, scheme, scale), k, 2)
+    return trace(lambda x: family.quantize_input(x, scheme, None), k, 1)
+
+
+def _lower_quantize(graph: fx.Graph, node: fx.Node, column_scales: bool) -> None:
+    x: Any = node.args[0]
+    static = len(node.args) > 2 and node.args[2] is not None
+    template = _template(str(node.args[1]), int(x.meta["example_value"].shape[-1]), static)
+    outputs = list(inline(graph, template, [a for a in (x, *node.args[2:]) if isinstance(a, fx.Node)], node))
+    if column_scales:
+        with graph.inserting_before(node):
+            flat = graph.call_method("flatten", (outputs[1], 0, -2))
+            columns = graph.call_method("contiguous", (graph.call_method("t", (flat,)),))
+            outputs[1] = graph.call_method("t", (columns,))
+    for user in list(node.users):
+        user.args = tuple(outputs if argument is node else argument for argument in user.args)
+    graph.erase_node(node)
+

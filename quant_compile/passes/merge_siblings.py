@@ -1,0 +1,120 @@
+"""One GEMM for linears that read one input under one scheme (q/k/v, gate/up): fewer launches, bigger tiles.
+
+Reads ``sglq.linear`` nodes; writes one over joined planes and a slice for each sibling. Siblings without a bias join siblings
+with one through zeros. Refuses rows that would not start at a scale block, and a bias that is not a Parameter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from quant_compile.ir import ops
+from quant_compile.ir.family import PlaneSpec, Reject, family_of
+from quant_compile.ir.graph import BiasRef, PlaneRef, add_plane, erase_with_inputs, verify
+from quant_compile.ir.scheme import parse
+from quant_compile.passes.plan import PassReport, Plan
+from quant_compile.passes.share_quant import written_in_place
+
+
+def merge_siblings(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
+    """Merge every group of siblings."""
+    report = PassReport("merge_siblings")
+    if not plan.merge_siblings:
+        return gm, report
+    groups: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=ops.linear):
+        x = node.args[0] if isinstance(node.args[0], fx.Node) else node.args[0][0]
+        groups.setdefault((x, *node.args[3:]), []).append(node)
+    for siblings in groups.values():
+        if len(siblings) < 2:
+            continue
+        names = " + ".join(name for node in siblings for name in node.meta["names"])
+        refusal = _refusal(siblings, plan)
+        if refusal is not None:
+            report.refused.append(f"{names}: {refusal.reason}")
+            continue
+        _merge(gm.graph, siblings)
+        report.rewrote.append(names)
+    return verify(gm, "quantized"), report
+
+
+def _ref(plane: fx.Node) -> PlaneRef:
+    return plane.meta["plane"]
+
+
+def _rows(node: fx.Node) -> int:
+    return node.args[1][0].meta["example_value"].shape[0]  # type: ignore[index, union-attr]
+
+
+def _refusal(siblings: list[fx.Node], plan: Plan) -> Reject | None:
+    spec = str(siblings[0].args[3])
+    block = family_of(parse(spec)).row_block(parse(spec))
+    for node in siblings[:-1]:
+        if _rows(node) % block:
+            return Reject(f"{node.meta['names'][0]} has {_rows(node)} rows, not a multiple of the scale block of {block}")
+    slots = [_ref(node.args[1][0]).slots[0] for node in siblings]  # type: ignore[index]
+    if len(set(slots)) < len(slots):
+        return Reject("one weight is used twice")
+    for node in siblings:
+        bias: Any = node.args[2]
+        if bias is not None and not (bias.op == "placeholder" and plan.is_parameter(bias.meta.get("argument", -1))):
+            return Reject(f"the bias of {node.meta['names'][0]} is not a Parameter")
+    x: Any = siblings[0].args[0]
+    writer = written_in_place(x[0]) if isinstance(x, list | tuple) else None
+    return Reject(f"the input is written by {writer}") if writer else None
+
+
+def _merge(graph: fx.Graph, siblings: list[fx.Node]) -> None:
+    first = siblings[0]
+    sizes = [_rows(node) for node in siblings]
+    names = tuple(name for node in siblings for name in node.meta["names"])
+    w = [_joined_plane(graph, siblings, i, names) for i in range(len(first.args[1]))]  # type: ignore[arg-type]
+    bias = _joined_bias(graph, siblings, sizes, names)
+    with graph.inserting_before(first):
+        y = graph.call_function(ops.linear, (first.args[0], w, bias, *first.args[3:]))
+        y.meta |= {"site": f"{' + '.join(names)} {first.args[3]}", "names": names}
+        value = first.meta["example_value"]
+        with value.fake_mode:
+            y.meta["example_value"] = value.new_empty((*value.shape[:-1], sum(sizes)))
+        start, parts = 0, []
+        for node, size in zip(siblings, sizes, strict=True):
+            part = graph.call_method("narrow", (y, -1, start, size))
+            part.meta["example_value"] = node.meta["example_value"]
+            parts.append(part)
+            start += size
+    for node, part in zip(siblings, parts, strict=True):
+        node.replace_all_uses_with(part)
+        erase_with_inputs(graph, node)
+
+
+def _joined_plane(graph: fx.Graph, siblings: list[fx.Node], index: int, names: tuple[str, ...]) -> fx.Node:
+    planes: list[fx.Node] = [node.args[1][index] for node in siblings]  # type: ignore[index]
+    refs = [_ref(plane) for plane in planes]
+    value = planes[0].meta["example_value"]
+    rows = sum(plane.meta["example_value"].shape[0] for plane in planes)
+    ref = PlaneRef(
+        tuple(slot for r in refs for slot in r.slots),
+        tuple(flag for r in refs for flag in r.transposed),
+        refs[0].spec,
+        refs[0].layout,
+        refs[0].dtype,
+        index,
+    )
+    node = add_plane(graph, ref, PlaneSpec("joined", (rows, *value.shape[1:]), value.dtype), planes[0], f"{planes[0].name}_joined")
+    node.meta["parameter"] = " + ".join(names)
+    return node
+
+
+def _joined_bias(graph: fx.Graph, siblings: list[fx.Node], sizes: list[int], names: tuple[str, ...]) -> fx.Node | None:
+    biases: list[Any] = [node.args[2] for node in siblings]
+    present = next((bias for bias in biases if bias is not None), None)
+    if present is None:
+        return None
+    dtype = present.meta["example_value"].dtype
+    slots = tuple(None if bias is None else bias.meta["argument"] for bias in biases)
+    spec = PlaneSpec("bias", (sum(sizes),), dtype)
+    node = add_plane(graph, BiasRef(slots, tuple(sizes), dtype), spec, present, f"{present.name}_joined")
+    node.meta["parameter"] = " + ".join(names)
+    return node

@@ -1,0 +1,53 @@
+"""What the passes read: the sites of one graph, what the policy decided for each, and how to choose kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from quant_compile.ir.scheme import Scheme
+from quant_compile.ir.sites import LinearSite
+from quant_compile.lowering.registry import Problem
+from quant_compile.lowering.select import Dispatch
+
+
+@dataclass(frozen=True)
+class SiteDecision:
+    """What becomes of a site: a scheme, or kept (None), with the reason and the weight's name."""
+
+    scheme: Scheme | None
+    reason: str
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The plan of one graph.
+
+    Attributes:
+        sites: in graph order.
+        decisions: node name of a site -> decision.
+        choose: ``(problem, site name) -> Dispatch``.
+        scale_class: slot -> number; static input scales are equal where the numbers are.
+        is_parameter: whether an argument position is a Parameter.
+        share_quant: quantize an input once for all linears that read it.
+        merge_siblings: one GEMM for linears that read one input.
+    """
+
+    sites: tuple[LinearSite, ...]
+    decisions: Mapping[str, SiteDecision]
+    choose: Callable[[Problem, str], Dispatch]
+    is_parameter: Callable[[int], bool]
+    scale_class: Mapping[int, int] = field(default_factory=dict)
+    share_quant: bool = True
+    merge_siblings: bool = True
+
+
+@dataclass
+class PassReport:
+    """What one pass did: rewritten nodes and refusals, in words."""
+
+    name: str
+    rewrote: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    dispatches: dict[tuple[int, ...], Dispatch] = field(default_factory=dict)

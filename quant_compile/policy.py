@@ -1,0 +1,555 @@
+"""Policies: which weight gets which scheme, and why; read from presets, YAML files and dicts.
+
+A policy is a default scheme and ordered rules; the first rule that matches a weight decides. Between the user's rules
+and the default stand the conventions (output heads and MoE router gates keep their precision), which rules override.
+Reads the policy's file and, for the content hash, its scales file; knows nothing of graphs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import yaml
+
+import quant_compile.lowering.schemes  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the presets
+from quant_compile.ir.errors import PolicyError, SchemeError
+from quant_compile.ir.family import family_of
+from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
+from quant_compile.yaml_lines import Document, KeyPath, read_yaml
+
+if TYPE_CHECKING:
+    from quant_compile.inspect.plan import Plan
+
+__all__ = ["CONVENTIONS", "KEEP", "Condition", "Decision", "Fuse", "Policy", "Rule", "SiteInfo", "shipped_policies"]
+
+VERSION = 1
+KEEP = "keep"
+KINDS = ("linear", "moe")
+SHIPPED = Path(__file__).parent / "policies"
+_COMPARE: dict[str, Callable[[int, int], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
+    "%": lambda value, number: value % number == 0,
+}
+_CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
+_POLICY_KEYS = ("version", "name", "default", "rules", "strict", "allow_reference", "fuse", "release_weights", "scales")
+_RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason")
+_SCHEME_KEYS = ("weights", "input_activations")
+_ARG_TYPES: dict[str, tuple[type, str]] = {
+    "num_bits": (int, "a whole number"),
+    "type": (str, "int or float"),
+    "strategy": (str, "text"),
+    "symmetric": (bool, "true or false"),
+    "dynamic": (bool, "true or false"),
+    "group_size": (int, "a whole number"),
+    "block_structure": (list, "a list [rows, columns]"),
+    "format": (str, "text"),
+}
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What rules see of one weight.
+
+    Attributes:
+        names: every qualified name of the Parameter without its ``.weight``: ``("model.embed_tokens", "lm_head")``.
+        kind: ``linear`` or ``moe`` (an expert parameter with a leading expert dimension).
+        module_class: class name of the module that holds it, None when unknown.
+        n: output features.
+        k: input features.
+        is_output_embedding: it is what ``model.get_output_embeddings()`` multiplies by.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    module_class: str | None
+    n: int
+    k: int
+    is_output_embedding: bool = False
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One shape condition: ``k >= 4096``, or ``k % 128`` for "k is a multiple of 128"."""
+
+    dim: str
+    op: str
+    value: int
+
+    def holds(self, site: SiteInfo) -> bool:
+        """Whether the site's n or k meets it."""
+        return _COMPARE[self.op](site.n if self.dim == "n" else site.k, self.value)
+
+    @property
+    def text(self) -> str:
+        """As it is written in a policy: ``>=4096``."""
+        return f"{self.op}{self.value}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: which weights, and their scheme.
+
+    Attributes:
+        match: a glob, ``re:`` and a regular expression, or a plain name that also matches as the end of a dotted name.
+        scheme: None keeps the weight as it is.
+        kind: only sites of this kind.
+        module: only weights of modules whose class name is this (a glob is allowed).
+        where: shape conditions that must all hold.
+        reason: the author's words, shown in plans and ledgers.
+        line: line in the policy file.
+        convention: a built-in rule, not the user's.
+    """
+
+    match: str
+    scheme: Scheme | None = None
+    kind: str | None = None
+    module: str | None = None
+    where: tuple[Condition, ...] = ()
+    reason: str | None = None
+    line: int | None = field(default=None, compare=False)
+    convention: bool = False
+
+    def matches(self, site: SiteInfo) -> bool:
+        """Whether the rule applies to ``site``; any alias of the weight may be the one that its pattern hits."""
+        if self.kind is not None and self.kind != site.kind:
+            return False
+        if self.module is not None and not fnmatch.fnmatchcase(site.module_class or "", self.module):
+            return False
+        hits = _matcher(self.match)
+        return any(hits(name) for name in site.names) and all(condition.holds(site) for condition in self.where)
+
+    @property
+    def selector(self) -> str:
+        """The rule's conditions in one line, for messages."""
+        parts = [f'match "{self.match}"']
+        parts += [f"kind {self.kind}"] if self.kind else []
+        parts += [f"module {self.module}"] if self.module else []
+        parts += [f"{condition.dim} {condition.text}" for condition in self.where]
+        return ", ".join(parts)
+
+
+@lru_cache(maxsize=4096)
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    if pattern.startswith("re:"):
+        regex = re.compile(pattern[3:])
+        return lambda name: regex.fullmatch(name) is not None
+    if any(wildcard in pattern for wildcard in "*?["):
+        glob = re.compile(fnmatch.translate(pattern))
+        return lambda name: glob.match(name) is not None
+    return lambda name: name == pattern or name.endswith("." + pattern)
+
+
+def _convention(match: str, what: str) -> Rule:
+    return Rule(match, reason=what, convention=True)
+
+
+_HEAD, _ROUTER = "output head", "MoE router gate"
+# A proj_out inside a numbered block (diffusion transformers) is an ordinary linear, so no part of the name is a number.
+CONVENTIONS = (
+    _convention("lm_head", _HEAD),
+    _convention(r"re:(?:[^.\d][^.]*\.)*proj_out", _HEAD),
+    _convention("embed_out", _HEAD),
+    *(
+        _convention(name, _ROUTER)
+        for name in ("mlp.gate", "block_sparse_moe.gate", "shared_expert_gate", "router", "router.layer")
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy says of one weight.
+
+    Attributes:
+        scheme: None keeps the weight as it is.
+        reason: why, in words for the ledger.
+        origin: ``rule``, ``convention`` or ``default``.
+        rule: index into ``Policy.rules`` when a rule of the user decided.
+        line: line of that rule in the policy file.
+        refused: the policy names a scheme but the weight cannot have it; ``scheme`` is None and ``reason`` says why.
+    """
+
+    scheme: Scheme | None
+    reason: str
+    origin: str
+    rule: int | None = None
+    line: int | None = None
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Switches of the graph rewrites that fuse: one input quantization for several linears, one GEMM for siblings."""
+
+    share_quant: bool = True
+    merge_siblings: bool = True
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Default scheme, ordered rules and switches. ``name`` and ``source`` are labels and do not take part in equality.
+
+    Attributes:
+        default: scheme of weights that no rule and no convention claims; None keeps them.
+        rules: the user's rules; the first that matches decides.
+        strict: a rule without effect or a weight that cannot have its scheme is an error instead of a warning.
+        allow_reference: the slow torch reference may serve on a GPU.
+        fuse: rewrites that fuse.
+        release_weights: free the original weights after packing; None leaves it to the backend's option.
+        scales: safetensors file of calibrated input scales; in a policy file, relative to that file's folder.
+        name: label in reports.
+        source: file it came from.
+        version: of the file format.
+    """
+
+    default: Scheme | None
+    rules: tuple[Rule, ...] = ()
+    strict: bool = False
+    allow_reference: bool = False
+    fuse: Fuse = field(default_factory=Fuse)
+    release_weights: bool | None = None
+    scales: Path | None = None
+    name: str = field(default="policy", compare=False)
+    source: str | None = field(default=None, compare=False)
+    version: int = VERSION
+
+    @staticmethod
+    def load(source: str | Path | Mapping[str, Any] | Policy) -> Policy:
+        """A policy from a preset's name (any case), a shipped policy's name, a YAML path or a dict of the same keys.
+
+        A Policy is returned as it is. Names win over files; write ``./llama3`` for a file of that name.
+
+        Raises:
+            PolicyError: unknown name, unreadable file, or a wrong key or value, with file, line and fix.
+        """
+        if isinstance(source, Policy):
+            return source
+        if isinstance(source, Mapping):
+            return _Reader(Document(dict(source), "policy"), Path(), "policy", None).policy()
+        if not isinstance(source, (str, Path)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PolicyError(f"a policy is a name, a path, a dict or a Policy, got {type(source).__name__}")
+        if isinstance(source, str):
+            if source.upper() in PRESETS:
+                return Policy(PRESETS[source.upper()], name=source.upper())
+            shipped = shipped_policies().get(source.lower())
+            if shipped is not None:
+                return _read_file(shipped)
+            if not _looks_like_path(source):
+                raise PolicyError(_unknown_name(source))
+        return _read_file(Path(source))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the policy as YAML; ``Policy.load`` of it equals this policy. Returns the path.
+
+        A scales file is named relative to the policy's folder when it lies inside it.
+        """
+        path = Path(path)
+        content = self.to_dict()
+        if self.scales is not None:
+            content["scales"] = _relative_to(self.scales, path.parent)
+        path.write_text(yaml.safe_dump(content, sort_keys=False, width=120), encoding="utf-8")
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of a policy file, without switches at their defaults."""
+        out: dict[str, Any] = {"version": self.version, "name": self.name, "default": _scheme_value(self.default)}
+        if self.rules:
+            out["rules"] = [_rule_dict(rule) for rule in self.rules]
+        for key in ("strict", "allow_reference"):
+            if getattr(self, key):
+                out[key] = True
+        if self.fuse != Fuse():
+            out["fuse"] = {f.name: getattr(self.fuse, f.name) for f in fields(Fuse)}
+        if self.release_weights is not None:
+            out["release_weights"] = self.release_weights
+        if self.scales is not None:
+            out["scales"] = str(self.scales)
+        return out
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 over everything that decides what is computed, with the scales file's bytes in place of its path."""
+        content = self.to_dict()
+        del content["name"]
+        content["schemes"] = [s.to_fields() if s else None for s in (self.default, *(r.scheme for r in self.rules))]
+        if self.scales is not None:
+            present = self.scales.is_file()
+            content["scales"] = hashlib.sha256(self.scales.read_bytes()).hexdigest() if present else "absent"
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Every scheme that the policy can give, each once, the default's first."""
+        named = (self.default, *(rule.scheme for rule in self.rules))
+        return tuple(dict.fromkeys(scheme for scheme in named if scheme is not None))
+
+    def decide(self, site: SiteInfo) -> Decision:
+        """What ``site`` gets: the first matching rule's scheme, else a convention's, else the default."""
+        for index, rule in enumerate(self.rules):
+            if rule.matches(site):
+                return Decision(rule.scheme, _rule_reason(index, rule), "rule", index, rule.line)
+        what = _conventional(site)
+        if what is not None:
+            return Decision(None, f"kept by convention: {what}", "convention")
+        return Decision(self.default, "default of the policy", "default")
+
+    def resolve(self, model: torch.nn.Module) -> Plan:
+        """The plan for every linear weight of ``model`` (on any device, meta too).
+
+        Warns:
+            PolicyWarning: a rule has no effect, or a weight cannot have its scheme.
+        Raises:
+            PolicyError: the same, when the policy is strict.
+        """
+        from quant_compile.inspect.plan import Plan  # the plan is built from policies, hence the late import
+
+        return Plan.of(self, model).enforce()
+
+
+def shipped_policies() -> dict[str, Path]:
+    """Names of the policies that come with the package -> their files."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def _conventional(site: SiteInfo) -> str | None:
+    for rule in CONVENTIONS:
+        if rule.matches(site):
+            return rule.reason
+    return _HEAD if site.is_output_embedding else None
+
+
+def _rule_reason(index: int, rule: Rule) -> str:
+    line = f", line {rule.line}" if rule.line is not None else ""
+    author = f": {rule.reason}" if rule.reason else ""
+    return f"rule {index + 1} ({rule.selector}{line}){author}"
+
+
+def _scheme_value(scheme: Scheme | None) -> Any:
+    if scheme is None:
+        return KEEP
+    return scheme.spec if scheme.spec in PRESETS else scheme.to_fields()
+
+
+def _rule_dict(rule: Rule) -> dict[str, Any]:
+    out: dict[str, Any] = {"match": rule.match}
+    for key in ("kind", "module"):
+        if getattr(rule, key) is not None:
+            out[key] = getattr(rule, key)
+    if rule.where:
+        where: dict[str, Any] = {}
+        for condition in rule.where:
+            where.setdefault(condition.dim, []).append(condition.text)
+        out["where"] = {dim: texts[0] if len(texts) == 1 else texts for dim, texts in where.items()}
+    out["scheme"] = _scheme_value(rule.scheme)
+    if rule.reason is not None:
+        out["reason"] = rule.reason
+    return out
+
+
+def _relative_to(path: Path, folder: Path) -> str:
+    absolute, base = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    return str(absolute.relative_to(base)) if absolute.is_relative_to(base) else str(absolute)
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.endswith((".yaml", ".yml")) or "/" in source or os.sep in source or Path(source).is_file()
+
+
+def _nearest(word: object, valid: Iterable[str]) -> str:
+    by_lower = {name.lower(): name for name in valid}
+    close = difflib.get_close_matches(str(word).lower(), by_lower, n=1)
+    return f" Did you mean {by_lower[close[0]]}?" if close else ""
+
+
+def _unknown_name(source: str) -> str:
+    presets, shipped = sorted(PRESETS), sorted(shipped_policies())
+    return (
+        f"unknown policy {source!r}.{_nearest(source, [*presets, *shipped])}\n"
+        f"  presets: {', '.join(presets)}\n  shipped policies: {', '.join(shipped) or 'none'}\n"
+        "Fix: use one of these names, or the path of a .yaml file."
+    )
+
+
+def _read_file(path: Path) -> Policy:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise PolicyError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    return _Reader(read_yaml(text, str(path)), path.parent, path.stem, str(path)).policy()
+
+
+class _Reader:
+    """Turns a document into a Policy, checking every key and value."""
+
+    def __init__(self, document: Document, folder: Path, name: str, source: str | None) -> None:
+        self.document, self.folder, self.name, self.source = document, folder, name, source
+        self.fail = document.fail
+
+    def policy(self) -> Policy:
+        data = self._mapping((), self.document.data, _POLICY_KEYS)
+        if data.get("version", VERSION) != VERSION or isinstance(data.get("version"), bool):
+            self.fail(("version",), f"version must be {VERSION}, got {data['version']!r}")
+        if "default" not in data:
+            self.fail((), "key 'default' is missing. Fix: add `default: FP8_DYNAMIC` or `default: keep`.")
+        return Policy(
+            default=self._scheme(("default",), data["default"]),
+            rules=self._rules(data.get("rules")),
+            strict=self._boolean(("strict",), data.get("strict", False)),
+            allow_reference=self._boolean(("allow_reference",), data.get("allow_reference", False)),
+            fuse=self._fuse(data.get("fuse")),
+            release_weights=self._optional_boolean(("release_weights",), data.get("release_weights")),
+            scales=self._scales(data.get("scales")),
+            name=self._text(("name",), data.get("name")) or self.name,
+            source=self.source,
+        )
+
+    def _rules(self, value: Any) -> tuple[Rule, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, (list, tuple)):
+            self.fail(("rules",), f"rules must be a list, got {_shown(value)}. Fix: begin each rule with `- `.")
+        return tuple(self._rule(("rules", index), item) for index, item in enumerate(cast(list[Any], value)))
+
+    def _rule(self, path: KeyPath, value: Any) -> Rule:
+        data = self._mapping(path, value, _RULE_KEYS)
+        if "scheme" not in data:
+            self.fail(path, "a rule needs a scheme. Fix: add `scheme: keep` or a preset's name.")
+        if not {"match", "kind", "module", "where"} & set(data):
+            self.fail(path, "a rule needs match, kind, module or where. To change every weight, set `default`.")
+        kind = self._text((*path, "kind"), data.get("kind"))
+        if kind is not None and kind not in KINDS:
+            self.fail((*path, "kind"), f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        return Rule(
+            match=self._pattern((*path, "match"), data.get("match", "*")),
+            scheme=self._scheme((*path, "scheme"), data["scheme"]),
+            kind=kind,
+            module=self._text((*path, "module"), data.get("module")),
+            where=self._where((*path, "where"), data.get("where")),
+            reason=self._text((*path, "reason"), data.get("reason")),
+            line=self.document.line(path),
+        )
+
+    def _pattern(self, path: KeyPath, value: Any) -> str:
+        pattern = self._text(path, value)
+        if not pattern:
+            self.fail(path, "match must be a name, a glob, or re: and a regular expression")
+        try:
+            _matcher(pattern)
+        except re.error as error:
+            self.fail(path, f"match {pattern!r} is not a regular expression: {error}")
+        return pattern
+
+    def _where(self, path: KeyPath, value: Any) -> tuple[Condition, ...]:
+        if value is None:
+            return ()
+        conditions: list[Condition] = []
+        for dim, texts in self._mapping(path, value, ("n", "k")).items():
+            for text in texts if isinstance(texts, (list, tuple)) else (texts,):
+                conditions.append(self._condition((*path, dim), dim, text))
+        return tuple(conditions)
+
+    def _condition(self, path: KeyPath, dim: str, value: Any) -> Condition:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = f"=={value}"
+        found = _CONDITION.fullmatch(value) if isinstance(value, str) else None
+        if found is None or (found[1] == "%" and int(found[2]) == 0):
+            self.fail(path, f'{dim}: {_shown(value)} is no condition. Fix: write ">=4096", "<512", "==64" or "%128".')
+        return Condition(dim, found[1], int(found[2]))
+
+    def _scheme(self, path: KeyPath, value: Any) -> Scheme | None:
+        if isinstance(value, Mapping):
+            scheme = self._custom_scheme(path, value)
+        elif isinstance(value, Scheme):
+            scheme = value
+        elif not isinstance(value, str):
+            self.fail(path, f"a scheme is keep, a preset's name or {{weights: ...}}, got {_shown(value)}")
+        elif value.lower() == KEEP:
+            return None
+        else:
+            try:
+                scheme = parse(value)
+            except SchemeError:
+                names = [KEEP, *sorted(PRESETS)]
+                self.fail(path, f"unknown scheme {value!r}.{_nearest(value, names)} Valid: {', '.join(names)}")
+        try:
+            family_of(scheme)
+        except SchemeError as error:
+            self.fail(path, str(error))
+        return scheme
+
+    def _custom_scheme(self, path: KeyPath, value: Any) -> Scheme:
+        data = self._mapping(path, value, _SCHEME_KEYS)
+        for side in data:
+            if data[side] is not None:
+                self._check_args((*path, side), data[side])
+        try:
+            return Scheme.from_fields(data, "scheme")
+        except SchemeError as error:
+            side = "input_activations" if "scheme.input_activations" in str(error) else "weights"
+            self.fail((*path, side), str(error))
+
+    def _check_args(self, path: KeyPath, value: Any) -> None:
+        for key, item in self._mapping(path, value, [f.name for f in fields(QuantArgs)]).items():
+            expected, words = _ARG_TYPES[key]
+            item = list(cast(tuple[Any, ...], item)) if isinstance(item, tuple) else item
+            wrong = not isinstance(item, expected) or (expected is int and isinstance(item, bool))
+            if item is not None and (wrong or (isinstance(item, list) and not _two_numbers(cast(list[Any], item)))):
+                self.fail((*path, key), f"{key} must be {words}, got {_shown(item)}")
+
+    def _fuse(self, value: Any) -> Fuse:
+        data = {} if value is None else self._mapping(("fuse",), value, [f.name for f in fields(Fuse)])
+        return Fuse(**{key: self._boolean(("fuse", key), item) for key, item in data.items()})
+
+    def _scales(self, value: Any) -> Path | None:
+        text = str(value) if isinstance(value, Path) else self._text(("scales",), value)
+        return None if text is None else Path(os.path.abspath(self.folder / text))
+
+    def _mapping(self, path: KeyPath, value: Any, valid: Iterable[str]) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            self.fail(path, f"expected keys and values ({', '.join(valid)}), got {_shown(value)}")
+        data = dict(cast(Mapping[str, Any], value))
+        for key in data:
+            if key not in valid:
+                keys = ", ".join(valid)
+                self.fail((*path, key), f"unknown key {key!r}.{_nearest(key, valid)} Valid keys: {keys}")
+        return data
+
+    def _boolean(self, path: KeyPath, value: Any) -> bool:
+        if not isinstance(value, bool):
+            self.fail(path, f"{path[-1]} must be true or false, got {_shown(value)}")
+        return value
+
+    def _optional_boolean(self, path: KeyPath, value: Any) -> bool | None:
+        return None if value is None else self._boolean(path, value)
+
+    def _text(self, path: KeyPath, value: Any) -> str | None:
+        if value is not None and not isinstance(value, str):
+            self.fail(path, f"{path[-1]} must be text, got {_shown(value)}. Fix: put it in quotes.")
+        return value
+
+
+def _two_numbers(value: list[Any]) -> bool:
+    return len(value) == 2 and all(isinstance(item, int) and item > 0 for item in value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

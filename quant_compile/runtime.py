@@ -1,0 +1,417 @@
+"""The call path of one Dynamo graph: look up each weight's planes by identity, pick the graph variant, run it.
+
+Dynamo lets one graph serve many weights (other instances, other layers, replaced Parameters) and guards none of them. So
+nothing about a weight is baked in: each call identifies its Parameters (fast path: the same objects as in an earlier
+call, unchanged), and weights whose policy gives them other schemes than the traced ones get another variant of the graph,
+compiled from the same Dynamo graph with the same symbolic shapes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch.nn import Parameter
+
+from quant_compile.inspect import naming
+from quant_compile.inspect.ledger import LEDGER, Session
+from quant_compile.inspect.weights import linear_weights
+from quant_compile.ir.errors import MissingScalesError, OptionError, ReleasedWeightError
+from quant_compile.ir.graph import BiasRef, PlaneRef, Ref, ScaleRef, copy_graph, fake_mode_of, prepare_for_inductor
+from quant_compile.ir.sites import LinearSite, find_sites
+from quant_compile.lowering.registry import Problem
+from quant_compile.lowering.select import Dispatch
+from quant_compile.lowering.weights import STORE, Key, claim
+from quant_compile.options import Options, PolicySource
+from quant_compile.passes import PIPELINE
+from quant_compile.passes.plan import PassReport, Plan, SiteDecision
+from quant_compile.policy import Decision, SiteInfo
+
+Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Choose = Callable[[Problem, str], Dispatch]
+_VERSION = attrgetter("_version")
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """The graph compiled for one assignment of schemes."""
+
+    graph: fx.GraphModule
+    function: Callable[..., Any]
+    arguments: tuple[int, ...]
+    refs: tuple[Ref, ...]
+    reports: tuple[PassReport, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """A variant bound to the planes of particular Parameters; holds no Parameter."""
+
+    variant: Variant
+    pick_arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    planes: tuple[Tensor, ...]
+    pick_watched: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    stamp: tuple[int, ...]
+    epoch: int
+
+
+class GraphRunner:
+    """What the backend returns to Dynamo for one graph."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        source: PolicySource,
+        options: Options,
+        compile_graph: Compile,
+        choose: Choose,
+        target: str,
+    ) -> None:
+        self.source, self.options, self.target = source, options, target
+        self._compile, self._choose = compile_graph, choose
+        self.pristine = copy_graph(gm)
+        # Dynamo passes Python floats as 0-d tensors whose value only the real tensor still has when it is traced again.
+        self._scalars = {i: value for i, value in enumerate(inputs) if _is_scalar(value)}
+        self._parameters = {i: value for i, value in enumerate(inputs) if isinstance(value, Parameter)}
+        self._slots = tuple(self._parameters)
+        self._pick = _picker(self._slots)
+        self.sites, self.misses = find_sites(self.pristine, self._parameters)
+        self._shape_only = {i: _Shaped(value) for i, value in self._parameters.items()}
+        self._lock = threading.RLock()
+        self._variants: dict[Any, Variant] = {}
+        self._bindings: dict[tuple[int, ...], Binding] = {}
+        STORE.on_forget(self._forget)
+
+    def prepare(self) -> Variant:
+        """Compile the variant of the traced Parameters; called once, inside Dynamo's tracing context."""
+        parameters, self._parameters = self._parameters, {}
+        session, decisions = self._decide(parameters)
+        if self.options.releases(self.source.policy):
+            self._claim(parameters)
+        variant = self._variant(parameters, session, decisions, late=False)
+        self._record(parameters, session, decisions, variant)
+        return variant
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        parameters = self._pick(args)
+        binding = self._bindings.get(tuple(map(id, parameters)))
+        if binding is None or not self._is_current(binding, parameters):
+            binding = self._bind(parameters)
+        return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
+
+    def _is_current(self, binding: Binding, parameters: tuple[Any, ...]) -> bool:
+        if binding.epoch != STORE.epoch or self.source.reload_if_changed():
+            return False
+        return binding.stamp == _stamp(binding.pick_watched(parameters))
+
+    def _forget(self, identity: int) -> None:
+        for key in [key for key in list(self._bindings) if identity in key]:
+            self._bindings.pop(key, None)
+
+    # -- slow path -----------------------------------------------------------------------------------------------------
+
+    def _bind(self, values: tuple[Any, ...]) -> Binding:
+        with self._lock:
+            parameters: dict[int, Parameter] = dict(zip(self._slots, values, strict=True))
+            session, decisions = self._decide(parameters)
+            variant = self._variant(parameters, session, decisions, late=True)
+            self._refuse_released(parameters, variant)
+            started, packed = time.perf_counter(), STORE.epoch
+            planes = tuple(_resolve(ref, parameters, self._names(decisions)) for ref in variant.refs)
+            if packed != STORE.epoch:
+                _synchronize(planes)
+                _add_time(session, "packing", time.perf_counter() - started)
+            self._record(parameters, session, decisions, variant)
+            self._release(parameters, session, variant)
+            watched = tuple(i for i, slot in enumerate(self._slots) if _watchable(parameters[slot]))
+            pick_watched = _picker(watched)
+            stale = [key for key, binding in self._bindings.items() if binding.epoch != STORE.epoch]
+            for key in stale:
+                self._bindings.pop(key, None)
+            stamp = _stamp(pick_watched(values))
+            binding = Binding(variant, _picker(variant.arguments), planes, pick_watched, stamp, STORE.epoch)
+            self._bindings[tuple(map(id, values))] = binding
+            return binding
+
+    def _decide(self, parameters: Mapping[int, Parameter]) -> tuple[Session, dict[str, tuple[SiteDecision, Decision]]]:
+        owner = naming.owner_of(parameters.values())
+        names = naming.names_in(owner)
+        policy = self.source.policy
+        session = LEDGER.session(owner, policy, self.target) if owner is not None else Session(policy, self.target)
+        if self.source.is_default:
+            session.notes[f"no policy was given: {policy.name} is the default on this device"] = None
+        decisions: dict[str, tuple[SiteDecision, Decision]] = {}
+        for site in self.sites:
+            parameter = parameters[site.slot]
+            known = names.get(id(parameter))
+            full = known.full if known else (_source_name(site.weight),)
+            info = SiteInfo(
+                tuple(name.removesuffix(".weight") for name in full),
+                "linear",
+                site.module_class,
+                site.n,
+                site.k,
+                known.is_output_embedding if known else False,
+            )
+            decision = policy.decide(info)
+            decisions[site.node.name] = (SiteDecision(decision.scheme, decision.reason, full[0]), decision)
+            if decision.scheme is not None and decision.scheme.static:
+                self._load_scale(parameter, full)
+        for miss in self.misses:
+            for slot in miss.slots:
+                known = names.get(id(parameters[slot]))
+                self._record_miss(parameters[slot], known, miss.reason, session)
+        return session, decisions
+
+    def _record_miss(self, parameter: Parameter, known: naming.Names | None, reason: str, session: Session) -> None:
+        record = LEDGER.record(parameter)
+        record.misses[reason] = None
+        if known is None or parameter.dim() < 2:
+            return
+        kind = "linear" if parameter.dim() == 2 else "moe"
+        info = SiteInfo(known.rules, kind, None, *parameter.shape[-2:], known.is_output_embedding)
+        decision = session.policy.decide(info)
+        record.named = decision.scheme is not None
+        if not record.named:
+            record.reason = decision.reason
+
+    def _load_scale(self, parameter: Parameter, names: tuple[str, ...]) -> None:
+        entry = STORE.entry(parameter)
+        for name in names:
+            value = self.source.scales.get(f"{name.removesuffix('.weight')}.input_scale")
+            if value is not None:
+                if entry.input_scale is None or not torch.equal(entry.input_scale.cpu(), value.reshape(1)):
+                    entry.input_scale = value.reshape(1).to(torch.float32)
+                return
+        raise MissingScalesError(
+            f"{names[0]} has a static scheme and no calibrated input scale in {self.source.policy.scales or 'the policy'}.\n"
+            "Fix: policy = quant_compile.calibrate(model, batches, policy), or use a dynamic scheme."
+        )
+
+    def _variant(
+        self, parameters: Mapping[int, Parameter], session: Session, decisions: Mapping[str, tuple[SiteDecision, Decision]], late: bool
+    ) -> Variant:
+        specs = tuple(d[0].scheme.spec if d[0].scheme else None for d in decisions.values())
+        classes = self._scale_classes(parameters, decisions)
+        fuse, request = self.source.policy.fuse, self.options.request(self.source.policy)
+        key = (specs, tuple(sorted(classes.items())), fuse, request)
+        found = self._variants.get(key)
+        if found is None:
+            found = self._build(decisions, classes, session, late)
+            self._variants[key] = found
+        return found
+
+    def _scale_classes(self, parameters: Mapping[int, Parameter], decisions: Mapping[str, tuple[SiteDecision, Decision]]) -> dict[int, int]:
+        """Slots of static sites -> the first slot with the same scale: only those may share a quantization."""
+        first: dict[float, int] = {}
+        classes: dict[int, int] = {}
+        for site in self.sites:
+            scheme = decisions[site.node.name][0].scheme
+            if scheme is not None and scheme.static:
+                scale = STORE.entry(parameters[site.slot]).input_scale
+                classes[site.slot] = first.setdefault(float(scale) if scale is not None else 0.0, site.slot)
+        return classes
+
+    def _build(
+        self, decisions: Mapping[str, tuple[SiteDecision, Decision]], classes: dict[int, int], session: Session, late: bool
+    ) -> Variant:
+        gm = copy_graph(self.pristine)
+        sites, _ = find_sites(gm, self._shape_only)  # type: ignore[arg-type]
+        fuse = self.source.policy.fuse
+        plan = Plan(
+            tuple(sites),
+            {name: decision[0] for name, decision in decisions.items()},
+            self._timed_choose(session),
+            lambda slot: slot in self._shape_only,
+            classes,
+            fuse.share_quant,
+            fuse.merge_siblings,
+        )
+        reports: list[PassReport] = []
+        for one_pass in PIPELINE:
+            started, selecting = time.perf_counter(), session.timings.get("selection", 0.0)
+            gm, report = one_pass(gm, plan)
+            reports.append(report)
+            selection = session.timings.get("selection", 0.0) - selecting
+            _add_time(session, f"passes.{report.name}", time.perf_counter() - started - selection)
+        prepare_for_inductor(gm)
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        arguments = tuple(node.meta["argument"] for node in placeholders if "plane" not in node.meta)
+        refs = tuple(node.meta["plane"] for node in placeholders if "plane" in node.meta)
+        started = time.perf_counter()
+        inputs = [self._scalars.get(node.meta.get("argument"), node.meta["example_value"]) for node in placeholders]
+        function = self._compile_late(gm, inputs) if late else self._compile(gm, inputs)
+        _add_time(session, "inductor", time.perf_counter() - started)
+        return Variant(gm, function, arguments, refs, tuple(reports))
+
+    def _compile_late(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile at call time, under Dynamo's fake mode, so that dynamic sizes stay dynamic."""
+        mode = fake_mode_of(gm.graph)
+        guards = len(mode.shape_env.guards) if mode.shape_env else 0
+        with torch.inference_mode(torch.is_inference_mode_enabled()), tracing(TracingContext(mode)):
+            function = self._compile(gm, inputs)
+        if mode.shape_env and len(mode.shape_env.guards) > guards:
+            fresh = list(mode.shape_env.guards[guards:])
+            raise OptionError(
+                "this policy gives a layer that shares its graph another scheme, and compiling that scheme put new conditions on "
+                f"sizes that the shared graph does not check: {', '.join(str(g.expr) for g in fresh)}.\n"
+                "Fix: compile the whole model instead of single layers, or mark the sizes static (dynamic=False)."
+            )
+        return function
+
+    def _timed_choose(self, session: Session) -> Choose:
+        def choose(problem: Problem, name: str) -> Dispatch:
+            started = time.perf_counter()
+            try:
+                return self._choose(problem, name)
+            finally:
+                _add_time(session, "selection", time.perf_counter() - started)
+
+        return choose
+
+    @staticmethod
+    def _names(decisions: Mapping[str, tuple[SiteDecision, Decision]]) -> dict[str, str]:
+        return {name: decision[0].name for name, decision in decisions.items()}
+
+    # -- ledger and release --------------------------------------------------------------------------------------------
+
+    def _record(
+        self, parameters: Mapping[int, Parameter], session: Session, decisions: Mapping[str, tuple[SiteDecision, Decision]], variant: Variant
+    ) -> None:
+        dispatch_of = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
+        for site in self.sites:
+            decision, full = decisions[site.node.name]
+            parameter = parameters[site.slot]
+            record = LEDGER.record(parameter)
+            record.named = decision.scheme is not None or full.refused
+            record.reason = decision.reason
+            spec = decision.scheme.spec if decision.scheme else None
+            if spec != record.scheme:
+                record.kernels.clear()
+                record.scheme = spec
+            if spec is not None:
+                STORE.keep_only(parameter, spec)
+                dispatch = dispatch_of[site.slot]
+                record.layout = dispatch.layout
+                record.kernels[dispatch.ranges] = None
+                if site.slot in variant.arguments:
+                    what = "also read unquantized (tied embedding or another use)"
+                    record.readers[what] = None
+                    STORE.entry(parameter).plain_readers.add(what)
+        for report in variant.reports:
+            if report.name == "merge_siblings":
+                for refusal in report.refused:
+                    session.notes[f"not merged: {refusal}"] = None
+
+    def _claim(self, parameters: Mapping[int, Parameter]) -> None:
+        """Every weight of the model that the policy names becomes releasable now, before guards over its class exist."""
+        owner = naming.owner_of(parameters.values())
+        policy = self.source.policy
+        if owner is not None:
+            for weight in linear_weights(owner):
+                if not weight.in_embedding and policy.decide(weight.site).scheme is not None:
+                    claim(weight.parameter)
+        for site in self.sites:
+            claim(parameters[site.slot])
+
+    def _release(self, parameters: Mapping[int, Parameter], session: Session, variant: Variant) -> None:
+        if not self.options.releases(self.source.policy):
+            return
+        for ref in variant.refs:
+            if isinstance(ref, PlaneRef) and ref.index == 0:
+                for slot in ref.slots:
+                    if slot not in variant.arguments:
+                        STORE.release(parameters[slot])
+
+    def _refuse_released(self, parameters: Mapping[int, Parameter], variant: Variant) -> None:
+        for slot in variant.arguments:
+            parameter = parameters.get(slot)
+            entry = STORE.peek(parameter) if parameter is not None else None
+            if entry is not None and entry.released:
+                raise ReleasedWeightError(
+                    f"a graph reads a weight of shape {tuple(parameter.shape)} unquantized, but its original values were released.\n"  # type: ignore[union-attr]
+                    "Fix: quant_compile.restore(model, source), or give this weight one scheme in every graph."
+                )
+
+
+class _Shaped:
+    """Shape and dtype of a Parameter, so that a runner need not keep the Parameter alive."""
+
+    def __init__(self, parameter: Parameter) -> None:
+        self.shape, self.dtype = parameter.shape, parameter.dtype
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Tuple of the values at ``positions``, at C speed where possible."""
+    if len(positions) == 0:
+        return lambda values: ()
+    if len(positions) == 1:
+        only = positions[0]
+        return lambda values: (values[only],)
+    return itemgetter(*positions)
+
+
+def _stamp(watched: tuple[Any, ...]) -> tuple[int, ...]:
+    """What shows an update in place (version) or a swap of storage (address)."""
+    return (*map(_VERSION, watched), *map(Tensor.data_ptr, watched))
+
+
+def _watchable(parameter: Parameter) -> bool:
+    entry = STORE.peek(parameter)
+    released = entry is not None and entry.released
+    return parameter.dim() > 0 and not released and not parameter.is_inference()
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and not isinstance(value, Parameter)
+
+
+def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[str, str]) -> Tensor:
+    if isinstance(ref, PlaneRef):
+        keys = tuple(Key(ref.spec, ref.layout, flag, ref.dtype) for flag in ref.transposed)
+        return STORE.planes(tuple(parameters[slot] for slot in ref.slots), keys)[ref.index]
+    if isinstance(ref, ScaleRef):
+        return STORE.input_scale(tuple(parameters[slot] for slot in ref.slots), ())
+    return _joined_bias(ref, parameters)
+
+
+def _joined_bias(ref: BiasRef, parameters: Mapping[int, Parameter]) -> Tensor:
+    device = next(parameters[slot].device for slot in ref.slots if slot is not None)
+    with torch.inference_mode(False), torch.no_grad():
+        parts = [
+            torch.zeros(size, dtype=ref.dtype, device=device) if slot is None else parameters[slot].detach()
+            for slot, size in zip(ref.slots, ref.sizes, strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def _synchronize(planes: Sequence[Tensor]) -> None:
+    """Planes packed on one stream may be read on another."""
+    if any(plane.is_cuda for plane in planes):
+        torch.cuda.synchronize()
+
+
+def _add_time(session: Session, key: str, seconds: float) -> None:
+    session.timings[key] = session.timings.get(key, 0.0) + seconds
+
+
+def _source_name(weight: fx.Node) -> str:
+    source = getattr(weight, "_dynamo_source", None)
+    return source.name if source is not None else weight.name
+
+
+__all__ = ["Binding", "GraphRunner", "LinearSite", "Variant"]

@@ -1,0 +1,22 @@
+"""Shared test set-up: GPU tests are skipped with a reason where there is no GPU; every test starts with a clean Dynamo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, and this machine has none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    """Compiled code of one test must not serve another."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)

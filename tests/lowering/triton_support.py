@@ -1,0 +1,75 @@
+"""What tests of Triton kernels share: cubins for any arch without a GPU, and functions run under Triton's interpreter.
+
+Both need the triton package and nothing else; ``needs_triton`` skips where it is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def compile_cubin(
+    kernel: Any, arch: int, types: Mapping[str, str], constants: Mapping[str, Any], aligned: bool = True, **options: Any
+) -> Any:
+    """Compile a ``@triton.jit`` function to a cubin for ``arch`` (90 for sm90), on a machine without a GPU.
+
+    Args:
+        types: argument -> Triton type text: ``*fp8e4nv``, ``*i8``, ``*fp32``, ``*bf16``, ``i32`` ...
+        constants: constexpr argument -> value (a pointer that may be None is a constant None here).
+        aligned: pointers and i32 arguments are multiples of 16, as the launcher finds for usual shapes.
+        options: num_warps, num_stages ...
+
+    Returns:
+        Triton's compiled kernel: ``.asm["ptx"]``, ``.asm["cubin"]``, ``.metadata.shared``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    missing = [name for name in kernel.arg_names if name not in types and name not in constants]
+    assert not missing, f"neither type nor constant for {missing}"
+    hints = {}
+    if aligned:
+        wide = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "").startswith(("*", "i32", "i64"))]
+        hints = {(i,): [["tt.divisibility", 16]] for i in wide}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=hints)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def mend_interpreter() -> None:
+    """Let Triton 3.6's interpreter loop to a run-time bound under numpy 2.4, which takes [x] for no scalar."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+def run_interpreted(module: str, function: str, *arguments: object, timeout: float = 300) -> None:
+    """Call ``module.function(*arguments)`` in a new process under TRITON_INTERPRET=1 (which must be set before import).
+
+    ``arguments`` must have a faithful repr. The process's output is the message of the AssertionError when it fails.
+    """
+    mend = "from tests.lowering.triton_support import mend_interpreter; mend_interpreter()"
+    code = f"{mend}; import importlib; getattr(importlib.import_module({module!r}), {function!r})(*{arguments!r})"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

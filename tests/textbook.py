@@ -1,0 +1,216 @@
+"""Textbook round-to-nearest quantization, eager and slow: the yardstick that the product is measured against.
+
+It is written from the definitions of the schemes and shares no code with quant_compile, which it does not import. Values
+are rounded and multiplied back in f32 ("fake quantization"), products are f32 matmuls, and a linear's output is cast to
+the dtype of its input. Floats are rounded by arithmetic on their exponent, not by a dtype cast, so that even the meaning
+of e4m3 and e5m2 is stated here.
+
+Definitions, for a weight W [n, k] and an input X [..., k]; amax is the largest magnitude of what shares a scale:
+
+    FP8     scale = amax / largest finite value (e4m3: 448, e5m2: 57344), round to nearest even, saturate.
+    INT8    scale = amax / 127, round half to even, -127 .. 127.
+    INT4    symmetric: scale = amax / 7.5, codes -8 .. 7 (compressed-tensors). Asymmetric: scale = (max - min) / 15 over a
+            range that holds 0, zero = round(-min / scale), codes 0 .. 15, W = scale * (code - zero).
+            The scale is stored in the weight's dtype and codes are rounded under the stored scale.
+
+A static input scale is amax / largest code over the calibration batches of the model as it was. An amax of 0 gives zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+E4M3 = (3, -6, 448.0)
+E5M2 = (2, -14, 57344.0)
+"""(mantissa bits, smallest normal exponent, largest finite value)."""
+
+
+def round_float(x: Tensor, kind: tuple[int, int, float]) -> Tensor:
+    """f32 ``x`` rounded to the nearest value of an 8-bit float, ties to even, saturating."""
+    mantissa, smallest, largest = kind
+    exponent = torch.frexp(x).exponent - 1  # x = m * 2**exponent, 1 <= m < 2
+    step = torch.exp2((exponent.clamp(min=smallest) - mantissa).float())
+    return (torch.round(x / step) * step).clamp(-largest, largest)
+
+
+def _scale(amax: Tensor, largest: float) -> Tensor:
+    """amax / largest, with 1 where there is nothing to scale."""
+    return torch.where(amax > 0, amax / largest, torch.ones_like(amax))
+
+
+def fake_float(x: Tensor, amax: Tensor, kind: tuple[int, int, float]) -> Tensor:
+    """``x`` after FP8 and back, scaled by ``amax`` (broadcast)."""
+    scale = _scale(amax, kind[2])
+    return round_float(x / scale, kind) * scale
+
+
+def fake_int8(x: Tensor, amax: Tensor) -> Tensor:
+    """``x`` after symmetric INT8 and back, scaled by ``amax`` (broadcast)."""
+    scale = _scale(amax, 127.0)
+    return torch.round(x / scale).clamp(-127, 127) * scale
+
+
+def by_row(w: Tensor) -> Tensor:
+    """amax of each row, [..., 1]."""
+    return w.abs().amax(-1, keepdim=True)
+
+
+def by_tensor(w: Tensor) -> Tensor:
+    """amax of everything, a scalar."""
+    return w.abs().amax()
+
+
+def by_group(x: Tensor, size: int) -> Tensor:
+    """amax of each run of ``size`` along the last dimension, repeated to x's shape; the last run may be short."""
+    return torch.cat([by_row(part).expand_as(part) for part in x.split(size, dim=-1)], dim=-1)
+
+
+def by_block(w: Tensor, size: int) -> Tensor:
+    """amax of each ``size`` x ``size`` block of [n, k], repeated to its shape; the last blocks may be smaller."""
+    rows = [
+        torch.cat([by_tensor(tile).expand_as(tile) for tile in band.split(size, dim=1)], dim=1)
+        for band in w.split(size, dim=0)
+    ]
+    return torch.cat(rows, dim=0)
+
+
+def fake_int4(w: Tensor, group: int | None, symmetric: bool, stored: torch.dtype) -> Tensor:
+    """[n, k] f32 after INT4 and back, one scale (stored as ``stored``) for each ``group`` of k, or for a whole row."""
+    parts = w.split(group or w.shape[1], dim=1)
+    return torch.cat([_fake_int4_part(part, symmetric, stored) for part in parts], dim=1)
+
+
+def _fake_int4_part(w: Tensor, symmetric: bool, stored: torch.dtype) -> Tensor:
+    if symmetric:
+        scale = _scale(by_row(w), 7.5).to(stored).float()
+        return torch.round(w / scale).clamp(-8, 7) * scale
+    low = w.amin(1, keepdim=True).clamp(max=0)
+    high = w.amax(1, keepdim=True).clamp(min=0)
+    scale = _scale(high - low, 15.0).to(stored).float()
+    zero = torch.round(-low / scale).clamp(0, 15)
+    return (torch.round(w / scale + zero).clamp(0, 15) - zero) * scale
+
+
+WeightRule = Callable[[Tensor, torch.dtype], Tensor]
+InputRule = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Textbook:
+    """One scheme.
+
+    Attributes:
+        weight: (w f32 [n, k], dtype it was stored in) -> w f32 as quantization leaves it.
+        inputs: (x f32 [..., k], calibrated amax or an empty tensor) -> x f32 as quantization leaves it; None keeps x.
+        static: the input's amax comes from calibration.
+    """
+
+    weight: WeightRule
+    inputs: InputRule | None = None
+    static: bool = False
+
+
+def _int4(group: int | None, symmetric: bool = True) -> Textbook:
+    return Textbook(lambda w, dtype: fake_int4(w, group, symmetric, dtype))
+
+
+def _int8_rows(w: Tensor, dtype: torch.dtype) -> Tensor:
+    return fake_int8(w, by_row(w))
+
+
+SCHEMES: Mapping[str, Textbook] = {
+    "FP8_DYNAMIC": Textbook(lambda w, _: fake_float(w, by_row(w), E4M3), lambda x, _: fake_float(x, by_row(x), E4M3)),
+    "FP8": Textbook(lambda w, _: fake_float(w, by_tensor(w), E4M3), lambda x, amax: fake_float(x, amax, E4M3), True),
+    "FP8_TENSOR_DYNAMIC": Textbook(
+        lambda w, _: fake_float(w, by_tensor(w), E4M3), lambda x, _: fake_float(x, by_tensor(x), E4M3)
+    ),
+    "FP8_E5M2_DYNAMIC": Textbook(
+        lambda w, _: fake_float(w, by_row(w), E5M2), lambda x, _: fake_float(x, by_row(x), E5M2)
+    ),
+    "FP8_BLOCK": Textbook(
+        lambda w, _: fake_float(w, by_block(w, 128), E4M3), lambda x, _: fake_float(x, by_group(x, 128), E4M3)
+    ),
+    "W8A8": Textbook(_int8_rows, lambda x, _: fake_int8(x, by_row(x))),
+    "W8A8_STATIC": Textbook(_int8_rows, lambda x, amax: fake_int8(x, amax), True),
+    "W8A16": Textbook(_int8_rows),
+    "W4A16": _int4(128),
+    "W4A16_G64": _int4(64),
+    "W4A16_G32": _int4(32),
+    "W4A16_CHANNEL": _int4(None),
+    "W4A16_ASYM": _int4(128, symmetric=False),
+}
+
+
+class FakeQuantLinear(nn.Module):
+    """A linear whose weight has been through a scheme, and whose input goes through it at each call."""
+
+    def __init__(self, linear: nn.Linear, scheme: Textbook, amax: Tensor) -> None:
+        super().__init__()
+        with torch.no_grad():
+            weight = scheme.weight(linear.weight.detach().float(), linear.weight.dtype)
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
+        self.register_buffer("amax", amax, persistent=False)
+        self.inputs = scheme.inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., k] -> [..., n] in x's dtype; f32 inside."""
+        wide = x.float() if self.inputs is None else self.inputs(x.float(), self.amax)
+        return nn.functional.linear(wide, self.weight, self.bias).to(x.dtype)
+
+
+def input_amax(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Largest input magnitude of every nn.Linear over ``batches`` of token ids, by module name."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            amax = by_tensor(args[0].float())
+            seen[name] = torch.maximum(seen[name], amax) if name in seen else amax
+
+        return hook
+
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linears]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def fake_quant_model(
+    model: nn.Module,
+    scheme_name: str,
+    keep: Sequence[str] = ("lm_head",),
+    amax: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """A deep copy of ``model`` whose nn.Linear modules follow the scheme, except names that end in one of ``keep``.
+
+    Raises:
+        ValueError: a static scheme without ``amax`` (see ``input_amax``), or a model without linears to replace.
+    """
+    scheme = SCHEMES[scheme_name]
+    if scheme.static and amax is None:
+        raise ValueError(f"{scheme_name} needs the inputs' amax")
+    made = copy.deepcopy(model)
+    targets = [
+        (name, module)
+        for name, module in made.named_modules()
+        if isinstance(module, nn.Linear) and not any(name == end or name.endswith("." + end) for end in keep)
+    ]
+    if not targets:
+        raise ValueError("the model has no linear to replace")
+    for name, module in targets:
+        parent, _, leaf = name.rpartition(".")
+        limit = amax[name] if scheme.static and amax is not None else torch.empty(0)
+        setattr(made.get_submodule(parent), leaf, FakeQuantLinear(module, scheme, limit))
+    return made
