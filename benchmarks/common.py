@@ -40,7 +40,8 @@ DISTRIBUTIONS = {
 GIB = float(1 << 30)
 # Weights are rotated until this much has been touched between two uses of one copy: three times an H200's L2.
 ROTATE_BYTES = 3 * 60 * 1_000_000
-GRAPH_US = 1500.0
+# Microseconds that one CUDA graph of repeated calls should take, and the most calls it may hold.
+GRAPH_US, GRAPH_CALLS = 5000.0, 120
 
 # The checkout beside these scripts is what is measured, installed or not.
 if str(ROOT) not in sys.path:
@@ -217,7 +218,7 @@ def time_calls(
             if estimate > limit_us:
                 out[name] = f"slower than {limit_us:.0f} us: {estimate:.0f} us in one measurement"
                 continue
-            count = copies * math.ceil(min(max(GRAPH_US / estimate, 2), 200) / copies) if estimate < 300 else 4
+            count = copies * math.ceil(min(max(GRAPH_US / estimate, 4), GRAPH_CALLS) / copies)
             runs[name] = (_capture(call, count), count)
         except Exception as error:
             out[name] = last_line(error)

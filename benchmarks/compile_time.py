@@ -1,8 +1,8 @@
 """Compile time: Inductor bf16 against sglquant with cold caches, and the passes' own time over 5 to 80 layers.
 
-Each compilation runs in a process of its own with empty caches; a trivial function is compiled first, so that imports and
-the start of Inductor's worker pool count for nobody. What is compiled is one decode step (B=1, static cache) of a Llama.
-Quantizing and packing weights, and choosing kernels (tuning and JIT included), are shown apart and not in ``compile_s``.
+Each compilation runs in a process of its own with empty caches. A trivial function is compiled first, so that imports
+and the start of the worker pool count for nobody. What is compiled is one decode step (B=1, static cache) of a Llama.
+Quantizing and packing weights, and choosing kernels (tuning and JIT), are shown apart and not in ``compile_s``.
 The second table times the passes alone: Inductor is replaced by a stub, and the model is narrow but as deep as said.
 
     python benchmarks/compile_time.py --out benchmarks/results/compile_time.json                      # on a GPU

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from common import RESULTS, Deadline, Timing, copies_for, geomean, last_line, machine, table, time_calls, write_result
 from torch import Tensor
+from torch.nn.functional import linear
 
 import quant_compile.lowering.schemes  # noqa: F401  (registers the scheme families)
 from quant_compile.ir.family import Family, Planes, Reject, family_of
@@ -37,8 +38,9 @@ SMOKE_SHAPES = ((256, 128), (128, 384))
 SMOKE_MS = (1, 16)
 TOLERANCE = 5e-3
 CHECKED_ROWS = 128
-# A peer this many times slower than bf16 is reported with one measurement instead of a graph of them.
-HOPELESS = 6.0
+# A contender this many times slower than bf16 should be is reported with one measurement instead of a graph of them, if
+# it is also slower than launch overheads can explain.
+HOPELESS, HOPELESS_US = 6.0, 500.0
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ class Entry:
 
 def contenders(problem: Problem, target: Target) -> tuple[list[Contender], list[tuple[str, str]]]:
     """All that could run the problem, bf16 first, and what could not be set up: (name, reason)."""
-    bf16 = Contender("cuBLAS bf16", "bf16", "dense", lambda w: w[0], _same, torch.nn.functional.linear)
+    bf16 = Contender("cuBLAS bf16", "bf16", "dense", _same, _same, lambda x, w: linear(x[0], w[0]))
     found, missing = [bf16], list[tuple[str, str]]()
     for peer in PEERS.get(problem.scheme.spec, ()) if target.device == "cuda" else ():
         try:
@@ -291,62 +293,66 @@ def contenders(problem: Problem, target: Target) -> tuple[list[Contender], list[
     return found, missing
 
 
-def check(entry: Entry, weight: Weight, m: int, target: Target, xs: Sequence[Any], truth: Truth) -> None:
-    """Fill in the entry's status: rejected by ``fit``, failing (an exception or a wrong result), or ok."""
+def prepare(entry: Entry, weight: Weight, m: int, target: Target, truth: Truth) -> Callable[[int], Tensor] | None:
+    """Fill in the entry's status (rejected by ``fit``, failing, or ok) and give the call to time if it is ok."""
     contender = entry.contender
     try:
         if contender.kind in ("kernel", "dispatch"):
             answer = kernels()[contender.name].fit(weight.problem, m, target)
             if isinstance(answer, Reject):
                 entry.status, entry.reason = "rejected", answer.reason
-                return
-        y = contender.call(xs[0], weight.packed(contender)[0])
-        entry.error = relative_error(y, *(truth.dense if contender.kind == "bf16" else truth.quantized))
-        if not entry.error <= TOLERANCE:
-            entry.status, entry.reason = "failing", f"relative error {entry.error:.2e} over {TOLERANCE:.0e}"
-    except Exception as error:
+                return None
+        sample = truth.dense if contender.kind == "bf16" else truth.quantized
+        xs, ws = [contender.feed(x) for x in sample.xs], weight.packed(contender)
+        entry.error = relative_error(contender.call(xs[0], ws[0]), truth.rows, sample.expected)
+    except Exception as error:  # a peer or kernel that breaks is a result, not the end of the run
         entry.status, entry.reason = "failing", last_line(error)
+        return None
+    if not entry.error <= TOLERANCE:
+        entry.status, entry.reason = "failing", f"relative error {entry.error:.2e} over {TOLERANCE:.0e}"
+        return None
+    return lambda i: contender.call(xs[i % len(xs)], ws[i % len(ws)])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of a cell, and what the checked rows of the product with the first should be, f32."""
+
+    xs: Sequence[Any]
+    expected: Tensor
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Rows to compare and what they should be, for quantized contenders and for bf16."""
+    """What contenders of one cell are compared with."""
 
-    quantized: tuple[Tensor, Tensor]
-    dense: tuple[Tensor, Tensor]
+    rows: Tensor
+    quantized: Sample
+    dense: Sample
+
+
+def truth_of(weight: Weight, m: int) -> Truth:
+    """Fresh random inputs and their expected products."""
+    dense, planes = weight.inputs(m)
+    rows = checked_rows(m, weight.device)
+    plain = dense[0][rows].float() @ weight.dense.float().t()
+    return Truth(rows, Sample(planes, weight.reference(planes[0], rows)), Sample([(x,) for x in dense], plain))
 
 
 def measure_cell(weight: Weight, m: int, target: Target, found: Sequence[Contender], repeats: int) -> list[Entry]:
     """Check and time every contender at one M."""
-    dense, planes = weight.inputs(m)
-    rows = checked_rows(m, weight.device)
-    plain = dense[0][rows].float() @ weight.dense.float().t()
-    truth = Truth((rows, weight.reference(planes[0], rows)), (rows, plain))
-    entries, calls = [Entry(contender) for contender in found], {}
-    for entry in entries:
-        contender = entry.contender
-        try:
-            xs = dense if contender.kind == "bf16" else [contender.feed(x) for x in planes]
-        except Exception as error:
-            entry.status, entry.reason = "failing", last_line(error)
-            continue
-        check(entry, weight, m, target, xs, truth)
-        if entry.status == "ok":
-            calls[f"{contender.kind} {contender.name}"] = rotating(contender, xs, weight.packed(contender))
-    limit = HOPELESS * _floor_us(weight, m) if weight.device.type == "cuda" else float("inf")
-    timings = time_calls(calls, weight.device, weight.copies, repeats, limit)
-    for entry in entries:
-        timing = timings.get(f"{entry.contender.kind} {entry.contender.name}")
+    truth = truth_of(weight, m)
+    entries = {f"{contender.kind} {contender.name}": Entry(contender) for contender in found}
+    calls = {name: prepare(entry, weight, m, target, truth) for name, entry in entries.items()}
+    limit = max(HOPELESS_US, HOPELESS * _floor_us(weight, m)) if weight.device.type == "cuda" else float("inf")
+    good = {name: call for name, call in calls.items() if call is not None}
+    for name, timing in time_calls(good, weight.device, weight.copies, repeats, limit).items():
+        entry = entries[name]
         if isinstance(timing, Timing):
             entry.timing = timing
-        elif timing is not None:
+        else:
             entry.status, entry.reason = "slow" if timing.startswith("slower") else "failing", timing
-    return entries
-
-
-def rotating(contender: Contender, xs: Sequence[Any], ws: Sequence[Any]) -> Callable[[int], Tensor]:
-    """A call that takes turns through inputs and weights."""
-    return lambda i: contender.call(xs[i % len(xs)], ws[i % len(ws)])
+    return list(entries.values())
 
 
 def _floor_us(weight: Weight, m: int) -> float:

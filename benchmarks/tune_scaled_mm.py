@@ -1,7 +1,8 @@
 """Measure launch plans of the Triton scaled-mm kernels on this GPU and print the best one of every case.
 
 Reads nothing; writes a JSON file (--out). Each candidate is first compared with the scheme's reference, then timed
-inside a CUDA graph that walks over enough copies of the weight that none is still in L2. Stops by itself after --seconds.
+inside a CUDA graph that walks over enough copies of the weight that none is still in L2. Stops by itself after
+--seconds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def short(plan: Config) -> str:
     """A plan in one word."""
     text = f"{plan.kind} m{plan.block_m} n{plan.block_n} k{plan.block_k} w{plan.warps} s{plan.stages}"
     text += f" x{plan.split}" if plan.split > 1 else ""
-    return text + (" tma" if plan.tma else "") + (" promote" if plan.promote else "")
+    marks = {"tma": plan.tma, "promote": plan.promote, "pdl": plan.pdl}
+    return " ".join([text, *(name for name, is_set in marks.items() if is_set)])
 
 
 def candidates(problem: Problem, m: int, target: Target) -> list[Config]:
@@ -65,6 +67,9 @@ def candidates(problem: Problem, m: int, target: Target) -> list[Config]:
         plans += _tall_candidates(problem, m, target)
     if m >= 64:
         plans += _wide_candidates(problem, target)
+    if target.arch >= 90 and m <= 64:
+        overlapped = [plan for plan in plans if plan.kind != "wide" and not plan.tma]
+        plans += [replace(plan, pdl=True) for plan in overlapped if m <= 4 or plan.stages != 3][:12]
     return list(dict.fromkeys(plans))
 
 

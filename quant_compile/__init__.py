@@ -1,0 +1,56 @@
+"""sglquant: a torch.compile backend that quantizes unmodified models and says what became of every weight.
+
+    quant_compile.compile(model, policy="fp8_dynamic")     # in place; or torch.compile(model, backend="sglquant", options=...)
+    with torch.inference_mode():
+        model.generate(**inputs, cache_implementation="static", disable_compile=True)
+    print(quant_compile.report(model))
+"""
+
+from __future__ import annotations
+
+from quant_compile.api import compile, refresh, release, report, restore
+from quant_compile.calibrate import calibrate
+from quant_compile.ir.errors import (
+    CoverageError,
+    GradModeError,
+    MissingScalesError,
+    NoKernelError,
+    OptionError,
+    PolicyError,
+    QuantError,
+    ReleasedWeightError,
+    SchemeError,
+    StaleWeightError,
+    WeightError,
+)
+from quant_compile.ir.report import Report
+from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
+from quant_compile.policy import Policy, Rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "CoverageError",
+    "GradModeError",
+    "MissingScalesError",
+    "NoKernelError",
+    "OptionError",
+    "Policy",
+    "PolicyError",
+    "QuantArgs",
+    "QuantError",
+    "ReleasedWeightError",
+    "Report",
+    "Rule",
+    "Scheme",
+    "SchemeError",
+    "StaleWeightError",
+    "WeightError",
+    "calibrate",
+    "compile",
+    "refresh",
+    "release",
+    "report",
+    "restore",
+]

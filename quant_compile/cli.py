@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from quant_compile.inspect.plan import Plan
     from quant_compile.lowering.target import Target
 
 TARGETS = ("cpu", "sm80", "sm89", "sm90", "sm100", "sm120")
+# What Dynamo calls a parameter or buffer of a module.
+_DYNAMO_NAME = re.compile(r"\bl_self_modules_(\w+?)_(?:parameters|buffers)_(\w+)")
 # Width of tables that are piped or captured, where there is no terminal to fit.
 PIPED_WIDTH = 170
 
@@ -184,11 +188,16 @@ def _check(arguments: argparse.Namespace) -> int:
         print(plan.to_json())
     else:
         _console().print(plan.table(arguments.full))
+    _warn(plan)
+    return 0
+
+
+def _warn(plan: Plan) -> None:
+    """Print what is wrong with a plan; raises it if the policy is strict."""
+    if plan.policy.strict:
+        plan.enforce()
     for note in (*plan.problems, *([plan.calibration_note] if plan.calibration_note else [])):
         print(f"warning: {note}", file=sys.stderr)
-    if policy.strict:
-        plan.enforce()
-    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -196,23 +205,35 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from quant_compile.policy import Policy
 
     policy = Policy.load(arguments.policy)
-    target = Target.fake(arguments.target) if arguments.target else None
+    target = Target.fake(arguments.target) if arguments.target else _this_machine()
     _quiet_transformers()
-    from quant_compile.backend import explain
+    from quant_compile.explain import explain
     from quant_compile.inspect.models import build_model, example_inputs
+    from quant_compile.inspect.plan import Plan
 
-    model = build_model(_model_spec(arguments, arguments.model), small_on_cpu=True)
-    explanation = explain(model, dict(example_inputs(model, arguments.tokens)), policy, target)
-    if arguments.graph or target is None:
+    model = build_model(_model_spec(arguments, arguments.model))
+    plan = Plan.of(policy, model)
+    _warn(plan)
+    explanation = explain(model, example_inputs(model, arguments.tokens), policy, target)
+    if arguments.graph or not arguments.target:
         _print_graph(arguments.graph or "after", explanation.before, explanation.after)
     console = _console()
     console.print(explanation.report.table(arguments.full))
-    if target is not None:
-        _print_kernels(console, policy, model, target)
+    if arguments.target:
+        _print_kernels(console, plan, target)
     return 0
 
 
-def _print_graph(which: str, before: list[str], after: list[str]) -> None:
+def _this_machine() -> Target:
+    import torch
+
+    from quant_compile.lowering.target import Target
+
+    return Target.of("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _print_graph(which: str, before: Sequence[str], after: Sequence[str]) -> None:
+    before, after = ([_DYNAMO_NAME.sub(_plain_name, line) for line in graph] for graph in (before, after))
     if which == "diff":
         lines = list(difflib.unified_diff(before, after, "before", "after", lineterm=""))
     else:
@@ -220,11 +241,15 @@ def _print_graph(which: str, before: list[str], after: list[str]) -> None:
     print("\n".join(lines))
 
 
-def _print_kernels(console: Console, policy: Any, model: Any, target: Target) -> None:
-    from quant_compile.inspect.kernels import kernel_choices, kernels_table, refusals_table
-    from quant_compile.inspect.plan import Plan
+def _plain_name(found: re.Match[str]) -> str:
+    """``l_self_modules_mlp_modules_up_proj_parameters_weight__data`` -> ``mlp.up_proj.weight.data``."""
+    return f"{found[1].replace('_modules_', '.')}.{found[2].replace('__', '.').rstrip('_')}"
 
-    choices = kernel_choices(Plan.of(policy, model), target)
+
+def _print_kernels(console: Console, plan: Plan, target: Target) -> None:
+    from quant_compile.inspect.kernels import kernel_choices, kernels_table, refusals_table
+
+    choices = kernel_choices(plan, target)
     console.print(kernels_table(choices, target))
     console.print(refusals_table(choices))
 

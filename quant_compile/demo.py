@@ -1,8 +1,8 @@
 """The demo: the bundled tiny Llama in bf16 and under four policies, measured on text it has never seen.
 
-Reads ``examples/tiny_lm/weights`` of a source checkout (or ``--model DIR``); writes to the terminal only. Each model runs
-compiled, in two graphs: one reads a window into a static KV cache, the other makes one token. Perplexity, speed and the
-printed continuation all come from these two graphs, so that compiling is paid twice a policy and no more.
+Reads ``examples/tiny_lm/weights`` of a source checkout (or ``--model DIR``); writes to the terminal only. Each model
+runs compiled, in two graphs: one reads a window into a static KV cache, the other makes one token. Perplexity, speed and
+the printed continuation all come from these two graphs, so that compiling is paid twice a policy and no more.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def find_weights(folder: str | Path | None = None) -> Path:
     missing = [name for name in FILES if not (place / name).is_file()]
     if missing:
         raise DemoError(
-            f"no trained model in {place}: {', '.join(missing)} is missing. The weights are part of the source repository, "
-            "not of the installed package.\nFix: run this in a checkout, or give --model DIR, a folder made by "
+            f"no trained model in {place}: {', '.join(missing)} is missing. The weights are part of the source "
+            "repository, not of the installed package.\nFix: run this in a checkout, or give --model DIR, a folder made by "
             "examples/tiny_lm/train.py."
         )
     return place
@@ -111,7 +111,7 @@ def load(name: str = "dense", folder: str | Path | None = None, device: str | to
 
 
 def windows_of(ids: Tensor, length: int, count: int) -> Tensor:
-    """The first ``count`` windows [count, length + 1] of ``ids``; neighbours share one token, so each token is predicted.
+    """The first ``count`` windows [count, length + 1] of ``ids``; neighbours share one token, so each is predicted.
 
     Raises:
         ValueError: the text has not even one window.
@@ -138,7 +138,7 @@ def perplexity(forward: Callable[[Tensor], Tensor], windows: Tensor) -> float:
 
 
 class Runner:
-    """A compiled causal LM with one static KV cache: reads windows of ``WINDOW`` tokens, then decodes token by token."""
+    """A compiled causal LM with one static KV cache: reads windows of ``WINDOW`` tokens, decodes token by token."""
 
     def __init__(self, lm: TinyLM) -> None:
         from transformers import StaticCache
@@ -250,8 +250,8 @@ def main(argv: Sequence[str] = ()) -> int:
     prompt = windows[-1][None, :-1]
     size = sum(p.numel() for p in lm.model.parameters())
     console.print(
-        f"{type(lm.model).__name__}, {size / 1e6:.2f} M parameters, trained on the Python standard library. Perplexity on "
-        f"{windows.shape[0]} held-out windows of {WINDOW} tokens, {args.device}.",
+        f"{type(lm.model).__name__}, {size / 1e6:.2f} M parameters, trained on the Python standard library. "
+        f"Perplexity on {windows.shape[0]} held-out windows of {WINDOW} tokens, {args.device}.",
         highlight=False,
     )
     outcomes: list[Outcome] = []

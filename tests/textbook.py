@@ -1,19 +1,19 @@
 """Textbook round-to-nearest quantization, eager and slow: the yardstick that the product is measured against.
 
-It is written from the definitions of the schemes and shares no code with quant_compile, which it does not import. Values
-are rounded and multiplied back in f32 ("fake quantization"), products are f32 matmuls, and a linear's output is cast to
-the dtype of its input. Floats are rounded by arithmetic on their exponent, not by a dtype cast, so that even the meaning
-of e4m3 and e5m2 is stated here.
+It is written from the definitions of the schemes and shares no code with quant_compile, which it does not import.
+Values are rounded and multiplied back in f32 ("fake quantization"), products are f32 matmuls, and a linear's output is
+cast to the dtype of its input. Floats are rounded by arithmetic on their exponent, not by a dtype cast, so that even the
+meaning of e4m3 and e5m2 is stated here.
 
 Definitions, for a weight W [n, k] and an input X [..., k]; amax is the largest magnitude of what shares a scale:
 
     FP8     scale = amax / largest finite value (e4m3: 448, e5m2: 57344), round to nearest even, saturate.
     INT8    scale = amax / 127, round half to even, -127 .. 127.
-    INT4    symmetric: scale = amax / 7.5, codes -8 .. 7 (compressed-tensors). Asymmetric: scale = (max - min) / 15 over a
-            range that holds 0, zero = round(-min / scale), codes 0 .. 15, W = scale * (code - zero).
+    INT4    symmetric: scale = amax / 7.5, codes -8 .. 7 (compressed-tensors). Asymmetric: scale = (max - min) / 15 over
+            a range that holds 0, zero = round(-min / scale), codes 0 .. 15, W = scale * (code - zero).
             The scale is stored in the weight's dtype and codes are rounded under the stored scale.
 
-A static input scale is amax / largest code over the calibration batches of the model as it was. An amax of 0 gives zeros.
+A static input scale is amax / largest code over the calibration batches of the model as it was; amax 0 gives zeros.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python3 examples/tiny_lm/train.py --out DIR --device cpu --steps 3 --tiny
 
 Reads the running interpreter's standard library; writes ``DIR/{tokenizer.json, heldout.txt, train_log.json}`` and
-``DIR/{dense,moe}/{config.json, model.safetensors}`` (bf16). Forward and backward run in bf16 on a bf16 copy of f32 master
-weights, so that what is saved is exactly what was trained and measured.
+``DIR/{dense,moe}/{config.json, model.safetensors}`` (bf16). Forward and backward run in bf16 on a bf16 copy of f32
+master weights, so that what is saved is exactly what was trained and measured.
 """
 
 from __future__ import annotations

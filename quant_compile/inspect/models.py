@@ -16,8 +16,6 @@ from torch import nn
 from quant_compile.ir.errors import OptionError, QuantError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Below this many bytes a model is made with random values on the CPU, above it on the meta device.
-SMALL_MODEL = 256 << 20
 
 
 class ModelError(QuantError, ValueError):
@@ -77,8 +75,8 @@ def _read_config(read: Callable[..., Any], source: str, **options: Any) -> Any:
         raise ModelError(f"transformers cannot read the configuration of {source!r}: {error}") from None
 
 
-def build_model(spec: ModelSpec, small_on_cpu: bool = False) -> nn.Module:
-    """The model of a spec on the meta device, in eval mode; ``small_on_cpu`` gives small ones random values on the CPU.
+def build_model(spec: ModelSpec) -> nn.Module:
+    """The model of a spec on the meta device, in eval mode.
 
     Raises:
         ModelError: no configuration, or the class cannot be built from it.
@@ -87,11 +85,7 @@ def build_model(spec: ModelSpec, small_on_cpu: bool = False) -> nn.Module:
     config = load_config(spec.source)
     if spec.layers is not None:
         _set_layers(config, spec.layers)
-    dtype = _dtype(config, spec.dtype)
-    model = _construct(config, spec.class_name, dtype, "meta")
-    if small_on_cpu and sum(p.nbytes for p in model.parameters()) <= SMALL_MODEL:
-        model = _construct(config, spec.class_name, dtype, "cpu")
-    return model.eval()
+    return _construct(config, spec.class_name, _dtype(config, spec.dtype)).eval()
 
 
 def _dtype(config: Any, name: str | None) -> torch.dtype:
@@ -113,7 +107,7 @@ def _set_layers(config: Any, layers: int) -> None:
         text.layer_types = list(kinds)[:layers]
 
 
-def _construct(config: Any, class_name: str | None, dtype: torch.dtype, device: str) -> nn.Module:
+def _construct(config: Any, class_name: str | None, dtype: torch.dtype) -> nn.Module:
     import transformers
 
     names = [class_name] if class_name else [*(config.architectures or []), "AutoModelForCausalLM", "AutoModel"]
@@ -126,7 +120,7 @@ def _construct(config: Any, class_name: str | None, dtype: torch.dtype, device: 
         if make is None:
             raise OptionError(f"{cls.__name__} is not a model class of transformers")
         try:
-            with torch.device(device):
+            with torch.device("meta"):
                 return make(config, dtype=dtype)
         except ValueError as error:  # what transformers raises for a config of another family
             failure = error

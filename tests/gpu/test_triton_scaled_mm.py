@@ -61,6 +61,8 @@ def plans(problem: Problem, m: int, target: Target) -> list[kernel.Config]:
         found += [replace(tall, split=1), replace(tall, split=2)]
         if target.arch >= 90 and problem.k % 16 == 0:
             found.append(replace(tall, tma=True))
+    if target.arch >= 90:
+        found += [replace(plan, pdl=True) for plan in found if plan.kind != "wide" and not plan.tma]
     return list(dict.fromkeys(found))
 
 

@@ -74,7 +74,7 @@ def check_tiles(spec: str) -> None:
 
 
 def check_group_strides() -> None:
-    """FP8_BLOCK reads input scales of any strides: column-major, as other kernels want them, or cut from a wider plane."""
+    """FP8_BLOCK reads input scales of any strides: column-major, or cut from a wider plane."""
     x, w, bias, problem, expected = make("FP8_BLOCK", 5, 130, 384, torch.float32, True)
     columns = (x[0], x[1].t().contiguous().t())
     wide = (x[0], torch.cat((x[1], x[1]), 1)[:, : x[1].shape[1]])
@@ -106,16 +106,16 @@ def check_run() -> None:
             assert float((actual.float() - expected.float()).norm() / expected.float().norm()) <= limit
 
 
-@needs_triton
-@pytest.mark.parametrize("spec", SCHEMES)
-def test_decode_in_interpreter(spec: str) -> None:
-    run_interpreted(__name__, "check_decode", spec)
+def check_all(spec: str) -> None:
+    """Every kind of plan of one scheme, in one process."""
+    check_decode(spec)
+    check_tiles(spec)
 
 
 @needs_triton
 @pytest.mark.parametrize("spec", SCHEMES)
-def test_tiles_in_interpreter(spec: str) -> None:
-    run_interpreted(__name__, "check_tiles", spec)
+def test_every_plan_in_interpreter(spec: str) -> None:
+    run_interpreted(__name__, "check_all", spec)
 
 
 @needs_triton
@@ -142,8 +142,16 @@ def compile_plan(plan: kernel.Config, problem: Problem, arch: int, even: bool = 
     x = "*i8" if integer else names[activations.format or ""]
     w = "*i8" if integer else names[problem.scheme.weights.format or ""]
     group_n, group_k = kernel.groups(problem)
-    common = {"EVEN_K": even, "GROUP_K": group_k, "GROUP_N": group_n, "INTEGER": integer, "HAS_BIAS": True}
+    common = {
+        "EVEN_K": even,
+        "GROUP_K": group_k,
+        "GROUP_N": group_n,
+        "INTEGER": integer,
+        "HAS_BIAS": True,
+        "PDL": plan.pdl,
+    }
     scales = {"bias_ptr": "*bf16", "y_ptr": "*bf16", "n": "i32", "k": "i32", "m": "i32"}
+    pdl = {"launch_pdl": plan.pdl}
     if plan.kind in ("gemv", "slices"):
         types = scales | {"sx_ptr": "*fp32", "sw_ptr": "*fp32", "x_ptr": x, "w_ptr": w}
         types |= {name: "i32" for name in ("sx_row", "sx_group", "sw_row", "sw_group")}
@@ -153,9 +161,9 @@ def compile_plan(plan: kernel.Config, problem: Problem, arch: int, even: bool = 
                 types |= {"x_ptr": "*i32", "w_ptr": "*i32"}
                 sizes["BLOCK_K"] //= 4
             sizes |= {"M": plan.block_m, "DP4A": integer and even, "PIPELINE": plan.stages}
-            return compile_cubin(source.gemv_kernel, arch, types, sizes, aligned=even, num_warps=plan.warps)
+            return compile_cubin(source.gemv_kernel, arch, types, sizes, aligned=even, num_warps=plan.warps, **pdl)
         sizes |= {"BLOCK_M": plan.block_m, "SLICES": plan.warps}
-        options = {"num_warps": plan.warps, "num_stages": plan.stages}
+        options = {"num_warps": plan.warps, "num_stages": plan.stages, **pdl}
         return compile_cubin(source.slices_kernel, arch, types, sizes, aligned=even, **options)
     return _compile_tile(plan, arch, x, w, common, even)
 
@@ -177,7 +185,7 @@ def _compile_tile(plan: kernel.Config, arch: int, x: str, w: str, common: dict[s
     constants = common | {"BLOCK_A": block_a, "BLOCK_B": block_b, "BLOCK_K": plan.block_k, "BAND": plan.band}
     constants |= {"SPLIT": plan.split, "W_IS_A": tall, "PROMOTE": plan.promote, "TMA": plan.tma}
     constants |= {"y_a" if tall else "y_b": 1, "HAS_BIAS": not split}
-    options = {"num_warps": plan.warps, "num_stages": plan.stages}
+    options = {"num_warps": plan.warps, "num_stages": plan.stages, "launch_pdl": plan.pdl}
     return compile_cubin(source.tile_kernel, arch, types, constants, aligned=even, **options)
 
 
@@ -227,6 +235,19 @@ def test_hopper_uses_its_tensor_cores_and_wide_loads() -> None:
     assert "v4.b32" in gemv and "cvt.rn.f16x2.e4m3x2" in gemv
     integers = Problem(parse("W8A8"), 6144, 4096, torch.bfloat16, True)
     assert "dp4a.s32.s32" in compile_plan(kernel.gemv_config(integers, 1, SM90), integers, 90).asm["ptx"]
+
+
+@needs_triton
+@pytest.mark.parametrize("spec", ["FP8_DYNAMIC", "W8A8", "FP8_BLOCK"])
+def test_early_start_reads_nothing_before_its_inputs_are_ready(spec: str) -> None:
+    """Under programmatic dependent launch, only prefetches may come before the wait; without it there is no wait."""
+    problem = Problem(parse(spec), 6144, 4096, torch.bfloat16, True)
+    for plan in (kernel.gemv_config(problem, 1, SM90), *(kernel.config(problem, m, SM90) for m in (16, 64))):
+        assert "griddepcontrol" not in compile_plan(plan, problem, 90).asm["ptx"]
+        ptx = compile_plan(replace(plan, pdl=True), problem, 90).asm["ptx"]
+        before, wait, after = ptx.partition("griddepcontrol.wait")
+        assert wait and "prefetch.global.L2" in before and "griddepcontrol.launch_dependents" in after
+        assert not any(access in before for access in ("ld.global", "st.global", "cp.async"))
 
 
 @needs_triton

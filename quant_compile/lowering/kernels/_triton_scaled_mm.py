@@ -8,12 +8,30 @@ float atomics, so equal inputs give equal bits. ``triton_scaled_mm`` chooses amo
 * ``tile_kernel``: any m, symmetric in its operands; a decode step passes w as the tall operand a.
 
 Accumulation is int32 (exact) for int8 and f32 for fp8. Scales are applied in f32, x's first, as the references do.
+Arguments that change with m are not specialized, so that a new m never compiles again.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _start_early(w_rows, line, k, LINES: tl.constexpr, PDL: tl.constexpr):
+    """Under programmatic dependent launch: fetch LINES cache lines of each row of w into L2, then wait for the inputs.
+
+    The grid may start while the kernel before it still runs. Until ``gdc_wait`` returns nothing may be read or written,
+    so weights are only prefetched, which is right even if that kernel writes them. ``line``: elements per 128 bytes.
+    """
+    if PDL:
+        at = w_rows + tl.minimum(tl.arange(0, LINES) * line, k - 1)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -60,7 +78,7 @@ def _gemv_store(
     tl.store(y_ptr + row * n + rows, y.to(y_ptr.dtype.element_ty), mask=(rows < n) & (row < m))
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "sx_group"])
 def gemv_kernel(
     x_ptr,
     w_ptr,
@@ -85,6 +103,7 @@ def gemv_kernel(
     DP4A: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PIPELINE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Rows [pid * BLOCK_N, +BLOCK_N) of w times the M (1, 2 or 4) >= m rows of x.
 
@@ -96,6 +115,7 @@ def gemv_kernel(
     first = tl.program_id(0) * BLOCK_N
     rows = first + tl.arange(0, BLOCK_N)
     w_rows = w_ptr + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * k
+    _start_early(w_rows, 32 if DP4A else 128, k, 32, PDL)
     total0 = tl.zeros((BLOCK_N, BLOCK_K // VECTOR), ACC)
     total1 = total0
     total2 = total0
@@ -138,7 +158,7 @@ def gemv_kernel(
         _gemv_store(total3, y_ptr, sx_ptr, scale_w, bias, 3, rows, m, n, sx_row, GROUPED, HAS_BIAS)
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "sx_group"])
 def slices_kernel(
     x_ptr,
     w_ptr,
@@ -162,6 +182,7 @@ def slices_kernel(
     GROUP_N: tl.constexpr,
     INTEGER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Rows [pid * BLOCK_N, +BLOCK_N) of w times all m <= BLOCK_M rows of x.
 
@@ -176,7 +197,9 @@ def slices_kernel(
     inner = tl.arange(0, BLOCK_K)
     w_cols = slices[:, None, None] + inner[None, None, :]
     x_cols = slices[:, None, None] + inner[None, :, None]
-    w_at = w_ptr + tl.minimum(rows, n - 1).to(tl.int64)[None, :, None] * k + w_cols
+    w_rows = w_ptr + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * k
+    _start_early(w_rows, 128, k, 8, PDL)
+    w_at = w_rows[None, :, :] + w_cols
     x_at = x_ptr + tl.minimum(tokens, m - 1)[None, None, :] * k + x_cols
     total = tl.zeros((SLICES, BLOCK_N, BLOCK_M), ACC)
     for start in range(0, k, STEP):
@@ -216,7 +239,7 @@ def _tile_of(pid, tiles_a, tiles_b, GROUP: tl.constexpr):
     return first + (pid % band) % height, (pid % band) // height
 
 
-@triton.jit(do_not_specialize=["rows_a", "rows_b"])
+@triton.jit(do_not_specialize=["rows_a", "rows_b", "sa_group", "sb_group", "steps"])
 def tile_kernel(
     a_ptr,
     b_ptr,
@@ -247,6 +270,7 @@ def tile_kernel(
     HAS_BIAS: tl.constexpr,
     PROMOTE: tl.constexpr,
     TMA: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One tile [BLOCK_A, BLOCK_B] of a [rows_a, k] @ b [rows_b, k].T, written at y + i * y_a + j * y_b.
 
@@ -265,7 +289,9 @@ def tile_kernel(
     clip_b = tl.minimum(at_b, rows_b - 1)
     cols = tl.arange(0, BLOCK_K)
     if not TMA:
-        a_at = a_ptr + clip_a.to(tl.int64)[:, None] * k + cols[None, :]
+        a_rows = a_ptr + clip_a.to(tl.int64)[:, None] * k
+        _start_early(a_rows, 128, k, 8, PDL and W_IS_A)
+        a_at = a_rows + cols[None, :]
         b_at = b_ptr + clip_b.to(tl.int64)[None, :] * k + cols[:, None]
     GROUP_A: tl.constexpr = GROUP_N if W_IS_A else 1
     GROUP_B: tl.constexpr = 1 if W_IS_A else GROUP_N

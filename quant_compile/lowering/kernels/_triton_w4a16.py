@@ -95,6 +95,7 @@ def gemv_w4_kernel(
     chunks,
     near,
     far,
+    zero,
     J: tl.constexpr,
     CHUNKS_PER_GROUP: tl.constexpr,
     CHANNEL: tl.constexpr,
@@ -129,8 +130,9 @@ def gemv_w4_kernel(
         p1 = tl.zeros([4, Q, G, 4], tl.float32)
         near_sum = tl.zeros([4, Q, G, 1], tl.float32)
         far_sum = tl.zeros([4, Q, G, 1], tl.float32)
-        # All loads of a step come first, and ptxas may not move one past the barrier (it would, to save registers): 16J bytes a
-        # thread are in flight. With STAGES > 1 they go through shared memory a step ahead instead.
+        # All loads of a step are to be in flight together, 16J bytes a thread. ptxas would put them off to save registers, so
+        # every decoding depends on all of them (``zero`` is 0, but only the caller knows). With STAGES > 1 the loads go
+        # through shared memory a step ahead, and need no such guard.
         words = ()
         inputs = ()
         for j in tl.static_range(J):
@@ -141,28 +143,43 @@ def gemv_w4_kernel(
                 words = words + (tl.load(w_ptr + r.to(tl.int64) * (padded_n * 2) + word, mask=r < blocks, other=0),)
         for j in tl.static_range(J):
             inputs = inputs + (_load_inputs(x_ptr, chunk * J + j + lane_quad, tq, columns, EVEN, X32, BF16),)
+        group = chunk // CHUNKS_PER_GROUP
+        live = group < groups
+        if z_ptr is not None:
+            zeros = tl.load(z_ptr + group * (padded_n // 2) + slot, mask=live, other=0)
+        if not CHANNEL:
+            if S32:
+                s0 = tl.load(s_ptr + group * padded_n + slot * 2, mask=live, other=0.0)
+                s1 = tl.load(s_ptr + group * padded_n + slot * 2 + 1, mask=live, other=0.0)
+            else:
+                scales = tl.load(s_ptr + group * (padded_n // 2) + slot, mask=live, other=0)
+        near_bits, far_bits = near, far
         if STAGES == 1:
-            tl.debug_barrier()
+            seen = words[0]
+            for j in tl.static_range(1, J):
+                seen = seen | words[j]
+            if not CHANNEL and not S32:
+                seen = seen | scales
+            if z_ptr is not None:
+                seen = seen | zeros
+            near_bits, far_bits = near | (seen & zero), far | (seen & zero)
         for j in tl.static_range(J):
             a0, a1, b0, b1 = inputs[j]
             w = words[j].to(tl.uint32, bitcast=True)
             up, down, turned = w << 8, w >> 8, (w << 16) | (w >> 16)
-            p0 += a0 * _near(turned, near)
-            p0 += b0 * _far(up, far)
-            p0 += a1 * _near(w, near)
-            p0 += b1 * _far(down, far)
-            p1 += a0 * _near(up, near)
-            p1 += b0 * _far(w, far)
-            p1 += a1 * _near(down, near)
-            p1 += b1 * _far(turned, far)
+            p0 += a0 * _near(turned, near_bits)
+            p0 += b0 * _far(up, far_bits)
+            p0 += a1 * _near(w, near_bits)
+            p0 += b1 * _far(down, far_bits)
+            p1 += a0 * _near(up, near_bits)
+            p1 += b0 * _far(w, far_bits)
+            p1 += a1 * _near(down, near_bits)
+            p1 += b1 * _far(turned, far_bits)
             near_sum += a0 + a1
             far_sum += b0 + b1
-        group = chunk // CHUNKS_PER_GROUP
         offset = near_sum * 128.0 + far_sum * 2048.0
         total = near_sum + far_sum
-        live = group < groups
         if z_ptr is not None:
-            zeros = tl.load(z_ptr + group * (padded_n // 2) + slot, mask=live, other=0)
             p0 -= offset + total * (zeros & 15).to(tl.float32)
             p1 -= offset + total * (zeros >> 4).to(tl.float32)
         else:
@@ -172,7 +189,8 @@ def gemv_w4_kernel(
             acc0 += p0
             acc1 += p1
         else:
-            s0, s1 = _scale_pair(s_ptr, group, slot, padded_n, live, S32, BF16)
+            if not S32:
+                s0, s1 = _halves(scales, BF16)
             acc0 += p0 * s0
             acc1 += p1 * s1
     y0 = tl.sum(tl.sum(acc0, 2), 0)
@@ -321,8 +339,10 @@ def sum_parts_kernel(
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     acc = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, splits):
-        acc += tl.load(parts_ptr + i.to(tl.int64) * size + place, mask=inside, other=0.0)
+    part = parts_ptr + place
+    for _ in range(0, splits):
+        acc += tl.load(part, mask=inside, other=0.0)
+        part += size
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + place % n, mask=inside, other=0.0)
     if bias_ptr is not None:

@@ -8,6 +8,7 @@ stays in cache. The int8 route of oneDNN for unsigned inputs is left out: withou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
 from quant_compile.ir.numerics import by_row_chunks
-from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
 from quant_compile.lowering.schemes.weight_only import (
@@ -31,8 +31,9 @@ INT4_GROUPS = (32, 64, 128, 256)
 INT4_WINDOW = 64
 # The vectorized loops load up to 64 bytes with aligned instructions.
 ALIGNMENT = 64
-# Weight elements turned into f32 at a time: 8 MB, which a last-level cache holds.
-CHUNK_ELEMENTS = 1 << 21
+# Weight elements turned into f32 at a time: 4 MB, which a last-level cache holds.
+CHUNK_ELEMENTS = 1 << 20
+# What is left to multiply when an e4m3 byte is read as an f16: 2 to the difference of the exponents' biases, 15 - 7.
 E4M3_AS_F16 = 256.0
 
 
@@ -88,7 +89,7 @@ def fit_int_mm(problem: Problem, m: int, target: Target) -> Rank | Reject:
     a = problem.scheme.input_activations
     if a is None or a.type != "int" or problem.scheme.weights.type != "int" or problem.scheme.weights.num_bits != 8:
         return Reject("serves 8-bit integer weights with 8-bit integer inputs")
-    return Rank(estimate(problem, m, target, 0.05, 8, math_bits=8))
+    return Rank(estimate(problem, m, target, 0.03, 8, math_bits=8))
 
 
 def run_int_mm(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -191,68 +192,133 @@ def _int4_planes(problem: Problem) -> tuple[PlaneSpec, ...]:
 
 
 def fit_dequant(problem: Problem, m: int, target: Target) -> Rank | Reject:
-    """Anything on CPU."""
+    """Anything on CPU. f32 GEMM is faster than the packed kernels' loops once its conversion is paid for."""
     refusal = _cpu_only(target)
     if refusal is not None:
         return refusal
     bits = problem.scheme.bits_per_weight
-    # f32 GEMM runs faster than the packed kernels' loops once its conversions (4-byte copies) are paid for.
-    traffic = 16.0 * problem.n * problem.k / 8
-    return Rank(estimate(problem, m, target, 1.3, bits, math_bits=16, input_bits=32, launches=4, extra_bytes=traffic))
-
-
-def _float_codes(data: Tensor) -> tuple[Tensor, float]:
-    """Codes as f32, and the factor they still need.
-
-    torch converts float8 one element at a time on CPU. An e4m3 byte shifted into an f16 is its value times 2^-8 (both
-    have subnormals), an e5m2 byte is the upper half of an f16; f16 to f32 is one instruction. NaN codes of e4m3 do not
-    survive this: weights that hold NaN are refused when they are quantized.
-    """
-    if data.dtype is torch.float8_e4m3fn:
-        bits = data.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001)
-        return bits.view(torch.float16).float(), E4M3_AS_F16
-    if data.dtype is torch.float8_e5m2:
-        return data.view(torch.int8).to(torch.int16).bitwise_left_shift_(8).view(torch.float16).float(), 1.0
-    return data.float(), 1.0
-
-
-def _scaled_per_row(scheme: Scheme) -> bool:
-    return scheme.weights.strategy in ("channel", "tensor") and scheme.weights.num_bits == 8
-
-
-def _dequantized_rows(w: Planes, problem: Problem, start: int, stop: int) -> Tensor:
-    """Rows of the weight as f32; when every row has one scale, that scale is left out (it is applied to y)."""
-    scheme = problem.scheme
-    if scheme.weights.num_bits == 4:
-        rows = tuple(plane[start:stop] for plane in w)
-        return family_of(scheme).dequantize_weight(rows, scheme, problem.k)
-    codes, factor = _float_codes(w[0][start:stop])
-    if _scaled_per_row(scheme):
-        return codes
-    block = family_of(scheme).row_block(scheme)
-    scale = w[1][start // block : -(-stop // block)]
-    return family_of(scheme).dequantize_weight((codes, scale * factor), scheme, problem.k)
+    conversion = 1e-3 * problem.n * problem.k / max(1, target.sm_count)
+    return Rank(estimate(problem, m, target, 1.9, bits, math_bits=16, input_bits=32) + conversion)
 
 
 def run_dequant(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
-    """The family's linear, its weight dequantized to f32 a chunk of rows at a time and multiplied by f32 inputs."""
+    """The family's linear, its weight turned into f32 a chunk of rows at a time and multiplied by f32 inputs."""
     scheme = problem.scheme
     a = scheme.input_activations
     left = x[0].float()
     if a is not None and a.strategy == "group":
         left = left * x[1].repeat_interleave(a.group_size or 1, -1)[:, : problem.k]
-    block = family_of(scheme).row_block(scheme)
-    step = max(block, CHUNK_ELEMENTS // max(1, problem.k) // block * block)
-    y = torch.empty((left.shape[0], problem.n), dtype=torch.float32)
-    for start in range(0, problem.n, step):
-        rows = _dequantized_rows(w, problem, start, min(start + step, problem.n))
-        y[:, start : start + step] = torch.nn.functional.linear(left, rows)
+    if _ragged(problem):
+        y = _multiply_ragged(left, w, problem)
+    elif scheme.weights.num_bits == 4:
+        y = _multiply_int4(left, w, problem)
+    else:
+        y = _multiply_8bit(left, w, problem)
     if a is not None and a.strategy != "group":
         y.mul_(x[1])
-    if _scaled_per_row(scheme):
-        factor = E4M3_AS_F16 if w[0].dtype is torch.float8_e4m3fn else 1.0
-        y.mul_(w[1].reshape(-1) * factor)
     return _finish(y, bias, problem.dtype)
+
+
+def _group(problem: Problem) -> int:
+    """Columns of the weight that share a scale."""
+    weights = problem.scheme.weights
+    return weights.block_structure[1] if weights.block_structure else group_of(problem.scheme, problem.k)
+
+
+def _ragged(problem: Problem) -> bool:
+    """Whether the last group is short, or a byte's two nibbles belong to different groups."""
+    group = _group(problem)
+    return bool(problem.k % group or (problem.scheme.weights.num_bits == 4 and group % 2))
+
+
+def _row_chunks(problem: Problem) -> Iterator[tuple[int, int]]:
+    block = family_of(problem.scheme).row_block(problem.scheme)
+    step = max(block, CHUNK_ELEMENTS // max(1, problem.k) // block * block)
+    for start in range(0, problem.n, step):
+        yield start, min(start + step, problem.n)
+
+
+def _scratch(problem: Problem, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for one chunk, allocated once per call: fresh pages for every chunk would cost more than the sums."""
+    _, rows = next(_row_chunks(problem))
+    return torch.empty((rows, columns), dtype=dtype)
+
+
+def _multiply_8bit(left: Tensor, w: Planes, problem: Problem) -> Tensor:
+    """left @ weight.T for 8-bit codes scaled per row (applied to the product) or per block (applied to the weight)."""
+    data, scale = w[0], w[1]
+    per_block = problem.scheme.weights.block_structure is not None
+    is_float = data.dtype.is_floating_point
+    bits = _scratch(problem, problem.k, torch.int16) if is_float else None
+    values = _scratch(problem, problem.k, torch.float32)
+    y = torch.empty((left.shape[0], problem.n), dtype=torch.float32)
+    for start, stop in _row_chunks(problem):
+        rows = values[: stop - start]
+        rows.copy_(data[start:stop] if bits is None else _as_f16(data[start:stop], bits[: stop - start]))
+        if per_block:
+            _scale_blocks(rows, scale, start, problem)
+        y[:, start:stop] = torch.mm(left, rows.t())
+    factor = E4M3_AS_F16 if data.dtype is torch.float8_e4m3fn else 1.0
+    return y.mul_(factor) if per_block else y.mul_(scale.reshape(-1) * factor)
+
+
+def _as_f16(data: Tensor, bits: Tensor) -> Tensor:
+    """float8 codes as f16 in the memory of ``bits`` (int16): e5m2 as they are, e4m3 as 2^-8 of their value.
+
+    torch converts float8 one element at a time on CPU, but f16 to f32 is one instruction for a vector. An e5m2 byte is
+    the upper half of an f16. An e4m3 byte shifted into an f16 is its value times 2^-8, subnormals included; only NaN
+    codes become numbers, and weights that hold NaN are refused when they are quantized.
+    """
+    bits.copy_(data.view(torch.int8))
+    if data.dtype is torch.float8_e5m2:
+        return bits.bitwise_left_shift_(8).view(torch.float16)
+    return bits.bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16)
+
+
+def _scale_blocks(rows: Tensor, scale: Tensor, start: int, problem: Problem) -> None:
+    """Multiply f32 rows from row ``start`` on by the scales of their blocks, in place."""
+    block_rows = family_of(problem.scheme).row_block(problem.scheme)
+    first = start // block_rows
+    count = -(-rows.shape[0] // block_rows)
+    per_row = scale[first : first + count].repeat_interleave(block_rows, 0)[: rows.shape[0]]
+    rows.view(rows.shape[0], -1, _group(problem)).mul_(per_row.unsqueeze(-1))
+
+
+def _multiply_int4(left: Tensor, w: Planes, problem: Problem) -> Tensor:
+    """left @ weight.T for int4 groups, even and odd columns apart, so that nibbles need not be interleaved.
+
+    With codes q, y = sum over groups of scale * (left . q) - scale * zero * sum(left).
+    """
+    group, half = _group(problem), problem.k // 2
+    even, odd = left[:, 0::2].contiguous(), left[:, 1::2].contiguous()
+    sums = left.view(left.shape[0], -1, group).sum(-1)
+    nibbles, values = _scratch(problem, half, torch.uint8), _scratch(problem, half, torch.float32)
+    y = torch.empty((left.shape[0], problem.n), dtype=torch.float32)
+    for start, stop in _row_chunks(problem):
+        data, scale = w[0][start:stop], w[1][start:stop].float()
+        low, rows = nibbles[: stop - start], values[: stop - start]
+        grouped = rows.view(stop - start, -1, group // 2)
+        rows.copy_(torch.bitwise_and(data, 15, out=low))
+        grouped.mul_(scale.unsqueeze(-1))
+        part = torch.mm(even, rows.t())
+        rows.copy_(torch.bitwise_right_shift(data, 4, out=low))
+        grouped.mul_(scale.unsqueeze(-1))
+        part.addmm_(odd, rows.t())
+        zero = unpack_nibbles(w[2][start:stop], scale.shape[1]) if len(w) > 2 else SYMMETRIC_ZERO
+        y[:, start:stop] = part.addmm_(sums, (scale * zero).t(), alpha=-1)
+    return y
+
+
+def _multiply_ragged(left: Tensor, w: Planes, problem: Problem) -> Tensor:
+    """left @ weight.T for shapes whose last group is short: the family's own dequantization, chunk by chunk."""
+    family = family_of(problem.scheme)
+    block = family.row_block(problem.scheme)
+    y = torch.empty((left.shape[0], problem.n), dtype=torch.float32)
+    for start, stop in _row_chunks(problem):
+        tail = tuple(plane[start // block : -(-stop // block)] for plane in w[1:])
+        rows = family.dequantize_weight((w[0][start:stop], *tail), problem.scheme, problem.k)
+        y[:, start:stop] = torch.mm(left, rows.t())
+    return y
 
 
 LAYOUTS = (Layout("cpu_int4", _pack_int4, _unpack_int4, _int4_planes, row_block=lambda problem: 0),)

@@ -46,6 +46,8 @@ class Config:
         band: tiles of a grouped program order.
         tma: load through tensor descriptors (sm90 and newer, k a multiple of 16).
         promote: add sm90's short fp8 sums to f32 registers at each step.
+        pdl: programmatic dependent launch (sm90 and newer; ignored for wide and tma): start while the kernel before
+            still runs, fetch weights into L2, then wait for it.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class Config:
     band: int = 8
     tma: bool = False
     promote: bool = False
+    pdl: bool = False
 
 
 def groups(problem: Problem) -> tuple[int, int]:
@@ -268,6 +271,8 @@ def _launch_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
         EVEN_K=k % block_k == 0,
         DP4A=dp4a,
         PIPELINE=plan.stages,
+        PDL=plan.pdl,
+        launch_pdl=plan.pdl,
         **_common(problem, bias),
         num_warps=plan.warps,
     )
@@ -290,6 +295,8 @@ def _launch_slices(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, 
         BLOCK_K=plan.block_k,
         SLICES=plan.warps,
         EVEN_K=problem.k % (plan.block_k * plan.warps) == 0,
+        PDL=plan.pdl,
+        launch_pdl=plan.pdl,
         **_common(problem, bias),
         num_warps=plan.warps,
         num_stages=plan.stages,
@@ -299,6 +306,7 @@ def _launch_slices(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, 
 def _launch_tile(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Config, y: Tensor) -> None:
     m, n, k = x[0].shape[0], problem.n, problem.k
     tall = plan.kind == "tall"
+    early = plan.pdl and tall and not plan.tma  # the kernel waits for its inputs only where it prefetches w
     x_strides, w_strides = _strides(x, w, problem)[:2], _strides(x, w, problem)[2:]
     x_side = (x, m, n, plan.block_m, x_strides)
     w_side = (w, n, 1, plan.block_n, w_strides)
@@ -334,6 +342,8 @@ def _launch_tile(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
         EVEN_K=k % plan.block_k == 0,
         PROMOTE=plan.promote,
         TMA=plan.tma,
+        PDL=early,
+        launch_pdl=early,
         **common,
         num_warps=plan.warps,
         num_stages=plan.stages,

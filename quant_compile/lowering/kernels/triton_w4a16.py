@@ -214,7 +214,7 @@ def gemv_config(n: int, k: int, group: int, sm_count: int) -> dict[str, int]:
     warps = 8 if tiles * 8 // quads < 4 * sm_count else 4
     while warps > 1 and warps * 8 // quads > max(1, -(-k // columns)):
         warps //= 2
-    return {"Q": quads, "W": warps, "UNROLL": 1}
+    return {"Q": quads, "W": warps, "UNROLL": 1, "STAGES": 1}
 
 
 def _blocks_per_chunk(group: int) -> int:
@@ -252,6 +252,7 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, config
         chunks,
         NEAR,
         FAR,
+        0,
         J=j,
         CHUNKS_PER_GROUP=chunks + in_flight if channel else group // (16 * j),
         CHANNEL=channel,
@@ -262,6 +263,7 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, config
         Q=settings["Q"],
         G=in_flight,
         UNROLL=settings["UNROLL"],
+        STAGES=settings["STAGES"],
         OUT=_type(problem.dtype),
         num_warps=settings["W"],
     )

@@ -1,0 +1,131 @@
+"""The functions a user calls on a model: compile it in place, read its ledger, free, restore and repack its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from quant_compile.backend import sglquant
+from quant_compile.inspect import naming
+from quant_compile.inspect.ledger import LEDGER
+from quant_compile.inspect.weights import unwrap
+from quant_compile.ir.errors import OptionError, StaleWeightError, WeightError
+from quant_compile.ir.report import Report
+from quant_compile.lowering.target import Target, default_policy
+from quant_compile.lowering.weights import STORE
+from quant_compile.options import Options, PolicySource
+
+
+def compile(model: nn.Module, policy: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> nn.Module:
+    """Compile a model in place, so that ``model(...)`` and ``model.generate(...)``, prefill and decode, run quantized.
+
+    Args:
+        model: any nn.Module with its weights loaded; a second call with another policy replaces the first.
+        policy: preset name, shipped policy, YAML path, dict or Policy; None: the device's default.
+        dynamic: as in torch.compile.
+        fullgraph: as in torch.compile.
+        options: ``mode``, ``release_weights``, ``kernels``, ``tune``, ``inductor``; see ``Options``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        OptionError, PolicyError, WeightError: nothing of the model has been changed.
+    """
+    parsed = Options.of({**options, "policy": policy})
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise WeightError("the model is on the meta device and has no weights. Fix: load it first (from_pretrained, or to_empty + load_state_dict).")
+    target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu"))
+    source = PolicySource(parsed.policy, default_policy(target))
+    source.policy.resolve(unwrap(model))
+    naming.register(model)
+    session = LEDGER.session(unwrap(model), source.policy, target.label)
+    if policy is None:
+        session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
+    model.compile(backend=sglquant, options={**options, "policy": source.policy}, dynamic=dynamic, fullgraph=fullgraph)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.disable_compile = True  # transformers would compile decode a second time, with its own backend
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """The ledger of a model: what became of every parameter's bytes, and why. See ``Report``."""
+    return LEDGER.report(model)
+
+
+def release(model: nn.Module) -> int:
+    """Free the original values of every packed weight that no graph reads unquantized; returns the bytes freed.
+
+    Compiled calls go on. Graphs compiled before notice the change of class and are compiled once more at their next call;
+    with ``release_weights=True`` at compile time they are not. Eager use, state_dict, save and deepcopy raise until ``restore``.
+    """
+    return sum(STORE.release(parameter) for parameter in unwrap(model).parameters())
+
+
+def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Module) -> int:
+    """Put the original values of released weights back; returns how many.
+
+    Args:
+        model: the model.
+        source: a safetensors file or a folder of them, a state dict, or a model with the same names.
+
+    Raises:
+        StaleWeightError: the source lacks a weight or has another shape; nothing has been changed.
+    """
+    model = unwrap(model)
+    names = naming.names_in(model)
+    released = [p for p in model.parameters() if (entry := STORE.peek(p)) is not None and entry.released]
+    get, known = _reader(source)
+    found: list[tuple[nn.Parameter, str]] = []
+    for parameter in released:
+        aliases = names[id(parameter)].full
+        name = next((alias for alias in aliases if alias in known), None)
+        if name is None:
+            raise StaleWeightError(f"the source has no {aliases[0]}; it has {len(known)} tensors, e.g. {', '.join(sorted(known)[:3])}")
+        shape = tuple(known[name])
+        if shape != tuple(parameter.shape):
+            raise StaleWeightError(f"{name}: the source has shape {shape}, the model {tuple(parameter.shape)}")
+        found.append((parameter, name))
+    for parameter, name in found:
+        STORE.restore(parameter, get(name))
+    return len(found)
+
+
+def refresh(model: nn.Module) -> int:
+    """Repack weights whose values changed in a way that torch does not record (``.data`` edits); returns how many had planes.
+
+    Raises:
+        StaleWeightError: a weight is released.
+    """
+    return STORE.refresh(unwrap(model).parameters())
+
+
+def _reader(source: str | Path | Mapping[str, Tensor] | nn.Module) -> tuple[Callable[[str], Tensor], dict[str, tuple[int, ...]]]:
+    """(name -> tensor, name -> shape) of a source, without reading tensors that are not asked for."""
+    if isinstance(source, nn.Module):
+        source = dict(source.named_parameters(remove_duplicate=False))
+    if isinstance(source, Mapping):
+        tensors = source
+        return lambda name: tensors[name], {name: tuple(t.shape) for name, t in tensors.items()}
+    path = Path(source)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise OptionError(f"{path} is no safetensors file and no folder of them")
+    where: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                where[name] = file
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
+
+    def get(name: str) -> Tensor:
+        with safe_open(str(where[name]), framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    return get, shapes

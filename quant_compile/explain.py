@@ -1,0 +1,115 @@
+"""What the backend would do with a model, without compiling or needing weights: graphs before and after, and the ledger.
+
+Dynamo traces the model (on the meta device if its weights are there); the pipeline runs; Inductor does not. A fake target
+shows what another GPU would get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import Parameter
+
+from quant_compile.inspect import naming
+from quant_compile.inspect.ledger import LEDGER
+from quant_compile.inspect.weights import unwrap
+from quant_compile.ir.graph import lines
+from quant_compile.ir.report import Report, WeightLine
+from quant_compile.lowering.registry import layouts
+from quant_compile.lowering.select import Dispatch, choose, fits
+from quant_compile.lowering.target import Target, default_policy
+from quant_compile.options import Options, PolicySource
+from quant_compile.runtime import GraphRunner
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would happen to a model.
+
+    Attributes:
+        before: Dynamo's graphs, one line a node.
+        after: the rewritten graphs.
+        report: the planned ledger.
+        rejections: for each distinct problem, kernel -> why it does not serve m = 1 (or its estimated cost).
+    """
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    report: Report
+    rejections: Mapping[str, Mapping[str, float | str]]
+
+
+def explain(model: nn.Module, example: Mapping[str, Any], policy: Any = None, target: Target | None = None, dynamic: bool | None = None) -> Explanation:
+    """Plan a model on example inputs; nothing is compiled or packed.
+
+    Args:
+        model: the model, with weights or on the meta device.
+        example: keyword arguments of one call.
+        policy: as in ``quant_compile.compile``.
+        target: a real or fake target; None: the model's device.
+        dynamic: as in torch.compile.
+    """
+    model = unwrap(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    chosen = target or Target.of("cpu" if device.type == "meta" else device)
+    source = PolicySource(policy, default_policy(chosen))
+    collector = _Collector(source, chosen)
+    naming.register(model)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=collector, dynamic=dynamic)(**example)
+    torch._dynamo.reset()
+    return collector.explanation(model)
+
+
+class _Collector:
+    """A Dynamo backend that plans and runs the original graph."""
+
+    def __init__(self, source: PolicySource, target: Target) -> None:
+        self.source, self.target = source, target
+        self.before: list[str] = []
+        self.after: list[str] = []
+        self.planned: dict[int, tuple[str, Dispatch, int]] = {}
+        self.rejections: dict[str, Mapping[str, float | str]] = {}
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        options = Options(tune="off")
+        request = options.request(self.source.policy)
+
+        def pick(problem: Any, name: str) -> Dispatch:
+            words = f"{problem.scheme.spec} n={problem.n} k={problem.k}"
+            self.rejections.setdefault(words, fits(problem, self.target, request, 1))
+            return choose(problem, self.target, request, name)
+
+        runner = GraphRunner(gm, inputs, self.source, options, lambda graph, values: gm.forward, pick, self.target.label)
+        variant = runner.prepare()
+        self.before += ["graph:", *lines(runner.pristine)]
+        self.after += ["graph:", *lines(variant.graph)]
+        dispatches = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
+        for site in runner.sites:
+            parameter = inputs[site.slot]
+            if isinstance(parameter, Parameter) and site.slot in dispatches:
+                self.planned[id(parameter)] = (dispatches[site.slot].problem.scheme.spec, dispatches[site.slot], site.n)
+        return gm.forward
+
+    def explanation(self, model: nn.Module) -> Explanation:
+        """All that was collected."""
+        ledger = LEDGER.report(model)
+        planned = tuple(self._line(line, parameter) for line, parameter in zip(ledger.lines, model.parameters(), strict=True))
+        report = replace(ledger, lines=planned, target=self.target.label, policy=self.source.policy.name)
+        return Explanation(tuple(self.before), tuple(self.after), report, self.rejections)
+
+    def _line(self, line: WeightLine, parameter: Parameter) -> WeightLine:
+        found = self.planned.get(id(parameter))
+        if found is None:
+            return line
+        spec, dispatch, n = found
+        problem = replace(dispatch.problem, n=n)
+        size = sum(plane.nbytes for plane in layouts()[dispatch.layout].planes(problem))
+        record = LEDGER.peek(parameter)
+        reason = record.reason if record is not None else line.reason
+        return replace(line, scheme=spec, layout=dispatch.layout, kernels=dispatch.ranges, bytes_after=size, named=True, reason=reason)

@@ -1,0 +1,120 @@
+"""4-bit weights under 16-bit inputs by humming's just-in-time GEMMs, which read the layout ``w4_tiles``.
+
+Reads humming_kernels (optional). A GEMM is compiled at the first call of a (shape, range of m); afterwards a call is one
+op. humming's own heuristics pick the tiles; they are asked once per range of m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_compile.ir.family import Planes, Reject
+from quant_compile.lowering.kernels._roofline import estimate
+from quant_compile.lowering.registry import Kernel, Problem, Rank
+from quant_compile.lowering.schemes.weight_only import accepts
+from quant_compile.lowering.target import Target
+
+GROUPS = (None, 32, 64, 128)
+# Largest m of each range that gets a GEMM of its own; beyond the last, humming's choice no longer changes.
+RANGES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
+    """int4 weights, groups of 32, 64, 128 or a scale per row, n and k multiples of 128, bf16 or f16."""
+    weights = problem.scheme.weights
+    if problem.scheme.input_activations is not None or weights.type != "int" or weights.num_bits != 4:
+        return Reject("serves 4-bit integer weights with 16-bit inputs")
+    answer = accepts(problem.scheme) or _refuse_target(problem, target)
+    if answer is not None:
+        return answer
+    if weights.group_size not in GROUPS:
+        return Reject(f"group_size must be 32, 64, 128 or none, got {weights.group_size}")
+    for name, size in (("n", problem.n), ("k", problem.k)):
+        if size % 128:
+            return Reject(f"{name} must be a multiple of 128, got {size}")
+    bits = problem.scheme.bits_per_weight
+    return Rank(estimate(problem, m, target, 0.67, bits, math_bits=16, bandwidth_efficiency=0.6, tile_m=8))
+
+
+def _refuse_target(problem: Problem, target: Target) -> Reject | None:
+    if target.device != "cuda":
+        return Reject("humming needs a GPU")
+    if target.arch < 80:
+        return Reject(f"needs sm80 or newer, this is {target.label}")
+    if not target.has("humming"):
+        return Reject("humming_kernels is not installed")
+    if problem.dtype not in DTYPES:
+        return Reject(f"x must be bf16 or f16, got {problem.dtype}")
+    return None
+
+
+def range_of(m: int) -> int:
+    """The m that stands for all m that share one compiled GEMM."""
+    return next((top for top in RANGES if m <= top), RANGES[-1])
+
+
+def layer_config(problem: Problem) -> dict[str, Any]:
+    """humming's LayerConfig fields of a problem."""
+    dtype = DTYPES[problem.dtype]
+    return {
+        "shape_n": problem.n,
+        "shape_k": problem.k,
+        "a_dtype": dtype,
+        "b_dtype": "uint4",
+        "c_dtype": dtype,
+        "bs_dtype": dtype,
+        "weight_scale_group_size": problem.scheme.weights.group_size or 0,
+        "has_zero_point": not problem.scheme.weights.symmetric,
+    }
+
+
+def compile_gemm(problem: Problem, device: torch.device, tuning: Mapping[str, Any]) -> Tensor:
+    """Compile one GEMM with these tiles; the answer [4] int64 on CPU is what the launch op takes."""
+    from humming.config import LayerConfig
+    from humming.kernel.humming import HummingKernel
+
+    with torch.cuda.device(device):
+        layer = LayerConfig(**layer_config(problem)).to_str()
+        return HummingKernel.prepare_kernels(layer, None, dict(tuning), device)
+
+
+def heuristic_tuning(problem: Problem, m: int, device: torch.device) -> dict[str, Any]:
+    """humming's own choice of tiles for m rows."""
+    from humming.config import LayerConfig
+    from humming.tune import get_heuristics_config
+
+    with torch.cuda.device(device):
+        layer = LayerConfig(**layer_config(problem))
+        return dict(get_heuristics_config(layer, shape_m=m, device=device))
+
+
+@lru_cache(maxsize=None)
+def _gemm(problem: Problem, top: int, device: torch.device) -> Tensor:
+    return compile_gemm(problem, device, heuristic_tuning(problem, top, device))
+
+
+def launch(gemm: Tensor, x: Tensor, w: Planes) -> Tensor:
+    """Run a compiled GEMM: x [m, k], planes of ``w4_tiles`` -> [m, n]."""
+    zero = w[2] if len(w) == 4 else None
+    return torch.ops.humming.launch_kernel.default(
+        gemm, x, w[0], w[1], None, None, None, zero, None, None, None, None, None, None, w[-1], 1, 0
+    )
+
+
+def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
+    """x [m, k] bf16 or f16 times 4-bit weights in ``w4_tiles`` -> [m, n]; weights are rounded to x's dtype once.
+
+    Split-K programs meet at the plane ``locks``, so one weight must not run on two streams at once.
+    Source: humming_kernels' dense GEMM.
+    """
+    y = launch(_gemm(problem, range_of(x[0].shape[0]), x[0].device), x[0], w)
+    return y if bias is None else y.add_(bias)
+
+
+KERNELS = (Kernel("humming_w4a16", "w4_tiles", fit, run),)

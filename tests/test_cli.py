@@ -1,0 +1,266 @@
+"""The command line: what each command prints, its exit codes, and errors as one clear text."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import transformers
+
+from quant_compile import cli
+from quant_compile.ir.errors import PolicyError
+from quant_compile.ir.scheme import PRESETS
+from quant_compile.policy import shipped_policies
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder that holds nothing but the config.json of a tiny Llama."""
+    folder = tmp_path_factory.mktemp("llama")
+    transformers.LlamaConfig(**TINY, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return str(folder)
+
+
+Captured = pytest.CaptureFixture[str]
+
+
+def run(capsys: Captured, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return code, out, err
+
+
+# policies.
+
+
+def test_policies_lists_every_preset_and_shipped_policy(capsys: Captured) -> None:
+    code, out, err = run(capsys, "policies")
+    assert code == 0 and err == ""
+    for name in (*PRESETS, *shipped_policies()):
+        assert f"│ {name} " in out
+    row = next(line for line in out.splitlines() if line.startswith("│ W4A16_ASYM "))
+    assert "4.16" in row and "int4.group128.asym" in row and "16 bits" in row and "26% of the bytes of bf16" in row
+    assert "inputs need calibrated scales" in next(
+        line for line in out.splitlines() if line.startswith("│ W8A8_STATIC ")
+    )
+
+
+# check.
+
+
+def test_check_prints_the_plan(capsys: Captured, llama: str) -> None:
+    code, out, err = run(capsys, "check", "llama3", "--model", llama)
+    assert code == 0 and err == ""
+    row = next(line for line in out.splitlines() if "mlp.up_proj" in line)
+    assert "model.layers.{0-1}.mlp.up_proj (2x)" in row and "FP8_DYNAMIC" in row and "default of the policy" in row
+    assert 'rule 1 (match "lm_head", line' in next(line for line in out.splitlines() if "lm_head" in line)
+
+
+def test_check_full_lists_each_weight_and_layers_limits_them(capsys: Captured, llama: str) -> None:
+    _, out, _ = run(capsys, "check", "w8a8", "--model", llama, "--full")
+    assert "model.layers.0.mlp.up_proj" in out and "model.layers.1.mlp.up_proj" in out
+    _, out, _ = run(capsys, "check", "w8a8", "--model", llama, "--full", "--layers", "1")
+    assert "model.layers.0.mlp.up_proj" in out and "model.layers.1.mlp.up_proj" not in out
+
+
+def test_check_json_is_the_plan_and_nothing_else(capsys: Captured, llama: str) -> None:
+    code, out, _ = run(capsys, "check", "w4a16", "--model", llama, "--json", "--dtype", "fp16")
+    data = json.loads(out)
+    assert code == 0 and len(data["weights"]) == 2 * 7 + 1
+    assert {w["dtype"] for w in data["weights"]} == {"float16"}
+    assert data["weights"][-1]["reason"] == "kept by convention: output head"
+
+
+def test_check_accepts_the_config_file_itself_and_a_class(capsys: Captured, llama: str) -> None:
+    code, out, _ = run(capsys, "check", "w8a8", "--model", f"{llama}/config.json", "--class", "AutoModel", "--json")
+    assert code == 0
+    assert json.loads(out)["weights"][0]["names"] == ["layers.0.self_attn.q_proj"], (
+        "AutoModel has no head and no model."
+    )
+
+
+def test_a_config_that_names_no_class_gives_a_causal_lm_else_the_base_model(capsys: Captured, tmp_path: Path) -> None:
+    transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    ).save_pretrained(tmp_path)
+    code, out, _ = run(capsys, "check", "w8a8", "--model", str(tmp_path), "--json")
+    assert code == 0 and any("query" in w["names"][0] or "q_proj" in w["names"][0] for w in json.loads(out)["weights"])
+
+
+def test_check_flags_rules_that_match_nothing(capsys: Captured, llama: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("default: W8A8\nrules:\n- {match: '*.up_porj', scheme: keep}\n", encoding="utf-8")
+    code, out, err = run(capsys, "check", str(path), "--model", llama)
+    assert code == 0 and "mlp.up_proj" in out
+    assert err == 'warning: rule 1 (line 3), match "*.up_porj", matches no weight; did you mean up_proj?\n'
+
+
+def test_check_of_a_strict_policy_fails_after_showing_the_plan(capsys: Captured, llama: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("default: W8A8\nstrict: true\nrules:\n- {match: nowhere, scheme: keep}\n", encoding="utf-8")
+    code, out, err = run(capsys, "check", str(path), "--model", llama)
+    assert code == 1 and "mlp.up_proj" in out
+    assert "the policy is strict and does not fit this model" in err and 'rule 1 (line 4), match "nowhere"' in err
+
+
+def test_check_tells_that_scales_are_missing(capsys: Captured, llama: str) -> None:
+    code, _, err = run(capsys, "check", "w8a8_static", "--model", llama)
+    assert code == 0 and "14 weights have static input scales but the policy names no scales file" in err
+
+
+def test_a_wrong_policy_is_one_text_with_its_line_and_exit_code_1(capsys: Captured, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("version: 1\ndefault: FP8_DYNAMC\n", encoding="utf-8")
+    code, out, err = run(capsys, "check", str(path), "--model", "unused")
+    assert code == 1 and out == ""
+    assert err.startswith(f"sglquant: {path}:2: unknown scheme 'FP8_DYNAMC'. Did you mean FP8_DYNAMIC?")
+
+
+def test_traceback_raises_the_error_itself(capsys: Captured) -> None:
+    with pytest.raises(PolicyError):
+        cli.main(["check", "nonsense", "--model", "unused", "--traceback"])
+
+
+# Models that cannot be built.
+
+
+def test_a_folder_without_a_config_says_so(capsys: Captured, tmp_path: Path) -> None:
+    code, _, err = run(capsys, "check", "w8a8", "--model", str(tmp_path))
+    assert code == 1 and "has no config.json. Fix: " in err
+
+
+def test_a_broken_config_says_so(capsys: Captured, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    code, _, err = run(capsys, "check", "w8a8", "--model", str(tmp_path))
+    assert code == 1 and str(tmp_path) in err
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}', encoding="utf-8")
+    code, _, err = run(capsys, "check", "w8a8", "--model", str(tmp_path))
+    assert code == 1 and "transformers cannot read the configuration" in err and "no-such-model" in err
+
+
+def test_being_offline_is_explained(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def refuse(source: str, local_files_only: bool = False) -> None:
+        asked.append(local_files_only)
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    code, _, err = run(capsys, "check", "w8a8", "--model", "someone/model")
+    assert code == 1 and asked == [True, False], "the cache first, then the network"
+    assert "no configuration for 'someone/model'" in err and "(We couldn't connect)" in err
+    assert "Fix: name a local folder that has the model's config.json, or go online; weights are not needed." in err
+
+
+def test_a_class_that_does_not_fit_or_exist(capsys: Captured, llama: str) -> None:
+    code, _, err = run(capsys, "check", "w8a8", "--model", llama, "--class", "NoSuchModel")
+    assert code == 2 and err == "sglquant: transformers has no class 'NoSuchModel'\n"
+    code, _, err = run(capsys, "check", "w8a8", "--model", llama, "--class", "AutoModelForMaskedLM")
+    assert code == 1 and "AutoModelForMaskedLM cannot be built from this configuration" in err
+    code, _, err = run(capsys, "check", "w8a8", "--model", llama, "--class", "LlamaConfig")
+    assert code == 2 and "LlamaConfig is not a model class of transformers" in err
+
+
+# Usage.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nothing",),
+        ("check", "w8a8"),
+        ("inspect", "m"),
+        ("inspect", "m", "--policy", "w8a8", "--target", "sm70"),
+        ("check", "w8a8", "--model", "m", "--layers", "0"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(capsys: Captured, arguments: tuple[str, ...]) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "" and err.startswith("usage: sglquant")
+
+
+def test_help_is_exit_code_0(capsys: Captured) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for command in ("policies", "check", "inspect", "demo"):
+        assert command in out
+
+
+def test_an_unforeseen_error_is_one_text_that_names_traceback(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("odd")
+
+    monkeypatch.setitem(sys.modules, "quant_compile.demo", types.SimpleNamespace(main=fail))
+    code, _, err = run(capsys, "demo")
+    assert code == 1 and err == "sglquant: RuntimeError: odd\nRun again with --traceback to see where it comes from.\n"
+
+
+def test_demo_calls_the_demo(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "quant_compile.demo", types.SimpleNamespace(main=lambda: print("shown")))
+    assert run(capsys, "demo") == (0, "shown\n", "")
+
+
+# inspect.
+
+
+def test_inspect_prints_the_graph_before_and_after(capsys: Captured, llama: str) -> None:
+    code, before, _ = run(capsys, "inspect", llama, "--policy", "w8a8", "--graph", "before", "--layers", "1")
+    assert code == 0 and "linear(" in before and "sglq" not in before.split("sglquant ledger")[0]
+    code, after, _ = run(capsys, "inspect", llama, "--policy", "w8a8", "--graph", "after", "--layers", "1")
+    assert code == 0
+    sites = [line for line in after.splitlines() if line.startswith("* ")]
+    assert sites and all("sglq" in line or "linear" in line for line in sites)
+    assert any("down_proj" in line for line in sites), "a site names its weight"
+    assert "l_self_modules" not in after and "model.layers.0.mlp.down_proj.weight.data: i8[64, 128]" in after
+
+
+def test_inspect_tells_what_is_wrong_with_the_policy(capsys: Captured, llama: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("default: W8A8\nrules:\n- {match: nowhere, scheme: keep}\n", encoding="utf-8")
+    code, _, err = run(capsys, "inspect", llama, "--policy", str(path), "--layers", "1")
+    assert code == 0 and 'warning: rule 1 (line 3), match "nowhere", matches no weight\n' in err
+    path.write_text("strict: true\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    code, out, err = run(capsys, "inspect", llama, "--policy", str(path), "--layers", "1")
+    assert code == 1 and out == "" and 'rule 1 (line 4), match "nowhere"' in err
+
+
+def test_inspect_diff_shows_what_left_and_what_came(capsys: Captured, llama: str) -> None:
+    code, out, _ = run(capsys, "inspect", llama, "--policy", "w8a8", "--graph", "diff", "--layers", "1")
+    assert code == 0 and out.startswith("--- before\n+++ after\n")
+    assert any(line.startswith("-") and "linear(" in line for line in out.splitlines())
+    assert any(line.startswith("+") and "sglq" in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize("target", cli.TARGETS)
+def test_inspect_target_names_kernels_layouts_and_refusals(capsys: Captured, llama: str, target: str) -> None:
+    code, out, _ = run(capsys, "inspect", llama, "--policy", "w4a16", "--target", target, "--layers", "1")
+    assert code == 0
+    assert f"kernels on {target}: one weight a problem" in out
+    kernels, refused = out.split("kernels not chosen")
+    assert "NONE" not in kernels
+    assert "serves" in refused or "needs" in refused
+
+
+def test_inspect_shows_fp8_refusing_sm80(capsys: Captured, llama: str) -> None:
+    _, sm80, _ = run(capsys, "inspect", llama, "--policy", "fp8_dynamic", "--target", "sm80", "--layers", "1")
+    _, sm90, _ = run(capsys, "inspect", llama, "--policy", "fp8_dynamic", "--target", "sm90", "--layers", "1")
+    chosen = sm90.split("kernels on sm90")[1].split("kernels not chosen")[0]
+    assert "sgl_fp8" in chosen
+    assert "sgl_fp8" not in sm80.split("kernels on sm80")[1].split("kernels not chosen")[0]
