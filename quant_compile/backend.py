@@ -17,6 +17,7 @@ from quant_compile.ir.errors import GradModeError, GraphError, OptionError, Reco
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target, default_policy
+from quant_compile.lowering.tune import measured
 from quant_compile.options import Options, PolicySource
 from quant_compile.runtime import GraphRunner
 
@@ -98,7 +99,7 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
 def _chooser(options: Options, source: PolicySource, target: Target) -> Callable[[Problem, str], Dispatch]:
     def pick(problem: Problem, name: str) -> Dispatch:
         request = options.request(source.policy)
-        return choose(problem, target, request, name)
+        return choose(problem, target, request, name, measured(target, request.tune))
 
     return pick
 

@@ -39,26 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         return arguments.run(arguments)
-    except OptionError as error:
-        return _report_error(arguments, error, 2)
-    except QuantError as error:
-        return _report_error(arguments, error, 1)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 0
     except Exception as error:
         if arguments.traceback:
             raise
-        hint = "Run again with --traceback to see where it comes from."
-        print(f"sglquant: {type(error).__name__}: {error}\n{hint}", file=sys.stderr)
-        return 1
+        return _report_error(error)
 
 
-def _report_error(arguments: argparse.Namespace, error: QuantError, code: int) -> int:
-    if arguments.traceback:
-        raise error
-    print(f"sglquant: {error}", file=sys.stderr)
-    return code
+def _report_error(error: Exception) -> int:
+    """Print one clear text; returns the exit code."""
+    # Dynamo wraps what a backend raises
+    own = error if isinstance(error, QuantError) else getattr(error, "inner_exception", None)
+    if isinstance(own, QuantError):
+        print(f"sglquant: {own}", file=sys.stderr)
+        return 2 if isinstance(own, OptionError) else 1
+    hint = "Run again with --traceback to see where it comes from."
+    print(f"sglquant: {type(error).__name__}: {error}\n{hint}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -214,13 +213,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     model = build_model(_model_spec(arguments, arguments.model))
     plan = Plan.of(policy, model)
     _warn(plan)
+    console = _console()
+    if arguments.target:  # first, because it also shows why nothing can run a weight, which stops the rest
+        _print_kernels(console, plan, target)
     explanation = explain(model, example_inputs(model, arguments.tokens), policy, target)
     if arguments.graph or not arguments.target:
         _print_graph(arguments.graph or "after", explanation.before, explanation.after)
-    console = _console()
     console.print(explanation.report.table(arguments.full))
-    if arguments.target:
-        _print_kernels(console, plan, target)
     return 0
 
 

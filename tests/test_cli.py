@@ -254,13 +254,17 @@ def test_inspect_target_names_kernels_layouts_and_refusals(capsys: Captured, lla
     assert code == 0
     assert f"kernels on {target}: one weight a problem" in out
     kernels, refused = out.split("kernels not chosen")
-    assert "NONE" not in kernels
-    assert "serves" in refused or "needs" in refused
+    assert "NONE" not in kernels and ("torch_cpu_" if target == "cpu" else "triton_w4a16") in kernels
+    assert "serves 8-bit floats with block scales" in refused
 
 
-def test_inspect_shows_fp8_refusing_sm80(capsys: Captured, llama: str) -> None:
-    _, sm80, _ = run(capsys, "inspect", llama, "--policy", "fp8_dynamic", "--target", "sm80", "--layers", "1")
-    _, sm90, _ = run(capsys, "inspect", llama, "--policy", "fp8_dynamic", "--target", "sm90", "--layers", "1")
-    chosen = sm90.split("kernels on sm90")[1].split("kernels not chosen")[0]
-    assert "sgl_fp8" in chosen
-    assert "sgl_fp8" not in sm80.split("kernels on sm80")[1].split("kernels not chosen")[0]
+def test_inspect_shows_every_reason_where_nothing_can_run(capsys: Captured, llama: str) -> None:
+    arguments = ("inspect", llama, "--policy", "fp8_dynamic", "--layers", "1", "--target")
+    code, sm90, _ = run(capsys, *arguments, "sm90")
+    assert code == 0 and "sgl_fp8" in sm90.split("kernels not chosen")[0]
+    code, sm80, err = run(capsys, *arguments, "sm80")
+    chosen, refused = sm80.split("kernels not chosen")
+    assert code == 1 and "NONE. Fix: map these weights to another scheme" in chosen
+    assert "sgl_fp8" in refused
+    assert err.startswith("sglquant: no kernel for model.layers.0") and "TORCHDYNAMO" not in err
+    assert "Fix: map this weight to another scheme" in err

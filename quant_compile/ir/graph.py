@@ -100,6 +100,12 @@ def add_plane(graph: fx.Graph, ref: Ref, spec: PlaneSpec, like: fx.Node, name: s
     return node
 
 
+def plane_name(parameter: str, plane: str) -> str:
+    """Node name of a plane: the weight's qualified name with underscores, and the plane's."""
+    stem = "".join(c if c.isalnum() else "_" for c in parameter.removesuffix(".weight"))
+    return f"{stem if not stem[:1].isdigit() else 'w' + stem}__{plane}"
+
+
 def prepare_for_inductor(gm: fx.GraphModule) -> None:
     """Drop what ties placeholders to Dynamo's guards, and mark planes static so that CUDA graphs never copy them."""
     gm._param_name_to_source = {}  # type: ignore[assignment]

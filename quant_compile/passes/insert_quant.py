@@ -12,7 +12,7 @@ from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.family import PlaneSpec, family_of
-from quant_compile.ir.graph import PlaneRef, ScaleRef, add_plane, erase_with_inputs, verify
+from quant_compile.ir.graph import PlaneRef, ScaleRef, add_plane, erase_with_inputs, plane_name, verify
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
@@ -60,7 +60,7 @@ def _weight_planes(graph: fx.Graph, site: LinearSite, scheme: Scheme, name: str)
     nodes: list[fx.Node] = []
     for i, spec in enumerate(family_of(scheme).weight_planes(scheme, site.n, site.k, site.dtype)):
         ref = PlaneRef((site.slot,), (site.transposed,), scheme.spec, "rows", site.dtype, i)
-        plane = add_plane(graph, ref, spec, site.weight, f"{site.weight.name}_{spec.name}")
+        plane = add_plane(graph, ref, spec, site.weight, plane_name(name, spec.name))
         plane.meta["parameter"] = name
         nodes.append(plane)
     return nodes
@@ -68,7 +68,7 @@ def _weight_planes(graph: fx.Graph, site: LinearSite, scheme: Scheme, name: str)
 
 def _scale(graph: fx.Graph, site: LinearSite, name: str) -> fx.Node:
     spec = PlaneSpec("input_scale", (1,), torch.float32)
-    node = add_plane(graph, ScaleRef((site.slot,)), spec, site.weight, f"{site.weight.name}_input_scale")
+    node = add_plane(graph, ScaleRef((site.slot,)), spec, site.weight, plane_name(name, spec.name))
     node.meta["parameter"] = name
     return node
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.family import family_of
-from quant_compile.ir.graph import PlaneRef, add_plane, erase_with_inputs, inline, trace, verify
+from quant_compile.ir.graph import PlaneRef, add_plane, erase_with_inputs, inline, plane_name, trace, verify
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.registry import Problem, layouts
@@ -49,7 +49,7 @@ def _lower_linear(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
         planes = []
         for i, plane in enumerate(layouts()[dispatch.layout].planes(problem)):
             moved = PlaneRef(ref.slots, ref.transposed, ref.spec, dispatch.layout, ref.dtype, i)
-            planes.append(add_plane(graph, moved, plane, w[0], f"{w[0].name}_{dispatch.layout}_{plane.name}"))  # type: ignore[index, union-attr]
+            planes.append(add_plane(graph, moved, plane, w[0], plane_name(w[0].meta["parameter"].split(" + ")[0], f"{dispatch.layout}_{plane.name}")))  # type: ignore[index, union-attr]
             planes[-1].meta["parameter"] = w[0].meta["parameter"]  # type: ignore[index, union-attr]
     with graph.inserting_before(node):
         y = graph.call_function(kernel_ops.linear, (x, planes, bias, dispatch.text))

@@ -22,7 +22,7 @@ KERNELS: tuple[Kernel, ...] = (*w4.KERNELS, *humming_w4a16.KERNELS, *torch_int4.
 SHAPES = ((4096, 4096), (2048, 7168), (1000, 1544), (77, 333))
 ROWS_OF_X = (1, 5, 16, 64, 300, 4096)
 SPECS = ("W4A16", "W4A16_ASYM", "int4.group64+16", "int4.group32.asym+16", "int4.channel+16", "int4.channel.asym+16")
-# 16-bit outputs of f32 sums over weights that some kernels round to 16 bits once; f32: products lose 11 of 24 bits at most.
+# 16-bit outputs of f32 sums over weights that some kernels round once; f32: products lose at most 11 of 24 bits.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.float32: 2e-4}
 needs_humming = pytest.mark.skipif(not probe_library("humming"), reason="humming_kernels is not installed")
 

@@ -1,10 +1,11 @@
 """Triton source of the weight-only kernels; ``triton_w4a16`` chooses among them and launches them.
 
-4-bit kernels read the layout ``w4_tiles`` (see ``triton_w4a16``): a 32-bit word holds the eight codes of rows (i4) x columns
-(i5, i6) that one lane of a tensor-core fragment owns, in nibble ``i6 * 4 + i4 * 2 + i5``. 8-bit kernels read plain rows.
-Codes become floats by bit tricks, never by integer conversion: or-ing a nibble into the mantissa of 128.0 (bits 16-19) or of
-2048.0 (bits 12-15) gives 128 + q or 2048 + q exactly, and the constant leaves through the sum of the inputs. The two bit
-patterns (``near``, ``far``) are arguments because ptxas makes one instruction of and-or only if at most one operand is a literal.
+4-bit kernels read the layout ``w4_tiles`` (see ``triton_w4a16``): a 32-bit word holds the eight codes of rows (i4) and
+columns (i5, i6) that one lane of a tensor-core fragment owns, in nibble ``i6 * 4 + i4 * 2 + i5``. 8-bit kernels read
+plain rows. Codes become floats by bit tricks, never by integer conversion: or-ing a nibble into the mantissa of 128.0
+(bits 16-19) or of 2048.0 (bits 12-15) gives 128 + q or 2048 + q exactly, and the constant leaves through the sum of the
+inputs. The two bit patterns (``near``, ``far``) are arguments: ptxas makes one instruction of and-or only when at most
+one operand is a literal.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-# --- pieces ---------------------------------------------------------------------------------------------------------------
+# --- pieces ---
 
 
 @triton.jit
@@ -76,45 +76,81 @@ def _scale_pair(s_ptr, row, slot, stride, mask, S32: tl.constexpr, BF16: tl.cons
     return s0, s1
 
 
-# --- one row: multiply-add on plain cores ---------------------------------------------------------------------------------
+# --- one row: multiply-add on plain cores ---
+
+
+@triton.jit
+def _load_words(w_ptr, r, blocks, padded_n, word, EVEN: tl.constexpr):
+    """Words ``word`` of 16-column block ``r``."""
+    place = w_ptr + r.to(tl.int64) * (padded_n * 2) + word
+    if EVEN:
+        return tl.load(place)
+    return tl.load(place, mask=r < blocks, other=0)
+
+
+@triton.jit
+def _load_raw(s_ptr, z_ptr, group, slot, padded_n, live, PAIRS: tl.constexpr):
+    """Scale pairs (0 unless PAIRS) and zero-point pairs (0 without a zero point), as they lie in memory."""
+    scales, zeros = tl.zeros_like(slot), tl.zeros_like(slot)
+    if PAIRS:
+        scales = tl.load(s_ptr + group * (padded_n // 2) + slot, mask=live, other=0)
+    if z_ptr is not None:
+        zeros = tl.load(z_ptr + group * (padded_n // 2) + slot, mask=live, other=0).to(tl.int32)
+    return scales, zeros
+
+
+@triton.jit
+def _multiply(p0, p1, w, inputs, near_bits, far_bits):
+    """Add one word's eight products to the sums of rows i4 = 0 and 1; codes still carry 128 or 2048."""
+    a0, a1, b0, b1 = inputs
+    w = w.to(tl.uint32, bitcast=True)
+    up, down, turned = w << 8, w >> 8, (w << 16) | (w >> 16)
+    p0 += a0 * _near(turned, near_bits)
+    p0 += b0 * _far(up, far_bits)
+    p0 += a1 * _near(w, near_bits)
+    p0 += b1 * _far(down, far_bits)
+    p1 += a0 * _near(up, near_bits)
+    p1 += b0 * _far(w, far_bits)
+    p1 += a1 * _near(down, near_bits)
+    p1 += b1 * _far(turned, far_bits)
+    return p0, p1
+
+
+@triton.jit
+def _scaled(p0, p1, near_sum, far_sum, zeros, s_ptr, scales, group, slot, padded_n, live,
+            HAS_ZERO: tl.constexpr, CHANNEL: tl.constexpr, S32: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
+    """Take constants and zero points off a chunk's sums and apply the group's scale."""
+    offset = near_sum * 128.0 + far_sum * 2048.0
+    total = near_sum + far_sum
+    if HAS_ZERO:
+        p0 -= offset + total * (zeros & 15).to(tl.float32)
+        p1 -= offset + total * (zeros >> 4).to(tl.float32)
+    else:
+        p0 -= offset + total * 8.0
+        p1 -= offset + total * 8.0
+    if not CHANNEL:
+        if S32:
+            s0, s1 = _scale_pair(s_ptr, group, slot, padded_n, live, True, BF16)
+        else:
+            s0, s1 = _halves(scales, BF16)
+        p0 *= s0
+        p1 *= s1
+    return p0, p1
 
 
 @triton.jit
 def gemv_w4_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    z_ptr,
-    bias_ptr,
-    y_ptr,
-    n,
-    columns,
-    blocks,
-    padded_n,
-    groups,
-    chunks,
-    near,
-    far,
-    zero,
-    J: tl.constexpr,
-    CHUNKS_PER_GROUP: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    EVEN: tl.constexpr,
-    X32: tl.constexpr,
-    BF16: tl.constexpr,
-    S32: tl.constexpr,
-    Q: tl.constexpr,
-    G: tl.constexpr,
-    UNROLL: tl.constexpr,
-    STAGES: tl.constexpr,
-    OUT: tl.constexpr,
-):
-    """y[n] = x[columns] @ w.T. A program owns 8Q rows; a thread owns one word column and walks over k, 16 columns a step.
+    x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, n, columns, blocks, padded_n, groups, chunks, near, far, zero,
+    J: tl.constexpr, CHUNKS_PER_GROUP: tl.constexpr, CHANNEL: tl.constexpr, EVEN: tl.constexpr, X32: tl.constexpr,
+    BF16: tl.constexpr, S32: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """y[n] = x[columns] @ w.T; a program owns 8Q rows, a thread walks over k with words of its own.
 
-    Chunks are 16J columns under one scale; G chunks are in flight, one or more a warp, so that only the last sum crosses warps.
+    A chunk is 16J columns under one scale. G chunks run at a time, in different warps; only the last sum crosses threads.
     """
-    # Axes [tq, quad, g, i3]: Triton deals threads to ties among axes from the first on, so a warp reads whole 16-byte words
-    # of neighbouring lanes, chunks go to different warps, and inputs and weights get one layout (no exchange in the loop).
+    # Axes [tq, quad, g, i3]: Triton deals threads to ties among axes from the first on, so a warp reads the 16 bytes of
+    # neighbouring lanes, chunks go to different warps, and inputs and weights agree on who holds what.
     tq = tl.arange(0, 4)[:, None, None, None]
     quad = tl.program_id(0) * Q + tl.arange(0, Q)[None, :, None, None]
     g = tl.arange(0, G)[None, None, :, None]
@@ -126,73 +162,38 @@ def gemv_w4_kernel(
     acc1 = tl.zeros([4, Q, G, 4], tl.float32)
     for first in tl.range(0, chunks, G, loop_unroll_factor=UNROLL, num_stages=STAGES):
         chunk = first + g
-        p0 = tl.zeros([4, Q, G, 4], tl.float32)
-        p1 = tl.zeros([4, Q, G, 4], tl.float32)
-        near_sum = tl.zeros([4, Q, G, 1], tl.float32)
-        far_sum = tl.zeros([4, Q, G, 1], tl.float32)
-        # All loads of a step are to be in flight together, 16J bytes a thread. ptxas would put them off to save registers, so
-        # every decoding depends on all of them (``zero`` is 0, but only the caller knows). With STAGES > 1 the loads go
-        # through shared memory a step ahead, and need no such guard.
         words = ()
         inputs = ()
         for j in tl.static_range(J):
-            r = chunk * J + j
-            if EVEN:
-                words = words + (tl.load(w_ptr + r.to(tl.int64) * (padded_n * 2) + word),)
-            else:
-                words = words + (tl.load(w_ptr + r.to(tl.int64) * (padded_n * 2) + word, mask=r < blocks, other=0),)
+            words = words + (_load_words(w_ptr, chunk * J + j, blocks, padded_n, word, EVEN),)
         for j in tl.static_range(J):
             inputs = inputs + (_load_inputs(x_ptr, chunk * J + j + lane_quad, tq, columns, EVEN, X32, BF16),)
         group = chunk // CHUNKS_PER_GROUP
         live = group < groups
-        if z_ptr is not None:
-            zeros = tl.load(z_ptr + group * (padded_n // 2) + slot, mask=live, other=0)
-        if not CHANNEL:
-            if S32:
-                s0 = tl.load(s_ptr + group * padded_n + slot * 2, mask=live, other=0.0)
-                s1 = tl.load(s_ptr + group * padded_n + slot * 2 + 1, mask=live, other=0.0)
-            else:
-                scales = tl.load(s_ptr + group * (padded_n // 2) + slot, mask=live, other=0)
+        scales, zeros = _load_raw(s_ptr, z_ptr, group, slot, padded_n, live, not CHANNEL and not S32)
         near_bits, far_bits = near, far
         if STAGES == 1:
-            seen = words[0]
-            for j in tl.static_range(1, J):
+            # All loads of a step are to be in flight together, 16J bytes a thread. ptxas would put them off to save
+            # registers, so all decoding depends on all of them (``zero`` is 0, but only the caller knows). With more
+            # stages the loads go through shared memory a step ahead, and need no such guard.
+            seen = scales | zeros
+            for j in tl.static_range(J):
                 seen = seen | words[j]
-            if not CHANNEL and not S32:
-                seen = seen | scales
-            if z_ptr is not None:
-                seen = seen | zeros
             near_bits, far_bits = near | (seen & zero), far | (seen & zero)
+        p0 = tl.zeros([4, Q, G, 4], tl.float32)
+        p1 = tl.zeros([4, Q, G, 4], tl.float32)
+        near_sum = tl.zeros([4, Q, G, 1], tl.float32)
+        far_sum = tl.zeros([4, Q, G, 1], tl.float32)
         for j in tl.static_range(J):
-            a0, a1, b0, b1 = inputs[j]
-            w = words[j].to(tl.uint32, bitcast=True)
-            up, down, turned = w << 8, w >> 8, (w << 16) | (w >> 16)
-            p0 += a0 * _near(turned, near_bits)
-            p0 += b0 * _far(up, far_bits)
-            p0 += a1 * _near(w, near_bits)
-            p0 += b1 * _far(down, far_bits)
-            p1 += a0 * _near(up, near_bits)
-            p1 += b0 * _far(w, far_bits)
-            p1 += a1 * _near(down, near_bits)
-            p1 += b1 * _far(turned, far_bits)
-            near_sum += a0 + a1
-            far_sum += b0 + b1
-        offset = near_sum * 128.0 + far_sum * 2048.0
-        total = near_sum + far_sum
-        if z_ptr is not None:
-            p0 -= offset + total * (zeros & 15).to(tl.float32)
-            p1 -= offset + total * (zeros >> 4).to(tl.float32)
-        else:
-            p0 -= offset + total * 8.0
-            p1 -= offset + total * 8.0
-        if CHANNEL:
-            acc0 += p0
-            acc1 += p1
-        else:
-            if not S32:
-                s0, s1 = _halves(scales, BF16)
-            acc0 += p0 * s0
-            acc1 += p1 * s1
+            p0, p1 = _multiply(p0, p1, words[j], inputs[j], near_bits, far_bits)
+            near_sum += inputs[j][0] + inputs[j][1]
+            far_sum += inputs[j][2] + inputs[j][3]
+        p0, p1 = _scaled(
+            p0, p1, near_sum, far_sum, zeros, s_ptr, scales, group, slot, padded_n, live,
+            z_ptr is not None, CHANNEL, S32, BF16,
+        )  # fmt: skip
+        acc0 += p0
+        acc1 += p1
     y0 = tl.sum(tl.sum(acc0, 2), 0)
     y1 = tl.sum(tl.sum(acc1, 2), 0)
     row_quad = tl.program_id(0) * Q + tl.arange(0, Q)[:, None]
@@ -202,7 +203,9 @@ def gemv_w4_kernel(
 
 
 @triton.jit
-def _store_row(y, row, n, s_ptr, bias_ptr, y_ptr, CHANNEL: tl.constexpr, S32: tl.constexpr, BF16: tl.constexpr, OUT: tl.constexpr):
+def _store_row(
+    y, row, n, s_ptr, bias_ptr, y_ptr, CHANNEL: tl.constexpr, S32: tl.constexpr, BF16: tl.constexpr, OUT: tl.constexpr
+):
     """Apply the channel scale and the bias, round once, store."""
     if CHANNEL:
         # A channel's scale sits where an accumulator fragment wants it: 32-blocks, [n/2 % 4][n/8 % 4][n % 2].
@@ -217,7 +220,7 @@ def _store_row(y, row, n, s_ptr, bias_ptr, y_ptr, CHANNEL: tl.constexpr, S32: tl
     tl.store(y_ptr + row, y.to(OUT), mask=row < n)
 
 
-# --- tiles: decoded weights as matrices -----------------------------------------------------------------------------------
+# --- tiles: decoded weights as matrices ---
 
 
 @triton.jit
@@ -340,7 +343,7 @@ def sum_parts_kernel(
     inside = place < size
     acc = tl.zeros([BLOCK], tl.float32)
     part = parts_ptr + place
-    for _ in range(0, splits):
+    for _ in range(splits):
         acc += tl.load(part, mask=inside, other=0.0)
         part += size
     if scale_ptr is not None:
@@ -350,12 +353,13 @@ def sum_parts_kernel(
     tl.store(y_ptr + place, acc.to(OUT), mask=inside)
 
 
-# --- 8-bit rows -----------------------------------------------------------------------------------------------------------
+# --- 8-bit rows ---
 
 
 @triton.jit
 def gemv_w8_kernel(
-    x_ptr, w_ptr, s_ptr, bias_ptr, y_ptr, n, k, EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OUT: tl.constexpr
+    x_ptr, w_ptr, s_ptr, bias_ptr, y_ptr, n, k,
+    EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """y[n] = x[k] @ w[n, k].T * scale[n]; products stay in the thread that read them until the end."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]

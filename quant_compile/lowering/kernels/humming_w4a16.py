@@ -1,7 +1,7 @@
 """4-bit weights under 16-bit inputs by humming's just-in-time GEMMs, which read the layout ``w4_tiles``.
 
-Reads humming_kernels (optional). A GEMM is compiled at the first call of a (shape, range of m); afterwards a call is one
-op. humming's own heuristics pick the tiles; they are asked once per range of m.
+Reads humming_kernels (optional). A GEMM is compiled at the first call of a shape and range of m; afterwards a call
+is one op. humming's own heuristics pick the tiles; they are asked once per range of m.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def _refuse_scheme(problem: Problem) -> Reject | None:
 
 
 def planes(problem: Problem) -> tuple[PlaneSpec, ...]:
-    """Specs of ``data``, ``scale_zero`` and, with a zero point, ``zero``: the exact codes that ``scale_zero`` rounds."""
+    """Specs of ``data``, ``scale_zero`` and, with a zero point, ``zero``: the codes that ``scale_zero`` rounds."""
     groups = -(-problem.k // group_of(problem.scheme, problem.k))
     data = (problem.n // TILE_ROWS, problem.k // K_MULTIPLE, 32, INNER_K_TILES // 2)
     zero = () if problem.scheme.weights.symmetric else (PlaneSpec("zero", (problem.n, -(-groups // 2)), torch.uint8),)
@@ -87,7 +87,7 @@ def pack(row_form: Planes, problem: Problem) -> Planes:
 
 
 def unpack(packed: Planes, problem: Problem) -> Planes:
-    """``tinygemm`` -> row form, exactly: the kernel itself multiplies the codes by slices of the identity. Needs a GPU."""
+    """``tinygemm`` -> row form, exactly: the kernel itself multiplies slices of the identity. Needs a GPU."""
     data, scale_zero = packed[:2]
     n, k = problem.n, problem.k
     plain = torch.empty(k // 32, n, 2, dtype=torch.bfloat16, device=data.device)

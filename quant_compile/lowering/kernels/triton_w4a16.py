@@ -1,9 +1,9 @@
-"""Triton kernels for integer weights under 16-bit (or f32) inputs, and the layout ``w4_tiles`` that 4-bit weights lie in.
+"""Triton kernels for integer weights under 16-bit (or f32) inputs, and ``w4_tiles``, the layout of 4-bit weights.
 
-Layout ``w4_tiles``: the order in which tensor cores take a 16-bit operand (mma m16n8k16), so that no kernel shuffles codes.
+Layout ``w4_tiles``: the order in which tensor cores take a 16-bit operand (mma m16n8k16); codes stay in their lane.
 Rows are padded to 64, columns to 64; c below is the code, g the group of columns.
 
-* ``data`` [k/16, 2n] int32: 64 rows x 16 columns are 128 consecutive words, [lane 32][i3 4]; lane = 4 * t4 + tq. The nibble
+* ``data`` [k/16, 2n] int32: 64 rows x 16 columns are 128 consecutive words, [lane 32][i3 4]; lane = 4 * t4 + tq. Nibble
   ``i6*4 + i4*2 + i5`` of a word is c[row = 16*i3 + 8*i4 + t4, column = 8*i5 + 2*tq + i6].
 * ``scale`` [g, n] in the weight's dtype: within 64 rows [t4 8][i3 4][i4 2]; one scale per row instead: within 32 rows
   [row/2 % 4][row/8][row % 2].
@@ -11,7 +11,8 @@ Rows are padded to 64, columns to 64; c below is the code, g the group of column
 * ``locks`` [2048] int32 zeros: where split-K programs of humming wait for each other; zero again after each call.
 
 Humming's GEMMs read the same planes, so one packed copy serves ``triton_w4a16_gemv`` at one row, ``humming_w4a16`` or
-``triton_w4a16`` at a few, and a dequantized copy with cuBLAS (``triton_w4a16_dequant``) at thousands. 8-bit weights stay in rows.
+``triton_w4a16`` at a few, and a dequantized copy with cuBLAS (``triton_w4a16_dequant``) at thousands. 8-bit weights
+stay in rows.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from quant_compile.ir.family import Planes, PlaneSpec, Reject
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
-from quant_compile.lowering.schemes.weight_only import accepts, group_of, pack_nibbles, unpack_nibbles, weight_planes
+from quant_compile.lowering.schemes.weight_only import accepts, group_of, pack_nibbles, unpack_nibbles
 from quant_compile.lowering.target import Target
 
 TILE_ROWS, TILE_COLUMNS, LOCKS = 64, 64, 2048
 NEAR, FAR = 0x43000000, 0x45000000  # bits of 128.0 and 2048.0, see _triton_w4a16
 MATMUL_ROWS = 512  # beyond this many rows decoding the weight once per row tile costs more than one dequantized copy
 
-# --- layout w4_tiles ------------------------------------------------------------------------------------------------------
+# --- layout w4_tiles ---
 
 
 def padded(problem: Problem) -> tuple[int, int]:
@@ -109,7 +110,7 @@ _channel_order_inv = _channel_order  # likewise
 W4_TILES = Layout("w4_tiles", pack_tiles, unpack_tiles, tile_planes, row_block=lambda problem: 0)
 LAYOUTS = (W4_TILES,)
 
-# --- fit ------------------------------------------------------------------------------------------------------------------
+# --- fit ---
 
 
 def _refuse(problem: Problem, target: Target, bits: int) -> Reject | None:
@@ -155,11 +156,11 @@ def fit_matmul(problem: Problem, m: int, target: Target, bits: int = 4) -> Rank 
     if m > MATMUL_ROWS:
         return Reject(f"runs at most {MATMUL_ROWS} rows of x, got {m}")
     launches = 2 if _splits(problem, m, target.sm_count) > 1 else 1
-    return Rank(
-        estimate(
-            problem, m, target, 0.3, _bits(problem), math_bits=16, bandwidth_efficiency=0.5, tile_m=16, launches=launches
-        )
+    bits_read = _bits(problem)
+    cost = estimate(
+        problem, m, target, 0.3, bits_read, math_bits=16, bandwidth_efficiency=0.5, tile_m=16, launches=launches
     )
+    return Rank(cost)
 
 
 def fit_dequant(problem: Problem, m: int, target: Target, bits: int = 4) -> Rank | Reject:
@@ -175,7 +176,7 @@ def fit_dequant(problem: Problem, m: int, target: Target, bits: int = 4) -> Rank
     return Rank(cost)
 
 
-# --- run, 4 bits ----------------------------------------------------------------------------------------------------------
+# --- run, 4 bits ---
 
 
 @lru_cache(maxsize=None)
@@ -207,7 +208,7 @@ def _pairs(x: Tensor) -> Tensor:
 
 
 def gemv_config(n: int, k: int, group: int, sm_count: int) -> dict[str, int]:
-    """Rows per program (8Q) and warps (W): enough programs for every SM, enough 16-byte loads in flight for the latency."""
+    """Rows per program (8Q) and warps (W): programs for every SM, and enough loads in flight to cover their latency."""
     tiles = -(-n // TILE_ROWS)
     quads = 8 if tiles >= 2 * sm_count else 4 if tiles * 2 >= sm_count else 2
     columns = 16 * _blocks_per_chunk(group)
@@ -222,7 +223,9 @@ def _blocks_per_chunk(group: int) -> int:
     return min(8, max(1, group // 16))
 
 
-def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, config: dict[str, int] | None = None) -> Tensor:
+def run_gemv(
+    x: Planes, w: Planes, bias: Tensor | None, problem: Problem, config: dict[str, int] | None = None
+) -> Tensor:
     """x [1, k] times 4-bit weights in ``w4_tiles`` -> [1, n], f32 sums rounded once.
 
     Source: this file; codes are multiplied as 128 + q or 2048 + q in f32 and the constants taken off per group.
@@ -360,7 +363,7 @@ def _sum_parts(parts: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tens
     return y
 
 
-# --- run, 8 bits ----------------------------------------------------------------------------------------------------------
+# --- run, 8 bits ---
 
 
 def run_gemv8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:

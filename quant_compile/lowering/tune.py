@@ -1,0 +1,199 @@
+"""Measure kernels on this GPU and remember the times on disk, so that selection rests on what was seen.
+
+A problem is measured once per GPU model, library versions and kernel sources; the file is
+``<cache>/sglquant/kernels-<key>.json`` under ``XDG_CACHE_HOME`` (default ``~/.cache``). Each time is of the kernel alone, in a
+CUDA graph, over copies of the weight that together exceed the L2 cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
+from quant_compile.lowering.select import BUCKETS, CostOf
+from quant_compile.lowering.target import Target
+
+POINTS = {"quick": (1, 16, 64, 512, 4096), "full": BUCKETS}
+FAILED = 1e12
+_CALLS, _REPLAYS = 12, 5
+_LIBRARIES = ("torch", "triton", "sglang-kernel", "sgl-kernel", "humming-kernels", "sgl-deep-gemm")
+
+
+class Timings:
+    """Measured microseconds by problem, kernel and m, on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            self._data: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._data = {}
+
+    def get(self, problem: Problem, name: str, m: int) -> float | None:
+        """The time of a kernel at m, or None if it was not measured."""
+        return self._data.get(problem_key(problem), {}).get(f"{name}@{m}")
+
+    def put(self, problem: Problem, times: dict[str, float]) -> None:
+        """Add the times of a problem and write the file anew, atomically."""
+        with self._lock:
+            self._data.setdefault(problem_key(problem), {}).update(times)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
+                    json.dump(self._data, file, indent=0, sort_keys=True)
+                os.replace(file.name, self.path)
+            except OSError:
+                return  # a read-only cache costs a measurement in the next process, nothing else
+
+
+def problem_key(problem: Problem) -> str:
+    """A problem as text: content, never an id."""
+    p = problem
+    return f"{p.scheme.spec}|{p.n}|{p.k}|{str(p.dtype).removeprefix('torch.')}|{int(p.has_bias)}"
+
+
+@lru_cache(maxsize=None)
+def timings(gpu: str) -> Timings:
+    """The timings of a GPU model with the libraries and kernel sources of this process."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Timings(root / "sglquant" / f"kernels-{_environment_key(gpu)}.json")
+
+
+def _environment_key(gpu: str) -> str:
+    digest = hashlib.sha256(gpu.encode())
+    for library in _LIBRARIES:
+        try:
+            digest.update(f"{library}={importlib.metadata.version(library)}".encode())
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    for file in sorted((Path(__file__).parent / "kernels").glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def measured(target: Target, level: str) -> CostOf | None:
+    """Costs that are measured on first need; None where there is nothing to measure (no GPU, ``off``, or inside a capture)."""
+    if level not in POINTS or target.device != "cuda" or target.ops is not None:
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    known = timings(target.name)
+    points = POINTS[level]
+
+    def cost(kernel: Kernel, problem: Problem, m: int) -> float:
+        if any(known.get(problem, kernel.name, point) is None for point in points):
+            known.put(problem, _measure_layout(kernel.layout, problem, target, points, known))
+        return _estimate(kernel, problem, m, target, points, known)
+
+    return cost
+
+
+def _estimate(kernel: Kernel, problem: Problem, m: int, target: Target, points: tuple[int, ...], known: Timings) -> float:
+    """Measured time at m, or between measured points: interpolated, or scaled by the kernel's own estimate at one end."""
+    times = {point: time for point in points if (time := known.get(problem, kernel.name, point)) is not None and time < FAILED}
+    if m in times:
+        return times[m]
+    below, above = max((p for p in times if p < m), default=None), min((p for p in times if p > m), default=None)
+    if below is not None and above is not None:
+        share = math.log(m / below) / math.log(above / below)
+        return math.exp(math.log(times[below]) * (1 - share) + math.log(times[above]) * share)
+    near = below if below is not None else above
+    if near is None:
+        return FAILED
+    at, there = kernel.fit(problem, m, target), kernel.fit(problem, near, target)
+    if isinstance(at, Reject) or isinstance(there, Reject):
+        return FAILED
+    return times[near] * at.cost / max(there.cost, 1e-6)
+
+
+def _measure_layout(layout: str, problem: Problem, target: Target, points: tuple[int, ...], known: Timings) -> dict[str, float]:
+    """Times of all kernels of a layout, missing ones only; a kernel that does not fit or fails gets FAILED."""
+    wanted = [k for k in kernels().values() if k.layout == layout and not k.reference]
+    out: dict[str, float] = {}
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
+        copies: list[Planes] | None = None
+        for kernel in wanted:
+            for m in points:
+                if known.get(problem, kernel.name, m) is not None:
+                    continue
+                if isinstance(kernel.fit(problem, m, target), Reject):
+                    out[f"{kernel.name}@{m}"] = FAILED
+                    continue
+                copies = copies or _weights(layout, problem)
+                out[f"{kernel.name}@{m}"] = _time(kernel, problem, m, copies)
+        del copies
+    torch.cuda.empty_cache()
+    return out
+
+
+def _weights(layout: str, problem: Problem) -> list[Planes]:
+    """Copies of one random packed weight, together at least three times the L2 cache."""
+    family = family_of(problem.scheme)
+    weight = torch.randn(problem.n, problem.k, device="cuda", dtype=problem.dtype) * 0.02
+    planes = layouts()[layout].pack(family.quantize_weight(weight, problem.scheme), problem)
+    size = sum(plane.numel() * plane.element_size() for plane in planes)
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    count = max(1, min(_CALLS, -(-3 * cache // max(size, 1))))
+    return [planes, *(tuple(plane.clone() for plane in planes) for _ in range(count - 1))]
+
+
+def _inputs(problem: Problem, m: int, column_scales: bool) -> Planes:
+    family = family_of(problem.scheme)
+    x = torch.randn(m, problem.k, device="cuda", dtype=problem.dtype)
+    if problem.scheme.input_activations is None:
+        return (x,)
+    scale = torch.full((1,), 0.02, device="cuda") if problem.scheme.static else None
+    data, scales = family.quantize_input(x, problem.scheme, scale)
+    return (data, scales.t().contiguous().t() if column_scales else scales)
+
+
+def _time(kernel: Kernel, problem: Problem, m: int, copies: list[Planes]) -> float:
+    """Median microseconds of one call; FAILED for a kernel that raises, which selection then never picks."""
+    x = _inputs(problem, m, kernel.column_scales)
+    bias = torch.zeros(problem.n, device="cuda", dtype=problem.dtype) if problem.has_bias else None
+
+    def calls() -> None:
+        for i in range(_CALLS):
+            kernel.run(x, copies[i % len(copies)], bias, problem)
+
+    try:
+        return _graph_time(calls) / _CALLS
+    except Exception:  # whatever a library raises, another kernel serves
+        torch.cuda.synchronize()
+        return FAILED
+
+
+def _graph_time(calls: Callable[[], Any]) -> float:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls()
+    graph.replay()
+    times: list[float] = []
+    for _ in range(_REPLAYS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1000)
+    return sorted(times)[len(times) // 2]
