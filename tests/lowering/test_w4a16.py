@@ -30,7 +30,7 @@ SPECS = (
     "int4.channel+16",
     "int4.channel.asym+16",
 )
-SHAPES = ((64, 256), (100, 202), (7, 33))
+SHAPES = ((64, 256), (36, 202), (7, 33))
 # f32 output: the codes' offset of 2048 costs 11 of 24 bits of one product. f16: one rounding of each weight and of y.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-3}
 H200 = Target.fake("sm90")
@@ -229,20 +229,20 @@ def check_int4(spec: str) -> None:
 
 def check_configs(spec: str) -> None:
     """What the heuristics pick on large shapes, on a small one: split k, several tiles, unrolled loops."""
-    problem = problem_of(spec, 192, 1100)
+    problem = problem_of(spec, 128, 600)
     rows = weights(problem)
     packed = w4.pack_tiles(rows, problem)
-    x = torch.randn(17, 1100).half()
+    x = torch.randn(17, 600).half()
     reference = weight_only.linear((x,), rows, None, problem.scheme, torch.float16)
     matmul = {"BM": 32, "NB": 2, "RB": 4, "W": 8, "STAGES": 2, "SPLITS": 3}
     check(w4.run_matmul((x,), packed, None, problem, matmul), reference, torch.float16, (spec, matmul))
-    gemv = {"Q": 2, "W": 2, "UNROLL": 2, "STAGES": 2}
+    gemv = {"Q": 8, "W": 2, "UNROLL": 2, "STAGES": 2}
     check(w4.run_gemv((x[:1],), packed, None, problem, gemv), reference[:1], torch.float16, (spec, gemv))
 
 
 def check_int8() -> None:
     """Every 8-bit kernel over odd shapes."""
-    for (n, k), dtype in itertools.product((*SHAPES, (64, 1100)), (torch.float32, torch.float16)):
+    for (n, k), dtype in itertools.product((*SHAPES, (16, 1100)), (torch.float32, torch.float16)):
         problem = problem_of("W8A16", n, k, dtype, has_bias=True)
         rows = weights(problem)
         bias = torch.randn(n).to(dtype)
@@ -288,8 +288,7 @@ def types_of(kernel, pointers: dict[str, str]) -> dict[str, str]:
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("arch", "asymmetric"), [*((arch, False) for arch in ARCHES), (80, True), (90, True)])
 def test_int4_cubins(arch: int, asymmetric: bool) -> None:
     import triton.language as tl
 

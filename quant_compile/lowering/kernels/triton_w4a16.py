@@ -195,7 +195,7 @@ def _type(dtype: torch.dtype) -> Any:
 
 @lru_cache(maxsize=None)
 def _sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _pairs(x: Tensor) -> Tensor:
