@@ -120,13 +120,16 @@ def without_paths(text: str) -> str:
 
 
 def last_line(error: BaseException | str) -> str:
-    """Type and last line of an error, short enough for a table."""
-    if isinstance(error, BaseException):
-        lines = str(error).strip().splitlines() or [""]
-        text = f"{type(error).__name__}: {lines[0] if len(lines) == 1 else lines[0] + ' … ' + lines[-1]}"
-    else:
-        text = (error.strip().splitlines() or ["no output"])[-1]
-    return without_paths(text)[:400]
+    """Type and first and last line of an error, or the last line of a log: short enough for a table.
+
+    An error that torch.compile wraps is told as its backend raised it.
+    """
+    if isinstance(error, str):
+        return without_paths((error.strip().splitlines() or ["no output"])[-1])[:400]
+    while isinstance(getattr(error, "inner_exception", None), BaseException):
+        error = error.inner_exception  # type: ignore[attr-defined]
+    lines = str(error).strip().splitlines() or [""]
+    return without_paths(f"{type(error).__name__}: {' … '.join(dict.fromkeys((lines[0], lines[-1])))}")[:400]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -241,8 +241,8 @@ def _print_graph(which: str, before: Sequence[str], after: Sequence[str]) -> Non
 
 
 def _plain_name(found: re.Match[str]) -> str:
-    """``l_self_modules_mlp_modules_up_proj_parameters_weight__data`` -> ``mlp.up_proj.weight.data``."""
-    return f"{found[1].replace('_modules_', '.')}.{found[2].replace('__', '.').rstrip('_')}"
+    """``l_self_modules_mlp_modules_up_proj_parameters_weight_`` -> ``mlp.up_proj.weight``."""
+    return f"{found[1].replace('_modules_', '.')}.{found[2].rstrip('_')}"
 
 
 def _print_kernels(console: Console, plan: Plan, target: Target) -> None:

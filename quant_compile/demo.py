@@ -1,8 +1,8 @@
 """The demo: the bundled tiny Llama in bf16 and under four policies, measured on text it has never seen.
 
 Reads ``examples/tiny_lm/weights`` of a source checkout (or ``--model DIR``); writes to the terminal only. Each model
-runs compiled, in two graphs: one reads a window into a static KV cache, the other makes one token. Perplexity, speed and
-the printed continuation all come from these two graphs, so that compiling is paid twice a policy and no more.
+runs compiled, in two graphs: one reads a window into a static KV cache, the other makes one token. Perplexity, speed
+and the printed continuation all come from these two graphs, so that compiling is paid twice a policy and no more.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def find_weights(folder: str | Path | None = None) -> Path:
     if missing:
         raise DemoError(
             f"no trained model in {place}: {', '.join(missing)} is missing. The weights are part of the source "
-            "repository, not of the installed package.\nFix: run this in a checkout, or give --model DIR, a folder made by "
-            "examples/tiny_lm/train.py."
+            "repository, not of the installed package.\nFix: run this in a checkout, or give --model DIR, a folder "
+            "made by examples/tiny_lm/train.py."
         )
     return place
 
@@ -240,7 +240,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] = ()) -> int:
     """Run the demo; returns the exit status (1: the model is missing)."""
     args = _arguments(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         lm = load(args.name, args.model, args.device)
     except DemoError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -84,12 +85,19 @@ def _one_of(name: str, value: Any, valid: tuple[str, ...], more: str = "") -> No
 
 
 class PolicySource:
-    """A policy and, when it came from a file, a cheap check whether that file has changed since."""
+    """A policy and a cheap check whether the file or the dict that it came from has changed since.
+
+    torch.compile reuses code when its options compare equal, which a path or an edited dict always does: the content decides.
+    ``generation`` counts the changes.
+    """
 
     def __init__(self, given: Any, default: str) -> None:
         self.given = given
+        self.generation = 0
         self.policy = Policy.load(default if given is None else given)
         self.is_default = given is None
+        self._content = self.policy.content_hash
+        self._snapshot = _snapshot(given)
         self._paths = tuple(Path(p) for p in (self.policy.source, self.policy.scales) if p is not None and Path(p).is_file())
         self._stamp = self._now()
 
@@ -118,15 +126,26 @@ class PolicySource:
         return tuple(out)
 
     def reload_if_changed(self) -> bool:
-        """Load the policy again if its file changed; returns whether its content did."""
-        if not self._paths:
+        """Load the policy again if its file or dict changed; returns whether its content did.
+
+        Raises:
+            PolicyError: what is there now is no policy; so does every later call until it is.
+        """
+        if not self._paths and self._snapshot is None:
             return False
         now = self._now()
-        if now == self._stamp:
+        if now == self._stamp and (self._snapshot is None or self.given == self._snapshot):
             return False
-        self._stamp = now
-        fresh = Policy.load(self.given)
-        changed = fresh.content_hash != self.policy.content_hash
-        self.policy = fresh
+        fresh = self.policy if self.is_default else Policy.load(self.given)
+        content = fresh.content_hash
+        changed = content != self._content
+        self._stamp, self._content, self.policy = now, content, fresh
+        self._snapshot = _snapshot(self.given)
         self.__dict__.pop("scales", None)
+        self.generation += changed
         return changed
+
+
+def _snapshot(given: Any) -> dict[str, Any] | None:
+    """A copy of a policy dict, to notice that it is edited in place; None for anything else."""
+    return deepcopy(dict(given)) if isinstance(given, Mapping) else None

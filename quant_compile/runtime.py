@@ -60,6 +60,7 @@ class Binding:
     pick_watched: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     stamp: tuple[int, ...]
     epoch: int
+    generation: int
 
 
 class GraphRunner:
@@ -104,13 +105,14 @@ class GraphRunner:
 
     def __call__(self, *args: Any) -> Any:
         parameters = self._pick(args)
+        self.source.reload_if_changed()
         binding = self._bindings.get(tuple(map(id, parameters)))
         if binding is None or not self._is_current(binding, parameters):
             binding = self._bind(parameters)
         return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
 
     def _is_current(self, binding: Binding, parameters: tuple[Any, ...]) -> bool:
-        if binding.epoch != STORE.epoch or self.source.reload_if_changed():
+        if binding.epoch != STORE.epoch or binding.generation != self.source.generation:
             return False
         return binding.stamp == _stamp(binding.pick_watched(parameters))
 
@@ -123,6 +125,7 @@ class GraphRunner:
     def _bind(self, values: tuple[Any, ...]) -> Binding:
         with self._lock:
             parameters: dict[int, Parameter] = dict(zip(self._slots, values, strict=True))
+            generation = self.source.generation
             session, decisions = self._decide(parameters)
             variant = self._variant(parameters, session, decisions, late=True)
             self._refuse_released(parameters, variant)
@@ -139,7 +142,7 @@ class GraphRunner:
             for key in stale:
                 self._bindings.pop(key, None)
             stamp = _stamp(pick_watched(values))
-            binding = Binding(variant, _picker(variant.arguments), planes, pick_watched, stamp, STORE.epoch)
+            binding = Binding(variant, _picker(variant.arguments), planes, pick_watched, stamp, STORE.epoch, generation)
             self._bindings[tuple(map(id, values))] = binding
             return binding
 

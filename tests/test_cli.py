@@ -228,7 +228,7 @@ def test_inspect_prints_the_graph_before_and_after(capsys: Captured, llama: str)
     sites = [line for line in after.splitlines() if line.startswith("* ")]
     assert sites and all("sglq" in line or "linear" in line for line in sites)
     assert any("down_proj" in line for line in sites), "a site names its weight"
-    assert "l_self_modules" not in after and "model.layers.0.mlp.down_proj.weight.data: i8[64, 128]" in after
+    assert "l_self_modules" not in after and "  model.embed_tokens.weight: bf16[64, 64] = input" in after
 
 
 def test_inspect_tells_what_is_wrong_with_the_policy(capsys: Captured, llama: str, tmp_path: Path) -> None:
@@ -239,6 +239,45 @@ def test_inspect_tells_what_is_wrong_with_the_policy(capsys: Captured, llama: st
     path.write_text("strict: true\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     code, out, err = run(capsys, "inspect", llama, "--policy", str(path), "--layers", "1")
     assert code == 1 and out == "" and 'rule 1 (line 4), match "nowhere"' in err
+
+
+WHISPER = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+OTHERS = {
+    "images": lambda: transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    ),
+    "sound": lambda: transformers.WhisperConfig(
+        vocab_size=64, max_source_positions=20, max_target_positions=32, pad_token_id=0, **WHISPER
+    ),
+    "pairs of texts": lambda: transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "class_name"),
+    [
+        ("images", "ViTForImageClassification"),
+        ("sound", "WhisperForConditionalGeneration"),
+        ("pairs of texts", "T5ForConditionalGeneration"),
+    ],
+)
+def test_inspect_makes_inputs_for_other_kinds_of_models(
+    capsys: Captured, tmp_path: Path, kind: str, class_name: str
+) -> None:
+    OTHERS[kind]().save_pretrained(tmp_path)
+    code, out, err = run(capsys, "inspect", str(tmp_path), "--policy", "w8a8", "--class", class_name)
+    assert code == 0 and err == ""
+    assert "coverage 100.0% of the bytes the policy names" in out
 
 
 def test_inspect_diff_shows_what_left_and_what_came(capsys: Captured, llama: str) -> None:

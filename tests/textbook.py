@@ -2,8 +2,8 @@
 
 It is written from the definitions of the schemes and shares no code with quant_compile, which it does not import.
 Values are rounded and multiplied back in f32 ("fake quantization"), products are f32 matmuls, and a linear's output is
-cast to the dtype of its input. Floats are rounded by arithmetic on their exponent, not by a dtype cast, so that even the
-meaning of e4m3 and e5m2 is stated here.
+cast to the dtype of its input. Floats are rounded by arithmetic on their exponent, not by a dtype cast, so that even
+the meaning of e4m3 and e5m2 is stated here.
 
 Definitions, for a weight W [n, k] and an input X [..., k]; amax is the largest magnitude of what shares a scale:
 
@@ -136,7 +136,7 @@ SCHEMES: Mapping[str, Textbook] = {
         lambda w, _: fake_float(w, by_block(w, 128), E4M3), lambda x, _: fake_float(x, by_group(x, 128), E4M3)
     ),
     "W8A8": Textbook(_int8_rows, lambda x, _: fake_int8(x, by_row(x))),
-    "W8A8_STATIC": Textbook(_int8_rows, lambda x, amax: fake_int8(x, amax), True),
+    "W8A8_STATIC": Textbook(_int8_rows, fake_int8, True),
     "W8A16": Textbook(_int8_rows),
     "W4A16": _int4(128),
     "W4A16_G64": _int4(64),
@@ -144,6 +144,18 @@ SCHEMES: Mapping[str, Textbook] = {
     "W4A16_CHANNEL": _int4(None),
     "W4A16_ASYM": _int4(128, symmetric=False),
 }
+
+
+def _int4_policy(**fields: object) -> dict[str, object]:
+    return {"default": {"weights": {"num_bits": 4, "type": "int", **fields}}}
+
+
+POLICIES: Mapping[str, str | dict[str, object]] = {name: name for name in SCHEMES} | {
+    "W4A16_G64": _int4_policy(strategy="group", group_size=64),
+    "W4A16_G32": _int4_policy(strategy="group", group_size=32),
+    "W4A16_CHANNEL": _int4_policy(strategy="channel"),
+}
+"""How to ask the product for each scheme: a preset's name, or a policy by its fields."""
 
 
 class FakeQuantLinear(nn.Module):

@@ -1,7 +1,7 @@
 """Text for the tiny models: the Python standard library's own sources, split by file hash, and a BPE tokenizer of them.
 
-Reads the ``*.py`` files beside ``os.__file__`` (no site-packages); writes nothing. The order of files is that of their
-paths and the split depends on the path alone, so that one Python version always gives the same text.
+Reads the ``*.py`` files beside ``os.__file__``, or of a given folder (no site-packages); writes nothing. The order of
+files is that of their paths and the split depends on the path alone, so that one Python version always gives the same text.
 """
 
 from __future__ import annotations
@@ -41,13 +41,17 @@ class Corpus:
         return sum(len(text.encode()) for text in self.train)
 
 
-def read_corpus(limit_bytes: int | None = None) -> Corpus:
-    """Read the standard library of the running interpreter; ``limit_bytes`` stops early (for smoke runs).
+def read_corpus(limit_bytes: int | None = None, folder: Path | None = None) -> Corpus:
+    """Read a standard library: the running interpreter's, or the copy in ``folder``.
+
+    Args:
+        limit_bytes: stop after this much text (for smoke runs).
+        folder: what to read instead, e.g. ``Lib`` of a CPython source release.
 
     Raises:
-        FileNotFoundError: this interpreter has no readable standard library sources (a zipped one, say).
+        FileNotFoundError: no readable sources there (a zipped library, say).
     """
-    root = Path(os.__file__).resolve().parent
+    root = (folder or Path(os.__file__).parent).resolve()
     train: list[str] = []
     heldout: list[str] = []
     total = 0

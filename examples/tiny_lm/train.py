@@ -290,6 +290,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=Recipe.rate)
     parser.add_argument("--epochs", type=float, default=Recipe.epochs)
     parser.add_argument("--models", nargs="+", choices=("dense", "moe"), default=["dense", "moe"])
+    parser.add_argument("--sources", type=Path, default=None, help="a copy of the standard library to train on")
     parser.add_argument("--tiny", action="store_true", help="smoke run: two layers, small batches, 2 MB of text")
     return parser.parse_args(argv)
 
@@ -327,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)
 
-    corpus = read_corpus(2_000_000 if args.tiny else None)
+    corpus = read_corpus(2_000_000 if args.tiny else None, args.sources)
     tokenizer = train_tokenizer(corpus.train, VOCAB)
     tokenizer.save(str(args.out / "tokenizer.json"))
     text = heldout_text(corpus.heldout)

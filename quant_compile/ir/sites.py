@@ -24,6 +24,8 @@ OTHER_PRODUCTS |= {torch.inner, torch.tensordot, torch.functional.tensordot, tor
 METHODS = {"matmul": "matmul", "__matmul__": "matmul", "mm": "matmul", "addmm": "addmm"}
 OTHER_METHODS = {"bmm", "baddbmm", "mv", "addmv", "inner", "addbmm"}
 GROUPED = {"_grouped_mm", "grouped_mm", "scaled_grouped_mm"}
+MIXES = {operator.mul, operator.add, operator.sub, operator.truediv, torch.mul, torch.add, torch.sub, torch.div, torch.where}
+MIX_METHODS = {"mul", "add", "sub", "div", "masked_fill"}
 KEEPS_VALUES = {"contiguous", "detach", "requires_grad_"}
 
 
@@ -123,13 +125,27 @@ def _parameter_slots(node: fx.Node, parameters: Mapping[int, Any]) -> tuple[int,
 
 
 def _only_parameter(node: fx.Node, parameters: Mapping[int, Any], depth: int) -> int | None:
+    """Position of the Parameter that a value is made from, through one-input operations, a mask or a scale."""
     if node.op == "placeholder":
         slot = node.meta.get("argument", -1)
         return slot if slot in parameters else None
     inputs = node.all_input_nodes
-    if depth == 0 or len(inputs) != 1:
+    if depth == 0:
         return None
-    return _only_parameter(inputs[0], parameters, depth - 1)
+    if len(inputs) == 1:
+        return _only_parameter(inputs[0], parameters, depth - 1)
+    if node.target in (MIX_METHODS if node.op == "call_method" else MIXES):
+        return next((slot for source in inputs if (slot := _mixed_weight(source, node, parameters, depth - 1)) is not None), None)
+    return None
+
+
+def _mixed_weight(source: fx.Node, mixed: fx.Node, parameters: Mapping[int, Any], depth: int) -> int | None:
+    """Position of the matrix behind ``source`` if ``mixed`` still has its shape; activations plus a table have not."""
+    slot = _only_parameter(source, parameters, depth)
+    before, after = _value(source), _value(mixed)
+    if slot is None or parameters[slot].dim() != 2 or before is None or after is None:
+        return None
+    return slot if before.shape == after.shape else None
 
 
 def _weight_of(node: fx.Node, parameters: Mapping[int, Any]) -> tuple[fx.Node, bool] | Reject:

@@ -385,13 +385,16 @@ def claim(parameter: Parameter) -> None:
 
 
 def _plain_tensors() -> Any:
-    """Planes must be ordinary tensors: made in inference mode they could not be repacked outside of it."""
-    return _Both(torch.inference_mode(False), torch.no_grad())
+    """Planes must be ordinary tensors, whatever mode the caller is in.
+
+    Made in inference mode they could not be repacked outside of it; autocast would round scales and cannot join FP8 planes.
+    """
+    return _All(torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast())
 
 
-class _Both:
-    def __init__(self, first: Any, second: Any) -> None:
-        self.managers = (first, second)
+class _All:
+    def __init__(self, *managers: Any) -> None:
+        self.managers = managers
 
     def __enter__(self) -> None:
         for manager in self.managers:

@@ -147,9 +147,9 @@ def gemv_w4_kernel(
 ):  # fmt: skip
     """y[n] = x[columns] @ w.T; a program owns 8Q rows, a thread walks over k with words of its own.
 
-    A chunk is 16J columns under one scale. G chunks run at a time, in different warps; only the last sum crosses threads.
+    A chunk is 16J columns under one scale. G chunks run at a time, in different warps; only last sums leave a thread.
     """
-    # Axes [tq, quad, g, i3]: Triton deals threads to ties among axes from the first on, so a warp reads the 16 bytes of
+    # Axes [tq, quad, g, i3]: Triton deals threads to ties among axes from the first on, so a warp reads the words of
     # neighbouring lanes, chunks go to different warps, and inputs and weights agree on who holds what.
     tq = tl.arange(0, 4)[:, None, None, None]
     quad = tl.program_id(0) * Q + tl.arange(0, Q)[None, :, None, None]
