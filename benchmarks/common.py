@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+import random
 import re
 import statistics
 import sys
@@ -206,8 +207,9 @@ Call = Callable[[int], object]
 def time_calls(
     calls: Mapping[str, Call], device: torch.device, copies: int, repeats: int = 15, limit_us: float = math.inf
 ) -> dict[str, Timing | str]:
-    """Time several calls against each other: all take turns in each repeat, so that clocks and heat hit all alike.
+    """Time several calls against each other: all take turns in each repeat, in an order drawn anew each time.
 
+    Clocks and heat then hit all alike; in a fixed order, what follows a power-hungry neighbour loses a few percent.
     On a GPU each becomes a CUDA graph of many calls. A call that raises, cannot be captured, or takes longer than
     ``limit_us`` (measured once) gets a text that says so instead of a Timing.
     """
@@ -256,9 +258,12 @@ def _replay(runs: Mapping[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int) 
     for graph, _ in runs.values():
         graph.replay()
     torch.cuda.synchronize()
+    order, shuffle = list(runs), random.Random(0).shuffle
     for _ in range(repeats):
         events: dict[str, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
-        for name, (graph, _) in runs.items():
+        shuffle(order)
+        for name in order:
+            graph = runs[name][0]
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             graph.replay()
@@ -273,13 +278,15 @@ def _replay(runs: Mapping[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int) 
 def _time_cpu(calls: Mapping[str, Call], repeats: int) -> dict[str, Timing | str]:
     samples: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
+    order, shuffle = list(calls), random.Random(0).shuffle
     for turn in range(repeats + 1):
-        for name, call in calls.items():
+        shuffle(order)
+        for name in order:
             if name in errors:
                 continue
             try:
                 start = time.perf_counter()
-                call(turn)
+                calls[name](turn)
                 elapsed = (time.perf_counter() - start) * 1e6
             except Exception as error:
                 errors[name] = last_line(error)

@@ -402,6 +402,7 @@ def run_stack(stack: str, args: argparse.Namespace, work: Path) -> list[dict[str
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
+        "XDG_CACHE_HOME": str(caches / "xdg"),
         "PYTHONUNBUFFERED": "1",
     }
     started = time.perf_counter()
@@ -508,6 +509,9 @@ def show(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
     for row in rows:
         for name in [key for key in row if key.endswith("kernels")]:
             _show_kernels(f"{row['stack']}, {name}", row[name])
+        timings = row.get("released", {}).get("timings", {})
+        if timings:
+            print(f"{row['stack']} seconds by stage:", ", ".join(f"{key} {s:.2f}" for key, s in timings.items()))
     cells = [f"decode B={b}" for b in args.batches]
     cells += [name for row in rows for name in row if name.startswith("prefill")][:1]
     header = ["stack"] + [part for cell in cells for part in (f"{cell} ms", "x", "compile s")]

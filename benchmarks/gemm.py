@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -419,11 +419,12 @@ def verdicts(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass
 class Run:
-    """The results as they grow."""
+    """The results as they grow; ``rejected`` is a set in order of kernels' refusals, each told once."""
 
-    rows: list[dict[str, Any]]
-    summary: list[dict[str, Any]]
-    notes: list[str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    summary: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rejected: dict[str, None] = field(default_factory=dict)
 
 
 def measure_problem(run: Run, problem: Problem, args: argparse.Namespace, deadline: Deadline) -> None:
@@ -444,7 +445,10 @@ def measure_problem(run: Run, problem: Problem, args: argparse.Namespace, deadli
             continue
         where = {**name, "m": m}
         entries = measure_cell(weight, m, target, [*found, *dispatched(dispatch, m)], args.repeats)
-        run.rows += [entry.row(where) for entry in entries]
+        run.rows += [entry.row(where) for entry in entries if entry.status != "rejected"]
+        for entry in entries:
+            if entry.status == "rejected":
+                run.rejected[f"{problem.scheme.spec} {entry.contender.name}: {entry.reason}"] = None
         run.summary.append(summarize(where, entries))
     if device.type == "cuda":
         del weight
@@ -456,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_grad_enabled(False)
-    deadline, run = Deadline(args.seconds), Run([], [], [])
+    deadline, run = Deadline(args.seconds), Run()
     for n, k in args.shapes:
         for scheme in args.schemes:
             measure_problem(run, Problem(parse(scheme), n, k, torch.bfloat16), args, deadline)
@@ -467,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "tune": args.tune,
             "repeats": args.repeats,
             "tolerance": TOLERANCE,
-            "timing": "CUDA graphs in turns, weights rotated past the L2, GEMM alone, median"
+            "timing": "CUDA graphs in turns of random order, weights rotated past the L2, GEMM alone, median"
             if args.device != "cpu"
             else "calls in turns, median",
             "seconds": round(deadline.elapsed, 1),
@@ -475,6 +479,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "verdicts": verdicts(run.summary),
         "summary": run.summary,
         "notes": run.notes,
+        "rejected": list(run.rejected),
     }
     show(run, meta["verdicts"])
     write_result(args.out, run.rows, meta)
@@ -511,7 +516,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ms", default=None, help="comma-separated M")
     parser.add_argument("--llama", action="store_true", help="also o_proj and down_proj of Llama-3-8B")
     parser.add_argument("--tune", default="quick", choices=["off", "quick", "full"], help="how dispatch is chosen")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=230.0, help="no new cell is started after this")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on CPU: does it run?")
     parser.add_argument("--out", type=Path, default=RESULTS / "gemm.json")

@@ -261,7 +261,8 @@ class GraphRunner:
         """Compile at call time, under Dynamo's fake mode, so that dynamic sizes stay dynamic."""
         mode = fake_mode_of(gm.graph)
         guards = len(mode.shape_env.guards) if mode.shape_env else 0
-        with torch.inference_mode(torch.is_inference_mode_enabled()), tracing(TracingContext(mode)):
+        # Without no_grad, inference_mode(False) would turn gradients on and AOTAutograd would trace a backward.
+        with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad(), tracing(TracingContext(mode)):
             function = self._compile(gm, inputs)
         if mode.shape_env and len(mode.shape_env.guards) > guards:
             fresh = list(mode.shape_env.guards[guards:])

@@ -1,7 +1,8 @@
 """Text for the tiny models: the Python standard library's own sources, split by file hash, and a BPE tokenizer of them.
 
 Reads the ``*.py`` files beside ``os.__file__``, or of a given folder (no site-packages); writes nothing. The order of
-files is that of their paths and the split depends on the path alone, so that one Python version always gives the same text.
+files is that of their paths and the split depends on the path alone, so that one Python version always gives the same
+text.
 """
 
 from __future__ import annotations

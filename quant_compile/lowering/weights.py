@@ -406,8 +406,9 @@ class _All:
 
 
 def _cut_plane(plane: Tensor, start: int, stop: int, n: int, block: int) -> Tensor:
+    """Rows start..stop of n, of a plane with one row for each block of them (the last may be ragged) or a fixed share of n."""
     count = plane.shape[0]
-    ratio = n // count if count and n % count == 0 else block
+    ratio = block if count == -(-n // block) or n % max(count, 1) else n // count
     return plane[start // ratio : -(-stop // ratio)]
 
 

@@ -80,12 +80,24 @@ def quantize_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Planes:
     """Codes and scale = amax / max(format) of each group of the last dimension."""
     a = scheme.input_activations
     assert a is not None and a.format is not None and a.group_size is not None and scale is None
-    k = x.shape[-1]
-    ragged = k % a.group_size
-    grouped = (pad(x, (0, a.group_size - ragged)) if ragged else x).unflatten(-1, (-1, a.group_size))
-    scales = safe_amax(grouped) * (1.0 / FLOAT_MAX[a.format])
-    codes = to_float8(grouped.float(), scales.reciprocal(), a.format).flatten(-2)
-    return (codes[..., :k] if ragged else codes), scales.squeeze(-1)
+    # A ragged last group is quantized apart: padded, flattened and sliced again, Inductor's loop splitting on CPU loses it.
+    k, size = x.shape[-1], a.group_size
+    whole = k - k % size
+    parts: list[Planes] = []
+    if whole:
+        codes, scales = _quantize_group((x[..., :whole] if whole != k else x).unflatten(-1, (-1, size)), a.format)
+        parts.append((codes.flatten(-2), scales.squeeze(-1)))
+    if whole != k:
+        parts.append(_quantize_group(x[..., whole:], a.format))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat((parts[0][0], parts[1][0]), -1), torch.cat((parts[0][1], parts[1][1]), -1)
+
+
+def _quantize_group(x: Tensor, format: str) -> Planes:
+    """Codes of x and scale of each row of its last dimension."""
+    scales = safe_amax(x) * (1.0 / FLOAT_MAX[format])
+    return to_float8(x.float(), scales.reciprocal(), format), scales
 
 
 def linear(x: Planes, w: Planes, bias: Tensor | None, scheme: Scheme, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,39 @@
+# Everything a new machine needs: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+# The CPU build. On a GPU machine name yours, e.g. `make demo TORCH="torch==2.11.0"`, or TORCH= to keep what is installed.
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+
+.PHONY: demo test check bench format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/sglquant demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/cpu_decode.py
+	@if $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python benchmarks/gemm.py && $(BIN)/python benchmarks/e2e.py && $(BIN)/python benchmarks/compile_time.py; \
+	else echo 'no CUDA GPU: gemm, e2e and compile_time need one'; fi
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(if $(TORCH),$(BIN)/pip install -q "$(TORCH)")
+	$(BIN)/pip install -q -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
