@@ -1,9 +1,9 @@
 """sglquant: a torch.compile backend that quantizes unmodified models and says what became of every weight.
 
-    quant_compile.compile(model, policy="fp8_dynamic")     # in place; or torch.compile(model, backend="sglquant", options=...)
-    with torch.inference_mode():
-        model.generate(**inputs, cache_implementation="static", disable_compile=True)
-    print(quant_compile.report(model))
+quant_compile.compile(model, policy="fp8_dynamic")     # in place; or torch.compile(model, backend="sglquant", options=...)
+with torch.inference_mode():
+    model.generate(**inputs, cache_implementation="static", disable_compile=True)
+print(quant_compile.report(model))
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ from quant_compile.lowering.weights import STORE
 from quant_compile.options import Options, PolicySource
 
 
-def compile(model: nn.Module, policy: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> nn.Module:
+def compile(
+    model: nn.Module, policy: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
+) -> nn.Module:
     """Compile a model in place, so that ``model(...)`` and ``model.generate(...)``, prefill and decode, run quantized.
 
     Args:
@@ -38,12 +40,16 @@ def compile(model: nn.Module, policy: Any = None, *, dynamic: bool | None = None
     """
     parsed = Options.of({**options, "policy": policy})
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise WeightError("the model is on the meta device and has no weights. Fix: load it first (from_pretrained, or to_empty + load_state_dict).")
+        raise WeightError(
+            "the model is on the meta device and has no weights. Fix: load it first (from_pretrained, or to_empty + load_state_dict)."
+        )
     target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu"))
     source = PolicySource(parsed.policy, default_policy(target))
-    source.policy.resolve(unwrap(model))
+    problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)
     session = LEDGER.session(unwrap(model), source.policy, target.label)
+    session.checked = True
+    session.notes |= dict.fromkeys(problems)
     if policy is None:
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
     model.compile(backend=sglquant, options={**options, "policy": source.policy}, dynamic=dynamic, fullgraph=fullgraph)
@@ -86,7 +92,9 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
         aliases = names[id(parameter)].full
         name = next((alias for alias in aliases if alias in known), None)
         if name is None:
-            raise StaleWeightError(f"the source has no {aliases[0]}; it has {len(known)} tensors, e.g. {', '.join(sorted(known)[:3])}")
+            raise StaleWeightError(
+                f"the source has no {aliases[0]}; it has {len(known)} tensors, e.g. {', '.join(sorted(known)[:3])}"
+            )
         shape = tuple(known[name])
         if shape != tuple(parameter.shape):
             raise StaleWeightError(f"{name}: the source has shape {shape}, the model {tuple(parameter.shape)}")
@@ -105,12 +113,19 @@ def refresh(model: nn.Module) -> int:
     return STORE.refresh(unwrap(model).parameters())
 
 
-def _reader(source: str | Path | Mapping[str, Tensor] | nn.Module) -> tuple[Callable[[str], Tensor], dict[str, tuple[int, ...]]]:
+def _reader(
+    source: str | Path | Mapping[str, Tensor] | nn.Module,
+) -> tuple[Callable[[str], Tensor], dict[str, tuple[int, ...]]]:
     """(name -> tensor, name -> shape) of a source, without reading tensors that are not asked for."""
     if isinstance(source, nn.Module):
         source = dict(source.named_parameters(remove_duplicate=False))
     if isinstance(source, Mapping):
         tensors = source
+        for name, tensor in tensors.items():
+            if tensor.is_meta or getattr(tensor, "released_by_sglquant", False):
+                raise StaleWeightError(
+                    f"{name} of the source has no values itself: it is {'on the meta device' if tensor.is_meta else 'released'}"
+                )
         return lambda name: tensors[name], {name: tuple(t.shape) for name, t in tensors.items()}
     path = Path(source)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]

@@ -22,7 +22,13 @@ from quant_compile.options import Options, PolicySource
 from quant_compile.runtime import GraphRunner
 
 
-def sglquant(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+def sglquant(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
     """The Dynamo backend ``sglquant``.
 
     Args:
@@ -40,7 +46,9 @@ def sglquant(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | N
     _refuse_freezing(gm)
     target = Target.of(_device_of(example_inputs))
     source = PolicySource(parsed.policy, default_policy(target))
-    runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), _chooser(parsed, source, target), target.label)
+    runner = GraphRunner(
+        gm, example_inputs, source, parsed, _inductor(parsed, target), _chooser(parsed, source, target), target.label
+    )
     runner.prepare()
     _watch_recompile_limit(example_inputs, source, target)
     return runner
@@ -72,7 +80,9 @@ def _device_of(inputs: Sequence[Any]) -> torch.device:
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
     devices = [value.device for value in tensors if isinstance(value, Parameter)] or [value.device for value in tensors]
     if any(device.type == "meta" for device in devices):
-        raise GraphError("the model is on the meta device and cannot run. Fix: load it onto a CPU or GPU first (to_empty + load_state_dict).")
+        raise GraphError(
+            "the model is on the meta device and cannot run. Fix: load it onto a CPU or GPU first (to_empty + load_state_dict)."
+        )
     return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
 
 

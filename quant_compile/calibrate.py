@@ -103,10 +103,14 @@ def calibrate(
         raise OptionError("no batches were given")
     missing = [name for name in schemes if name not in observer.largest]
     if missing:
-        raise MissingScalesError(f"no batch reached {missing[0]} ({len(missing)} weights in all). Fix: batches that run every layer, or `keep` it.")
+        raise MissingScalesError(
+            f"no batch reached {missing[0]} ({len(missing)} weights in all). Fix: batches that run every layer, or `keep` it."
+        )
     scales = {f"{name}.input_scale": _scale(observer.largest[name], scheme) for name, (_, scheme) in schemes.items()}
     target = _scales_path(loaded, path)
-    save_file(scales, str(target), metadata={"format": "pt", "percentile": str(percentile or "amax"), "batches": str(seen)})
+    save_file(
+        scales, str(target), metadata={"format": "pt", "percentile": str(percentile or "amax"), "batches": str(seen)}
+    )
     _mention(loaded, target)
     return replace(loaded, scales=target)
 
@@ -118,7 +122,9 @@ def _static_schemes(model: nn.Module, policy: Policy) -> dict[str, tuple[int, Sc
         if scheme is not None and scheme.static:
             out[weight.site.names[0]] = (weight.parameter.data_ptr(), scheme)
     if not out:
-        raise OptionError(f"policy {policy.name} has no static scheme for this model; dynamic schemes need no calibration")
+        raise OptionError(
+            f"policy {policy.name} has no static scheme for this model; dynamic schemes need no calibration"
+        )
     return out
 
 

@@ -43,7 +43,13 @@ class Explanation:
     rejections: Mapping[str, Mapping[str, float | str]]
 
 
-def explain(model: nn.Module, example: Mapping[str, Any], policy: Any = None, target: Target | None = None, dynamic: bool | None = None) -> Explanation:
+def explain(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    policy: Any = None,
+    target: Target | None = None,
+    dynamic: bool | None = None,
+) -> Explanation:
     """Plan a model on example inputs; nothing is compiled or packed.
 
     Args:
@@ -85,7 +91,9 @@ class _Collector:
             self.rejections.setdefault(words, fits(problem, self.target, request, 1))
             return choose(problem, self.target, request, name)
 
-        runner = GraphRunner(gm, inputs, self.source, options, lambda graph, values: gm.forward, pick, self.target.label)
+        runner = GraphRunner(
+            gm, inputs, self.source, options, lambda graph, values: gm.forward, pick, self.target.label
+        )
         variant = runner.prepare()
         self.before += ["graph:", *lines(runner.pristine)]
         self.after += ["graph:", *lines(variant.graph)]
@@ -99,7 +107,9 @@ class _Collector:
     def explanation(self, model: nn.Module) -> Explanation:
         """All that was collected."""
         ledger = LEDGER.report(model)
-        planned = tuple(self._line(line, parameter) for line, parameter in zip(ledger.lines, model.parameters(), strict=True))
+        planned = tuple(
+            self._line(line, parameter) for line, parameter in zip(ledger.lines, model.parameters(), strict=True)
+        )
         report = replace(ledger, lines=planned, target=self.target.label, policy=self.source.policy.name)
         return Explanation(tuple(self.before), tuple(self.after), report, self.rejections)
 
@@ -112,4 +122,12 @@ class _Collector:
         size = sum(plane.nbytes for plane in layouts()[dispatch.layout].planes(problem))
         record = LEDGER.peek(parameter)
         reason = record.reason if record is not None else line.reason
-        return replace(line, scheme=spec, layout=dispatch.layout, kernels=dispatch.ranges, bytes_after=size, named=True, reason=reason)
+        return replace(
+            line,
+            scheme=spec,
+            layout=dispatch.layout,
+            kernels=dispatch.ranges,
+            bytes_after=size,
+            named=True,
+            reason=reason,
+        )

@@ -71,7 +71,11 @@ class Options:
 
     def request(self, policy: Policy) -> Request:
         """What the user wants of kernels."""
-        pins = self.kernels if isinstance(self.kernels, str) else tuple(sorted((k.upper(), v) for k, v in self.kernels.items()))
+        pins = (
+            self.kernels
+            if isinstance(self.kernels, str)
+            else tuple(sorted((k.upper(), v) for k, v in self.kernels.items()))
+        )
         return Request(pins, policy.allow_reference or pins == "reference", self.tune)
 
     def releases(self, policy: Policy) -> bool:
@@ -98,7 +102,9 @@ class PolicySource:
         self.is_default = given is None
         self._content = self.policy.content_hash
         self._snapshot = _snapshot(given)
-        self._paths = tuple(Path(p) for p in (self.policy.source, self.policy.scales) if p is not None and Path(p).is_file())
+        self._paths = tuple(
+            Path(p) for p in (self.policy.source, self.policy.scales) if p is not None and Path(p).is_file()
+        )
         self._stamp = self._now()
 
     @cached_property
@@ -112,7 +118,9 @@ class PolicySource:
         if path is None:
             return {}
         if not Path(path).is_file():
-            raise PolicyError(f"scales file {path} does not exist. Fix: quant_compile.calibrate(model, batches, policy) writes it.")
+            raise PolicyError(
+                f"scales file {path} does not exist. Fix: quant_compile.calibrate(model, batches, policy) writes it."
+            )
         return load_file(str(path))
 
     def _now(self) -> tuple[tuple[int, int], ...]:

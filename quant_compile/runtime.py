@@ -95,11 +95,21 @@ class GraphRunner:
         """Compile the variant of the traced Parameters; called once, inside Dynamo's tracing context."""
         parameters, self._parameters = self._parameters, {}
         session, decisions = self._decide(parameters)
+        self._check_rules(parameters, session)
         if self.options.releases(self.source.policy):
             self._claim(parameters)
         variant = self._variant(parameters, session, decisions, late=False)
         self._record(parameters, session, decisions, variant)
         return variant
+
+    def _check_rules(self, parameters: Mapping[int, Parameter], session: Session) -> None:
+        """Once per model and policy: rules without effect are a warning and a note, an error when the policy is strict."""
+        owner = naming.owner_of(parameters.values())
+        if owner is None or session.checked:
+            return
+        session.checked = True
+        for problem in self.source.policy.resolve(owner).problems:
+            session.notes[problem] = None
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -182,7 +192,8 @@ class GraphRunner:
         if known is None or parameter.dim() < 2:
             return
         kind = "linear" if parameter.dim() == 2 else "moe"
-        info = SiteInfo(known.rules, kind, None, *parameter.shape[-2:], known.is_output_embedding)
+        n, k = parameter.shape[-2:]
+        info = SiteInfo(known.rules, kind, None, n, k, known.is_output_embedding)
         decision = session.policy.decide(info)
         record.named = decision.scheme is not None
         if not record.named:
@@ -202,7 +213,11 @@ class GraphRunner:
         )
 
     def _variant(
-        self, parameters: Mapping[int, Parameter], session: Session, decisions: Mapping[str, tuple[SiteDecision, Decision]], late: bool
+        self,
+        parameters: Mapping[int, Parameter],
+        session: Session,
+        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        late: bool,
     ) -> Variant:
         specs = tuple(d[0].scheme.spec if d[0].scheme else None for d in decisions.values())
         classes = self._scale_classes(parameters, decisions)
@@ -214,7 +229,9 @@ class GraphRunner:
             self._variants[key] = found
         return found
 
-    def _scale_classes(self, parameters: Mapping[int, Parameter], decisions: Mapping[str, tuple[SiteDecision, Decision]]) -> dict[int, int]:
+    def _scale_classes(
+        self, parameters: Mapping[int, Parameter], decisions: Mapping[str, tuple[SiteDecision, Decision]]
+    ) -> dict[int, int]:
         """Slots of static sites -> the first slot with the same scale: only those may share a quantization."""
         first: dict[float, int] = {}
         classes: dict[int, int] = {}
@@ -226,7 +243,11 @@ class GraphRunner:
         return classes
 
     def _build(
-        self, decisions: Mapping[str, tuple[SiteDecision, Decision]], classes: dict[int, int], session: Session, late: bool
+        self,
+        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        classes: dict[int, int],
+        session: Session,
+        late: bool,
     ) -> Variant:
         gm = copy_graph(self.pristine)
         sites, _ = find_sites(gm, self._shape_only)  # type: ignore[arg-type]
@@ -290,9 +311,15 @@ class GraphRunner:
     # -- ledger and release --------------------------------------------------------------------------------------------
 
     def _record(
-        self, parameters: Mapping[int, Parameter], session: Session, decisions: Mapping[str, tuple[SiteDecision, Decision]], variant: Variant
+        self,
+        parameters: Mapping[int, Parameter],
+        session: Session,
+        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        variant: Variant,
     ) -> None:
-        dispatch_of = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
+        dispatch_of = {
+            slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots
+        }
         for site in self.sites:
             decision, full = decisions[site.node.name]
             parameter = parameters[site.slot]

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tests.textbook import SCHEMES, Textbook
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -21,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import quant_compile
 from quant_compile.ir.report import Report
+from tests.textbook import SCHEMES, Textbook
 
 G32 = {"default": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}}
 G64_ASYM = {
@@ -89,9 +89,7 @@ CASES: Mapping[str, Case] = {
         "FP8_DYNAMIC",
         "FP8_DYNAMIC",
     ),
-    "qwen3": Case(
-        decoder(hf.Qwen3Config, hf.Qwen3ForCausalLM, tie_word_embeddings=True), tokens, "W8A8", "W8A8"
-    ),
+    "qwen3": Case(decoder(hf.Qwen3Config, hf.Qwen3ForCausalLM, tie_word_embeddings=True), tokens, "W8A8", "W8A8"),
     "mistral": Case(decoder(hf.MistralConfig, hf.MistralForCausalLM, sliding_window=4), tokens, "W8A16", "W8A16"),
     "gemma3": Case(
         decoder(

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ir.tracing import Holder, plan_for, relative_error, run, trace
-from tests.textbook import SCHEMES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +18,8 @@ import quant_compile
 from quant_compile.passes.insert_quant import insert_quant
 from quant_compile.passes.merge_siblings import merge_siblings
 from quant_compile.passes.share_quant import share_quant
+from tests.ir.tracing import Holder, plan_for, relative_error, run, trace
+from tests.textbook import SCHEMES
 
 N, K = 33, 51
 """Odd on purpose: no kernel's tile divides them."""

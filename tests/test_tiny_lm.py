@@ -18,6 +18,7 @@ from torch import Tensor
 
 import quant_compile
 from quant_compile import demo
+from quant_compile.ir.family import family_of
 from tests import textbook
 
 pytestmark = pytest.mark.skipif(
@@ -99,6 +100,23 @@ def test_layers_have_the_textbook_perplexity(
     layers = sum(p.numel() * p.element_size() for p in model.model.layers.parameters() if p.dim() == 2)
     assert sum(line.bytes_before for line in report.lines if line.scheme) == layers
     assert measured == pytest.approx(textbook_perplexity(name, heldout, amax), rel=SAME)
+
+
+@pytest.mark.parametrize("name", list(textbook.SCHEMES))
+def test_weights_are_the_textbook_ones(name: str) -> None:
+    """Dequantized planes of real weights; the two may part at ties (a bf16 weight is often one), by one code."""
+    layers = demo.load().model.model.layers
+    scheme = quant_compile.Policy.load(textbook.POLICIES[name]).default
+    assert scheme is not None
+    family = family_of(scheme)
+    for weight in (layers[0].self_attn.k_proj.weight, layers[2].mlp.down_proj.weight):
+        ours = family.dequantize_weight(
+            family.quantize_weight(weight.detach(), scheme), scheme, weight.shape[1]
+        ).float()
+        theirs = textbook.SCHEMES[name].weight(weight.detach().float(), weight.dtype)
+        cost = (theirs - weight.float()).norm()
+        assert 0 < (ours - weight.float()).norm() <= 1.02 * cost
+        assert (ours - theirs).norm() <= 0.2 * cost
 
 
 def test_schemes_are_ordered_by_their_bits(heldout: Tensor, bf16: float, amax: dict[str, Tensor]) -> None:

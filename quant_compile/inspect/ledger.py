@@ -41,6 +41,7 @@ class Session:
     target: str
     notes: dict[str, None] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    checked: bool = False
 
 
 class Ledger:
@@ -74,7 +75,7 @@ class Ledger:
     def session(self, model: nn.Module, policy: Policy, target: str) -> Session:
         """The session of a model; a new policy starts a new one."""
         found = self._sessions.get(model)
-        if found is None or found.policy is not policy and found.policy.content_hash != policy.content_hash:
+        if found is None or (found.policy is not policy and found.policy.content_hash != policy.content_hash):
             found = self._sessions[model] = Session(policy, target)
         return found
 
@@ -93,7 +94,10 @@ class Ledger:
             lines.append(line)
             if record is not None and not line.named:
                 misses += [(name[0], reason) for reason in record.misses]
-        notes = [*(session.notes if session else {}), *([] if session else ["no compiled graph has read this model yet"])]
+        notes = [
+            *(session.notes if session else {}),
+            *([] if session else ["no compiled graph has read this model yet"]),
+        ]
         timings = dict(session.timings) if session else {}
         policy, target = (session.policy.name, session.target) if session else ("none", "none")
         return Report(policy, target, tuple(lines), tuple(notes), tuple(misses), timings)
@@ -131,7 +135,9 @@ class Ledger:
         return WeightLine(names, size, size, None, "", "", reason, named)
 
     @staticmethod
-    def _kept(parameter: nn.Parameter, record: Record | None, weight: Weight | None, session: Session | None) -> tuple[bool, str]:
+    def _kept(
+        parameter: nn.Parameter, record: Record | None, weight: Weight | None, session: Session | None
+    ) -> tuple[bool, str]:
         if record is not None and (record.reason or record.misses):
             return record.named, "; ".join([*([record.reason] if record.reason else []), *record.misses])
         if weight is None:

@@ -90,7 +90,7 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
 def add_plane(graph: fx.Graph, ref: Ref, spec: PlaneSpec, like: fx.Node, name: str) -> fx.Node:
     """A new placeholder for a plane, on the device of ``like``'s value; after the existing placeholders."""
     value = like.meta["example_value"]
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    last = graph.find_nodes(op="placeholder", sort=False)[-1]  # in order of insertion: the newest is the last
     with graph.inserting_after(last):
         node = graph.placeholder(name)
     with value.fake_mode:
@@ -177,9 +177,19 @@ def is_view(node: fx.Node) -> bool:
     if len(node.all_input_nodes) != 1:
         return False
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in {"t", "transpose", "permute", "swapaxes", "contiguous", "detach", "to", "type", "float", "bfloat16", "half"} or (
-        node.target is getattr and node.args[1] in ("T", "mT")
-    )
+    return name in {
+        "t",
+        "transpose",
+        "permute",
+        "swapaxes",
+        "contiguous",
+        "detach",
+        "to",
+        "type",
+        "float",
+        "bfloat16",
+        "half",
+    } or (node.target is getattr and node.args[1] in ("T", "mT"))
 
 
 def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
@@ -236,4 +246,11 @@ def _text(value: Any) -> str:
 
 
 def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f").replace("uint", "u").replace("int", "i")
+    return (
+        str(dtype)
+        .removeprefix("torch.")
+        .replace("bfloat", "bf")
+        .replace("float", "f")
+        .replace("uint", "u")
+        .replace("int", "i")
+    )

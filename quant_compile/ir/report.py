@@ -96,13 +96,19 @@ class Report:
         """
         if self.coverage >= coverage:
             return self
-        reasons = [f"  {name}: {reason}" for name, reason in self.skips[:20]] or ["  the policy names no weight of this model"]
+        reasons = [f"  {name}: {reason}" for name, reason in self.skips[:20]] or [
+            "  the policy names no weight of this model"
+        ]
         head = f"coverage is {self.coverage:.4f}, required {coverage:.4f}; not quantized:"
-        raise CoverageError("\n".join([head, *reasons, "Fix: run the model once, or change the policy (see the reasons)."]))
+        raise CoverageError(
+            "\n".join([head, *reasons, "Fix: run the model once, or change the policy (see the reasons)."])
+        )
 
     def table(self, full: bool = False) -> Table:
         """The ledger as a rich table: lines alike are joined unless ``full``."""
-        table = Table(title=f"sglquant ledger: {self.policy} on {self.target}", caption=self._caption(), title_justify="left")
+        table = Table(
+            title=f"sglquant ledger: {self.policy} on {self.target}", caption=self._caption(), title_justify="left"
+        )
         for column in ("weights", "scheme", "layout", "kernels", "bytes", "reason"):
             table.add_column(column, overflow="fold", justify="right" if column == "bytes" else "left")
         for group in _grouped(self.lines, full):
@@ -129,7 +135,8 @@ class Report:
     def from_json(text: str) -> Report:
         """Inverse of ``to_json``."""
         data: dict[str, Any] = json.loads(text)
-        lines = tuple(WeightLine(**{**line, "names": tuple(line["names"])}) for line in data["lines"])
+        rows: list[dict[str, Any]] = [line | {"names": tuple(line["names"])} for line in data["lines"]]
+        lines = tuple(WeightLine(**row) for row in rows)
         misses = tuple((name, reason) for name, reason in data["misses"])
         return Report(data["policy"], data["target"], lines, tuple(data["notes"]), misses, data["timings"])
 
@@ -143,7 +150,9 @@ class Report:
 def _grouped(lines: tuple[WeightLine, ...], full: bool) -> list[list[WeightLine]]:
     groups: dict[Any, list[WeightLine]] = {}
     for i, line in enumerate(lines):
-        key: Any = i if full else (line.scheme, line.layout, line.kernels, line.reason, _pattern(line.names[0]), line.released)
+        key: Any = (
+            i if full else (line.scheme, line.layout, line.kernels, line.reason, _pattern(line.names[0]), line.released)
+        )
         groups.setdefault(key, []).append(line)
     return list(groups.values())
 

@@ -79,7 +79,9 @@ class QuantArgs:
         known = {f.name for f in fields(QuantArgs)}
         unknown = set(data) - known
         if unknown:
-            raise SchemeError(f"{where}: unknown field {sorted(unknown)[0]!r}; valid fields: {', '.join(sorted(known))}")
+            raise SchemeError(
+                f"{where}: unknown field {sorted(unknown)[0]!r}; valid fields: {', '.join(sorted(known))}"
+            )
         missing = {"num_bits", "type", "strategy"} - set(data)
         if missing:
             raise SchemeError(f"{where}: field {sorted(missing)[0]!r} is missing")
@@ -150,7 +152,9 @@ class Scheme:
         """Build from ``{weights: {...}, input_activations: {...}}``."""
         unknown = set(data) - {"weights", "input_activations"}
         if unknown:
-            raise SchemeError(f"{where}: unknown field {sorted(unknown)[0]!r}; valid fields: weights, input_activations")
+            raise SchemeError(
+                f"{where}: unknown field {sorted(unknown)[0]!r}; valid fields: weights, input_activations"
+            )
         if not isinstance(data.get("weights"), Mapping):
             raise SchemeError(f"{where}: a custom scheme needs weights: {{num_bits, type, strategy, ...}}")
         weights = QuantArgs.from_fields(cast(Mapping[str, Any], data["weights"]), f"{where}.weights")

@@ -16,15 +16,27 @@ from torch.nn import functional as F
 
 from quant_compile.ir.family import Reject
 
-LINEAR = {torch._C._nn.linear, F.linear, torch.ops.aten.linear.default}
+LINEAR: set[Any] = {torch._C._nn.linear, F.linear, torch.ops.aten.linear.default}  # type: ignore[attr-defined]
 ADDMM = {torch.addmm, torch.ops.aten.addmm.default}
 MATMUL = {torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default}
-OTHER_PRODUCTS = {torch.bmm, torch.baddbmm, torch.einsum, torch.functional.einsum, F.bilinear, torch.mv, torch.addmv}
-OTHER_PRODUCTS |= {torch.inner, torch.tensordot, torch.functional.tensordot, torch.addbmm, torch.chain_matmul}
+OTHER_PRODUCTS: set[Any] = {
+    *(torch.bmm, torch.baddbmm, torch.addbmm, torch.mv, torch.addmv, torch.inner, torch.chain_matmul, F.bilinear),
+    *(torch.einsum, torch.functional.einsum, torch.tensordot, torch.functional.tensordot),
+}
 METHODS = {"matmul": "matmul", "__matmul__": "matmul", "mm": "matmul", "addmm": "addmm"}
 OTHER_METHODS = {"bmm", "baddbmm", "mv", "addmv", "inner", "addbmm"}
 GROUPED = {"_grouped_mm", "grouped_mm", "scaled_grouped_mm"}
-MIXES = {operator.mul, operator.add, operator.sub, operator.truediv, torch.mul, torch.add, torch.sub, torch.div, torch.where}
+MIXES: set[Any] = {
+    operator.mul,
+    operator.add,
+    operator.sub,
+    operator.truediv,
+    torch.mul,
+    torch.add,
+    torch.sub,
+    torch.div,
+    torch.where,
+}
 MIX_METHODS = {"mul", "add", "sub", "div", "masked_fill"}
 KEEPS_VALUES = {"contiguous", "detach", "requires_grad_"}
 
@@ -108,7 +120,7 @@ def _matcher(node: fx.Node) -> Callable[[fx.Node, Mapping[int, Any]], LinearSite
             return _no_match
     if node.op == "call_method":
         if node.target in METHODS:
-            return _match_addmm if METHODS[node.target] == "addmm" else _match_matmul
+            return _match_addmm if METHODS[str(node.target)] == "addmm" else _match_matmul
         if node.target in OTHER_METHODS:
             return _no_match
     return None
@@ -135,7 +147,10 @@ def _only_parameter(node: fx.Node, parameters: Mapping[int, Any], depth: int) ->
     if len(inputs) == 1:
         return _only_parameter(inputs[0], parameters, depth - 1)
     if node.target in (MIX_METHODS if node.op == "call_method" else MIXES):
-        return next((slot for source in inputs if (slot := _mixed_weight(source, node, parameters, depth - 1)) is not None), None)
+        return next(
+            (slot for source in inputs if (slot := _mixed_weight(source, node, parameters, depth - 1)) is not None),
+            None,
+        )
     return None
 
 
@@ -193,7 +208,13 @@ def _value(node: Any) -> torch.Tensor | None:
 
 
 def _site(
-    node: fx.Node, x: Any, weight: Any, bias: Any, stored_transposed: bool, parameters: Mapping[int, Any], flipped: bool = False
+    node: fx.Node,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stored_transposed: bool,
+    parameters: Mapping[int, Any],
+    flipped: bool = False,
 ) -> LinearSite | Reject:
     if not isinstance(weight, fx.Node) or not isinstance(x, fx.Node):
         return Reject("an operand is not a tensor of the graph")
@@ -216,9 +237,15 @@ def _site(
     return LinearSite(node, x, placeholder, bias, int(n), int(k), transposed, flipped, _module_class(node))
 
 
+def _dim(operand: Any) -> int:
+    value = _value(operand)
+    return 2 if value is None else value.dim()
+
+
 def _match_linear(node: fx.Node, parameters: Mapping[int, Any]) -> LinearSite | Reject:
     arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-    if _value(arguments["weight"]) is not None and arguments["weight"].meta["example_value"].dim() != 2:
+    weight = _value(arguments["weight"])
+    if weight is not None and weight.dim() != 2:
         return Reject("the weight of this linear is not a matrix")
     return _site(node, arguments["input"], arguments["weight"], arguments.get("bias"), False, parameters)
 
@@ -236,10 +263,8 @@ def _match_matmul(node: fx.Node, parameters: Mapping[int, Any]) -> LinearSite | 
         return Reject("matmul with an out argument")
     left, right = operands
     if isinstance(right, fx.Node) and _only_parameter(right, parameters, 6) is not None:
-        if _value(left) is not None and left.meta["example_value"].dim() < 2:
-            return Reject("vector @ weight")
-        return _site(node, left, right, None, True, parameters)
-    if _value(right) is not None and right.meta["example_value"].dim() < 2:
+        return _site(node, left, right, None, True, parameters) if _dim(left) > 1 else Reject("vector @ weight")
+    if _dim(right) < 2:
         return Reject("weight @ vector")
     return _site(node, right, left, None, False, parameters, flipped=True)
 

@@ -128,14 +128,14 @@ def choose(problem: Problem, target: Target, request: Request | None = None, sit
         table: dict[int, str] = {}
         score = 0.0
         for bucket, weight in WEIGHTS.items():
-            candidates = {
+            candidates: dict[str, float] = {
                 name: (cost(kernels()[name], problem, bucket) if cost else answer)
                 for name, answer in answers[bucket].items()
                 if not isinstance(answer, str) and kernels()[name].layout == layout
             }
             if not candidates:
                 break
-            name = min(candidates, key=lambda key: (candidates[key], key))
+            name = min(candidates, key=lambda key, costs=candidates: (costs[key], key))
             table[bucket] = name
             score += weight * math.log(max(candidates[name], 1e-3))
         if len(table) == len(BUCKETS) and (best is None or score < best[0]):

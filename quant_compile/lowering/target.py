@@ -54,7 +54,7 @@ class Target:
         device = torch.device(device)
         if device.type != "cuda":
             return Target("cpu", sm_count=torch.get_num_threads())
-        return _cuda_target(device.index if device.index is not None else torch.cuda.current_device())
+        return _cuda_target(torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device)
 
     @staticmethod
     def fake(text: str, ops: frozenset[str] = FAKE_OPS) -> Target:
@@ -84,8 +84,8 @@ class Target:
 
 
 @lru_cache(maxsize=None)
-def _cuda_target(index: int) -> Target:
-    properties = torch.cuda.get_device_properties(index)
+def _cuda_target(device: torch.device) -> Target:
+    properties = torch.cuda.get_device_properties(device)
     arch = properties.major * 10 + properties.minor
     return Target("cuda", arch, properties.multi_processor_count, properties.name)
 

@@ -188,53 +188,61 @@ class WeightStore:
             StaleWeightError: a released weight would have to be packed again.
         """
         with self._lock:
-            packs: list[Pack] = []
-            for i, (parameter, key) in enumerate(zip(parameters, keys, strict=True)):
+            packs: list[Pack | None] = []
+            for parameter, key in zip(parameters, keys, strict=True):
                 entry = self.entry(parameter)
                 self._check_fresh(entry, parameter)
-                pack = entry.packs.get(key)
-                if pack is None:
-                    pack = self._pack_alone(entry, parameter, key, names[i] if i < len(names) else "a weight")
-                packs.append(pack)
-            if len(packs) == 1:
-                return self._slice(packs[0], parameters[0], keys[0])
-            return self._merged(parameters, keys, packs)
+                packs.append(entry.packs.get(key))
+            if len(packs) > 1:
+                return self._merged(parameters, keys, packs, names)
+            pack = packs[0] or self._pack_alone(parameters[0], keys[0], names[0] if names else "a weight")
+            return self._slice(pack, parameters[0], keys[0])
 
-    def _pack_alone(self, entry: Entry, parameter: Parameter, key: Key, name: str) -> Pack:
+    def _row_form(self, parameter: Parameter, key: Key, name: str) -> Planes:
+        """Row-form planes of a weight that has no pack under ``key``: out of another layout's pack, else quantized now."""
+        entry = self.entry(parameter)
         other = next((k for k in entry.packs if k._replace(layout=key.layout) == key), None)
-        problem = problem_of(parameter, key)
         if other is not None:
-            rows = self._rows(entry.packs[other], parameter, other)
-        elif entry.released:
+            return self._rows(entry.packs[other], parameter, other)
+        if entry.released:
             raise StaleWeightError(
                 f"{name} was released as {', '.join(sorted({k.spec for k in entry.packs})) or 'nothing'} and cannot become {key.spec}.\n"
                 "Fix: quant_compile.restore(model, source) first."
             )
-        else:
-            rows = quantize(parameter, key, name)
+        return quantize(parameter, key, name)
+
+    def _pack_alone(self, parameter: Parameter, key: Key, name: str) -> Pack:
+        rows, problem = self._row_form(parameter, key, name), problem_of(parameter, key)
         started = time.perf_counter()
         with _plain_tensors():
             planes = layouts()[key.layout].pack(rows, problem)
         self.pack_seconds += time.perf_counter() - started
         pack = Pack(Slab((id(parameter),), (problem.n,), planes), 0, problem.n)
-        entry.packs[key] = pack
+        self.entry(parameter).packs[key] = pack
         self.epoch += 1
         return pack
 
-    def _merged(self, parameters: tuple[Parameter, ...], keys: tuple[Key, ...], packs: list[Pack]) -> Planes:
-        slab = packs[0].slab
-        consecutive = all(p.slab is slab for p in packs) and all(a.stop == b.start for a, b in zip(packs, packs[1:], strict=False))
-        if consecutive:
-            whole = Pack(slab, packs[0].start, packs[-1].stop)
-            cut = self._cut(whole, _slab_problem(slab, parameters[0], keys[0]), layouts()[keys[0].layout])
-            if cut is not None:
-                return cut
-        rows = [self._rows(pack, parameter, key) for pack, parameter, key in zip(packs, parameters, keys, strict=True)]
+    def _merged(self, parameters: tuple[Parameter, ...], keys: tuple[Key, ...], packs: list[Pack | None], names: tuple[str, ...]) -> Planes:
+        """Planes of siblings, packed together: one of them alone may have a size that the layout does not take."""
+        known = [pack for pack in packs if pack is not None]
+        if len(known) == len(packs):
+            slab = known[0].slab
+            if all(p.slab is slab for p in known) and all(a.stop == b.start for a, b in zip(known, known[1:], strict=False)):
+                whole = Pack(slab, known[0].start, known[-1].stop)
+                cut = self._cut(whole, _slab_problem(slab, parameters[0], keys[0]), layouts()[keys[0].layout])
+                if cut is not None:
+                    return cut
+        rows = [
+            self._rows(pack, parameter, key) if pack is not None else self._row_form(parameter, key, names[i] if names else "a weight")
+            for i, (pack, parameter, key) in enumerate(zip(packs, parameters, keys, strict=True))
+        ]
+        sizes = tuple(problem_of(parameter, key).n for parameter, key in zip(parameters, keys, strict=True))
+        started = time.perf_counter()
         with _plain_tensors():
             joined = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-            sizes = tuple(pack.stop - pack.start for pack in packs)
             problem = problem_of(parameters[0], keys[0], sum(sizes))
             made = Slab(tuple(map(id, parameters)), sizes, layouts()[keys[0].layout].pack(joined, problem))
+        self.pack_seconds += time.perf_counter() - started
         start = 0
         for parameter, key, size in zip(parameters, keys, sizes, strict=True):
             self.entry(parameter).packs[key] = Pack(made, start, start + size)

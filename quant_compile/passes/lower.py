@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from quant_compile.ir import ops
-from quant_compile.ir.family import family_of
+from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.graph import PlaneRef, add_plane, erase_with_inputs, inline, plane_name, trace, verify
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import ops as kernel_ops
@@ -63,17 +63,19 @@ def _lower_linear(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
 def _template(spec: str, k: int, static: bool) -> fx.Graph:
     """The scheme's own ``quantize_input``, traced: what runs is what the reference computes."""
     scheme = parse(spec)
-    family = family_of(scheme)
-    if static:
-        return trace(lambda x, scale: family.quantize_input(x, scheme, scale), k, 2)
-    return trace(lambda x: family.quantize_input(x, scheme, None), k, 1)
+
+    def quantize(x: Tensor, scale: Tensor | None = None) -> Planes:
+        return family_of(scheme).quantize_input(x, scheme, scale)
+
+    return trace(quantize, k, 2 if static else 1)
 
 
 def _lower_quantize(graph: fx.Graph, node: fx.Node, column_scales: bool) -> None:
-    x: Any = node.args[0]
-    static = len(node.args) > 2 and node.args[2] is not None
-    template = _template(str(node.args[1]), int(x.meta["example_value"].shape[-1]), static)
-    outputs = list(inline(graph, template, [a for a in (x, *node.args[2:]) if isinstance(a, fx.Node)], node))
+    arguments: list[Any] = list(node.args)
+    x, spec = arguments[0], arguments[1]
+    static = len(arguments) > 2 and arguments[2] is not None
+    template = _template(str(spec), int(x.meta["example_value"].shape[-1]), static)
+    outputs = list(inline(graph, template, [a for a in (x, *arguments[2:]) if isinstance(a, fx.Node)], node))
     if column_scales:
         with graph.inserting_before(node):
             flat = graph.call_method("flatten", (outputs[1], 0, -2))

@@ -35,9 +35,10 @@ def share_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRep
 
 
 def _scale_class(node: fx.Node, plan: Plan) -> int | None:
-    if len(node.args) < 3 or node.args[2] is None:
+    scale: Any = node.args[2] if len(node.args) > 2 else None
+    if scale is None:
         return None
-    ref: ScaleRef = node.args[2].meta["plane"]
+    ref: ScaleRef = scale.meta["plane"]
     return plan.scale_class.get(ref.slots[0], ref.slots[0])
 
 

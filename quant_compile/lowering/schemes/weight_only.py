@@ -68,7 +68,10 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
 
 def quantize_weight(w: Tensor, scheme: Scheme) -> Planes:
     """[n, k] -> planes as above; codes are rounded under the scale as stored, so storage adds no error."""
-    chunk = _quantize_int8 if scheme.weights.num_bits == 8 else lambda rows: _quantize_int4(rows, scheme)
+
+    def chunk(rows: Tensor) -> Planes:
+        return _quantize_int8(rows) if scheme.weights.num_bits == 8 else _quantize_int4(rows, scheme)
+
     return by_row_chunks(w, 1, chunk)
 
 
