@@ -469,6 +469,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
+    settings = {
+        "shape": "tiny" if args.smoke else "Llama-3-8B",
+        "layers": args.layers,
+        "batches": args.batches,
+        "cache_tokens": CACHE_TOKENS,
+        "filled": FILLED,
+        "steps": args.steps,
+        "timing": "CUDA events around steps of an unbroken stream, median; compile_s is the first call, all included",
+    }
+    meta = {"benchmark": "e2e", "machine": machine(args.device), "settings": settings}
     with tempfile.TemporaryDirectory() as folder:
         bf16: dict[str, Any] = {}
         for stack in args.stacks:
@@ -480,16 +490,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if stack == "inductor":
                 bf16 = {key: value for key, value in row.items() if isinstance(value, dict)}
             rows.append(row)
-    settings = {
-        "shape": "tiny" if args.smoke else "Llama-3-8B",
-        "layers": args.layers,
-        "batches": args.batches,
-        "cache_tokens": CACHE_TOKENS,
-        "filled": FILLED,
-        "steps": args.steps,
-        "timing": "CUDA events around steps of an unbroken stream, median; compile_s is the first call, all included",
-    }
-    meta = {"benchmark": "e2e", "machine": machine(args.device), "settings": settings}
+            write_result(args.out, rows, meta)  # what is known so far, should the run be cut off
     show(rows, args)
     write_result(args.out, rows, meta)
 

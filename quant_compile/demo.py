@@ -29,7 +29,7 @@ from quant_compile.policy import Policy
 POLICIES = ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16")
 BASELINE = "bf16"
 WINDOW = 448
-NEW_TOKENS = 64
+NEW_TOKENS = 48
 END = "<|end|>"
 WEIGHTS = Path(__file__).resolve().parents[1] / "examples" / "tiny_lm" / "weights"
 FILES = ("tokenizer.json", "heldout.txt")
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] = ()) -> int:
         console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
         return 1
     windows = windows_of(lm.heldout, WINDOW, args.windows)
-    prompt = windows[-1][None, :-1]
+    prompt = windows[min(2, len(windows) - 1)][None, :-1]
     size = sum(p.numel() for p in lm.model.parameters())
     console.print(
         f"{type(lm.model).__name__}, {size / 1e6:.2f} M parameters, trained on the Python standard library. "

@@ -140,7 +140,8 @@ class GraphRunner:
             variant = self._variant(parameters, session, decisions, late=True)
             self._refuse_released(parameters, variant)
             started, packed = time.perf_counter(), STORE.epoch
-            planes = tuple(_resolve(ref, parameters, self._names(decisions)) for ref in variant.refs)
+            names = self._names(decisions)
+            planes = tuple(_resolve(ref, parameters, names) for ref in variant.refs)
             if packed != STORE.epoch:
                 _synchronize(planes)
                 _add_time(session, "packing", time.perf_counter() - started)
@@ -304,9 +305,9 @@ class GraphRunner:
 
         return choose
 
-    @staticmethod
-    def _names(decisions: Mapping[str, tuple[SiteDecision, Decision]]) -> dict[str, str]:
-        return {name: decision[0].name for name, decision in decisions.items()}
+    def _names(self, decisions: Mapping[str, tuple[SiteDecision, Decision]]) -> dict[int, str]:
+        """Slot of each site's weight -> its name, for errors."""
+        return {site.slot: decisions[site.node.name][0].name for site in self.sites}
 
     # -- ledger and release --------------------------------------------------------------------------------------------
 
@@ -411,13 +412,14 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and not isinstance(value, Parameter)
 
 
-def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[str, str]) -> Tensor:
-    if isinstance(ref, PlaneRef):
-        keys = tuple(Key(ref.spec, ref.layout, flag, ref.dtype) for flag in ref.transposed)
-        return STORE.planes(tuple(parameters[slot] for slot in ref.slots), keys)[ref.index]
+def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[int, str]) -> Tensor:
+    if isinstance(ref, BiasRef):
+        return _joined_bias(ref, parameters)
+    weights, called = tuple(parameters[slot] for slot in ref.slots), tuple(names.get(slot, "a weight") for slot in ref.slots)
     if isinstance(ref, ScaleRef):
-        return STORE.input_scale(tuple(parameters[slot] for slot in ref.slots), ())
-    return _joined_bias(ref, parameters)
+        return STORE.input_scale(weights, called)
+    keys = tuple(Key(ref.spec, ref.layout, flag, ref.dtype) for flag in ref.transposed)
+    return STORE.planes(weights, keys, called)[ref.index]
 
 
 def _joined_bias(ref: BiasRef, parameters: Mapping[int, Parameter]) -> Tensor:

@@ -1,7 +1,7 @@
 """Shared by the tests of run-time behaviour: tiny models, an eager quantized reference, byte counts of the store.
 
-``plain_inductor`` replaces Inductor by the lowered graph itself. What is tested then is Dynamo, the passes, the store and
-the runner, which is the point of most of these tests, at a hundredth of the time; a few tests run real Inductor.
+``plain_inductor`` replaces Inductor by the lowered graph itself. What is tested then is Dynamo, the passes, the store
+and the runner, which is the point of most of these tests, at a hundredth of the time; a few tests run real Inductor.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def dynamo_config() -> Any:
 class Mlp(nn.Module):
     """Gate, up and down, as Llama has them; ``up`` and ``gate`` are siblings.
 
-    hardtanh instead of silu, which rounds differently on strided tensors (slices of a merged GEMM), so that tests can ask
-    for equal bits, and which keeps deep stacks finite.
+    hardtanh instead of silu, which rounds differently on strided tensors (slices of a merged GEMM), so that tests can
+    ask for equal bits, and which keeps deep stacks finite.
     """
 
     def __init__(self, hidden: int = 32, wide: int = 48, bias: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Layers compiled one by one: Dynamo shares graphs between them, or runs out of them; each layer gets its own scheme."""
+"""Layers compiled one by one: Dynamo shares graphs between them, or runs out; each layer gets its own scheme."""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ def case(plain_inductor: CompileCounter) -> Case:
 
 
 def original_bytes(model: nn.Module) -> int:
-    return sum(p.untyped_storage().nbytes() for p in model.parameters())
+    with torch._C.DisableTorchFunctionSubclass():
+        return sum(p.untyped_storage().nbytes() for p in model.parameters())
 
 
 def test_release_weights_frees_the_originals_at_the_first_call(case: Case) -> None:
@@ -159,7 +160,7 @@ EAGER_USES = {
     "to dtype": lambda m: m.to(torch.float32),
     "to device": lambda m: m.to("meta"),
     "half": lambda m: m.half(),
-    "load_state_dict": lambda m: m.load_state_dict({n: torch.zeros(p.shape) for n, p in m.named_parameters()}),
+    "load_state_dict": lambda m: m.load_state_dict({"up_proj.weight": torch.zeros(48, 32)}, strict=False),
     "equal": lambda m: torch.equal(m.up_proj.weight, m.gate_proj.weight),
     "norm": lambda m: nn.utils.clip_grad_norm_(m.up_proj.weight, 1.0) or m.up_proj.weight.norm(),
 }

@@ -38,8 +38,8 @@ def test_w8a8_is_the_textbook_scheme(example: ModuleType) -> None:
     yardstick = embedder.embed((*example.DOCUMENTS, *example.QUERIES))
     theirs = (result.bf16 * yardstick).sum(-1)
     assert abs(float(result.cosine.mean()) - float(theirs.mean())) < 5e-4
-    # No closer than either is to bf16: the textbook with f32 instead of bf16 between linears is 0.9974 from itself, since
-    # rounding that differs by an ulp flips codes, and the flips spread from layer to layer.
+    # No closer than either is to bf16: the textbook with f32 instead of bf16 between linears is 0.9974 from itself,
+    # since rounding that differs by an ulp flips codes, and the flips spread from layer to layer.
     assert float((result.quantized * yardstick).sum(-1).mean()) > 0.996
     assert 0.997 <= float(result.cosine.mean()) < 0.9999  # the upper end: something was quantized
     assert [index for index, _ in example.best_match(result.quantized)] == [

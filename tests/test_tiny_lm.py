@@ -159,6 +159,20 @@ def test_textbook_imports_nothing_of_the_product() -> None:
     assert names <= {"__future__", "copy", "collections", "dataclasses", "torch"}
 
 
+def test_demo_reads_and_decodes_like_generate() -> None:
+    """The demo's own loop over a static cache, eager: logits as without a cache, tokens as by transformers."""
+    lm = demo.load()
+    runner = demo.Runner(lm)
+    prompt = demo.windows_of(lm.heldout, demo.WINDOW, 1)[:, :-1]
+    with torch.inference_mode():
+        whole = forward_of(lm.model)(prompt)
+        assert (runner.read(prompt).float() - whole.float()).norm() < 0.02 * whole.float().norm()
+        tokens, seconds = runner.decode(prompt, 8)
+        theirs = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    assert tokens == theirs[0, demo.WINDOW :].tolist()
+    assert seconds > 0
+
+
 def test_missing_weights_are_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(demo.DemoError, match=r"tokenizer\.json, heldout\.txt is missing(.|\n)*--model DIR"):
         demo.load(folder=tmp_path)

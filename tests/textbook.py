@@ -7,8 +7,8 @@ the meaning of e4m3 and e5m2 is stated here.
 
 Definitions, for a weight W [n, k] and an input X [..., k]; amax is the largest magnitude of what shares a scale:
 
-    FP8     scale = amax / largest finite value (e4m3: 448, e5m2: 57344), round to nearest even, saturate. Inputs are e4m3
-            even where weights are e5m2, since no GPU multiplies e5m2 by e5m2.
+    FP8     scale = amax / largest finite value (e4m3: 448, e5m2: 57344), round to nearest even, saturate. Inputs are
+            e4m3 even where weights are e5m2, since no GPU multiplies e5m2 by e5m2.
     INT8    scale = amax / 127, round half to even, -127 .. 127.
     INT4    symmetric: scale = amax / 7.5, codes -8 .. 7 (compressed-tensors). Asymmetric: scale = (max - min) / 15 over
             a range that holds 0, zero = round(-min / scale), codes 0 .. 15, W = scale * (code - zero).

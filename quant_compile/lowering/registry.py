@@ -63,6 +63,7 @@ class Kernel:
             (groups: [m, g]); for 16-bit inputs the one plane is x [m, k]. m is at least 1.
         column_scales: needs the input's group scales in column-major order (stride 1 along m).
         reference: slow and exact; on a GPU only used when the policy or the options allow it.
+        prepare: compile ahead for m rows on a device, where that takes seconds and may run in a thread.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Kernel:
     run: Run
     column_scales: bool = False
     reference: bool = False
+    prepare: Callable[[Problem, int, torch.device], object] | None = None
 
 
 @dataclass(frozen=True)

@@ -125,24 +125,27 @@ def choose(problem: Problem, target: Target, request: Request | None = None, sit
     answers = {bucket: fits(problem, target, request, bucket) for bucket in BUCKETS}
     best: tuple[float, str, dict[int, str]] | None = None
     for layout in layouts():
+        estimates = {bucket: _of_layout(answers[bucket], layout) for bucket in BUCKETS}
+        if not all(estimates.values()):
+            continue  # some m would have no kernel; nothing of this layout needs measuring
         table: dict[int, str] = {}
         score = 0.0
         for bucket, weight in WEIGHTS.items():
-            candidates: dict[str, float] = {
-                name: (cost(kernels()[name], problem, bucket) if cost else answer)
-                for name, answer in answers[bucket].items()
-                if not isinstance(answer, str) and kernels()[name].layout == layout
-            }
-            if not candidates:
-                break
-            name = min(candidates, key=lambda key, costs=candidates: (costs[key], key))
-            table[bucket] = name
-            score += weight * math.log(max(candidates[name], 1e-3))
-        if len(table) == len(BUCKETS) and (best is None or score < best[0]):
+            costs = estimates[bucket]
+            if cost is not None:
+                costs = {name: cost(kernels()[name], problem, bucket) for name in costs}
+            table[bucket] = min(costs, key=lambda name, costs=costs: (costs[name], name))
+            score += weight * math.log(max(costs[table[bucket]], 1e-3))
+        if best is None or score < best[0]:
             best = (score, layout, table)
     if best is None:
         raise _no_kernel(problem, target, answers, site)
     return Dispatch(problem, best[1], _ranges(best[2]), _column_scales(best[2]))
+
+
+def _of_layout(answers: Mapping[str, float | str], layout: str) -> dict[str, float]:
+    """Estimated costs of the kernels of one layout that fit."""
+    return {name: cost for name, cost in answers.items() if not isinstance(cost, str) and kernels()[name].layout == layout}
 
 
 def _column_scales(table: Mapping[int, str]) -> bool:

@@ -15,6 +15,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from quant_compile.lowering.select import BUCKETS, CostOf
 from quant_compile.lowering.target import Target
 
 POINTS = {"quick": (1, 16, 64, 512, 4096), "full": BUCKETS}
+# Only kernels whose estimate is within this factor of the best estimate are measured.
+WORTH = {"quick": 2.0, "full": math.inf}
 FAILED = 1e12
 _CALLS, _REPLAYS = 12, 5
 _LIBRARIES = ("torch", "triton", "sglang-kernel", "sgl-kernel", "humming-kernels", "sgl-deep-gemm")
@@ -96,7 +99,7 @@ def measured(target: Target, level: str) -> CostOf | None:
 
     def cost(kernel: Kernel, problem: Problem, m: int) -> float:
         if any(known.get(problem, kernel.name, point) is None for point in points):
-            known.put(problem, _measure_layout(kernel.layout, problem, target, points, known))
+            known.put(problem, _measure_layout(kernel.layout, problem, target, points, known, WORTH[level]))
         return _estimate(kernel, problem, m, target, points, known)
 
     return cost
@@ -120,24 +123,46 @@ def _estimate(kernel: Kernel, problem: Problem, m: int, target: Target, points: 
     return times[near] * at.cost / max(there.cost, 1e-6)
 
 
-def _measure_layout(layout: str, problem: Problem, target: Target, points: tuple[int, ...], known: Timings) -> dict[str, float]:
-    """Times of all kernels of a layout, missing ones only; a kernel that does not fit or fails gets FAILED."""
+def _measure_layout(
+    layout: str, problem: Problem, target: Target, points: tuple[int, ...], known: Timings, worth: float
+) -> dict[str, float]:
+    """Times of all kernels of a layout, missing ones only; FAILED for one that does not fit, fails or is not worth it."""
     wanted = [k for k in kernels().values() if k.layout == layout and not k.reference]
-    out: dict[str, float] = {}
+    missing = [(kernel, m) for kernel in wanted for m in points if known.get(problem, kernel.name, m) is None]
+    out = {f"{kernel.name}@{m}": FAILED for kernel, m in missing}
+    jobs = [(kernel, m) for kernel, m in missing if _is_worth(kernel, problem, m, target, worth)]
+    if not jobs:
+        return out
+    device = torch.device("cuda", torch.cuda.current_device())
+    with ThreadPoolExecutor() as pool:
+        # An error comes again, and is answered, when the kernel is timed.
+        list(pool.map(lambda job: _prepared(*job, problem, device), jobs))
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
-        copies: list[Planes] | None = None
-        for kernel in wanted:
-            for m in points:
-                if known.get(problem, kernel.name, m) is not None:
-                    continue
-                if isinstance(kernel.fit(problem, m, target), Reject):
-                    out[f"{kernel.name}@{m}"] = FAILED
-                    continue
-                copies = copies or _weights(layout, problem)
-                out[f"{kernel.name}@{m}"] = _time(kernel, problem, m, copies)
+        copies = _weights(layout, problem)
+        for kernel, m in jobs:
+            out[f"{kernel.name}@{m}"] = _time(kernel, problem, m, copies)
         del copies
     torch.cuda.empty_cache()
     return out
+
+
+def _prepared(kernel: Kernel, m: int, problem: Problem, device: torch.device) -> bool:
+    if kernel.prepare is None:
+        return True
+    try:
+        kernel.prepare(problem, m, device)
+    except Exception:
+        return False
+    return True
+
+
+def _is_worth(kernel: Kernel, problem: Problem, m: int, target: Target, worth: float) -> bool:
+    """Whether a kernel's own estimate is within ``worth`` times the best kernel's at this m."""
+    own = kernel.fit(problem, m, target)
+    if isinstance(own, Reject):
+        return False
+    answers = [other.fit(problem, m, target) for other in kernels().values()]
+    return own.cost <= worth * min(answer.cost for answer in answers if not isinstance(answer, Reject))
 
 
 def _weights(layout: str, problem: Problem) -> list[Planes]:

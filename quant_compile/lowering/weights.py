@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import CompileContext
 from torch.nn import Parameter
 
 from quant_compile.ir.errors import MissingScalesError, ReleasedWeightError, StaleWeightError, WeightError
@@ -65,7 +66,11 @@ def _any_released(args: Any, kwargs: Any) -> bool:
 
 
 def _is_metadata(func: Any) -> bool:
-    return getattr(func, "__name__", "") in _READABLE or _is_getter(func)
+    name = getattr(func, "__name__", "")
+    if name == "untyped_storage":
+        # Dynamo describes the storage of each input when it compiles again; anyone else would go on to read it.
+        return CompileContext.current_compile_id() is not None
+    return name in _READABLE or _is_getter(func)
 
 
 _READABLE = {
@@ -75,7 +80,7 @@ _READABLE = {
 _GETTERS = {
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_leaf", "grad_fn",
     "is_quantized", "is_mkldnn", "is_nested", "names", "is_mps", "is_xpu", "itemsize", "nbytes", "_version", "is_sparse_csr", "retains_grad",
-    "is_vulkan", "is_ipu", "is_mtia", "is_xla", "is_maia", "name", "_backward_hooks", "output_nr",
+    "is_vulkan", "is_ipu", "is_mtia", "is_xla", "is_maia", "name", "_backward_hooks", "output_nr", "grad_dtype",
 }  # fmt: skip
 
 

@@ -15,13 +15,14 @@ from quant_compile.ir.family import PlaneSpec, family_of
 from quant_compile.ir.graph import PlaneRef, ScaleRef, add_plane, erase_with_inputs, plane_name, verify
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite
+from quant_compile.ir.writes import Writes
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 
 
 def insert_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
     """Rewrite every site whose decision is a scheme."""
     report = PassReport("insert_quant")
-    prepared: dict[tuple[Any, ...], fx.Node] = {}
+    prepared = _Prepared(gm.graph, Writes(gm.graph))
     for site in plan.sites:
         decision = plan.decisions[site.node.name]
         if decision.scheme is None:
@@ -32,10 +33,10 @@ def insert_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRe
     return verify(gm, "quantized"), report
 
 
-def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: Scheme, prepared: dict[tuple[Any, ...], fx.Node]) -> None:
+def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: Scheme, prepared: _Prepared) -> None:
     spec, node = scheme.spec, site.node
     w = _weight_planes(graph, site, scheme, decision.name)
-    x = _input(graph, site, prepared)
+    x = prepared.input_of(site)
     with graph.inserting_before(node):
         planes: Any = [x]
         if scheme.input_activations is not None:
@@ -73,20 +74,31 @@ def _scale(graph: fx.Graph, site: LinearSite, name: str) -> fx.Node:
     return node
 
 
-def _input(graph: fx.Graph, site: LinearSite, prepared: dict[tuple[Any, ...], fx.Node]) -> fx.Node:
-    """The input as the linear reads it: transposed for weight @ x, cast as autocast would; one node per distinct need."""
-    x = site.x
-    value = x.meta["example_value"]
-    steps: list[tuple[str, tuple[Any, ...]]] = []
-    if site.flipped:
-        steps.append(("t", ()))
-    if value.dtype != site.dtype:
-        steps.append(("to", (site.dtype,)))
-    for method, arguments in steps:
+class _Prepared:
+    """Inputs as linears read them: transposed for weight @ x, cast as autocast would; shared unless written in between."""
+
+    def __init__(self, graph: fx.Graph, writes: Writes) -> None:
+        self.graph, self.writes = graph, writes
+        self.made: dict[tuple[Any, ...], tuple[fx.Node, fx.Node]] = {}
+
+    def input_of(self, site: LinearSite) -> fx.Node:
+        """The node to quantize or multiply."""
+        x, value = site.x, site.x.meta["example_value"]
+        steps: list[tuple[str, tuple[Any, ...]]] = [("t", ())] if site.flipped else []
+        if value.dtype != site.dtype:
+            steps.append(("to", (site.dtype,)))
+        for method, arguments in steps:
+            x = self._step(x, method, arguments, site)
+        return x
+
+    def _step(self, x: fx.Node, method: str, arguments: tuple[Any, ...], site: LinearSite) -> fx.Node:
         key = (x, method, arguments)
-        if key not in prepared:
-            with graph.inserting_after(x):
-                prepared[key] = graph.call_method(method, (x, *arguments))
-            prepared[key].meta["example_value"] = getattr(value, method)(*arguments)
-        x, value = prepared[key], prepared[key].meta["example_value"]
-    return x
+        if key in self.made:
+            node, first = self.made[key]
+            if self.writes.between(site.x, first, site.node) is None:
+                return node
+        with self.graph.inserting_before(site.node):
+            node = self.graph.call_method(method, (x, *arguments))
+        node.meta["example_value"] = getattr(x.meta["example_value"], method)(*arguments)
+        self.made[key] = (node, site.node)
+        return node

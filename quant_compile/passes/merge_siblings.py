@@ -1,21 +1,23 @@
 """One GEMM for linears that read one input under one scheme (q/k/v, gate/up): fewer launches, bigger tiles.
 
 Reads ``sglq.linear`` nodes; writes one over joined planes and a slice for each sibling. Siblings without a bias join siblings
-with one through zeros. Refuses rows that would not start at a scale block, and a bias that is not a Parameter.
+with one through zeros. A slice is not contiguous, so views of it become reshapes. Refuses rows that would not start at a scale
+block, a bias that is not a Parameter, and inputs or viewed outputs that are written in place.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.family import PlaneSpec, Reject, family_of
 from quant_compile.ir.graph import BiasRef, PlaneRef, add_plane, erase_with_inputs, verify
 from quant_compile.ir.scheme import parse
+from quant_compile.ir.writes import Writes, storage_of
 from quant_compile.passes.plan import PassReport, Plan
-from quant_compile.passes.share_quant import written_in_place
 
 
 def merge_siblings(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
@@ -23,6 +25,7 @@ def merge_siblings(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pass
     report = PassReport("merge_siblings")
     if not plan.merge_siblings:
         return gm, report
+    writes = Writes(gm.graph)
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=ops.linear):
         x = node.args[0] if isinstance(node.args[0], fx.Node) else node.args[0][0]
@@ -31,7 +34,7 @@ def merge_siblings(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pass
         if len(siblings) < 2:
             continue
         names = " + ".join(name for node in siblings for name in node.meta["names"])
-        refusal = _refusal(siblings, plan)
+        refusal = _refusal(siblings, plan, writes)
         if refusal is not None:
             report.refused.append(f"{names}: {refusal.reason}")
             continue
@@ -48,7 +51,7 @@ def _rows(node: fx.Node) -> int:
     return node.args[1][0].meta["example_value"].shape[0]  # type: ignore[index, union-attr]
 
 
-def _refusal(siblings: list[fx.Node], plan: Plan) -> Reject | None:
+def _refusal(siblings: list[fx.Node], plan: Plan, writes: Writes) -> Reject | None:
     spec = str(siblings[0].args[3])
     block = family_of(parse(spec)).row_block(parse(spec))
     for node in siblings[:-1]:
@@ -61,9 +64,34 @@ def _refusal(siblings: list[fx.Node], plan: Plan) -> Reject | None:
         bias: Any = node.args[2]
         if bias is not None and not (bias.op == "placeholder" and plan.is_parameter(bias.meta.get("argument", -1))):
             return Reject(f"the bias of {node.meta['names'][0]} is not a Parameter")
+    return _written(siblings, writes)
+
+
+def _written(siblings: list[fx.Node], writes: Writes) -> Reject | None:
     x: Any = siblings[0].args[0]
-    writer = written_in_place(x[0]) if isinstance(x, list | tuple) else None
-    return Reject(f"the input is written by {writer}") if writer else None
+    writer = writes.between(x[0], siblings[0], siblings[-1]) if isinstance(x, list | tuple) else None
+    if writer is not None:
+        return Reject(f"the input is written by {writer}")
+    for node in siblings:
+        writer = writes.anywhere(node)
+        if writer is not None and _views(node):
+            return Reject(f"{node.meta['names'][0]}'s output is viewed and written by {writer}")
+    return None
+
+
+def _views(node: fx.Node) -> list[fx.Node]:
+    """``view`` calls on a linear's output or an alias of it, which need strides that a slice has not."""
+    found: list[fx.Node] = []
+    storage = storage_of(node)
+    for user in node.users:
+        if storage is not None and storage_of(user) == storage:
+            if user.op == "call_method" and user.target in _RESHAPES and not isinstance(user.args[1], torch.dtype):
+                found.append(user)
+            found += _views(user)
+    return found
+
+
+_RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
 
 
 def _merge(graph: fx.Graph, siblings: list[fx.Node]) -> None:
@@ -85,6 +113,8 @@ def _merge(graph: fx.Graph, siblings: list[fx.Node]) -> None:
             parts.append(part)
             start += size
     for node, part in zip(siblings, parts, strict=True):
+        for view in _views(node):
+            view.target = _RESHAPES[str(view.target)]
         node.replace_all_uses_with(part)
         erase_with_inputs(graph, node)
 

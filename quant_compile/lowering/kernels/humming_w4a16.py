@@ -117,4 +117,9 @@ def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-KERNELS = (Kernel("humming_w4a16", "w4_tiles", fit, run),)
+def prepare(problem: Problem, m: int, device: torch.device) -> Tensor:
+    """Compile the GEMM that serves m rows; humming's compiler is a process of its own, so threads run it side by side."""
+    return _gemm(problem, range_of(m), device)
+
+
+KERNELS = (Kernel("humming_w4a16", "w4_tiles", fit, run, prepare=prepare),)

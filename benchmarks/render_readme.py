@@ -1,0 +1,349 @@
+"""Fill the README's tables from ``benchmarks/results/*.json`` and from the kernels' own answers: no number is typed.
+
+    python benchmarks/render_readme.py           # rewrite README.md
+    python benchmarks/render_readme.py --check   # exit 1 if it would change
+
+A table stands between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->``. One whose results are absent is left empty, its
+heading included. Reads the README and the results; writes the README and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+Result = Mapping[str, Any]
+NONE = "–"
+STACKS = {"inductor": "Inductor bf16", "torchao-fp8": "torchao FP8 per row", "torchao-int4": "torchao int4, group 128"}
+DECODE_BATCHES = (1, 16)
+# The problem that stands for a linear in the table of kernels; no kernel refuses its sizes.
+SIZE = 4096
+
+
+def read(name: str, results: Path) -> Result | None:
+    """One result file, or None where it is absent."""
+    path = results / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first to the right. Nothing without rows."""
+    if not rows:
+        return ""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def place(result: Result, *libraries: str) -> str:
+    """Device, torch, the named libraries that were there, and the day."""
+    machine = result["machine"]
+    versions = machine["versions"]
+    names = [f"{name} {versions[name]}" for name in ("torch", *libraries) if versions.get(name)]
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    return ", ".join([device, *names, result["date"]])
+
+
+def short_device(result: Result) -> str:
+    """``H200`` or ``CPU``."""
+    return result["machine"].get("gpu", "CPU").removeprefix("NVIDIA ")
+
+
+def times(value: float | None) -> str:
+    """A speed-up."""
+    return NONE if value is None else f"{value:.2f}×"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A plain number with fixed decimals."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A relative difference with its sign."""
+    return NONE if value is None else f"{value:+.2%}"
+
+
+# --- end to end ------------------------------------------------------------------------------------------------------
+
+
+def e2e(results: Path) -> str:
+    """Whole models: milliseconds and speed-up of each stack, and what its weights hold."""
+    result = read("e2e", results)
+    if result is None:
+        return ""
+    settings = result["settings"]
+    cells = [f"decode B={batch}" for batch in DECODE_BATCHES if batch in settings["batches"]]
+    cells += [name for row in result["rows"] for name in row if name.startswith("prefill")][:1]
+    header = ["stack", *cells, "linears alone, B=1", "weights held, GiB"]
+    rows = [e2e_row(row, cells) for row in result["rows"]]
+    text = (
+        f"**A whole model**: {settings['shape']} shape, {settings['layers']} layers, seeded random weights, static cache "
+        f"of {settings['cache_tokens']} tokens of which {settings['filled']} are filled, CUDA graphs. Milliseconds, and "
+        f"speed relative to Inductor in bf16. {place(result, 'triton', 'transformers', 'torchao')}.\n"
+    )
+    note = (
+        "`linears alone` is the kernel time of the layers' linears, lm_head apart. `weights held` is what the allocator holds "
+        "for all parameters after `release`, embeddings and lm_head in bf16 included. [How it is measured](benchmarks/README.md)."
+    )
+    return "\n".join([text, markdown(header, rows), "", note])
+
+
+def e2e_row(row: Result, cells: Sequence[str]) -> list[str]:
+    """One stack; what an error left unmeasured is a dash, and the error stands beside the name."""
+    name = STACKS.get(row["stack"], row["stack"])
+    name += f" ({row['error'][:80]})" if row.get("error") else ""
+    base = 1.0 if row["stack"] == "inductor" else None
+    out = [name]
+    for cell in cells:
+        found = row.get(cell)
+        out.append(f"{found['ms']:.2f} ({times(found['speedup'] or base)})" if found else NONE)
+    linears = row.get("decode B=1 kernels")
+    out.append(times(linears["linears_speedup"] or base) if linears else NONE)
+    # Of the other stacks nothing is left to release: what they hold after the first step is what they hold.
+    held = row.get("memory", {}).get("weights_gib", row.get("first", {}).get("held_gib"))
+    return [*out, number(held)]
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def gemm(results: Path) -> str:
+    """Dispatch against the best peer kernel and against cuBLAS bf16."""
+    result = read("gemm", results)
+    if result is None:
+        return ""
+    tokens = sorted({row["m"] for row in result["summary"]})
+    shapes = list(dict.fromkeys(f"{row['n']}×{row['k']}" for row in result["summary"]))
+    header = ["scheme", "to best peer", "worst row", *(f"to bf16, M={m}" for m in tokens)]
+    rows: list[list[str]] = []
+    for verdict in result["verdicts"]:
+        own = [row for row in result["summary"] if row["scheme"] == verdict["scheme"]]
+        by_m = [speed([row["ratio_to_bf16"] for row in own if row["m"] == m]) for m in tokens]
+        worst = inverse(verdict["worst_to_peer"])
+        worst += f" ({verdict['worst_row'].replace('x', '×')})" if verdict["worst_row"] else ""
+        rows.append([verdict["scheme"], inverse(verdict["geomean_to_peer"]), worst, *by_m])
+    where = place(result, "triton", "sgl_kernel", "humming", "deep_gemm")
+    text = (
+        f"**The linears alone**: speed of the kernel that is chosen, over N×K = {', '.join(shapes)}, as geometric means; "
+        "above 1 is faster. The best peer is the fastest correct kernel of that scheme among those of torch, "
+        f"sgl-kernel, DeepGEMM and humming, called directly; inputs are quantized beforehand. {where}.\n"
+    )
+    return "\n".join([text, markdown(header, rows)])
+
+
+def inverse(ratio: float | None) -> str:
+    """Speed-up of a ratio of times."""
+    return times(1 / ratio if ratio else None)
+
+
+def speed(ratios: Sequence[float | None]) -> str:
+    """Geometric mean of ratios of times, as a speed-up."""
+    known = [ratio for ratio in ratios if ratio]
+    return times(math.exp(-statistics.fmean(map(math.log, known))) if known else None)
+
+
+# --- quality ---------------------------------------------------------------------------------------------------------
+
+
+def quality(results: Path) -> str:
+    """Perplexity of the bundled models per scheme: textbook, and as compiled on each device that was measured."""
+    found = [result for name in ("quality_cuda", "quality_cpu") if (result := read(name, results)) is not None]
+    if not found:
+        return ""
+    header = ["scheme", "bits a weight", "textbook"]
+    for result in found:
+        header += [f"compiled, {short_device(result)}", "to bf16", "to textbook"]
+    keys = list(dict.fromkeys((row["model"], row["scheme"]) for result in found for row in result["rows"]))
+    rows: list[list[str]] = []
+    for model in dict.fromkeys(model for model, _ in keys):
+        mine = [row for result in found for row in result["rows"] if row["model"] == model]
+        rows.append([f"{model} bf16", "16", number(mine[0]["bf16"], 4), *[NONE] * (3 * len(found))])
+        rows += [quality_row(found, model, scheme) for of, scheme in keys if of == model]
+    tokens = {name.removeprefix("tokens_"): count for name, count in found[0].items() if name.startswith("tokens_")}
+    text = (
+        "**Quality**: perplexity of the bundled models on held-out text "
+        f"({', '.join(f'{name}: {count} tokens' for name, count in tokens.items())}). The textbook column is plain "
+        "round-to-nearest in eager f32, written apart from the product. "
+        f"{'; '.join(place(result, 'triton', 'sgl_kernel', 'humming') for result in found)}.\n"
+    )
+    return "\n".join([text, markdown(header, rows)])
+
+
+def quality_row(found: Sequence[Result], model: str, scheme: str) -> list[str]:
+    """One scheme; a device that failed shows its error."""
+    rows = [next((r for r in f["rows"] if (r["model"], r["scheme"]) == (model, scheme)), {}) for f in found]
+    known = next(row for row in rows if row)
+    textbook = next((row["textbook"] for row in rows if row.get("textbook") is not None), None)
+    out = [f"{model} {scheme}", f"{known['bits_per_weight']:.3g}", number(textbook, 4)]
+    for row in rows:
+        shown = row["error"][:80] if row.get("error") else number(row.get("product"), 4)
+        out += [shown, percent(row.get("product_to_bf16")), percent(row.get("product_to_textbook"))]
+    return out
+
+
+# --- compile time, CPU -----------------------------------------------------------------------------------------------
+
+
+def compile_time(results: Path) -> str:
+    """Cold compilation against Inductor's, and the passes' own time by depth."""
+    result = read("compile_time", results)
+    if result is None:
+        return ""
+    settings = result["settings"]
+    rows = [
+        [STACKS.get(row["stack"], row["stack"]), *(number(row.get(key), 1) for key in ("compile_s", "apart_s"))]
+        + [times(row.get("ratio")), f"{row['runs']}" + (f" ({row['error'][:80]})" if row["error"] else "")]
+        for row in result["rows"]
+    ]
+    text = (
+        f"**Compile time**: one decode step of the {settings['shape']} shape, {settings['layers']} layers, cold caches, "
+        f"medians of {settings['runs']}; apart: {settings['apart']}. {place(result, 'triton')}.\n"
+    )
+    table = markdown(["stack", "compile, s", "apart, s", "to Inductor", "runs"], rows)
+    passes = [row for row in result["passes"] if not row.get("error")]
+    depth = [[f"{r['layers']}", f"{r['nodes']}", number(r["passes_s"]), f"{r['us_per_node']:.0f}"] for r in passes]
+    return "\n".join(
+        [text, table, "", "The passes alone, by depth of the model:", ""]
+        + [markdown(["layers", "nodes", "passes, s", "µs a node"], depth)]
+    )
+
+
+def cpu_decode(results: Path) -> str:
+    """Decoding on a CPU."""
+    result = read("cpu_decode", results)
+    if result is None:
+        return ""
+    rows = [
+        [row["variant"] + (f" ({row['error'][:80]})" if row["error"] else "")]
+        + [number(row["us"] / 1000, 1) if row.get("us") else NONE, times(row.get("speedup"))]
+        for row in result["rows"]
+    ]
+    settings = result["settings"]
+    text = (
+        f"**On a CPU**: decode step, {settings['shape']}, {settings['layers']} layers, B={settings['batch']}. "
+        f"{place(result)}.\n"
+    )
+    return "\n".join([text, markdown(["variant", "ms", "to bf16"], rows)])
+
+
+# --- which kernel serves what ----------------------------------------------------------------------------------------
+
+
+def kernels(results: Path) -> str:
+    """Scheme by target: every kernel that can run it there, asked of the kernels themselves."""
+    del results
+    import torch
+
+    from quant_compile.ir.scheme import PRESETS
+    from quant_compile.lowering.registry import Problem
+
+    rows: list[list[str]] = []
+    for name, scheme in sorted(PRESETS.items()):
+        problem = Problem(scheme, SIZE, SIZE, torch.bfloat16)
+        rows.append([f"`{name}`", serving(problem, ["cpu"]), serving(problem, gpu_targets())])
+    return markdown(["scheme", "CPU", "GPU"], rows).replace("---:", "---")
+
+
+def gpu_targets() -> list[str]:
+    """The GPU targets that selection knows, oldest first."""
+    from quant_compile.lowering.target import FAKE_SM_COUNT
+
+    return [f"sm{arch}" for arch in sorted(FAKE_SM_COUNT)]
+
+
+def serving(problem: Any, targets: Sequence[str]) -> str:
+    """The kernels that can run ``problem`` on any of ``targets``, with the targets and the most rows of each."""
+    from quant_compile.lowering.select import BUCKETS, Request, fits
+    from quant_compile.lowering.target import Target
+
+    able: dict[str, dict[str, int]] = {}
+    for text in targets:
+        for m in BUCKETS:
+            for name, answer in fits(problem, Target.fake(text), Request(), m).items():
+                if not isinstance(answer, str) and name != "reference":
+                    able.setdefault(name, {})[text] = m
+    parts: list[str] = []
+    for name, found in sorted(able.items()):
+        most = max(found.values())
+        limits = [span(list(found), targets)] if len(targets) > 1 else []
+        limits += [f"m≤{most}" if most > 1 else "m=1"] if most != BUCKETS[-1] else []
+        parts.append(f"`{name}`" + (f" ({', '.join(limits)})" if limits else ""))
+    return ", ".join(parts) or NONE
+
+
+def span(found: Sequence[str], targets: Sequence[str]) -> str:
+    """``sm89+``, ``sm90`` or ``sm80–sm90``; a list where there are gaps."""
+    start = targets.index(found[0])
+    if list(targets[start : start + len(found)]) != list(found):
+        return " ".join(found)
+    if found[-1] == targets[-1] and len(found) > 1:
+        return f"{found[0]}+"
+    return found[0] if len(found) == 1 else f"{found[0]}–{found[-1]}"
+
+
+# --- the README ------------------------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "e2e": e2e,
+    "gemm": gemm,
+    "quality": quality,
+    "compile_time": compile_time,
+    "cpu_decode": cpu_decode,
+    "kernels": kernels,
+}
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every table filled anew.
+
+    Raises:
+        ValueError: a marker without its partner, or a table that nobody makes.
+    """
+    opened = re.findall(r"^<!-- table:(\w+) -->$", text, flags=re.M)
+    closed = re.findall(r"^<!-- end:(\w+) -->$", text, flags=re.M)
+    if opened != closed or set(opened) - set(TABLES) or len(set(opened)) < len(opened):
+        raise ValueError(f"tables opened: {opened}, closed: {closed}, known: {sorted(TABLES)}")
+    for name in opened:
+        made = TABLES[name](results)
+        block = f"<!-- table:{name} -->\n" + (f"\n{made}\n\n" if made else "") + f"<!-- end:{name} -->"
+        pattern = rf"^<!-- table:{name} -->$.*?^<!-- end:{name} -->$"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.M | re.S)
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the status is 1 when ``--check`` finds a difference."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is not up to date")
+    args = parser.parse_args(argv)
+    sys.path.insert(0, str(ROOT))
+    before = README.read_text(encoding="utf-8")
+    after = render(before)
+    if args.check:
+        print(
+            "README.md is up to date"
+            if before == after
+            else "README.md is out of date: run benchmarks/render_readme.py"
+        )
+        return int(before != after)
+    README.write_text(after, encoding="utf-8")
+    print("README.md:", "unchanged" if before == after else "rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

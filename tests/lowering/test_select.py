@@ -1,0 +1,280 @@
+"""Which kernels a problem gets on each target: no GPU is needed, a target is data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import quant_compile  # noqa: F401  (registers the schemes)
+from quant_compile.ir.errors import NoKernelError, OptionError
+from quant_compile.ir.family import Reject
+from quant_compile.ir.scheme import PRESETS, parse
+from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
+from quant_compile.lowering.select import BUCKETS, Dispatch, Request, bucket_of, choose, fits, parse_dispatch
+from quant_compile.lowering.target import FAKE_OPS, FAKE_SM_COUNT, Target, default_policy
+
+GPUS = tuple(f"sm{arch}" for arch in FAKE_SM_COUNT)
+SIZES = ((6144, 4096), (33, 51), (1, 1), (128, 200))
+"""A real layer, and sizes that no tile and no alignment likes."""
+CUSTOM = ("int4.group64+16", "int4.group32.asym+16", "int4.channel+16")
+SPECS = (*PRESETS, *CUSTOM)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def problem(
+    spec: str, n: int = 6144, k: int = 4096, dtype: torch.dtype = torch.bfloat16, bias: bool = False
+) -> Problem:
+    return Problem(parse(spec), n, k, dtype, bias)
+
+
+def is_fp8(spec: str) -> bool:
+    return parse(spec).weights.type == "float"
+
+
+def check(dispatch: Dispatch, asked: Problem, target: Target, request: Request | None = None) -> None:
+    """Every kernel of a dispatch reads its layout and says itself that it fits; the table is ascending and complete."""
+    assert dispatch.problem == asked and dispatch.layout in layouts()
+    bounds = [bound for bound, _ in dispatch.table]
+    assert bounds == sorted(set(bounds)) and bounds[-1] == BUCKETS[-1]
+    for m in (*BUCKETS, 3, 5000, 100_000):
+        kernel = dispatch.kernel_for(m)
+        assert kernel.layout == dispatch.layout
+        answer = kernel.fit(asked, bucket_of(m), target)
+        assert not isinstance(answer, Reject), f"{kernel.name} refuses m={m}: {answer}"
+    assert dispatch.column_scales == any(kernels()[name].column_scales for _, name in dispatch.table)
+    packed = layouts()[dispatch.layout].planes(asked)
+    assert all(size > 0 for spec in packed for size in spec.shape)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("target", ["cpu", *GPUS])
+def test_every_scheme_has_kernels_or_an_error_with_every_reason(target: str, spec: str, size: tuple[int, int]) -> None:
+    device = Target.fake(target)
+    for dtype in DTYPES[:2]:
+        asked = problem(spec, *size, dtype)
+        if target == "sm80" and is_fp8(spec):
+            with pytest.raises(NoKernelError) as error:
+                choose(asked, device, site="model.layers.0.q_proj")
+            assert set(error.value.reasons) == set(kernels())
+            assert all(error.value.reasons.values())
+        else:
+            check(choose(asked, device), asked, device)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_f32_models_run_on_cpu(spec: str) -> None:
+    asked = problem(spec, 33, 51, torch.float32, bias=True)
+    check(choose(asked, Target.fake("cpu")), asked, Target.fake("cpu"))
+
+
+def test_error_names_the_weight_the_problem_and_the_fix() -> None:
+    with pytest.raises(NoKernelError) as error:
+        choose(problem("FP8_DYNAMIC", 11008, 4100), Target.fake("sm80"), site="model.layers.0.mlp.up_proj")
+    text = str(error.value)
+    assert "no kernel for model.layers.0.mlp.up_proj (FP8_DYNAMIC, n=11008 k=4100" in text and "sm80" in text
+    assert "  triton_scaled_mm: fp8 needs sm89" in text
+    assert "Fix: " in text.splitlines()[-1] and "allow_reference" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("target", ["sm89", "sm90", "sm100", "sm120"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_triton_serves_where_libraries_are_missing(target: str, spec: str) -> None:
+    device = Target.fake(target, frozenset({"triton"}))
+    for size in SIZES:
+        dispatch = choose(problem(spec, *size), device)
+        check(dispatch, problem(spec, *size), device)
+        names = {name for _, name in dispatch.table}
+        assert not {name for name in names if name.startswith(("sgl", "humming", "deep"))}
+        assert any(name.startswith("triton") for name in names)
+
+
+@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_without_any_library_torch_serves_or_the_error_says_what_is_missing(target: str, spec: str) -> None:
+    device = Target.fake(target, frozenset())
+    try:
+        dispatch = choose(problem(spec), device)
+    except NoKernelError as error:
+        assert any("triton" in reason.lower() for reason in error.reasons.values())
+    else:
+        check(dispatch, problem(spec), device)
+        assert all(name.startswith("torch") for _, name in dispatch.table)
+
+
+@pytest.mark.parametrize("missing", sorted(FAKE_OPS - {"triton"}))
+def test_each_library_is_optional(missing: str) -> None:
+    device = Target.fake("sm90", FAKE_OPS - {missing})
+    for spec in SPECS:
+        check(choose(problem(spec), device), problem(spec), device)
+
+
+def test_libraries_are_used_where_they_are() -> None:
+    """Otherwise the tests above would pass with kernels that never serve."""
+    served = {
+        name for target in GPUS for spec in SPECS if not (target == "sm80" and is_fp8(spec))
+        for _, name in choose(problem(spec), Target.fake(target)).table
+    }  # fmt: skip
+    assert {"sgl_fp8", "sgl_int8", "deep_gemm", "humming_w4a16"} <= served
+    assert any(name.startswith("triton") for name in served)
+
+
+def test_no_cpu_kernel_serves_a_gpu_and_none_of_a_gpu_the_cpu() -> None:
+    for spec in SPECS:
+        on_cpu = {name for _, name in choose(problem(spec), Target.fake("cpu")).table}
+        assert all(name.startswith(("torch_cpu", "reference")) for name in on_cpu)
+        on_gpu = {name for _, name in choose(problem(spec), Target.fake("sm90")).table}
+        assert not {name for name in on_gpu if name.startswith(("torch_cpu", "reference"))}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("target", GPUS)
+def test_reference_on_a_gpu_only_when_allowed(target: str, spec: str) -> None:
+    device = Target.fake(target, frozenset())
+    answers = fits(problem(spec), device, Request(), 1)
+    assert "allow_reference" in str(answers["reference"])
+    allowed = Request(allow_reference=True)
+    check(choose(problem(spec), device, allowed), problem(spec), device)
+    assert isinstance(fits(problem(spec), device, allowed, 1)["reference"], float)
+    if target == "sm80" and is_fp8(spec):
+        dispatch = choose(problem(spec), Target.fake(target), allowed)
+        assert dispatch.table == ((BUCKETS[-1], "reference"),)
+
+
+@pytest.mark.parametrize("target", ["cpu", "sm80", "sm90"])
+def test_kernels_reference_means_the_reference_everywhere(target: str) -> None:
+    for spec in SPECS:
+        dispatch = choose(problem(spec), Target.fake(target), Request(kernels="reference"))
+        assert dispatch.layout == "rows" and dispatch.table == ((BUCKETS[-1], "reference"),)
+
+
+def test_pins_hold_for_their_scheme_only() -> None:
+    device = Target.fake("sm90")
+    request = Request(kernels=(("FP8_DYNAMIC", "triton_scaled_mm"),))
+    pinned = choose(problem("FP8_DYNAMIC"), device, request)
+    assert {name for _, name in pinned.table} == {"triton_scaled_mm"}
+    free = choose(problem("W8A8"), device, request)
+    assert free == choose(problem("W8A8"), device)
+
+
+def test_pin_of_everything_yields_to_a_pin_of_one_scheme() -> None:
+    request = Request(kernels=(("*", "triton_scaled_mm"), ("W8A8", "sgl_int8")))
+    assert request.pin_for("W8A8") == "sgl_int8" and request.pin_for("FP8_DYNAMIC") == "triton_scaled_mm"
+
+
+def test_pin_that_cannot_serve_is_an_error_with_its_own_reason() -> None:
+    with pytest.raises(NoKernelError) as error:
+        choose(problem("FP8_DYNAMIC"), Target.fake("sm80"), Request(kernels=(("FP8_DYNAMIC", "sgl_fp8"),)))
+    assert "sm89" in error.value.reasons["sgl_fp8"]
+    assert "pin FP8_DYNAMIC to sgl_fp8" in error.value.reasons["triton_scaled_mm"]
+
+
+def test_unknown_pin_lists_the_kernels() -> None:
+    with pytest.raises(OptionError, match="triton_scaled_mm"):
+        choose(problem("FP8_DYNAMIC"), Target.fake("sm90"), Request(kernels=(("*", "magic"),)))
+
+
+@given(
+    st.sampled_from(SPECS),
+    st.integers(1, 1 << 20),
+    st.integers(1, 1 << 20),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.lists(st.sampled_from(sorted(kernels())), min_size=1, max_size=6),
+    st.booleans(),
+)
+@settings(deadline=None, derandomize=True)
+def test_text_round_trip(
+    spec: str, n: int, k: int, dtype: torch.dtype, bias: bool, names: list[str], columns: bool
+) -> None:
+    table = tuple(zip(BUCKETS, names, strict=False))
+    dispatch = Dispatch(problem(spec, n, k, dtype, bias), "rows", table, columns)
+    assert parse_dispatch(dispatch.text) == dispatch
+    assert " " not in dispatch.text
+
+
+def test_text_tells_dispatches_apart() -> None:
+    """It is part of Inductor's cache key: anything that changes the numbers must change it."""
+    base = Dispatch(problem("W4A16"), "rows", ((4096, "reference"),))
+    others = [
+        replace(base, problem=problem("int4.group64+16")),
+        replace(base, problem=problem("W4A16", n=6145)),
+        replace(base, problem=problem("W4A16", k=4097)),
+        replace(base, problem=problem("W4A16", dtype=torch.float16)),
+        replace(base, problem=problem("W4A16", bias=True)),
+        replace(base, layout="w4_tiles"),
+        replace(base, table=((16, "triton_w4a16_gemv"), (4096, "reference"))),
+        replace(base, column_scales=True),
+    ]
+    assert len({d.text for d in [base, *others]}) == len(others) + 1
+
+
+def test_ranges_for_people() -> None:
+    one = Dispatch(problem("W4A16"), "rows", ((4096, "reference"),))
+    two = Dispatch(problem("W4A16"), "rows", ((16, "a"), (128, "b"), (4096, "c")))
+    assert one.ranges == "reference"
+    assert two.ranges == "m<=16: a, m<=128: b, m>128: c"
+
+
+def test_measured_costs_decide_by_m() -> None:
+    """Costs given from outside replace the kernels' own estimates, for each range of M apart."""
+    device = Target.fake("sm90")
+
+    def cost(kernel: Kernel, asked: Problem, m: int) -> float:
+        return {"sgl_fp8": 10.0, "triton_scaled_mm": 5.0 if m > 64 else 20.0}.get(kernel.name, 100.0)
+
+    dispatch = choose(problem("FP8_DYNAMIC"), device, cost=cost)
+    assert dispatch.table == ((64, "sgl_fp8"), (4096, "triton_scaled_mm"))
+    assert [dispatch.kernel_for(m).name for m in (1, 64, 65, 9999)] == ["sgl_fp8", "sgl_fp8", *["triton_scaled_mm"] * 2]
+
+
+def test_one_layout_serves_decode_and_prefill() -> None:
+    """The layout is chosen for all M together: what is best at one M only does not win."""
+    device = Target.fake("sm90")
+    chosen = choose(problem("W4A16"), device)
+    assert {kernels()[name].layout for _, name in chosen.table} == {chosen.layout}
+    others = {
+        kernel.layout
+        for kernel in kernels().values()
+        if not isinstance(kernel.fit(chosen.problem, 256, device), Reject)
+    }
+    assert len(others) > 1, "W4A16 has more than one layout to choose from"
+
+    def cost(kernel: Kernel, asked: Problem, m: int) -> float:
+        if kernel.layout == chosen.layout:
+            return 10.0
+        return 1.0 if m == 256 else 1000.0
+
+    assert choose(problem("W4A16"), device, cost=cost).layout == chosen.layout
+
+
+@pytest.mark.parametrize(
+    ("m", "bucket"), [(0, 1), (1, 1), (2, 2), (3, 4), (17, 32), (4096, 4096), (4097, 4096), (10**6, 4096)]
+)
+def test_bucket_of(m: int, bucket: int) -> None:
+    assert bucket_of(m) == bucket
+
+
+@pytest.mark.parametrize(
+    ("target", "policy"),
+    [("cpu", "W8A16"), ("sm80", "W8A8"), *((target, "FP8_DYNAMIC") for target in GPUS if target != "sm80")],
+)
+def test_default_policy_runs_on_its_target(target: str, policy: str) -> None:
+    device = Target.fake(target)
+    assert default_policy(device) == policy
+    check(choose(problem(policy), device), problem(policy), device)
+
+
+def test_unknown_target_lists_the_known() -> None:
+    with pytest.raises(OptionError, match="sm80"):
+        Target.fake("sm75")
+
+
+def test_dispatch_does_not_depend_on_order_or_chance() -> None:
+    for target in ("cpu", "sm90"):
+        first = [choose(problem(spec), Target.fake(target)).text for spec in SPECS]
+        assert first == [choose(problem(spec), Target.fake(target)).text for spec in reversed(SPECS)][::-1]
