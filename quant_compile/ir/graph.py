@@ -93,6 +93,7 @@ def add_plane(graph: fx.Graph, ref: Ref, spec: PlaneSpec, like: fx.Node, name: s
     last = graph.find_nodes(op="placeholder", sort=False)[-1]  # in order of insertion: the newest is the last
     with graph.inserting_after(last):
         node = graph.placeholder(name)
+    node.target = node.name  # the argument's name; a weight that is used twice asks for the same one twice
     with value.fake_mode:
         node.meta["example_value"] = torch.empty(spec.shape, dtype=spec.dtype, device=value.device)
     node.meta["plane"] = ref

@@ -47,7 +47,11 @@ def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: 
         if bias is not None and bias.meta["example_value"].dtype != site.dtype:
             bias = graph.call_method("to", (bias, site.dtype))
         y = graph.call_function(ops.linear, (planes, w, bias, spec, site.dtype))
-        y.meta |= {"site": f"{decision.name} {spec}", "names": (decision.name,), "example_value": node.meta["example_value"]}
+        y.meta |= {
+            "site": f"{decision.name} {spec}",
+            "names": (decision.name,),
+            "example_value": node.meta["example_value"],
+        }
         result = y
         if site.flipped:
             result = graph.call_method("t", (y,))

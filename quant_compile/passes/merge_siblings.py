@@ -56,7 +56,9 @@ def _refusal(siblings: list[fx.Node], plan: Plan, writes: Writes) -> Reject | No
     block = family_of(parse(spec)).row_block(parse(spec))
     for node in siblings[:-1]:
         if _rows(node) % block:
-            return Reject(f"{node.meta['names'][0]} has {_rows(node)} rows, not a multiple of the scale block of {block}")
+            return Reject(
+                f"{node.meta['names'][0]} has {_rows(node)} rows, not a multiple of the scale block of {block}"
+            )
     slots = [_ref(node.args[1][0]).slots[0] for node in siblings]  # type: ignore[index]
     if len(set(slots)) < len(slots):
         return Reject("one weight is used twice")
@@ -113,7 +115,7 @@ def _merge(graph: fx.Graph, siblings: list[fx.Node]) -> None:
             parts.append(part)
             start += size
     for node, part in zip(siblings, parts, strict=True):
-        for view in _views(node):
+        for view in dict.fromkeys(_views(node)):
             view.target = _RESHAPES[str(view.target)]
         node.replace_all_uses_with(part)
         erase_with_inputs(graph, node)
@@ -132,7 +134,9 @@ def _joined_plane(graph: fx.Graph, siblings: list[fx.Node], index: int, names: t
         refs[0].dtype,
         index,
     )
-    node = add_plane(graph, ref, PlaneSpec("joined", (rows, *value.shape[1:]), value.dtype), planes[0], f"{planes[0].name}_joined")
+    node = add_plane(
+        graph, ref, PlaneSpec("joined", (rows, *value.shape[1:]), value.dtype), planes[0], f"{planes[0].name}_joined"
+    )
     node.meta["parameter"] = " + ".join(names)
     return node
 

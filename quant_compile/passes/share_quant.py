@@ -45,4 +45,3 @@ def _scale_class(node: fx.Node, plan: Plan) -> int | None:
         return None
     ref: ScaleRef = scale.meta["plane"]
     return plan.scale_class.get(ref.slots[0], ref.slots[0])
-

@@ -125,7 +125,7 @@ def packed_planes(ref: PlaneRef, traced: Traced) -> Planes:
     for slot, transposed in zip(ref.slots, ref.transposed, strict=True):
         weight = traced.parameters[slot].detach()
         weight = (weight.t() if transposed else weight).to(ref.dtype)
-        n, k = weight.shape
+        k = weight.shape[1]
         rows.append(family_of(scheme).quantize_weight(weight.contiguous(), scheme))
         if len(ref.slots) == 1:
             break
@@ -146,3 +146,12 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     """Relative Frobenius error."""
     wanted = wanted.double()
     return float((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def eager_linear(x: Tensor, w: Tensor, bias: Tensor | None, spec: str, scale: float | None = None) -> Tensor:
+    """x [..., k] times w [n, k] under a scheme, from its torch functions alone, in x's dtype."""
+    scheme = parse(spec)
+    family = family_of(scheme)
+    given = None if scale is None else torch.tensor([scale])
+    planes = (x,) if scheme.input_activations is None else family.quantize_input(x, scheme, given)
+    return family.linear(planes, family.quantize_weight(w.contiguous(), scheme), bias, scheme, x.dtype)

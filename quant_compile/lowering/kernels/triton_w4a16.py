@@ -33,6 +33,7 @@ from quant_compile.lowering.schemes.weight_only import accepts, group_of, pack_n
 from quant_compile.lowering.target import Target
 
 TILE_ROWS, TILE_COLUMNS, LOCKS = 64, 64, 2048
+CHUNK_ROWS = 2048  # rows that are rearranged at a time, so that packing needs little memory beside its result
 NEAR, FAR = 0x43000000, 0x45000000  # bits of 128.0 and 2048.0, see _triton_w4a16
 MATMUL_ROWS = 512  # beyond this many rows decoding the weight once per row tile costs more than one dequantized copy
 
@@ -60,10 +61,10 @@ def tile_planes(problem: Problem) -> tuple[PlaneSpec, ...]:
 def pack_tiles(planes: Planes, problem: Problem) -> Planes:
     """Row form -> ``w4_tiles``."""
     n, k = padded(problem)
-    codes = pad(unpack_nibbles(planes[0], problem.k), (0, k - problem.k, 0, n - problem.n))
-    # dims: tile, i3, i4, t4 | block, i5, tq, i6
-    codes = codes.reshape(n // 64, 4, 2, 8, k // 16, 2, 4, 2).permute(4, 0, 3, 6, 1, 7, 2, 5)
-    data = (codes[..., 0] | (codes[..., 1] << 4)).reshape(k // 16, 8 * n).view(torch.int32)
+    data = torch.empty((k // 16, 2 * n), dtype=torch.int32, device=planes[0].device)
+    for start in range(0, n, CHUNK_ROWS):
+        chunk = _pack_rows(planes[0][start : start + CHUNK_ROWS], min(CHUNK_ROWS, n - start), k, problem.k)
+        data[:, 2 * start : 2 * (start + CHUNK_ROWS)] = chunk
     scale = pad(planes[1], (0, 0, 0, n - problem.n)).t()
     scale = _channel_order(scale) if _per_channel(problem.scheme) else _group_order(scale)
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=data.device)
@@ -71,6 +72,14 @@ def pack_tiles(planes: Planes, problem: Problem) -> Planes:
         return data, scale, locks
     zero = pad(unpack_nibbles(planes[2], planes[1].shape[1]), (0, 0, 0, n - problem.n)).t()
     return data, scale, pack_nibbles(_group_order(zero)).view(torch.int32), locks
+
+
+def _pack_rows(packed: Tensor, rows: int, columns: int, k: int) -> Tensor:
+    """Row-form codes of some tiles of rows -> [columns / 16, 2 rows] int32; missing rows and columns are zeros."""
+    codes = pad(unpack_nibbles(packed, k), (0, columns - k, 0, rows - packed.shape[0]))
+    # dims: tile, i3, i4, t4 | block, i5, tq, i6
+    codes = codes.reshape(rows // 64, 4, 2, 8, columns // 16, 2, 4, 2).permute(4, 0, 3, 6, 1, 7, 2, 5)
+    return (codes[..., 0] | (codes[..., 1] << 4)).reshape(columns // 16, 8 * rows).view(torch.int32)
 
 
 def unpack_tiles(planes: Planes, problem: Problem) -> Planes:
