@@ -1,0 +1,190 @@
+"""The lowered quantization is plain ATen, so Inductor fuses it into the norm or activation before it: kernels are counted.
+
+No GPU is needed: a driver that claims to be sm90 lets Inductor generate its Triton code for CPU tensors; nothing is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.utils import get_code
+from torch.nn import functional as F
+
+from quant_compile.backend import sglquant
+
+pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+H200 = DeviceProperties(
+    type="cuda",
+    index=0,
+    multi_processor_count=132,
+    cc=90,
+    major=9,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+)
+# On a GPU the backend turns split reductions off itself (see backend.py); here it believes that it is on a CPU.
+INDUCTOR = {"cpu_backend": "triton", "split_reductions": False, "force_disable_caches": True}
+DYNAMIC, STATIC = ("FP8_DYNAMIC", "W8A8"), ("FP8", "W8A8_STATIC")
+
+
+class FakeDriver:
+    """What Inductor asks of a Triton driver while it generates code."""
+
+    def get_current_target(self) -> GPUTarget:
+        """An H200."""
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        """The first."""
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where the tensors are."""
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def sm90(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor generates Triton code for sm90 on this machine."""
+    monkeypatch.setattr(DeviceProperties, "create", lambda device: H200)
+    monkeypatch.setattr(driver, "_active", FakeDriver())
+
+
+class Norm(nn.Module):
+    """Residual add and RMSNorm as transformers writes it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """add, RMSNorm, then q, k and v."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.norm = Norm(size)
+        self.q, self.k, self.v = (nn.Linear(size, rows, bias=False) for rows in (size, 64, 64))
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        x = x + residual
+        y = self.norm(x)
+        return self.q(y), self.k(y), self.v(y), x
+
+
+class MLP(nn.Module):
+    """RMSNorm, gate and up, silu times, down."""
+
+    def __init__(self, size: int, inside: int) -> None:
+        super().__init__()
+        self.norm = Norm(size)
+        self.gate, self.up = nn.Linear(size, inside, bias=False), nn.Linear(size, inside, bias=False)
+        self.down = nn.Linear(inside, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Activation(nn.Module):
+    """silu times, then down, as after a GEMM that is not ours."""
+
+    def __init__(self, inside: int, size: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(inside, size, bias=False)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down(F.silu(gate) * up)
+
+
+def generated(model: nn.Module, policy: Any, *inputs: Tensor, dynamic: bool = False) -> str:
+    """Inductor's code of the quantized graph."""
+    model = model.to(torch.bfloat16).requires_grad_(False)
+
+    def generate_only(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
+        sglquant(gm, example, options={"policy": policy, "inductor": INDUCTOR})
+        return gm.forward
+
+    with torch.no_grad():
+        return get_code(torch.compile(model, backend=generate_only, dynamic=dynamic), *inputs)[0]
+
+
+def kernels(code: str) -> list[str]:
+    """Names of the Triton kernels that are launched, in order."""
+    return re.findall(r"(triton_\w+)\.run\(", code)
+
+
+def gemms(code: str) -> int:
+    """Number of quantized linears that are called."""
+    return len(re.findall(r"= torch\.ops\.sglq_kernels\.linear\.default\(", code))
+
+
+def bf16(*shape: int) -> Tensor:
+    """Random activations."""
+    return torch.randn(shape, dtype=torch.bfloat16)
+
+
+def policy_of(spec: str, model: nn.Module, folder: Path) -> Any:
+    """A policy; for static schemes with one scale for every linear of the model."""
+    if spec in DYNAMIC:
+        return spec
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    path = folder / "scales.safetensors"
+    save_file({f"{name}.input_scale": torch.tensor([0.02]) for name in linears}, str(path))
+    return {"default": spec, "scales": str(path)}
+
+
+@pytest.mark.parametrize("spec", [*DYNAMIC, *STATIC])
+@pytest.mark.parametrize(("rows", "dynamic"), [(1, False), (16, False), (300, True)])
+def test_norm_and_quantize_are_one_kernel(sm90: None, tmp_path: Path, spec: str, rows: int, dynamic: bool) -> None:
+    model = Attention(512)
+    code = generated(model, policy_of(spec, model, tmp_path), bf16(rows, 512), bf16(rows, 512), dynamic=dynamic)
+    assert len(kernels(code)) == 1, kernels(code)
+    assert gemms(code) == 1, "q, k and v are one GEMM"
+
+
+@pytest.mark.parametrize("spec", [*DYNAMIC, *STATIC])
+@pytest.mark.parametrize(("rows", "width"), [(1, 14336), (16, 14336), (64, 1000)])
+def test_activation_and_quantize_are_one_kernel(sm90: None, tmp_path: Path, spec: str, rows: int, width: int) -> None:
+    """Few rows of great width are where Inductor would split the reduction into several kernels."""
+    model = Activation(width, 64)
+    code = generated(model, policy_of(spec, model, tmp_path), bf16(rows, width), bf16(rows, width))
+    assert len(kernels(code)) == 1, kernels(code)
+    assert gemms(code) == 1
+
+
+@pytest.mark.parametrize("spec", [*DYNAMIC, *STATIC])
+def test_mlp_is_two_kernels_and_two_gemms(sm90: None, tmp_path: Path, spec: str) -> None:
+    model = MLP(512, 1024)
+    code = generated(model, policy_of(spec, model, tmp_path), bf16(16, 512))
+    assert len(kernels(code)) == 2, kernels(code)
+    assert gemms(code) == 2
+
+
+def test_without_sharing_the_count_is_higher(sm90: None) -> None:
+    """What the passes are for, and proof that the counts above can differ: three GEMMs, three quantized copies."""
+    off = {"default": "W8A8", "fuse": {"share_quant": False, "merge_siblings": False}}
+    code = generated(Attention(512), off, bf16(16, 512), bf16(16, 512))
+    assert gemms(code) == 3
+    stores = re.findall(r"empty_strided_\w+\([^\n]*torch\.int8\)", code)
+    assert len(stores) == 3
+    together = generated(Attention(512), "W8A8", bf16(16, 512), bf16(16, 512))
+    assert len(re.findall(r"empty_strided_\w+\([^\n]*torch\.int8\)", together)) == 1

@@ -1,0 +1,338 @@
+"""The documents tell the truth: links resolve, snippets parse, quoted output is what runs print, tables come from results."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant_compile import cli
+from quant_compile.lowering.registry import kernels, layouts
+from quant_compile.options import Options
+from quant_compile.policy import Policy
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
+DOCUMENTS += [ROOT / "examples/tiny_lm/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """Fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+@pytest.fixture
+def renderer(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("render_readme")
+
+
+# --- links and snippets ----------------------------------------------------------------------------------------------
+
+
+def links(document: Path) -> Iterator[str]:
+    """Targets of relative links outside code blocks."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.S | re.M)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def anchors(document: Path) -> set[str]:
+    """Anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_document
+def test_relative_links_resolve(document: Path) -> None:
+    for target in links(document):
+        path, _, anchor = target.partition("#")
+        found = (document.parent / path).resolve() if path else document
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_links_are_found() -> None:
+    assert "docs/architecture.md" in set(links(ROOT / "README.md"))
+
+
+@every_document
+def test_snippets_parse(document: Path) -> None:
+    for text in blocks(document, "python"):
+        ast.parse(text)
+    for text in blocks(document, "bash"):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    for text in blocks(document, "json"):
+        json.loads(text)
+
+
+def test_the_policy_of_the_readme_loads(tmp_path: Path) -> None:
+    (text,) = blocks(ROOT / "README.md", "yaml")
+    path = tmp_path / "policy.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert [rule.scheme is not None for rule in Policy.load(path).rules] == [True, True]
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for document in DOCUMENTS:
+        for target in re.findall(r"(?:^|`)make (\w+)", document.read_text(encoding="utf-8"), flags=re.M):
+            assert re.search(rf"^{target}:", makefile, flags=re.M), f"{document.name}: make {target}"
+
+
+# --- tables in the text ----------------------------------------------------------------------------------------------
+
+
+def first_column(document: Path, header: str) -> list[str]:
+    """First cells of the table whose header begins with ``header``."""
+    text = document.read_text(encoding="utf-8")
+    table = re.search(rf"^\| {re.escape(header)} \|.*\n\|[- |:]+\n((?:\|.*\n)+)", text, flags=re.M)
+    assert table is not None, header
+    return [line.split("|")[1].strip(" `") for line in table[1].splitlines()]
+
+
+def test_every_option_is_named() -> None:
+    assert first_column(ROOT / "README.md", "option") == list(Options.__dataclass_fields__)
+
+
+def test_every_layout_is_named_with_its_kernels() -> None:
+    document = ROOT / "docs" / "kernels.md"
+    assert set(first_column(document, "layout")) == set(layouts())
+    text = document.read_text(encoding="utf-8")
+    for name in layouts():
+        row = re.search(rf"^\| `{name}` \| (.*?) \|", text, flags=re.M)
+        assert row is not None
+        named = set(re.findall(r"`(\w+)`", row[1]))
+        readers = {kernel.name for kernel in kernels().values() if kernel.layout == name}
+        assert named <= readers if name == "rows" else named == readers
+
+
+# --- quoted output ---------------------------------------------------------------------------------------------------
+
+
+def plain(line: str) -> str:
+    """A line of output without the widths of columns."""
+    return " ".join(line.replace("│", " | ").split())
+
+
+CONSOLES = [(document, text) for document in DOCUMENTS for text in blocks(document, "console")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(CONSOLES)))
+def test_quoted_output_is_what_the_command_prints(
+    index: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines in their order; ``...`` stands for lines left out."""
+    monkeypatch.chdir(ROOT)
+    command, *quoted = CONSOLES[index][1].splitlines()
+    assert command.startswith("$ sglquant ")
+    assert cli.main(shlex.split(command)[2:]) == 0
+    printed = capsys.readouterr()
+    lines = iter([plain(line) for line in (printed.out + printed.err).splitlines()])
+    for line in quoted:
+        assert line == "..." or plain(line) in lines, f"{command} does not print, or not in this order: {line}"
+
+
+def test_there_is_quoted_output() -> None:
+    assert len(CONSOLES) == 3
+
+
+# --- the walk-through of CONTRIBUTING.md -----------------------------------------------------------------------------
+
+CHECK = """
+import torch
+from quant_compile.ir.family import family_of
+from quant_compile.lowering.registry import Kernel
+
+scheme = parse("W8A16_GROUP")
+family = family_of(scheme)
+assert family.name == "int8_group"
+torch.manual_seed(0)
+for n, k, dtype, has_bias in ((64, 256, torch.bfloat16, True), (5, 384, torch.float32, False), (7, 300, torch.float32, False)):
+    w, x, bias = torch.randn(n, k).to(dtype), torch.randn(9, k).to(dtype), torch.randn(n).to(dtype) if has_bias else None
+    planes = family.quantize_weight(w, scheme)
+    specs = family.weight_planes(scheme, n, k, dtype)
+    assert [(tuple(p.shape), p.dtype) for p in planes] == [(s.shape, s.dtype) for s in specs]
+    back = family.dequantize_weight(planes, scheme, k)
+    # half a code and, as scales are stored in the weight's dtype, a rounding of each of up to 127 codes
+    assert ((back - w.float()).abs() <= planes[1].float().max() * (0.51 + 127 * torch.finfo(dtype).eps)).all()
+    wanted = family.linear((x,), planes, bias, scheme, dtype)
+    problem = Problem(scheme, n, k, dtype, has_bias)
+    (kernel,) = KERNELS
+    assert isinstance(kernel, Kernel)
+    answer = kernel.fit(problem, 9, Target.fake("cpu"))
+    if k % 128:
+        assert "multiple of 128" in answer.reason
+        continue
+    assert answer.cost > 0
+    y = kernel.run((x,), planes, bias, problem)
+    assert y.dtype == dtype
+    assert (y.float() - wanted.float()).norm() <= (5e-3 if dtype == torch.bfloat16 else 1e-5) * wanted.float().norm()
+assert "reference" in fits(Problem(scheme, 64, 256, torch.bfloat16), Target.fake("cpu"), Request(), 1)
+print("all right")
+"""
+
+
+def test_the_example_scheme_and_kernel_work() -> None:
+    """In a process of its own, since a scheme is registered for good."""
+    scheme, ask, kernel = blocks(ROOT / "CONTRIBUTING.md", "python")
+    code = "\n".join(text.replace("from __future__ import annotations", "") for text in (scheme, kernel, ask, CHECK))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.endswith("all right\n"), done.stdout + done.stderr
+
+
+# --- the README's tables ---------------------------------------------------------------------------------------------
+
+FIX = "run: python benchmarks/render_readme.py"
+
+
+def test_tables_of_the_readme_are_those_of_the_results(renderer: Any) -> None:
+    version = torch.version.cuda
+    if version is not None and tuple(map(int, version.split("."))) < (12, 9):
+        pytest.skip(f"torch for CUDA {version} has fewer block FP8 kernels than the table of kernels names")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^<!-- table:(\w+) -->$", text, flags=re.M)) == set(renderer.TABLES)
+    assert renderer.render(text) == text, FIX
+
+
+MACHINE = {"gpu": "NVIDIA H200", "cpu": "some", "threads": 2, "versions": {"torch": "2.11.0", "triton": None}}
+CELL = {"ms": 2.0, "speedup": 1.5}
+RESULTS: dict[str, dict[str, Any]] = {
+    "e2e": {
+        "settings": {"shape": "Llama-3-8B", "layers": 16, "batches": [1, 64], "cache_tokens": 2112, "filled": 2048},
+        "rows": [
+            {
+                "stack": "inductor",
+                "error": None,
+                "decode B=1": {"ms": 3.0, "speedup": None},
+                "decode B=1 kernels": {"linears_speedup": None},
+                "prefill 1x2048": {"ms": 28.0, "speedup": None},
+                "first": {"held_gib": 8.5},
+                "memory": {"model_gib": 8.5},
+            },
+            {
+                "stack": "W4A16",
+                "error": None,
+                "decode B=1": CELL,
+                "decode B=1 kernels": {"linears_speedup": 2.5},
+                "prefill 1x2048": CELL,
+                "first": {"held_gib": 9.0},
+                "memory": {"weights_gib": 3.25},
+            },
+            {"stack": "torchao-int4", "error": "build: broken | pipe", "first": {"held_gib": 3.5}},
+        ],
+    },
+    "gemm": {
+        "verdicts": [
+            {"scheme": "W8A8", "geomean_to_peer": 0.5, "worst_to_peer": 1.25, "worst_row": "16x32 M=1"},
+            {"scheme": "W4A16", "geomean_to_peer": None, "worst_to_peer": None, "worst_row": None},
+        ],
+        "summary": [
+            {"scheme": "W8A8", "n": 16, "k": 32, "m": 1, "ratio_to_bf16": 0.25},
+            {"scheme": "W8A8", "n": 64, "k": 32, "m": 1, "ratio_to_bf16": 1.0},
+            {"scheme": "W4A16", "n": 16, "k": 32, "m": 1, "ratio_to_bf16": None},
+        ],
+    },
+    "quality_cuda": {
+        "tokens_dense": 100,
+        "rows": [
+            {
+                "model": "dense",
+                "scheme": "W8A8",
+                "bits_per_weight": 8.0,
+                "bf16": 5.0,
+                "textbook": 5.01,
+                "product": 5.02,
+                "product_to_textbook": 0.002,
+                "product_to_bf16": 0.004,
+                "error": None,
+            },
+            {"model": "dense", "scheme": "FP8", "bits_per_weight": 8.0, "bf16": 5.0, "error": "no kernel"},
+        ],
+    },
+    "compile_time": {
+        "settings": {"shape": "Llama-3-8B", "layers": 16, "runs": 3, "apart": "packing"},
+        "rows": [
+            {"stack": "inductor", "compile_s": 20.0, "apart_s": 0.0, "ratio": 1.0, "runs": 3, "error": None},
+            {"stack": "FP8_DYNAMIC", "runs": 0, "error": "too slow"},
+        ],
+        "passes": [{"layers": 5, "nodes": 400, "passes_s": 0.2, "us_per_node": 500.0}, {"layers": 10, "error": "x"}],
+    },
+    "cpu_decode": {
+        "settings": {"shape": "Llama-3-8B", "layers": 2, "batch": 1},
+        "rows": [{"variant": "W8A16", "us": 2500.0, "speedup": 1.25, "error": None}, {"variant": "x", "error": "bad"}],
+    },
+}
+EXPECTED = {
+    "e2e": [
+        "| stack | decode B=1 | prefill 1x2048 | linears alone, B=1 | weights held, GiB |",
+        "| Inductor bf16 | 3.00 (1.00×) | 28.00 (1.00×) | 1.00× | 8.50 |",
+        "| W4A16 | 2.00 (1.50×) | 2.00 (1.50×) | 2.50× | 3.25 |",
+        "| torchao int4, group 128 (build: broken / pipe) | – | – | – | 3.50 |",
+    ],
+    "gemm": ["| W8A8 | 2.00× | 0.80× (16×32 M=1) | 2.00× |", "| W4A16 | – | – | – |"],
+    "quality": [
+        "| scheme | bits a weight | textbook | compiled, H200 | to bf16 | to textbook |",
+        "| dense bf16 | 16 | 5.0000 | – | – | – |",
+        "| dense W8A8 | 8 | 5.0100 | 5.0200 | +0.40% | +0.20% |",
+        "| dense FP8 | 8 | – | no kernel | – | – |",
+    ],
+    "compile_time": [
+        "| Inductor bf16 | 20.0 | 0.0 | 1.00× | 3 |",
+        "| FP8_DYNAMIC | – | – | – | 0 (too slow) |",
+        "| 5 | 400 | 0.20 | 500 |",
+    ],
+    "cpu_decode": ["| W8A16 | 2.5 | 1.25× |", "| x (bad) | – | – |"],
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_table_is_rendered_from_its_file(name: str, renderer: Any, tmp_path: Path) -> None:
+    for file, content in RESULTS.items():
+        (tmp_path / f"{file}.json").write_text(json.dumps({"machine": MACHINE, "date": "2026-01-02"} | content))
+    out = renderer.render(f"a\n<!-- table:{name} -->\nstale text\n<!-- end:{name} -->\nb\n", tmp_path)
+    assert out.startswith("a\n") and out.endswith("b\n") and "stale text" not in out
+    lines = out.splitlines()
+    assert [line for line in EXPECTED[name] if line not in lines] == []
+    assert "H200, torch 2.11.0, 2026-01-02" in out
+    assert renderer.render(out, tmp_path) == out
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_table_without_results_is_left_out(name: str, renderer: Any, tmp_path: Path) -> None:
+    marks = f"<!-- table:{name} -->\n<!-- end:{name} -->"
+    assert renderer.render(f"<!-- table:{name} -->\nstale text\n<!-- end:{name} -->", tmp_path) == marks
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- table:e2e -->\n",
+        "<!-- table:e2e -->\n<!-- end:gemm -->\n",
+        "<!-- table:nothing -->\n<!-- end:nothing -->\n",
+        "<!-- table:e2e -->\n<!-- end:e2e -->\n" * 2,
+    ],
+)
+def test_wrong_markers_are_refused(text: str, renderer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tables opened"):
+        renderer.render(text, tmp_path)
+
+
+def test_targets_of_kernels_are_spans(renderer: Any) -> None:
+    targets = ["sm80", "sm89", "sm90", "sm100"]
+    spans = {("sm89", "sm90", "sm100"): "sm89+", ("sm80", "sm89"): "sm80–sm89", ("sm90",): "sm90", ("sm100",): "sm100"}
+    for found, text in (spans | {("sm80", "sm90"): "sm80 sm90"}).items():
+        assert renderer.span(list(found), targets) == text
