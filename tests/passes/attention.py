@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tests.ir.tracing import Holder, Traced, eager_linear, trace
 from torch import Tensor
 from torch.nn import functional as F
+
+from tests.ir.tracing import Holder, Traced, eager_linear, trace
 
 QKV: Mapping[str, str | None] = {"q": "W8A8", "k": "W8A8", "v": "W8A8", "o": None}
 

@@ -115,12 +115,12 @@ class Activation(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-def generated(model: nn.Module, policy: Any, *inputs: Tensor, dynamic: bool = False) -> str:
-    """Inductor's code of the quantized graph."""
+def generated(model: nn.Module, policy: Any, *inputs: Tensor, dynamic: bool = False, **changes: Any) -> str:
+    """Inductor's code of the quantized graph; ``changes`` are Inductor settings."""
     model = model.to(torch.bfloat16).requires_grad_(False)
 
     def generate_only(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
-        sglquant(gm, example, options={"policy": policy, "inductor": INDUCTOR})
+        sglquant(gm, example, options={"policy": policy, "inductor": INDUCTOR | changes})
         return gm.forward
 
     with torch.no_grad():
@@ -188,3 +188,9 @@ def test_without_sharing_the_count_is_higher(sm90: None) -> None:
     assert len(stores) == 3
     together = generated(Attention(512), "W8A8", bf16(16, 512), bf16(16, 512))
     assert len(re.findall(r"empty_strided_\w+\([^\n]*torch\.int8\)", together)) == 1
+
+
+def test_split_reductions_would_give_more_kernels(sm90: None) -> None:
+    """Why the backend turns them off, and proof that the count at width 14336 can differ."""
+    code = generated(Activation(14336, 64), "W8A8", bf16(1, 14336), bf16(1, 14336), split_reductions=True)
+    assert len(kernels(code)) > 1

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ir.tracing import Holder, eager_linear, plan_for, relative_error, run, trace
-from tests.passes.attention import QKV, block, example, traced_block, wanted
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +13,8 @@ from quant_compile.ir import ops
 from quant_compile.ir.graph import lines
 from quant_compile.ir.scheme import PRESETS
 from quant_compile.passes.insert_quant import insert_quant
+from tests.ir.tracing import Holder, eager_linear, plan_for, relative_error, run, trace
+from tests.passes.attention import QKV, block, example, traced_block, wanted
 
 STATIC = {"q": 0.02, "k": 0.02, "v": 0.03, "o": 0.01}
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ir.tracing import Holder, Traced, eager_linear, plan_for, relative_error, run, trace
-from tests.passes.attention import QKV, block, example, traced_block, wanted
 from torch import Tensor, fx
 from torch.nn import functional as F
 
@@ -17,6 +15,8 @@ from quant_compile.passes.insert_quant import insert_quant
 from quant_compile.passes.merge_siblings import merge_siblings
 from quant_compile.passes.plan import PassReport
 from quant_compile.passes.share_quant import share_quant
+from tests.ir.tracing import Holder, Traced, eager_linear, plan_for, relative_error, run, trace
+from tests.passes.attention import QKV, block, example, traced_block, wanted
 
 
 def merged(traced: Traced, schemes: Any, **changes: Any) -> tuple[fx.GraphModule, PassReport]:
@@ -72,7 +72,8 @@ def test_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["FP8_DYNAMIC", "FP8_TENSOR_DYNAMIC", "W8A8", "W8A16", "W4A16", "W4A16_ASYM", "int4.group32+16", "int4.channel+16"]
+    "spec",
+    ["FP8_DYNAMIC", "FP8_TENSOR_DYNAMIC", "W8A8", "W8A16", "W4A16", "W4A16_ASYM", "int4.group32+16", "int4.channel+16"],
 )
 def test_equals_eager(spec: str) -> None:
     """Per-tensor scales too: each sibling keeps its own."""
@@ -161,7 +162,12 @@ def test_static_siblings_with_other_scales_stay_apart() -> None:
 
 @pytest.mark.parametrize(
     "look",
-    [lambda y: y.view(-1), lambda y: y.view(y.shape[0] * 2, -1), lambda y: y.detach().view(-1), lambda y: y.view_as(y.reshape(4, -1))],
+    [
+        lambda y: y.view(-1),
+        lambda y: y.view(y.shape[0] * 2, -1),
+        lambda y: y.detach().view(-1),
+        lambda y: y.view_as(y.reshape(4, -1)),
+    ],
     ids=["flat", "rows split", "through an alias", "view_as"],
 )
 def test_views_that_need_contiguous_outputs_go_on_working(look: Any) -> None:

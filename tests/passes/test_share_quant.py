@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ir.tracing import Holder, Traced, eager_linear, plan_for, relative_error, run, trace
-from tests.passes.attention import QKV, block, example, traced_block, wanted
 from torch import Tensor, fx
 from torch.nn import functional as F
 
@@ -18,6 +16,8 @@ from quant_compile.passes.insert_quant import insert_quant
 from quant_compile.passes.merge_siblings import merge_siblings
 from quant_compile.passes.plan import PassReport
 from quant_compile.passes.share_quant import share_quant
+from tests.ir.tracing import Holder, Traced, eager_linear, plan_for, relative_error, run, trace
+from tests.passes.attention import QKV, block, example, traced_block, wanted
 
 
 def shared(traced: Traced, schemes: Any, **changes: Any) -> tuple[fx.GraphModule, PassReport]:
@@ -75,7 +75,9 @@ def test_static_scales_are_shared_only_where_they_are_equal(spec: str) -> None:
     assert report.rewrote == ["input of v"] and quantizations(gm) == 3
     left = [node.name for node in gm.graph.find_nodes(op="placeholder") if "input_scale" in node.name]
     assert left == ["q__input_scale", "k__input_scale", "o__input_scale"], "v's scale is not needed any more"
-    assert relative_error(run(gm, traced, scales), wanted(block(), example(), dict.fromkeys("qkvo", spec), scales)) < 1e-6
+    assert (
+        relative_error(run(gm, traced, scales), wanted(block(), example(), dict.fromkeys("qkvo", spec), scales)) < 1e-6
+    )
 
 
 def test_shared_weight_read_twice_from_one_input() -> None:

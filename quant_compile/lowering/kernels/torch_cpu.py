@@ -37,6 +37,9 @@ CHUNK_ELEMENTS = 1 << 20
 E4M3_AS_F16 = 256.0
 
 
+DEQUANTIZED = ("fp8", "fp8_block", "int8", "weight_only")
+
+
 def _cpu_only(target: Target) -> Reject | None:
     return None if target.device == "cpu" else Reject("runs on CPU only")
 
@@ -58,8 +61,7 @@ def fit_int8pack(problem: Problem, m: int, target: Target) -> Rank | Reject:
     refusal = _cpu_only(target)
     if refusal is not None:
         return refusal
-    w = problem.scheme.weights
-    if problem.scheme.input_activations is not None or w.type != "int" or w.num_bits != 8:
+    if family_of(problem.scheme).name != "weight_only" or problem.scheme.weights.num_bits != 8:
         return Reject("serves 8-bit integer weights with 16-bit inputs")
     if problem.dtype is not torch.bfloat16:
         return Reject(f"only bfloat16 is vectorized, got {problem.dtype}")
@@ -196,6 +198,8 @@ def fit_dequant(problem: Problem, m: int, target: Target) -> Rank | Reject:
     refusal = _cpu_only(target)
     if refusal is not None:
         return refusal
+    if family_of(problem.scheme).name not in DEQUANTIZED:
+        return Reject(f"does not know the planes of {family_of(problem.scheme).name} schemes")
     bits = problem.scheme.bits_per_weight
     conversion = 1e-3 * problem.n * problem.k / max(1, target.sm_count)
     return Rank(estimate(problem, m, target, 1.9, bits, math_bits=16, input_bits=32) + conversion)
