@@ -118,6 +118,7 @@ def _watch_recompile_limit(inputs: Sequence[Any], source: PolicySource, target: 
     """Past the recompile limit torch runs a function eagerly, in 16 bits, with nothing but a log line: not with us."""
     from torch._dynamo import config
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
     code = _compiled_code()
     if code is None:
         return

@@ -415,7 +415,10 @@ def _is_scalar(value: Any) -> bool:
 def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[int, str]) -> Tensor:
     if isinstance(ref, BiasRef):
         return _joined_bias(ref, parameters)
-    weights, called = tuple(parameters[slot] for slot in ref.slots), tuple(names.get(slot, "a weight") for slot in ref.slots)
+    weights, called = (
+        tuple(parameters[slot] for slot in ref.slots),
+        tuple(names.get(slot, "a weight") for slot in ref.slots),
+    )
     if isinstance(ref, ScaleRef):
         return STORE.input_scale(weights, called)
     keys = tuple(Key(ref.spec, ref.layout, flag, ref.dtype) for flag in ref.transposed)

@@ -87,9 +87,7 @@ def test_percentile_is_below_amax_and_above_most_values() -> None:
     cut = load_file(
         str(quant_compile.calibrate(model, [x], "fp8", percentile=99.9, path="b.safetensors", progress=False).scales)
     )
-    assert float(next(iter(amax.values()))) * 448 == pytest.approx(
-        1000
-    )
+    assert float(next(iter(amax.values()))) * 448 == pytest.approx(1000)
     wanted = torch.quantile(x.abs().flatten(), 0.999)
     assert float(next(iter(cut.values()))) * 448 == pytest.approx(float(wanted), rel=0.02)
     with safe_open("b.safetensors", framework="pt") as opened:

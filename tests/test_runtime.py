@@ -647,3 +647,10 @@ def test_model_without_linears_runs(plain_inductor: CompileCounter) -> None:
     assert torch.equal(model(bf16(5, 32)), model.forward(bf16(5, 32)))
     report = quant_compile.report(model)
     assert report.coverage == 0.0 and report.share == 0.0
+
+
+def test_a_linear_that_feeds_a_linear(plain_inductor: CompileCounter) -> None:
+    """With nothing between the two, the second linear's input is a node that the rewrite of the first has replaced."""
+    model, x = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16)).bfloat16(), bf16(5, 32)
+    run = torch.compile(model, backend="sglquant", options=INT8)
+    assert torch.equal(run(x), reference_of(model, EXACT)(x))

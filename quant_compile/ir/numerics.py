@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 FLOAT_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 FLOAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0}
@@ -35,7 +36,11 @@ def to_int8(x: Tensor, inverse_scale: Tensor) -> Tensor:
 
 def safe_amax(x: Tensor, dim: int | None = -1) -> Tensor:
     """Largest magnitude along ``dim`` (kept; None: of all), f32, never below SMALLEST_AMAX; NaN and inf pass through."""
-    amax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
+    if dim is None:
+        # By rows first, which fuses with what made x; the zero gives an input without rows an amax too.
+        amax = pad(x.abs().amax(-1).flatten(), (0, 1)).amax()
+    else:
+        amax = x.abs().amax(dim, keepdim=True)
     return amax.to(torch.float32).clamp_min(SMALLEST_AMAX)
 
 

@@ -136,7 +136,8 @@ def _measure_layout(
     device = torch.device("cuda", torch.cuda.current_device())
     with ThreadPoolExecutor() as pool:
         # An error comes again, and is answered, when the kernel is timed.
-        list(pool.map(lambda job: _prepared(*job, problem, device), jobs))
+        for kernel, m in jobs:
+            pool.submit(_prepare, kernel, m, problem, device)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
         copies = _weights(layout, problem)
         for kernel, m in jobs:
@@ -146,14 +147,9 @@ def _measure_layout(
     return out
 
 
-def _prepared(kernel: Kernel, m: int, problem: Problem, device: torch.device) -> bool:
-    if kernel.prepare is None:
-        return True
-    try:
+def _prepare(kernel: Kernel, m: int, problem: Problem, device: torch.device) -> None:
+    if kernel.prepare is not None:
         kernel.prepare(problem, m, device)
-    except Exception:
-        return False
-    return True
 
 
 def _is_worth(kernel: Kernel, problem: Problem, m: int, target: Target, worth: float) -> bool:

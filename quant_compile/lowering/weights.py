@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -232,7 +233,7 @@ class WeightStore:
         known = [pack for pack in packs if pack is not None]
         if len(known) == len(packs):
             slab = known[0].slab
-            if all(p.slab is slab for p in known) and all(a.stop == b.start for a, b in zip(known, known[1:], strict=False)):
+            if all(p.slab is slab for p in known) and all(a.stop == b.start for a, b in pairwise(known)):
                 whole = Pack(slab, known[0].start, known[-1].stop)
                 cut = self._cut(whole, _slab_problem(slab, parameters[0], keys[0]), layouts()[keys[0].layout])
                 if cut is not None:

@@ -58,6 +58,7 @@ def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: 
             result.meta["example_value"] = node.meta["example_value"]
             y.meta["example_value"] = node.meta["example_value"].t()
     node.replace_all_uses_with(result)
+    prepared.replaced[node] = result
     erase_with_inputs(graph, node)
 
 
@@ -84,10 +85,12 @@ class _Prepared:
     def __init__(self, graph: fx.Graph, writes: Writes) -> None:
         self.graph, self.writes = graph, writes
         self.made: dict[tuple[Any, ...], tuple[fx.Node, fx.Node]] = {}
+        # A site's input may be the result of an earlier site, whose node is gone by then.
+        self.replaced: dict[fx.Node, fx.Node] = {}
 
     def input_of(self, site: LinearSite) -> fx.Node:
         """The node to quantize or multiply."""
-        x, value = site.x, site.x.meta["example_value"]
+        x, value = self.replaced.get(site.x, site.x), site.x.meta["example_value"]
         steps: list[tuple[str, tuple[Any, ...]]] = [("t", ())] if site.flipped else []
         if value.dtype != site.dtype:
             steps.append(("to", (site.dtype,)))

@@ -47,9 +47,10 @@ def _lower_linear(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
     planes = list(w)  # type: ignore[arg-type]
     if dispatch.layout != ref.layout:
         planes = []
+        stem: str = w[0].meta["parameter"].split(" + ")[0]  # type: ignore[index, union-attr]
         for i, plane in enumerate(layouts()[dispatch.layout].planes(problem)):
             moved = PlaneRef(ref.slots, ref.transposed, ref.spec, dispatch.layout, ref.dtype, i)
-            planes.append(add_plane(graph, moved, plane, w[0], plane_name(w[0].meta["parameter"].split(" + ")[0], f"{dispatch.layout}_{plane.name}")))  # type: ignore[index, union-attr]
+            planes.append(add_plane(graph, moved, plane, w[0], plane_name(stem, f"{dispatch.layout}_{plane.name}")))  # type: ignore[index, union-attr]
             planes[-1].meta["parameter"] = w[0].meta["parameter"]  # type: ignore[index, union-attr]
     with graph.inserting_before(node):
         y = graph.call_function(kernel_ops.linear, (x, planes, bias, dispatch.text))
@@ -84,4 +85,3 @@ def _lower_quantize(graph: fx.Graph, node: fx.Node, column_scales: bool) -> None
     for user in list(node.users):
         user.args = tuple(outputs if argument is node else argument for argument in user.args)
     graph.erase_node(node)
-

@@ -143,7 +143,7 @@ def test_shared_weight_in_two_linears() -> None:
     traced = trace(module, x)
     for choice in (None, on_cpu):
         traced = trace(module, x)
-        gm, report, _ = lowered(traced, "W4A16", **({"choose": choice} if choice else {}))
+        gm, _, _ = lowered(traced, "W4A16", **({"choose": choice} if choice else {}))
         assert len(gm.graph.find_nodes(op="call_function", target=kernel_ops.linear)) == 2
         inner = eager_linear(x, module.w, None, "W4A16").sin()
         assert relative_error(run(gm, traced), eager_linear(inner, module.w, None, "W4A16")) < 1e-5
