@@ -172,7 +172,7 @@ class GraphRunner:
             info = SiteInfo(
                 tuple(name.removesuffix(".weight") for name in full),
                 "linear",
-                site.module_class,
+                known.module_class if known else site.module_class,
                 site.n,
                 site.k,
                 known.is_output_embedding if known else False,

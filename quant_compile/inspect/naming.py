@@ -19,10 +19,11 @@ from quant_compile.inspect.weights import output_embeddings, unwrap
 
 @dataclass(frozen=True)
 class Names:
-    """Names of one Parameter, full and as rules see them (without ``.weight``)."""
+    """Names of one Parameter, full and as rules see them (without ``.weight``), and the class of the module that holds it."""
 
     full: tuple[str, ...]
     is_output_embedding: bool
+    module_class: str
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -76,6 +77,10 @@ def names_in(model: nn.Module | None) -> dict[int, Names]:
         return {}
     heads = output_embeddings(model)
     by_id: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_id.setdefault(id(parameter), []).append(name)
-    return {identity: Names(tuple(names), identity in heads) for identity, names in by_id.items()}
+    classes: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                by_id.setdefault(id(parameter), []).append(f"{path}.{attribute}" if path else attribute)
+                classes.setdefault(id(parameter), type(module).__name__)
+    return {identity: Names(tuple(names), identity in heads, classes[identity]) for identity, names in by_id.items()}

@@ -21,6 +21,8 @@ HIDDEN, WIDE, ROWS = 4096, 4096, 16
 SPECS = ("FP8_DYNAMIC", "W4A16")
 # The families' bound on quantized logits against the eager quantized reference; here on what the layers add to x.
 TOLERANCE = 2e-2
+# Inductor keeps f32 where eager rounds to bf16; codes that flip for it spread over two layers to 3-4 % (seen on an H200).
+EXACT = {"emulate_precision_casts": True}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,7 @@ def clean() -> Iterator[None]:
 def _collect() -> None:
     gc.collect()
     torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()  # 32 MiB that come and go with CUDA graphs
     torch.cuda.empty_cache()
 
 
@@ -131,7 +134,7 @@ def test_two_instances_alternate_on_one_graph_and_planes_are_not_copied(
     torch._dynamo.utils.counters.clear()
     watch = Watch(monkeypatch)
     before = torch.cuda.memory_allocated()
-    options = {"policy": spec, "mode": "reduce-overhead", "tune": "off"}
+    options = {"policy": spec, "mode": "reduce-overhead", "tune": "off", "inductor": EXACT}
     runs = [torch.compile(model, backend="sglquant", options=options) for model in models]
 
     for _ in range(4):  # compile, warm up, record
@@ -172,7 +175,7 @@ def test_prefill_and_decode_with_released_weights_replay(spec: str, monkeypatch:
     wanted = [reference(x) for x in data]
     del reference
     watch = Watch(monkeypatch)
-    quant_compile.compile(model, spec, mode="reduce-overhead", tune="off", release_weights=True, dynamic=False)
+    quant_compile.compile(model, spec, mode="reduce-overhead", tune="off", inductor=EXACT, release_weights=True, dynamic=False)
     for _ in range(4):
         for x in data:
             call(model, x)
@@ -189,7 +192,7 @@ def test_an_update_is_seen_by_recorded_graphs(spec: str) -> None:
     """New planes lie elsewhere: a replay of the old recording would read freed memory."""
     model = stack(1, seed=4)
     x = inputs()
-    quant_compile.compile(model, spec, mode="reduce-overhead", tune="off")
+    quant_compile.compile(model, spec, mode="reduce-overhead", tune="off", inductor=EXACT)
     for _ in range(4):
         call(model, x)
     with torch.inference_mode(False), torch.no_grad():
@@ -201,7 +204,7 @@ def test_an_update_is_seen_by_recorded_graphs(spec: str) -> None:
 
 @pytest.mark.parametrize(("spec", "share"), [("FP8_DYNAMIC", 0.51), ("W4A16", 0.28)])
 def test_release_gives_the_bytes_back(spec: str, share: float) -> None:
-    options = {"tune": "off", "release_weights": True}
+    options = {"tune": "off", "inductor": EXACT, "release_weights": True}
     small = stack(1, seed=5)
     quant_compile.compile(small, spec, **options)(inputs())  # workspaces and JIT of libraries are not the model's
     del small
@@ -232,14 +235,14 @@ def test_release_gives_the_bytes_back(spec: str, share: float) -> None:
 @pytest.mark.parametrize("spec", [*SPECS, "W8A8", "FP8_BLOCK", "W4A16_ASYM"])
 def test_peak_memory_while_quantizing(spec: str, release: bool) -> None:
     small = stack(1, wide=2 * WIDE, seed=5)
-    quant_compile.compile(small, spec, tune="off")(inputs())
+    quant_compile.compile(small, spec, tune="off", inductor=EXACT)(inputs())
     del small
     _collect()
     before = torch.cuda.memory_allocated()
     layers = 4
     model = stack(layers, wide=2 * WIDE, seed=7)
     size = bf16_bytes(model)
-    quant_compile.compile(model, spec, tune="off", release_weights=release)
+    quant_compile.compile(model, spec, tune="off", inductor=EXACT, release_weights=release)
     x = inputs()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -254,7 +257,7 @@ def test_packing_on_one_stream_and_running_on_another() -> None:
     model = stack(2, seed=8)
     x = inputs()
     wanted = reference_of(model, "FP8_DYNAMIC")(x)
-    quant_compile.compile(model, "fp8_dynamic", tune="off")
+    quant_compile.compile(model, "fp8_dynamic", tune="off", inductor=EXACT)
     torch.cuda.synchronize()
     for step in range(4):
         quant_compile.refresh(model)
@@ -271,7 +274,7 @@ def test_capture_by_hand_finds_no_work_left_to_do() -> None:
     """After a warm-up nothing tunes, packs or synchronizes: the call can be captured as it is."""
     model = stack(1, seed=9)
     x = inputs()
-    quant_compile.compile(model, "fp8_dynamic", tune="off")
+    quant_compile.compile(model, "fp8_dynamic", tune="off", inductor=EXACT)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -290,7 +293,7 @@ def test_capture_by_hand_finds_no_work_left_to_do() -> None:
 def test_model_moved_to_the_gpu_after_packing_on_the_cpu() -> None:
     with torch.inference_mode(False), torch.no_grad():
         model = Stack(1, 256, 512).to(torch.bfloat16)
-        quant_compile.compile(model, "w8a8", tune="off")
+        quant_compile.compile(model, "w8a8", tune="off", inductor=EXACT)
         x = torch.randn(5, 256).to(torch.bfloat16)
         model(x)
         model.to("cuda")
