@@ -125,7 +125,11 @@ def e2e_row(row: Result, cells: Sequence[str]) -> list[str]:
     linears = row.get("decode B=1 kernels")
     out.append(times(linears["linears_speedup"] or base) if linears else NONE)
     # Of the other stacks nothing is left to release: what they hold after the first step is what they hold.
-    held = row.get("memory", {}).get("weights_gib") if row["stack"] != "inductor" else row.get("first", {}).get("held_gib")
+    held = (
+        row.get("memory", {}).get("weights_gib")
+        if row["stack"] not in ("inductor", "torchao-fp8", "torchao-int4")
+        else row.get("first", {}).get("held_gib")
+    )
     return [*out, number(held)]
 
 

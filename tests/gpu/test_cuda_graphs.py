@@ -175,7 +175,9 @@ def test_prefill_and_decode_with_released_weights_replay(spec: str, monkeypatch:
     wanted = [reference(x) for x in data]
     del reference
     watch = Watch(monkeypatch)
-    quant_compile.compile(model, spec, mode="reduce-overhead", tune="off", inductor=EXACT, release_weights=True, dynamic=False)
+    quant_compile.compile(
+        model, spec, mode="reduce-overhead", tune="off", inductor=EXACT, release_weights=True, dynamic=False
+    )
     for _ in range(4):
         for x in data:
             call(model, x)
