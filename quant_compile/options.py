@@ -12,7 +12,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant_compile.ir.errors import OptionError, PolicyError
+from quant_compile.ir.errors import OptionError, PolicyError, SchemeError
+from quant_compile.ir.scheme import parse
 from quant_compile.lowering.registry import kernels as known_kernels
 from quant_compile.lowering.select import Request
 from quant_compile.policy import Policy
@@ -62,9 +63,12 @@ class Options:
             raise OptionError(f"release_weights must be true or false, got {made.release_weights!r}")
         if isinstance(made.kernels, str):
             _one_of("kernels", made.kernels, ("auto", "reference"), " or a dict {scheme: kernel}")
+        elif not isinstance(made.kernels, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"kernels must be auto, reference or a dict {{scheme: kernel}}, got {made.kernels!r}")
         else:
-            for name in made.kernels.values():
+            for key, name in made.kernels.items():
                 _one_of("kernels", name, tuple(known_kernels()))
+                _pin(key)
         if not isinstance(made.inductor, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"inductor must be a dict of Inductor config patches, got {type(made.inductor).__name__}")
         return made
@@ -74,13 +78,23 @@ class Options:
         pins = (
             self.kernels
             if isinstance(self.kernels, str)
-            else tuple(sorted((k.upper(), v) for k, v in self.kernels.items()))
+            else tuple(sorted((_pin(key), name) for key, name in self.kernels.items()))
         )
         return Request(pins, policy.allow_reference or pins == "reference", self.tune)
 
     def releases(self, policy: Policy) -> bool:
         """Whether original weights are freed; the option wins over the policy."""
         return bool(policy.release_weights if self.release_weights is None else self.release_weights)
+
+
+def _pin(key: str) -> str:
+    """A pin's key in its one spelling: ``*``, or the spec of a scheme."""
+    if key == "*":
+        return key
+    try:
+        return parse(key).spec
+    except SchemeError as error:
+        raise OptionError(f"kernels: {key!r} is neither * nor a scheme: {error}") from None
 
 
 def _one_of(name: str, value: Any, valid: tuple[str, ...], more: str = "") -> None:

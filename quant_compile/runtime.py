@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
@@ -23,7 +24,14 @@ from torch.nn import Parameter
 from quant_compile.inspect import naming
 from quant_compile.inspect.ledger import LEDGER, Session
 from quant_compile.inspect.weights import linear_weights
-from quant_compile.ir.errors import MissingScalesError, OptionError, ReleasedWeightError
+from quant_compile.ir.errors import (
+    GraphError,
+    MissingScalesError,
+    OptionError,
+    PolicyError,
+    PolicyWarning,
+    ReleasedWeightError,
+)
 from quant_compile.ir.graph import BiasRef, PlaneRef, Ref, ScaleRef, copy_graph, fake_mode_of, prepare_for_inductor
 from quant_compile.ir.sites import LinearSite, find_sites
 from quant_compile.lowering.registry import Problem
@@ -37,6 +45,7 @@ from quant_compile.policy import Decision, SiteInfo
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 Choose = Callable[[Problem, str], Dispatch]
 _VERSION = attrgetter("_version")
+ALSO_PLAIN = "also read unquantized (tied embedding or another use)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +109,7 @@ class GraphRunner:
             self._claim(parameters)
         variant = self._variant(parameters, session, decisions, late=False)
         self._record(parameters, session, decisions, variant)
+        self._guards = _guard_count(self.pristine)
         return variant
 
     def _check_rules(self, parameters: Mapping[int, Parameter], session: Session) -> None:
@@ -107,9 +117,19 @@ class GraphRunner:
         owner = naming.owner_of(parameters.values())
         if owner is None or session.checked:
             return
-        session.checked = True
         for problem in self.source.policy.resolve(owner).problems:
             session.notes[problem] = None
+        session.checked = True
+
+    def _no_owner(self) -> None:
+        """Rules go by names; without a model there are none, so rules would be ignored in silence."""
+        text = (
+            "cannot tell which model these weights belong to, so rules and conventions by name (lm_head) have no effect.\n"
+            "Fix: quant_compile.compile(model, policy), or compile the module itself instead of a function around it."
+        )
+        if self.source.policy.rules or self.source.policy.strict:
+            raise PolicyError(text)
+        warnings.warn(text, PolicyWarning, stacklevel=2)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -139,23 +159,33 @@ class GraphRunner:
             session, decisions = self._decide(parameters)
             variant = self._variant(parameters, session, decisions, late=True)
             self._refuse_released(parameters, variant)
-            started, packed = time.perf_counter(), STORE.epoch
-            names = self._names(decisions)
-            planes = tuple(_resolve(ref, parameters, names) for ref in variant.refs)
-            if packed != STORE.epoch:
-                _synchronize(planes)
+            started, before = time.perf_counter(), STORE.epoch
+            planes = self._planes(variant, parameters, decisions)
+            if before != STORE.epoch:
                 _add_time(session, "packing", time.perf_counter() - started)
             self._record(parameters, session, decisions, variant)
-            self._release(parameters, session, variant)
+            self._release(parameters, variant)
             watched = tuple(i for i, slot in enumerate(self._slots) if _watchable(parameters[slot]))
             pick_watched = _picker(watched)
-            stale = [key for key, binding in self._bindings.items() if binding.epoch != STORE.epoch]
-            for key in stale:
+            for key in [key for key, binding in list(self._bindings.items()) if binding.epoch != STORE.epoch]:
                 self._bindings.pop(key, None)
-            stamp = _stamp(pick_watched(values))
-            binding = Binding(variant, _picker(variant.arguments), planes, pick_watched, stamp, STORE.epoch, generation)
+            while True:  # until no other thread changed any planes in between
+                epoch, stamp = STORE.epoch, _stamp(pick_watched(values))
+                planes = self._planes(variant, parameters, decisions)
+                if epoch == STORE.epoch:
+                    break
+            binding = Binding(variant, _picker(variant.arguments), planes, pick_watched, stamp, epoch, generation)
             self._bindings[tuple(map(id, values))] = binding
             return binding
+
+    def _planes(
+        self,
+        variant: Variant,
+        parameters: Mapping[int, Parameter],
+        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+    ) -> tuple[Tensor, ...]:
+        names = {site.slot: decisions[site.node.name][0].name for site in self.sites}  # for errors
+        return tuple(_resolve(ref, parameters, names) for ref in variant.refs)
 
     def _decide(self, parameters: Mapping[int, Parameter]) -> tuple[Session, dict[str, tuple[SiteDecision, Decision]]]:
         owner = naming.owner_of(parameters.values())
@@ -164,6 +194,8 @@ class GraphRunner:
         session = LEDGER.session(owner, policy, self.target) if owner is not None else Session(policy, self.target)
         if self.source.is_default:
             session.notes[f"no policy was given: {policy.name} is the default on this device"] = None
+        if owner is None and self.sites:
+            self._no_owner()
         decisions: dict[str, tuple[SiteDecision, Decision]] = {}
         for site in self.sites:
             parameter = parameters[site.slot]
@@ -282,12 +314,11 @@ class GraphRunner:
     def _compile_late(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile at call time, under Dynamo's fake mode, so that dynamic sizes stay dynamic."""
         mode = fake_mode_of(gm.graph)
-        guards = len(mode.shape_env.guards) if mode.shape_env else 0
         # Without no_grad, inference_mode(False) would turn gradients on and AOTAutograd would trace a backward.
         with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad(), tracing(TracingContext(mode)):
             function = self._compile(gm, inputs)
-        if mode.shape_env and len(mode.shape_env.guards) > guards:
-            fresh = list(mode.shape_env.guards[guards:])
+        if mode.shape_env and len(mode.shape_env.guards) > self._guards:
+            fresh = list(mode.shape_env.guards[self._guards :])
             raise OptionError(
                 "this policy gives a layer that shares its graph another scheme, and compiling that scheme put new conditions on "
                 f"sizes that the shared graph does not check: {', '.join(str(g.expr) for g in fresh)}.\n"
@@ -304,10 +335,6 @@ class GraphRunner:
                 _add_time(session, "selection", time.perf_counter() - started)
 
         return choose
-
-    def _names(self, decisions: Mapping[str, tuple[SiteDecision, Decision]]) -> dict[int, str]:
-        """Slot of each site's weight -> its name, for errors."""
-        return {site.slot: decisions[site.node.name][0].name for site in self.sites}
 
     # -- ledger and release --------------------------------------------------------------------------------------------
 
@@ -330,16 +357,19 @@ class GraphRunner:
             spec = decision.scheme.spec if decision.scheme else None
             if spec != record.scheme:
                 record.kernels.clear()
+                record.readers.clear()
+                STORE.entry(parameter).plain_readers.clear()
                 record.scheme = spec
+            STORE.keep_only(parameter, spec)
             if spec is not None:
-                STORE.keep_only(parameter, spec)
                 dispatch = dispatch_of[site.slot]
                 record.layout = dispatch.layout
                 record.kernels[dispatch.ranges] = None
-                if site.slot in variant.arguments:
-                    what = "also read unquantized (tied embedding or another use)"
-                    record.readers[what] = None
-                    STORE.entry(parameter).plain_readers.add(what)
+        for slot in variant.arguments:
+            parameter = parameters.get(slot)
+            if parameter is not None and parameter.dim() > 1:
+                LEDGER.record(parameter).readers[ALSO_PLAIN] = None
+                STORE.entry(parameter).plain_readers.add(ALSO_PLAIN)
         for report in variant.reports:
             if report.name == "merge_siblings":
                 for refusal in report.refused:
@@ -356,13 +386,17 @@ class GraphRunner:
         for site in self.sites:
             claim(parameters[site.slot])
 
-    def _release(self, parameters: Mapping[int, Parameter], session: Session, variant: Variant) -> None:
+    def _release(self, parameters: Mapping[int, Parameter], variant: Variant) -> None:
         if not self.options.releases(self.source.policy):
             return
+        owner = naming.owner_of(parameters.values())
+        embedded = (
+            {id(w.parameter) for w in linear_weights(owner) if w.in_embedding} if owner is not None else set[int]()
+        )
         for ref in variant.refs:
             if isinstance(ref, PlaneRef) and ref.index == 0:
                 for slot in ref.slots:
-                    if slot not in variant.arguments:
+                    if slot not in variant.arguments and id(parameters[slot]) not in embedded:
                         STORE.release(parameters[slot])
 
     def _refuse_released(self, parameters: Mapping[int, Parameter], variant: Variant) -> None:
@@ -435,10 +469,13 @@ def _joined_bias(ref: BiasRef, parameters: Mapping[int, Parameter]) -> Tensor:
         return torch.cat(parts)
 
 
-def _synchronize(planes: Sequence[Tensor]) -> None:
-    """Planes packed on one stream may be read on another."""
-    if any(plane.is_cuda for plane in planes):
-        torch.cuda.synchronize()
+def _guard_count(gm: fx.GraphModule) -> int:
+    """Conditions on sizes that Dynamo knows of when it finishes a graph, and so checks at each call."""
+    try:
+        env = fake_mode_of(gm.graph).shape_env
+    except GraphError:
+        return 0
+    return len(env.guards) if env else 0
 
 
 def _add_time(session: Session, key: str, seconds: float) -> None:

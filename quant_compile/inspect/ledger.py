@@ -138,6 +138,8 @@ class Ledger:
     def _kept(
         parameter: nn.Parameter, record: Record | None, weight: Weight | None, session: Session | None
     ) -> tuple[bool, str]:
+        if record is not None and record.scheme is not None:
+            return True, f"{record.scheme}: to be packed at the next call"
         if record is not None and (record.reason or record.misses):
             return record.named, "; ".join([*([record.reason] if record.reason else []), *record.misses])
         if weight is None:

@@ -5,6 +5,7 @@ Views are followed through the storage of the traced values: a write to any alia
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -63,10 +64,20 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _writes_its_first(node: fx.Node) -> bool:
-    if node.target in IN_PLACE or node.kwargs.get("inplace") is True:
+    if node.target in IN_PLACE or _is_inplace(node):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
+
+
+def _is_inplace(node: fx.Node) -> bool:
+    """Whether ``inplace=True`` is given, by name or by position as torch.nn's activations do."""
+    if node.kwargs.get("inplace") is True or not callable(node.target):
+        return node.kwargs.get("inplace") is True
+    try:
+        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace") is True
+    except (TypeError, ValueError):
+        return False
 
 
 def _nodes(value: Any) -> Iterator[fx.Node]:

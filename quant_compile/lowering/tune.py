@@ -1,7 +1,7 @@
 """Measure kernels on this GPU and remember the times on disk, so that selection rests on what was seen.
 
 A problem is measured once per GPU model, library versions and kernel sources; the file is
-``<cache>/sglquant/kernels-<key>.json`` under ``XDG_CACHE_HOME`` (default ``~/.cache``). Each time is of the kernel alone, in a
+``<cache>/sglquant/kernels-<key>-<level>.json`` under ``XDG_CACHE_HOME`` (default ``~/.cache``). Each time is of the kernel alone, in a
 CUDA graph, over copies of the weight that together exceed the L2 cache.
 """
 
@@ -31,6 +31,7 @@ POINTS = {"quick": (1, 16, 64, 512, 4096), "full": BUCKETS}
 # Only kernels whose estimate is within this factor of the best estimate are measured.
 WORTH = {"quick": 2.0, "full": math.inf}
 FAILED = 1e12
+NOT_MEASURED = 10.0  # an estimate counts less than any measurement
 _CALLS, _REPLAYS = 12, 5
 _LIBRARIES = ("torch", "triton", "sglang-kernel", "sgl-kernel", "humming-kernels", "sgl-deep-gemm")
 
@@ -70,10 +71,10 @@ def problem_key(problem: Problem) -> str:
 
 
 @lru_cache(maxsize=None)
-def timings(gpu: str) -> Timings:
-    """The timings of a GPU model with the libraries and kernel sources of this process."""
+def timings(gpu: str, level: str) -> Timings:
+    """The timings of a GPU model at one level, with the libraries and kernel sources of this process."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Timings(root / "sglquant" / f"kernels-{_environment_key(gpu)}.json")
+    return Timings(root / "sglquant" / f"kernels-{_environment_key(gpu)}-{level}.json")
 
 
 def _environment_key(gpu: str) -> str:
@@ -94,15 +95,23 @@ def measured(target: Target, level: str) -> CostOf | None:
         return None
     if torch.cuda.is_current_stream_capturing():
         return None
-    known = timings(target.name)
+    known = timings(target.name, level)
     points = POINTS[level]
 
     def cost(kernel: Kernel, problem: Problem, m: int) -> float:
         if any(known.get(problem, kernel.name, point) is None for point in points):
-            known.put(problem, _measure_layout(kernel.layout, problem, target, points, known, WORTH[level]))
+            try:
+                known.put(problem, _measure_layout(kernel.layout, problem, target, points, known, WORTH[level]))
+            except torch.OutOfMemoryError:
+                return NOT_MEASURED * _own_estimate(kernel, problem, m, target)  # no room to measure in: estimates decide
         return _estimate(kernel, problem, m, target, points, known)
 
     return cost
+
+
+def _own_estimate(kernel: Kernel, problem: Problem, m: int, target: Target) -> float:
+    answer = kernel.fit(problem, m, target)
+    return FAILED if isinstance(answer, Reject) else answer.cost
 
 
 def _estimate(kernel: Kernel, problem: Problem, m: int, target: Target, points: tuple[int, ...], known: Timings) -> float:

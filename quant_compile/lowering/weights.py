@@ -150,7 +150,7 @@ class WeightStore:
         self._on_forget: list[weakref.WeakMethod[Callable[[int], None]]] = []
 
     def on_forget(self, callback: Callable[[int], None]) -> None:
-        """Call ``callback(id)`` when a Parameter dies; held weakly."""
+        """Call ``callback(id)`` when a Parameter dies or its planes are dropped; held weakly."""
         self._on_forget = [ref for ref in self._on_forget if ref() is not None]
         self._on_forget.append(weakref.WeakMethod(callback))
 
@@ -178,6 +178,10 @@ class WeightStore:
                 return  # the address already belongs to another Parameter
             del self._entries[identity]
             self.epoch += 1
+        self._announce(identity)
+
+    def _announce(self, identity: int) -> None:
+        """Tell those who cached planes of a Parameter that they are out of date, so that no old planes stay alive."""
         for ref in list(self._on_forget):
             callback = ref()
             if callback is not None:
@@ -222,6 +226,7 @@ class WeightStore:
         started = time.perf_counter()
         with _plain_tensors():
             planes = layouts()[key.layout].pack(rows, problem)
+        _wait(planes)
         self.pack_seconds += time.perf_counter() - started
         pack = Pack(Slab((id(parameter),), (problem.n,), planes), 0, problem.n)
         self.entry(parameter).packs[key] = pack
@@ -248,6 +253,7 @@ class WeightStore:
             joined = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
             problem = problem_of(parameters[0], keys[0], sum(sizes))
             made = Slab(tuple(map(id, parameters)), sizes, layouts()[keys[0].layout].pack(joined, problem))
+        _wait(made.planes)
         self.pack_seconds += time.perf_counter() - started
         start = 0
         for parameter, key, size in zip(parameters, keys, sizes, strict=True):
@@ -307,9 +313,12 @@ class WeightStore:
         entry.packs.clear()
         entry.alone.clear()
         self.epoch += 1
+        parameter = entry.ref()
+        if parameter is not None:
+            self._announce(id(parameter))
 
-    def keep_only(self, parameter: Parameter, spec: str) -> None:
-        """Forget planes under other schemes: the policy changed. A released weight keeps all it has."""
+    def keep_only(self, parameter: Parameter, spec: str | None) -> None:
+        """Forget planes under other schemes (None: all): the policy changed. A released weight keeps all it has."""
         with self._lock:
             entry = self.peek(parameter)
             if entry is None or entry.released or all(key.spec == spec for key in entry.packs):
@@ -317,6 +326,7 @@ class WeightStore:
             entry.packs = {key: pack for key, pack in entry.packs.items() if key.spec == spec}
             entry.alone = {key: planes for key, planes in entry.alone.items() if key.spec == spec}
             self.epoch += 1
+            self._announce(id(parameter))
 
     def input_scale(self, parameters: tuple[Parameter, ...], names: tuple[str, ...]) -> Tensor:
         """Calibrated scale [1] f32 of the input of a weight (merged siblings share theirs).
@@ -396,6 +406,12 @@ def claim(parameter: Parameter) -> None:
     """Make a weight releasable; must happen before Dynamo builds guards over it."""
     if type(parameter) is Parameter:
         parameter.__class__ = ReleasableParameter
+
+
+def _wait(planes: Planes) -> None:
+    """Planes packed on one stream may be read on another as soon as the store's lock is free."""
+    if any(plane.is_cuda for plane in planes):
+        torch.cuda.synchronize()
 
 
 def _plain_tensors() -> Any:

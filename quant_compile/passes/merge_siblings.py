@@ -87,10 +87,15 @@ def _views(node: fx.Node) -> list[fx.Node]:
     storage = storage_of(node)
     for user in node.users:
         if storage is not None and storage_of(user) == storage:
-            if user.op == "call_method" and user.target in _RESHAPES and not isinstance(user.args[1], torch.dtype):
+            if user.op == "call_method" and user.target in _RESHAPES and not _is_bit_view(user):
                 found.append(user)
             found += _views(user)
     return found
+
+
+def _is_bit_view(node: fx.Node) -> bool:
+    """``view(dtype)``, which looks at the bits and not at the shape."""
+    return any(isinstance(value, torch.dtype) for value in (*node.args[1:2], *node.kwargs.values()))
 
 
 _RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
@@ -117,6 +122,8 @@ def _merge(graph: fx.Graph, siblings: list[fx.Node]) -> None:
     for node, part in zip(siblings, parts, strict=True):
         for view in dict.fromkeys(_views(node)):
             view.target = _RESHAPES[str(view.target)]
+            if "size" in view.kwargs:
+                view.kwargs = {"shape": view.kwargs["size"]}
         node.replace_all_uses_with(part)
         erase_with_inputs(graph, node)
 
