@@ -169,7 +169,10 @@ class GraphRunner:
             pick_watched = _picker(watched)
             for key in [key for key, binding in list(self._bindings.items()) if binding.epoch != STORE.epoch]:
                 self._bindings.pop(key, None)
-            while True:  # until no other thread changed any planes in between
+            # Until no other thread changed any planes in between. Bounded: a graph whose groups of siblings overlap in a
+            # layout that cannot be cut packs anew each time; its binding is then out of date and is made again next call.
+            epoch, stamp = -1, ()
+            for _ in range(3):
                 epoch, stamp = STORE.epoch, _stamp(pick_watched(values))
                 planes = self._planes(variant, parameters, decisions)
                 if epoch == STORE.epoch:

@@ -8,7 +8,6 @@ when to look again.
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -144,7 +143,6 @@ class WeightStore:
 
     def __init__(self) -> None:
         self.epoch = 0
-        self.pack_seconds = 0.0
         self._entries: dict[int, Entry] = {}
         self._lock = threading.RLock()
         self._on_forget: list[weakref.WeakMethod[Callable[[int], None]]] = []
@@ -223,11 +221,9 @@ class WeightStore:
 
     def _pack_alone(self, parameter: Parameter, key: Key, name: str) -> Pack:
         rows, problem = self._row_form(parameter, key, name), problem_of(parameter, key)
-        started = time.perf_counter()
         with _plain_tensors():
             planes = layouts()[key.layout].pack(rows, problem)
         _wait(planes)
-        self.pack_seconds += time.perf_counter() - started
         pack = Pack(Slab((id(parameter),), (problem.n,), planes), 0, problem.n)
         self.entry(parameter).packs[key] = pack
         self.epoch += 1
@@ -248,13 +244,11 @@ class WeightStore:
             for i, (pack, parameter, key) in enumerate(zip(packs, parameters, keys, strict=True))
         ]
         sizes = tuple(problem_of(parameter, key).n for parameter, key in zip(parameters, keys, strict=True))
-        started = time.perf_counter()
         with _plain_tensors():
             joined = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
             problem = problem_of(parameters[0], keys[0], sum(sizes))
             made = Slab(tuple(map(id, parameters)), sizes, layouts()[keys[0].layout].pack(joined, problem))
         _wait(made.planes)
-        self.pack_seconds += time.perf_counter() - started
         start = 0
         for parameter, key, size in zip(parameters, keys, sizes, strict=True):
             self.entry(parameter).packs[key] = Pack(made, start, start + size)
