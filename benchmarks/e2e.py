@@ -183,10 +183,13 @@ class Worker:
         """Bytes after the first compilation, without the KV cache: what is held, and the peak on the way there."""
         device = self.setup.device
         if device.type == "cuda":
-            top = peak(device)
+            top, before = peak(device), allocated(device)
+            torch._C._cuda_clearCublasWorkspaces()
+            workspaces = (before - allocated(device)) / GIB  # part of the peak, and not of quantization
             collect(device)
             held = (allocated(device) - cache) / GIB
-            self.emit("first", held_gib=held, peak_gib=(top - cache) / GIB, model_gib=self.model_bytes / GIB)
+            peaks = {"peak_gib": (top - cache) / GIB, "workspaces_gib": workspaces}
+            self.emit("first", held_gib=held, model_gib=self.model_bytes / GIB, **peaks)
 
     def prefill(self) -> None:
         """Compile and time one prompt."""
