@@ -27,7 +27,7 @@ EXACT = {"emulate_precision_casts": True}
 # sgl-kernel's FP8 GEMM accumulates in the tensor cores' reduced precision (as vLLM's and torchao's do): within its own
 # bound as a kernel, but a chain of layers multiplies the flipped codes. Values are compared with the kernel that
 # accumulates in f32; what CUDA graphs and the store do is compared, for every kernel, with calls outside of a graph.
-PRECISE = {"FP8_DYNAMIC": "torch_cuda"}
+PRECISE = {"FP8_DYNAMIC": "triton_scaled_mm"}
 
 
 @pytest.fixture(autouse=True)

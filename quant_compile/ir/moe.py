@@ -1,0 +1,170 @@
+"""Mixture-of-experts blocks as data: their activation, their problem, and the plain torch truth of ``sglq.moe``.
+
+    y[t] = sum_j weights[t, j] * (act(x[t] @ w13[e].T + b13[e]) @ w2[e].T + b2[e]),   e = ids[t, j]
+
+Weights of one block are planes stacked over experts: every plane of a family's row form with a leading dimension E. w13 holds
+the gate rows, then the up rows. An id outside of 0..E-1 (a sentinel of expert parallelism) adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant_compile.ir.errors import SchemeError
+from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.scheme import Scheme
+
+# A scheme of no quantization: planes are the weights themselves. It shows that a block was understood, to the last bit or so.
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What an expert does to its hidden layer [.., gate | up].
+
+    Attributes:
+        kind: ``silu`` (gate * sigmoid(alpha * gate)), ``gelu``, ``gelu_tanh`` or ``relu``.
+        alpha: factor inside of silu's sigmoid (1 for plain silu, 1.702 for GPT-OSS).
+        limit: gates are clamped from above and ups from both sides at this value; inf: not at all.
+        shift: added to up.
+    """
+
+    kind: str
+    alpha: float = 1.0
+    limit: float = float("inf")
+    shift: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """As one word: ``silu``, ``silu(1.702,7.0,1.0)``."""
+        plain = Activation(self.kind)
+        return self.kind if self == plain else f"{self.kind}({self.alpha!r},{self.limit!r},{self.shift!r})"
+
+    @staticmethod
+    def parse(text: str) -> Activation:
+        """Inverse of ``text``."""
+        kind, _, rest = text.partition("(")
+        if kind not in _KINDS:
+            raise SchemeError(f"no expert activation is called {kind!r}; there are {', '.join(_KINDS)}")
+        return Activation(kind, *map(float, rest.removesuffix(")").split(","))) if rest else Activation(kind)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[.., 2 i] (gate | up) -> [.., i] of the same dtype; computed in f32 (f64 stays)."""
+        wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+        gate, up = wide.chunk(2, -1)
+        if self.limit != float("inf"):
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (_KINDS[self.kind](gate, self.alpha) * (up + self.shift)).to(hidden.dtype)
+
+
+_KINDS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "silu": lambda g, alpha: g * torch.sigmoid(alpha * g),
+    "gelu": lambda g, alpha: F.gelu(g),
+    "gelu_tanh": lambda g, alpha: F.gelu(g, approximate="tanh"),
+    "relu": lambda g, alpha: F.relu(g),
+}
+
+
+@dataclass(frozen=True)
+class MoeProblem:
+    """One block as kernels see it, for any number of tokens.
+
+    Attributes:
+        scheme: what both weights and both inputs (tokens and hidden layer) are.
+        experts: E.
+        hidden: H, size of a token; w13 is [E, 2 I, H] and w2 [E, H, I] before quantization.
+        intermediate: I.
+        top_k: experts of a token.
+        activation: between the two products.
+        dtype: of the tokens, of the hidden layer between the products, and of the result.
+        has_bias: b13 [E, 2 I] and b2 [E, H] of ``dtype`` are added.
+        has_weights: outputs are multiplied by weights [T, k] (any float dtype); else plainly added.
+    """
+
+    scheme: Scheme
+    experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    activation: Activation
+    dtype: torch.dtype
+    has_bias: bool = False
+    has_weights: bool = True
+
+
+def moe_reference(
+    x: Planes,
+    ids: Tensor,
+    weights: Tensor | None,
+    w13: Planes,
+    b13: Tensor | None,
+    w2: Planes,
+    b2: Tensor | None,
+    scheme: Scheme | None,
+    activation: Activation,
+    dtype: torch.dtype,
+    scale2: Tensor | None = None,
+) -> Tensor:
+    """The truth: expert by expert, with the scheme's own linear and input quantization; sums in f32 (f64 for f64).
+
+    Args:
+        x: planes of the tokens, data [T, H] first; scales [T, s] or [1].
+        ids: [T, k] integers; values outside of 0..E-1 are dropped.
+        weights: [T, k] or None.
+        w13, w2: planes [E, ...]; for ``scheme`` None one plane [E, n, k] each.
+        scale2: calibrated scale [1] of the hidden layer, for static schemes.
+
+    Returns:
+        [T, H] of ``dtype``.
+    """
+    tokens, top_k = ids.shape
+    experts, out_features = w13[0].shape[0], _rows(w2, scheme)
+    total = torch.zeros(
+        tokens, out_features, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=ids.device
+    )
+    pairs = torch.arange(tokens * top_k, device=ids.device)
+    flat = ids.reshape(-1)
+    for expert in range(experts):
+        chosen = pairs[flat == expert]
+        if chosen.numel() == 0:
+            continue
+        rows = chosen // top_k
+        hidden = _product(_rows_of(x, rows), w13, b13, expert, scheme, dtype)
+        inner: Planes = (activation(hidden),)
+        if scheme is not None and scheme.input_activations is not None:
+            inner = family_of(scheme).quantize_input(inner[0], scheme, scale2)
+        out = _product(inner, w2, b2, expert, scheme, dtype).to(total.dtype)
+        if weights is not None:
+            out = out * weights.reshape(-1)[chosen].unsqueeze(-1).to(total.dtype)
+        total.index_add_(0, rows, out)
+    return total.to(dtype)
+
+
+def _rows(w2: Planes, scheme: Scheme | None) -> int:
+    return w2[0].shape[1]
+
+
+def _rows_of(x: Planes, rows: Tensor) -> Planes:
+    """Some tokens' planes; a scale of the whole tensor stays."""
+    return tuple(plane if plane.dim() == 1 else plane[rows] for plane in x)
+
+
+def _product(
+    x: Planes, w: Planes, bias: Tensor | None, expert: int, scheme: Scheme | None, dtype: torch.dtype
+) -> Tensor:
+    own = tuple(plane[expert] for plane in w)
+    b = None if bias is None else bias[expert]
+    if scheme is None:
+        y = F.linear(x[0], own[0])
+        return y if b is None else y + b
+    return family_of(scheme).linear(x, own, b, scheme, dtype)
+
+
+def stack_planes(parts: Sequence[Planes]) -> Planes:
+    """Planes of single experts as planes of the block (for tests and tools; the store fills preallocated planes)."""
+    return tuple(torch.stack(planes) for planes in zip(*parts, strict=True))

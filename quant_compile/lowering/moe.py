@@ -1,0 +1,202 @@
+"""MoE kernels: what one is, and the choice of one for every number of tokens.
+
+Several kernels may read one layout; a block is packed once, so prefill and decode share it. A module of
+``lowering/kernels`` offers ``MOE_KERNELS`` (and ``MOE_LAYOUTS`` if it brings its own).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quant_compile.ir.errors import NoKernelError
+from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
+from quant_compile.ir.moe import Activation, MoeProblem
+from quant_compile.ir.scheme import parse
+from quant_compile.lowering.registry import Rank, _modules
+from quant_compile.lowering.select import Request
+from quant_compile.lowering.target import Target
+
+# Upper ends of the ranges of token counts that get a kernel of their own, and what each is worth when layouts are compared.
+TOKENS = {1: 4.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 2.0, 32: 1.0, 64: 1.0, 128: 0.5, 256: 0.5, 512: 1.0, 1024: 0.5, 2048: 1.0, 4096: 1.0}
+
+
+@dataclass(frozen=True)
+class MoeKernel:
+    """Something that can run a block.
+
+    Attributes:
+        name: provider, then job: ``triton_moe``.
+        layout: name of the layout of its weight planes.
+        fit: ``(problem, tokens, target) -> Rank | Reject``; costs are estimates of microseconds.
+        run: ``(x planes, ids [T, k], weights [T, k] | None, w13, b13 | None, w2, b2 | None, scale2 | None, problem) -> [T, H]``.
+            x planes are data [T, H] contiguous, then scale [T, s] or [1]. T is at least 1. ids may be any integer dtype and
+            hold values outside of 0..E-1, which add nothing. Must not synchronize with the host on a GPU.
+        reference: slow and exact; on a GPU only used when the policy or the options allow it.
+    """
+
+    name: str
+    layout: str
+    fit: Callable[[MoeProblem, int, Target], Rank | Reject]
+    run: Callable[
+        [Planes, Tensor, Tensor | None, Planes, Tensor | None, Planes, Tensor | None, Tensor | None, MoeProblem], Tensor
+    ]
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class MoeLayout:
+    """How the stacked planes of one of a block's two weights lie in memory.
+
+    Attributes:
+        planes: ``(problem, n, k) -> specs`` of the packed planes, with the leading E.
+        pack: ``(row-form planes of one expert, problem, n, k) -> planes of one expert``.
+        unpack: its inverse.
+    """
+
+    name: str
+    planes: Callable[[MoeProblem, int, int], tuple[PlaneSpec, ...]]
+    pack: Callable[[Planes, MoeProblem, int, int], Planes]
+    unpack: Callable[[Planes, MoeProblem, int, int], Planes]
+
+
+def _stacked(problem: MoeProblem, n: int, k: int) -> tuple[PlaneSpec, ...]:
+    specs = family_of(problem.scheme).weight_planes(problem.scheme, n, k, problem.dtype)
+    return tuple(PlaneSpec(s.name, (problem.experts, *s.shape), s.dtype) for s in specs)
+
+
+# Row form, expert after expert.
+STACKED = MoeLayout("experts", _stacked, lambda planes, p, n, k: planes, lambda planes, p, n, k: planes)
+
+
+@lru_cache(maxsize=1)
+def moe_kernels() -> dict[str, MoeKernel]:
+    """All MoE kernels by name."""
+    return {kernel.name: kernel for module in _modules() for kernel in getattr(module, "MOE_KERNELS", ())}
+
+
+@lru_cache(maxsize=1)
+def moe_layouts() -> dict[str, MoeLayout]:
+    """All layouts by name."""
+    own = {layout.name: layout for module in _modules() for layout in getattr(module, "MOE_LAYOUTS", ())}
+    return {STACKED.name: STACKED, **own}
+
+
+@dataclass(frozen=True)
+class MoeDispatch:
+    """The kernels of one block: all read ``layout``; ``table`` is (most tokens, kernel name), ascending, last is unbounded."""
+
+    problem: MoeProblem
+    layout: str
+    table: tuple[tuple[int, str], ...]
+
+    @property
+    def text(self) -> str:
+        """Everything about the dispatch as one word: an argument of the kernel op and part of Inductor's cache key."""
+        p = self.problem
+        fields = (p.scheme.spec, p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text)
+        flags = (str(p.dtype).removeprefix("torch."), int(p.has_bias), int(p.has_weights), self.layout)
+        return "|".join(map(str, (*fields, *flags, ";".join(f"{m}={name}" for m, name in self.table))))
+
+    @property
+    def ranges(self) -> str:
+        """The table for people: ``t<=16: a, t>16: b``."""
+        if len(self.table) == 1:
+            return self.table[0][1]
+        parts = [f"t<={bound}: {name}" for bound, name in self.table[:-1]]
+        return ", ".join([*parts, f"t>{self.table[-2][0]}: {self.table[-1][1]}"])
+
+    def kernel_for(self, tokens: int) -> MoeKernel:
+        """The kernel that serves this many tokens."""
+        for bound, name in self.table:
+            if tokens <= bound:
+                return moe_kernels()[name]
+        return moe_kernels()[self.table[-1][1]]
+
+
+@lru_cache(maxsize=None)
+def parse_moe_dispatch(text: str) -> MoeDispatch:
+    """Inverse of ``MoeDispatch.text``."""
+    spec, experts, hidden, inner, top_k, activation, dtype, bias, weights, layout, table = text.split("|")
+    problem = MoeProblem(
+        parse(spec), int(experts), int(hidden), int(inner), int(top_k), Activation.parse(activation),
+        getattr(torch, dtype), bias == "1", weights == "1",
+    )  # fmt: skip
+    pairs = tuple((int(m), name) for m, name in (entry.split("=") for entry in table.split(";")))
+    return MoeDispatch(problem, layout, pairs)
+
+
+CostOf = Callable[[MoeKernel, MoeProblem, int], float]
+
+
+def moe_fits(problem: MoeProblem, target: Target, request: Request, tokens: int) -> dict[str, float | str]:
+    """Kernel name -> its estimated cost for this many tokens, or its reason why not."""
+    pin = request.pin_for(problem.scheme.spec)
+    names = moe_kernels()
+    if pin is not None and pin not in names:
+        pin = None  # a pin of the scheme's linears
+    if isinstance(request.kernels, str) and request.kernels == "reference":
+        pin = "reference_moe"
+    out: dict[str, float | str] = {}
+    for name, kernel in names.items():
+        if pin is not None and name != pin:
+            out[name] = f"the options pin {problem.scheme.spec} to {pin}"
+        elif kernel.reference and pin is None and target.device != "cpu" and not request.allow_reference:
+            out[name] = "the torch reference on a GPU needs allow_reference: true"
+        else:
+            answer = kernel.fit(problem, tokens, target)
+            out[name] = answer.reason if isinstance(answer, Reject) else answer.cost
+    return out
+
+
+def choose_moe(
+    problem: MoeProblem, target: Target, request: Request | None = None, site: str = "", cost: CostOf | None = None
+) -> MoeDispatch:
+    """The dispatch of a block.
+
+    Raises:
+        NoKernelError: some number of tokens has no kernel in any layout; each kernel's reason is given.
+    """
+    request = request or Request()
+    answers = {tokens: moe_fits(problem, target, request, tokens) for tokens in TOKENS}
+    best: tuple[float, str, dict[int, str]] | None = None
+    for layout in moe_layouts():
+        table: dict[int, str] = {}
+        score = 0.0
+        for tokens, weight in TOKENS.items():
+            costs = {
+                name: value
+                for name, value in answers[tokens].items()
+                if not isinstance(value, str) and moe_kernels()[name].layout == layout
+            }
+            if not costs:
+                break
+            if cost is not None:
+                costs = {name: cost(moe_kernels()[name], problem, tokens) for name in costs}
+            table[tokens] = min(costs, key=lambda name, costs=costs: (costs[name], name))
+            score += weight * math.log(max(costs[table[tokens]], 1e-3))
+        if len(table) == len(TOKENS) and (best is None or score < best[0]):
+            best = (score, layout, table)
+    if best is None:
+        reasons = {n: a for by_kernel in answers.values() for n, a in by_kernel.items() if isinstance(a, str)}
+        words = (
+            f"{site or 'a MoE block'} ({problem.scheme.spec}, {problem.experts} experts, hidden {problem.hidden}, "
+            f"intermediate {problem.intermediate}, {problem.dtype}, {target.label})"
+        )
+        raise NoKernelError(words, reasons, "map this block to another scheme in the policy, or to `keep`.")
+    return MoeDispatch(problem, best[1], _ranges(best[2]))
+
+
+def _ranges(table: dict[int, str]) -> tuple[tuple[int, str], ...]:
+    """Adjacent ranges of one kernel merged."""
+    out: list[tuple[int, str]] = []
+    for bound, name in table.items():
+        if out and out[-1][1] == name:
+            out.pop()
+        out.append((bound, name))
+    return tuple(out)
