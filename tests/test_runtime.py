@@ -18,6 +18,7 @@ import quant_compile
 from quant_compile import GradModeError, Policy
 from quant_compile.inspect.ledger import LEDGER
 from quant_compile.ir.errors import GraphError, OptionError
+from quant_compile.ir.scheme import PRESETS, parse
 from quant_compile.lowering.weights import STORE
 from tests.runtime_support import (
     EXACT,
@@ -253,6 +254,41 @@ def test_shapes_with_inductor_dynamic() -> None:
         gc.collect()
         held.add(store_bytes(model))
     assert len(held) == 1
+
+
+class Siblings(nn.Module):
+    """Two linears over one input of 300: three groups of 128, the last ragged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(300, 128), nn.Linear(300, 40, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.a(x), self.b(x)), -1)
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "apart"])
+@pytest.mark.parametrize("spec", [*PRESETS, "int4.channel+16"])
+def test_inputs_of_one_dimension(spec: str, merge: bool, plain_inductor: CompileCounter) -> None:
+    model, x = Siblings().bfloat16(), bf16(300)
+    policy: Any = {"default": spec, "fuse": {"merge_siblings": merge}}
+    if parse(spec).static:
+        policy = quant_compile.calibrate(model, [x], policy)
+    run = torch.compile(model, backend="sglquant", options={"policy": policy}, dynamic=False)
+    y, row = run(x), run(x[None])
+    assert y.shape == (168,) and row.shape == (1, 168)
+    assert torch.equal(y, row[0])
+    scales = {f"{name}.input_scale": STORE.entry(model.get_submodule(name).weight).input_scale for name in "ab"}
+    wanted = reference_of(model, spec, {name: scale for name, scale in scales.items() if scale is not None})(x)
+    # One step of bf16; the packed CPU kernels round the sum before they add the bias.
+    torch.testing.assert_close(y, wanted, rtol=0.008, atol=2e-3)
+    assert quant_compile.report(model).coverage == 1.0
+
+
+def test_inputs_of_one_dimension_with_inductor() -> None:
+    model, x = Siblings().bfloat16(), bf16(300)
+    y = torch.compile(model, backend="sglquant", options={"policy": "fp8_block"})(x)
+    torch.testing.assert_close(y, reference_of(model, "FP8_BLOCK")(x), rtol=0.008, atol=1e-4)
 
 
 @pytest.mark.parametrize("spec", ["fp8_dynamic", "fp8_block", "w8a8", "w8a16", "w4a16"])
