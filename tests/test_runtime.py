@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 import quant_compile
 from quant_compile import GradModeError, Policy
-from quant_compile.inspect.ledger import LEDGER
+from quant_compile.inspect.ledger import LEDGER, MORE_COPIES
 from quant_compile.ir.errors import GraphError, OptionError
 from quant_compile.ir.scheme import PRESETS, parse
 from quant_compile.lowering.weights import STORE
@@ -49,6 +49,84 @@ def no_grad() -> Any:
 
 def compiled(model: nn.Module, policy: Any = EXACT, **options: Any) -> nn.Module:
     return quant_compile.compile(model, policy, **{**REFERENCE, **options})
+
+
+# -- graphs that group siblings differently ---------------------------------------------------------------------------
+
+INT4 = {"policy": "W4A16", "kernels": {"*": "torch_cpu_int4pack"}}  # its layout cannot be cut
+
+
+class Attention(nn.Module):
+    """q, k and v of one input, with or without v, or with k and v of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(128, n, bias=False) for n in (32, 16, 48))
+
+    def forward(self, x: Tensor, form: str) -> tuple[Tensor, ...]:
+        if form == "qkv":
+            return self.q(x), self.k(x), self.v(x)
+        if form == "qk":
+            return self.q(x), self.k(x)
+        y = x * 2
+        return self.q(x), self.k(x), self.k(y), self.v(y)
+
+
+def expected(reference: Any, x: Tensor, form: str) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return reference(x, form)
+
+
+def close(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    # torch's int4 kernel rounds scale and zero point, product and sum to bf16: a few times 2^-9 of the output.
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm()
+
+
+@pytest.mark.parametrize("release", [False, True], ids=["kept", "released"])
+def test_alternating_groups_in_a_layout_that_cannot_be_cut(release: bool, plain_inductor: CompileCounter) -> None:
+    model, x = Attention().bfloat16(), bf16(3, 128)
+    reference = reference_of(model, "W4A16")
+    run = torch.compile(model, backend="sglquant", options={**INT4, "release_weights": release}, dynamic=False)
+    counts, before = [], STORE.packed
+    for form in ("qkv", "qk") * 3:
+        close(run(x, form), expected(reference, x, form))
+        counts.append(STORE.packed - before)
+    assert counts == [1, 2, 2, 2, 2, 2] and len(plain_inductor) == 2
+    report = quant_compile.report(model)
+    gc.collect()
+    assert sum(line.bytes_after for line in report.lines) == store_bytes(model), "both copies are counted"
+    reasons = {line.names[0]: line.reason for line in report.lines}
+    assert [name for name, reason in reasons.items() if MORE_COPIES in reason] == ["q.weight", "k.weight"]
+
+
+def test_groups_that_overlap_in_one_graph(plain_inductor: CompileCounter) -> None:
+    model, x = Attention().bfloat16(), bf16(3, 128)
+    wanted = expected(reference_of(model, "W4A16"), x, "qk+kv")
+    run = torch.compile(model, backend="sglquant", options=INT4, dynamic=False)
+    before = STORE.packed
+    for _ in range(3):
+        close(run(x, "qk+kv"), wanted)
+        assert STORE.packed - before == 2
+
+
+def test_a_binding_that_cannot_come_to_rest_is_still_right(
+    plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no room for another group's slab every look at the planes packs: slow, but it ends, and the results are right."""
+    monkeypatch.setattr("quant_compile.lowering.weights.MOST_FURTHER", 0)
+    model, x = Attention().bfloat16(), bf16(3, 128)
+    wanted = expected(reference_of(model, "W4A16"), x, "qk+kv")
+    run = torch.compile(model, backend="sglquant", options=INT4, dynamic=False)
+    for _ in range(3):
+        before = STORE.packed
+        close(run(x, "qk+kv"), wanted)
+        assert STORE.packed > before, "the case does not arise"
+    monkeypatch.undo()
+    run(x, "qk+kv")
+    before = STORE.packed
+    close(run(x, "qk+kv"), wanted)
+    assert STORE.packed == before
 
 
 # -- one graph, many weights ------------------------------------------------------------------------------------------
