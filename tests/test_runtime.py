@@ -347,11 +347,11 @@ class Siblings(nn.Module):
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "apart"])
 @pytest.mark.parametrize("spec", [*PRESETS, "int4.channel+16"])
-def test_inputs_of_one_dimension(spec: str, merge: bool, plain_inductor: CompileCounter) -> None:
+def test_inputs_of_one_dimension(spec: str, merge: bool, plain_inductor: CompileCounter, tmp_path: Path) -> None:
     model, x = Siblings().bfloat16(), bf16(300)
     policy: Any = {"default": spec, "fuse": {"merge_siblings": merge}}
     if parse(spec).static:
-        policy = quant_compile.calibrate(model, [x], policy)
+        policy = quant_compile.calibrate(model, [x], policy, path=tmp_path / "scales.safetensors", progress=False)
     run = torch.compile(model, backend="sglquant", options={"policy": policy}, dynamic=False)
     y, row = run(x), run(x[None])
     assert y.shape == (168,) and row.shape == (1, 168)
