@@ -40,7 +40,7 @@ from quant_compile.lowering.weights import STORE, Key, claim
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes import PIPELINE
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
-from quant_compile.policy import Decision, SiteInfo
+from quant_compile.policy import SiteInfo
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 Choose = Callable[[Problem, str], Dispatch]
@@ -159,9 +159,9 @@ class GraphRunner:
             session, decisions = self._decide(parameters)
             variant = self._variant(parameters, session, decisions, late=True)
             self._refuse_released(parameters, variant)
-            started, before = time.perf_counter(), STORE.epoch
+            started, before = time.perf_counter(), STORE.packed
             planes = self._planes(variant, parameters, decisions)
-            if before != STORE.epoch:
+            if before != STORE.packed:
                 _add_time(session, "packing", time.perf_counter() - started)
             self._record(parameters, session, decisions, variant)
             self._release(parameters, variant)
@@ -169,8 +169,8 @@ class GraphRunner:
             pick_watched = _picker(watched)
             for key in [key for key, binding in list(self._bindings.items()) if binding.epoch != STORE.epoch]:
                 self._bindings.pop(key, None)
-            # Until no other thread changed any planes in between. Bounded: a graph whose groups of siblings overlap in a
-            # layout that cannot be cut packs anew each time; its binding is then out of date and is made again next call.
+            # Until no other thread changed any planes in between. Bounded: a graph with more groups of one weight than the store
+            # keeps slabs for packs anew each time; its binding is then out of date and is made again at the next call.
             epoch, stamp = -1, ()
             for _ in range(3):
                 epoch, stamp = STORE.epoch, _stamp(pick_watched(values))
@@ -185,12 +185,12 @@ class GraphRunner:
         self,
         variant: Variant,
         parameters: Mapping[int, Parameter],
-        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        decisions: Mapping[str, SiteDecision],
     ) -> tuple[Tensor, ...]:
-        names = {site.slot: decisions[site.node.name][0].name for site in self.sites}  # for errors
+        names = {site.slot: decisions[site.node.name].name for site in self.sites}  # for errors
         return tuple(_resolve(ref, parameters, names) for ref in variant.refs)
 
-    def _decide(self, parameters: Mapping[int, Parameter]) -> tuple[Session, dict[str, tuple[SiteDecision, Decision]]]:
+    def _decide(self, parameters: Mapping[int, Parameter]) -> tuple[Session, dict[str, SiteDecision]]:
         owner = naming.owner_of(parameters.values())
         names = naming.names_in(owner)
         policy = self.source.policy
@@ -199,7 +199,7 @@ class GraphRunner:
             session.notes[f"no policy was given: {policy.name} is the default on this device"] = None
         if owner is None and self.sites:
             self._no_owner()
-        decisions: dict[str, tuple[SiteDecision, Decision]] = {}
+        decisions: dict[str, SiteDecision] = {}
         for site in self.sites:
             parameter = parameters[site.slot]
             known = names.get(id(parameter))
@@ -213,7 +213,7 @@ class GraphRunner:
                 known.is_output_embedding if known else False,
             )
             decision = policy.decide(info)
-            decisions[site.node.name] = (SiteDecision(decision.scheme, decision.reason, full[0]), decision)
+            decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0])
             if decision.scheme is not None and decision.scheme.static:
                 self._load_scale(parameter, full)
         for miss in self.misses:
@@ -252,10 +252,10 @@ class GraphRunner:
         self,
         parameters: Mapping[int, Parameter],
         session: Session,
-        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        decisions: Mapping[str, SiteDecision],
         late: bool,
     ) -> Variant:
-        specs = tuple(d[0].scheme.spec if d[0].scheme else None for d in decisions.values())
+        specs = tuple(d.scheme.spec if d.scheme else None for d in decisions.values())
         classes = self._scale_classes(parameters, decisions)
         fuse, request = self.source.policy.fuse, self.options.request(self.source.policy)
         key = (specs, tuple(sorted(classes.items())), fuse, request)
@@ -266,13 +266,13 @@ class GraphRunner:
         return found
 
     def _scale_classes(
-        self, parameters: Mapping[int, Parameter], decisions: Mapping[str, tuple[SiteDecision, Decision]]
+        self, parameters: Mapping[int, Parameter], decisions: Mapping[str, SiteDecision]
     ) -> dict[int, int]:
         """Slots of static sites -> the first slot with the same scale: only those may share a quantization."""
         first: dict[float, int] = {}
         classes: dict[int, int] = {}
         for site in self.sites:
-            scheme = decisions[site.node.name][0].scheme
+            scheme = decisions[site.node.name].scheme
             if scheme is not None and scheme.static:
                 scale = STORE.entry(parameters[site.slot]).input_scale
                 classes[site.slot] = first.setdefault(float(scale) if scale is not None else 0.0, site.slot)
@@ -280,7 +280,7 @@ class GraphRunner:
 
     def _build(
         self,
-        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        decisions: Mapping[str, SiteDecision],
         classes: dict[int, int],
         session: Session,
         late: bool,
@@ -290,7 +290,7 @@ class GraphRunner:
         fuse = self.source.policy.fuse
         plan = Plan(
             tuple(sites),
-            {name: decision[0] for name, decision in decisions.items()},
+            decisions,
             self._timed_choose(session),
             lambda slot: slot in self._shape_only,
             classes,
@@ -345,17 +345,17 @@ class GraphRunner:
         self,
         parameters: Mapping[int, Parameter],
         session: Session,
-        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        decisions: Mapping[str, SiteDecision],
         variant: Variant,
     ) -> None:
         dispatch_of = {
             slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots
         }
         for site in self.sites:
-            decision, full = decisions[site.node.name]
+            decision = decisions[site.node.name]
             parameter = parameters[site.slot]
             record = LEDGER.record(parameter)
-            record.named = decision.scheme is not None or full.refused
+            record.named = decision.scheme is not None
             record.reason = decision.reason
             spec = decision.scheme.spec if decision.scheme else None
             if spec != record.scheme:

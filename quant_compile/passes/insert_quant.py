@@ -53,13 +53,27 @@ def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: 
             "example_value": node.meta["example_value"],
         }
         result = y
-        if site.flipped:
-            result = graph.call_method("t", (y,))
+        turned = _turn(site)
+        if turned is not None:
+            (method, arguments), (back, back_arguments) = turned
+            result = graph.call_method(back, (y, *back_arguments))
             result.meta["example_value"] = node.meta["example_value"]
-            y.meta["example_value"] = node.meta["example_value"].t()
+            y.meta["example_value"] = getattr(node.meta["example_value"], method)(*arguments)
     node.replace_all_uses_with(result)
     prepared.replaced[node] = result
     erase_with_inputs(graph, node)
+
+
+Step = tuple[str, tuple[Any, ...]]
+
+
+def _turn(site: LinearSite) -> tuple[Step, Step] | None:
+    """How x of weight @ x, or an x of one dimension, becomes rows as kernels want them, and its inverse for y."""
+    if site.flipped:
+        return ("t", ()), ("t", ())
+    if site.x.meta["example_value"].dim() == 1:
+        return ("unsqueeze", (0,)), ("squeeze", (0,))
+    return None
 
 
 def _weight_planes(graph: fx.Graph, site: LinearSite, scheme: Scheme, name: str) -> list[fx.Node]:
@@ -80,7 +94,7 @@ def _scale(graph: fx.Graph, site: LinearSite, name: str) -> fx.Node:
 
 
 class _Prepared:
-    """Inputs as linears read them: transposed for weight @ x, cast as autocast would; shared unless written in between."""
+    """Inputs as linears read them: turned into rows, cast as autocast would; shared unless written in between."""
 
     def __init__(self, graph: fx.Graph, writes: Writes) -> None:
         self.graph, self.writes = graph, writes
@@ -91,7 +105,8 @@ class _Prepared:
     def input_of(self, site: LinearSite) -> fx.Node:
         """The node to quantize or multiply."""
         x, value = self.replaced.get(site.x, site.x), site.x.meta["example_value"]
-        steps: list[tuple[str, tuple[Any, ...]]] = [("t", ())] if site.flipped else []
+        turned = _turn(site)
+        steps: list[Step] = [turned[0]] if turned is not None else []
         if value.dtype != site.dtype:
             steps.append(("to", (site.dtype,)))
         for method, arguments in steps:
