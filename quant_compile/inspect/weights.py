@@ -5,7 +5,7 @@ Works on any device, meta too: only names, shapes and dtypes are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,17 @@ def linear_weights(model: nn.Module) -> list[Weight]:
     return [found for owners in _owners(model) if (found := _weight(owners, heads)) is not None]
 
 
+def expert_site(
+    names: Iterable[str], module_class: str | None, parameter: nn.Parameter, transposed: bool = False
+) -> SiteInfo:
+    """What rules see of one weight [E, n, k] of an expert block: its own names, then those of the block's module."""
+    names = tuple(names)
+    blocks = (name.rpartition(".")[0] for name in names)
+    n, k = parameter.shape[-2:]
+    sizes = (k, n) if transposed else (n, k)
+    return SiteInfo(tuple(dict.fromkeys((*names, *filter(None, blocks)))), "moe", module_class, *sizes)
+
+
 def _owners(model: nn.Module) -> Iterator[list[_Owner]]:
     """For each Parameter all the places that hold it, aliases included."""
     by_id: dict[int, list[_Owner]] = {}
@@ -100,6 +111,9 @@ def _weight(owners: list[_Owner], heads: frozenset[int]) -> Weight | None:
     if transposed:
         n, k = k, n
     names = tuple(dict.fromkeys(o.qualified for o in owners))
+    if kind == "moe":
+        site = expert_site(names, type(owner.module).__name__, parameter)
+        return Weight(site, parameter, False, any("bias" in name for name in owner.module._parameters))
     site = SiteInfo(names, kind, type(owner.module).__name__, n, k, id(parameter) in heads)
     has_bias = isinstance(getattr(owner.module, "bias", None), nn.Parameter)
     return Weight(site, parameter, any(_is_embedding(o.module) for o in owners), has_bias)

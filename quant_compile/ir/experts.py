@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import Activation
 from quant_compile.ir.probe import Probe, ProbeError, RankOne, run_region, value_of
+from quant_compile.ir.writes import Writes
 
 # Rows of the result that are compared, and how closely (relative, of the largest; f64 and f32 probes).
 COMPARED_ROWS = 64
@@ -153,7 +154,9 @@ def _regions(graph: fx.Graph, parameters: Mapping[int, Parameter]) -> Iterator[_
             for user in node.users:
                 users.setdefault(_stack(user), []).append(user)
     for stack in users:
-        nodes = tuple(n for n in graph.nodes if n.op not in ("placeholder", "output") and _stack(n)[: len(stack)] == stack)
+        nodes = tuple(
+            n for n in graph.nodes if n.op not in ("placeholder", "output") and _stack(n)[: len(stack)] == stack
+        )
         inside = set(nodes)
         inputs = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside)
         yield _Region(nodes, tuple(inputs), _class_of(users[stack][0]))
@@ -187,6 +190,11 @@ def _understand(region: _Region, parameters: Mapping[int, Parameter], verdicts: 
         return Reject(f"{region.module_class} returns {len(results)} values; an expert block returns one tensor")
     if not all(isinstance(i.meta.get("example_value"), Tensor | int | torch.SymInt) for i in region.inputs):
         return Reject(f"{region.module_class} reads something that is neither a tensor nor a size")
+    writes = Writes(region.nodes[0].graph)
+    for given in region.inputs:
+        writer = writes.between(given, region.nodes[0], results[0]) if value_of(given) is not None else None
+        if writer is not None and given.op != "placeholder":
+            return Reject(f"{region.module_class}: its input {given.name} is written by {writer} meanwhile")
     key = _text_key(region)
     if key not in verdicts.known:
         verdicts.known[key] = _probe(region, results[0], parameters)
@@ -205,7 +213,10 @@ def _understand(region: _Region, parameters: Mapping[int, Parameter], verdicts: 
 
 def region_text(nodes: Sequence[fx.Node]) -> str:
     """A block's nodes, one a line, for people."""
-    lines = [f"  {n.name} = {n.target if isinstance(n.target, str) else getattr(n.target, '__name__', n.target)}{n.args}" for n in nodes]
+    lines = [
+        f"  {n.name} = {n.target if isinstance(n.target, str) else getattr(n.target, '__name__', n.target)}{n.args}"
+        for n in nodes
+    ]
     more = [] if len(lines) <= TEXT_LINES else [f"  ... {len(lines) - TEXT_LINES} more"]
     return "\n".join(lines[:TEXT_LINES] + more)
 
@@ -218,7 +229,8 @@ def _text_key(region: _Region) -> Any:
         return f"%{number[argument]}" if isinstance(argument, fx.Node) else argument
 
     body = tuple(
-        (str(n.target), str(fx.node.map_aggregate(n.args, plain)), str(fx.node.map_aggregate(dict(n.kwargs), plain))) for n in region.nodes
+        (str(n.target), str(fx.node.map_aggregate(n.args, plain)), str(fx.node.map_aggregate(dict(n.kwargs), plain)))
+        for n in region.nodes
     )
     values = [i.meta["example_value"] for i in region.inputs]
     heads = tuple((str(tuple(v.shape)), v.dtype) if isinstance(v, Tensor) else (str(v), "size") for v in values)
@@ -229,7 +241,9 @@ def _probe(region: _Region, result: fx.Node, parameters: Mapping[int, Parameter]
     constants = _constants(region.nodes)
     try:
         # Twice: with hidden values around one, and beyond every constant of the block, so that clamps show.
-        probes = [run_region(region.nodes, region.inputs, result, parameters, size) for size in (1.0, _beyond(constants))]
+        probes = [
+            run_region(region.nodes, region.inputs, result, parameters, size) for size in (1.0, _beyond(constants))
+        ]
     except ProbeError as error:
         return Reject(f"not understood: {error}")
     roles = _roles(region, probes[0])
@@ -243,7 +257,9 @@ def _probe(region: _Region, result: fx.Node, parameters: Mapping[int, Parameter]
                 x, ids, weights, first.slot, second.slot, b13, b2, (first.transposed, second.transposed), interleaved,
                 probes[0].inputs[first.slot].rank_one(first.transposed).n // 2, 1 if ids is None else _top_k(probes[0], ids), activation,
             )  # fmt: skip
-    return Reject("its activation, or what it does with router weights, is none that is known (silu, gelu, relu, clamped swiglu)")
+    return Reject(
+        "its activation, or what it does with router weights, is none that is known (silu, gelu, relu, clamped swiglu)"
+    )
 
 
 def _constants(nodes: Sequence[fx.Node]) -> tuple[float, ...]:
@@ -283,29 +299,34 @@ def _roles(region: _Region, probe: Probe) -> _Roles | Reject:
         return Reject(f"{len(probe.products)} products with expert weights; a block has two")
     first, second = (probe.inputs[p.slot].rank_one(p.transposed) for p in probe.products)
     if first.n % 2 or second.k != first.n // 2:
-        return Reject(f"the products are {first.n}x{first.k} and {second.n}x{second.k} an expert; gate and up in one weight are expected")
-    ids = weights = x = b13 = b2 = None
+        return Reject(
+            f"the products are {first.n}x{first.k} and {second.n}x{second.k} an expert; "
+            "gate and up in one weight are expected"
+        )
+    found: dict[str, int] = {}
     for i, given in enumerate(probe.inputs):
-        value, node = given.value, region.inputs[i]
-        if not isinstance(value, Tensor):
+        if not isinstance(given.value, Tensor):
             continue
-        if not value.dtype.is_floating_point:
-            if ids is not None or value.dim() != 2:
-                return Reject("more integer inputs than one [tokens, k] of expert ids")
-            ids = i
-        elif node.op == "placeholder" and value.dim() == 2 and value.shape == (first.experts, first.n) and b13 is None:
-            b13 = i
-        elif node.op == "placeholder" and value.dim() == 2 and value.shape == (first.experts, second.n) and b2 is None:
-            b2 = i
-        elif value.shape[-1] == first.k and x is None:
-            x = i
-        elif weights is None and value.dim() == 2:
-            weights = i
-        else:
-            return Reject(f"what input {node.name} {tuple(value.shape)} is for is not clear")
-    if x is None:
+        may_be = _may_be(given.value, region.inputs[i].op == "placeholder", first, second)
+        role = next((role for role in may_be if role not in found), None)
+        if role is None:
+            return Reject(f"what input {region.inputs[i].name} {tuple(given.value.shape)} is for is not clear")
+        found[role] = i
+    if "x" not in found:
         return Reject("no input has the tokens' size")
-    return x, ids, weights, b13, b2
+    return found["x"], found.get("ids"), found.get("weights"), found.get("b13"), found.get("b2")
+
+
+def _may_be(value: Tensor, is_placeholder: bool, first: RankOne, second: RankOne) -> list[str]:
+    """Roles that an input's dtype and shape allow; the probe's result decides whether they are right."""
+    if not value.dtype.is_floating_point:
+        return ["ids"] if value.dim() == 2 else []
+    roles: list[str] = []
+    if is_placeholder and value.dim() == 2:
+        roles += ["b13"] if value.shape == (first.experts, first.n) else []
+        roles += ["b2"] if value.shape == (first.experts, second.n) else []
+    roles += ["x"] if value.shape[-1] == first.k else []
+    return roles + (["weights"] if value.dim() == 2 else [])
 
 
 def _top_k(probe: Probe, ids: int) -> int:
@@ -323,10 +344,15 @@ def _agrees(probe: Probe, roles: _Roles, interleaved: bool, activation: Activati
             return False
         ids = torch.arange(first.experts).repeat_interleave(rows.shape[0] // first.experts).unsqueeze(1)
     found = probe.result.reshape(-1, second.n)
-    if ids.shape[0] != rows.shape[0] or found.shape[0] != rows.shape[0] or (weights is not None and weights.shape != ids.shape):
+    if (
+        ids.shape[0] != rows.shape[0]
+        or found.shape[0] != rows.shape[0]
+        or (weights is not None and weights.shape != ids.shape)
+    ):
         return False
     sample = torch.linspace(0, rows.shape[0] - 1, min(COMPARED_ROWS, rows.shape[0])).long()
-    wanted = _formula(rows[sample], ids[sample], None if weights is None else weights[sample], (first, b13), (second, b2), interleaved, activation)
+    scores = None if weights is None else weights[sample]
+    wanted = _formula(rows[sample], ids[sample], scores, (first, b13), (second, b2), interleaved, activation)
     error = (wanted - found[sample]).abs().max()
     return bool(error <= CLOSE[found.dtype] * wanted.abs().max())
 

@@ -124,7 +124,9 @@ def run_region(
         elements = max((_elements(n) for n in nodes), default=0)
         runner = _Runner(torch.float64 if elements <= WIDE_ELEMENTS else torch.float32)
         given = tuple(runner.make(i, node, parameters, generator, size) for i, node in enumerate(inputs))
-        env: dict[fx.Node, Any] = {n: g.weight if g.weight is not None else g.value for n, g in zip(inputs, given, strict=True)}
+        env: dict[fx.Node, Any] = {
+            n: g.weight if g.weight is not None else g.value for n, g in zip(inputs, given, strict=True)
+        }
         before = [g.value.clone() if isinstance(g.value, Tensor) else None for g in given]
         last = {argument: node for node in nodes for argument in node.all_input_nodes}
         for node in nodes:
@@ -163,7 +165,9 @@ class _Runner:
         self.products: list[Product] = []
         self.experts = 1
 
-    def make(self, i: int, node: fx.Node, parameters: Mapping[int, Parameter], generator: torch.Generator, size: float) -> Given:
+    def make(
+        self, i: int, node: fx.Node, parameters: Mapping[int, Parameter], generator: torch.Generator, size: float
+    ) -> Given:
         """A random value like the node's."""
         value = node.meta["example_value"]
         if not isinstance(value, Tensor):
@@ -233,7 +237,7 @@ class _Runner:
         if product is not None:
             return self._product(product, name, args, kwargs)
         weight = args[0]
-        if not isinstance(weight, RankOne) or weight.ids is not None and name in ("getitem", "index_select"):
+        if not isinstance(weight, RankOne) or (weight.ids is not None and name in ("getitem", "index_select")):
             raise ProbeError(f"{name} over expert weights is not understood")
         if name in ("getitem", "index_select"):
             index = args[-1]
@@ -245,7 +249,9 @@ class _Runner:
             return weight
         if (name in SWAPS and _swaps_last(args[1:])) or (name == "getattr" and args[1] == "mT"):
             return weight.flipped()
-        raise ProbeError(f"{name}{tuple(a for a in args[1:] if not isinstance(a, Tensor))} over expert weights is not understood")
+        raise ProbeError(
+            f"{name}{tuple(a for a in args[1:] if not isinstance(a, Tensor))} over expert weights is not understood"
+        )
 
     def _product(self, product: Callable[..., tuple[Tensor, RankOne]], name: str, args: Any, kwargs: Any) -> Tensor:
         try:

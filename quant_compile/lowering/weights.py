@@ -22,7 +22,9 @@ from torch.nn import Parameter
 
 from quant_compile.ir.errors import MissingScalesError, ReleasedWeightError, StaleWeightError, WeightError
 from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.moe import NONE, MoeProblem
 from quant_compile.ir.scheme import parse
+from quant_compile.lowering.moe import moe_layouts
 from quant_compile.lowering.registry import Layout, Problem, layouts
 
 # Groups beyond the home that one weight keeps a slab for. Models use one or two; more is a sign of graphs that are gone.
@@ -112,6 +114,7 @@ class Key(NamedTuple):
     layout: str
     transposed: bool
     dtype: torch.dtype
+    interleaved: bool = False
 
 
 @dataclass(eq=False)
@@ -249,6 +252,47 @@ class WeightStore:
         slab = known[0].slab
         whole = Pack(slab, known[0].start, known[-1].stop)
         return self._cut(whole, _slab_problem(slab, parameter, key), layouts()[key.layout])
+
+    def expert_planes(
+        self, parameter: Parameter, key: Key, problem: MoeProblem | None, name: str = "a weight"
+    ) -> Planes:
+        """Packed planes [E, ...] of a block's weight [E, n, k], quantized expert by expert if they are not there.
+
+        Args:
+            key: ``layout`` is one of ``moe_layouts``; ``spec`` ``none`` stands for the values themselves.
+            problem: the block; None only for ``none``.
+
+        Raises:
+            WeightError, StaleWeightError: as ``planes``.
+        """
+        with self._lock:
+            entry = self.entry(parameter)
+            self._check_fresh(entry, parameter)
+            found = entry.packs.get(key)
+            if found is None:
+                other = next((k for k in entry.packs if k._replace(layout=key.layout) == key), None)
+                if other is None and entry.released:
+                    raise StaleWeightError(
+                        f"{name} was released and cannot become {key.spec}.\n"
+                        "Fix: quant_compile.restore(model, source) first."
+                    )
+                rows, columns = parameter.shape[1:]
+                size = (columns, rows) if key.transposed else (rows, columns)
+                if other is None:
+                    with _plain_tensors():
+                        source: Tensor | Planes = parameter.detach()
+                        _check_values(parameter, source, name)
+                else:
+                    source = entry.packs[other].slab.planes
+                planes = pack_experts(source, key, problem, size, other.layout if other is not None else "")
+                _wait(planes)
+                experts = parameter.shape[0]
+                found = entry.packs[key] = Pack(Slab((id(parameter),), (experts,), planes), 0, experts)
+                if other is not None:
+                    del entry.packs[other]
+                self.packed += 1
+                self.epoch += 1
+            return found.slab.planes
 
     def _row_form(self, parameter: Parameter, key: Key, name: str) -> Planes:
         """Row-form planes of a weight that has no pack under ``key``: out of another layout's pack, else quantized now."""
@@ -518,22 +562,72 @@ def quantize(parameter: Parameter, key: Key, name: str) -> Planes:
     Raises:
         WeightError: the weight has NaN or inf, is on the meta device, or is not floating point.
     """
+    scheme = parse(key.spec)
+    with _plain_tensors():
+        weight = parameter.detach()
+        if not parameter.is_meta and parameter.dtype.is_floating_point:
+            weight = (weight.t().contiguous() if key.transposed else weight).to(key.dtype)
+        _check_values(parameter, weight, name)
+        return tuple(plane.contiguous() for plane in family_of(scheme).quantize_weight(weight, scheme))
+
+
+def pack_experts(
+    source: Tensor | Planes, key: Key, problem: MoeProblem | None, size: tuple[int, int], layout: str = ""
+) -> Planes:
+    """Planes [E, ...] of a block's weight, filled expert by expert: besides them one expert's share is held.
+
+    Args:
+        source: the weight [E, n, k] as stored, or planes of another ``layout``.
+        size: n and k of an expert.
+    """
+    out: list[Tensor] = []
+    layouts_ = moe_layouts()
+    with _plain_tensors():
+        experts = source.shape[0] if isinstance(source, Tensor) else source[0].shape[0]
+        for expert in range(experts):
+            if isinstance(source, Tensor):
+                planes = _quantize_expert(source[expert], key)
+            else:
+                assert problem is not None
+                planes = layouts_[layout].unpack(tuple(plane[expert] for plane in source), problem, *size)
+            if problem is not None:
+                planes = layouts_[key.layout].pack(planes, problem, *size)
+            out = out or [plane.new_empty((experts, *plane.shape)) for plane in planes]
+            for whole, plane in zip(out, planes, strict=True):
+                whole[expert].copy_(plane)
+    return tuple(out)
+
+
+def _quantize_expert(stored: Tensor, key: Key) -> Planes:
+    weight = stored.t() if key.transposed else stored
+    if key.interleaved:
+        weight = torch.cat((weight[0::2], weight[1::2]))
+    weight = weight.to(key.dtype).contiguous()
+    scheme = None if key.spec == NONE else parse(key.spec)
+    return (weight,) if scheme is None else family_of(scheme).quantize_weight(weight, scheme)
+
+
+def _check_values(parameter: Parameter, weight: Tensor, name: str) -> None:
+    """Refuse what cannot be quantized.
+
+    Raises:
+        WeightError: the weight has NaN or inf, is on the meta device, or is not floating point.
+    """
     if parameter.is_meta:
         raise WeightError(
             f"{name} is on the meta device and has no values. Fix: load the weights before the first call."
         )
     if not parameter.dtype.is_floating_point:
         raise WeightError(f"{name} is {parameter.dtype}; only floating-point weights can be quantized. Fix: `keep` it.")
-    scheme = parse(key.spec)
-    with _plain_tensors():
-        weight = parameter.detach()
-        weight = (weight.t().contiguous() if key.transposed else weight).to(key.dtype)
-        low, high = torch.aminmax(weight) if weight.numel() else (torch.zeros(()), torch.zeros(()))
-        if not (torch.isfinite(low) & torch.isfinite(high)):
-            raise WeightError(
-                f"{name} has NaN or inf values. Fix: repair the checkpoint, or `keep` this weight in the policy."
-            )
-        return tuple(plane.contiguous() for plane in family_of(scheme).quantize_weight(weight, scheme))
+    low, high = torch.aminmax(weight) if weight.numel() else (torch.zeros(()), torch.zeros(()))
+    if not (torch.isfinite(low) & torch.isfinite(high)):
+        where = ""
+        if weight.dim() == 3:
+            bad = [i for i, expert in enumerate(weight) if not bool(torch.isfinite(expert).all())]
+            where = f" (expert {', '.join(map(str, bad[:8]))})"
+        raise WeightError(
+            f"{name} has NaN or inf values{where}. Fix: repair the checkpoint, or `keep` this weight in the policy."
+        )
 
 
 def signature_of(parameter: Parameter) -> tuple[Any, ...]:

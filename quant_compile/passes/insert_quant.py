@@ -22,7 +22,7 @@ from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 def insert_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
     """Rewrite every site whose decision is a scheme."""
     report = PassReport("insert_quant")
-    prepared = _Prepared(gm.graph, Writes(gm.graph))
+    prepared = _Prepared(gm.graph, Writes(gm.graph), plan.replaced)
     for site in plan.sites:
         decision = plan.decisions[site.node.name]
         if decision.scheme is None:
@@ -96,14 +96,12 @@ def _scale(graph: fx.Graph, site: LinearSite, name: str) -> fx.Node:
 class _Prepared:
     """Inputs as linears read them: turned into rows, cast as autocast would; shared unless written in between."""
 
-    def __init__(self, graph: fx.Graph, writes: Writes) -> None:
-        self.graph, self.writes = graph, writes
+    def __init__(self, graph: fx.Graph, writes: Writes, replaced: dict[fx.Node, fx.Node]) -> None:
+        self.graph, self.writes, self.replaced = graph, writes, replaced
         self.made: dict[tuple[Any, ...], tuple[fx.Node, fx.Node]] = {}
-        # A site's input may be the result of an earlier site, whose node is gone by then.
-        self.replaced: dict[fx.Node, fx.Node] = {}
 
     def input_of(self, site: LinearSite) -> fx.Node:
-        """The node to quantize or multiply."""
+        """The node to quantize or multiply; it may be the result of an earlier site, whose own node is gone by then."""
         x, value = self.replaced.get(site.x, site.x), site.x.meta["example_value"]
         turned = _turn(site)
         steps: list[Step] = [turned[0]] if turned is not None else []
