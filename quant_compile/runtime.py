@@ -273,7 +273,8 @@ class GraphRunner:
         if known is None or parameter.dim() < 2:
             return
         if parameter.dim() == 2:
-            info = SiteInfo(known.rules, "linear", None, *parameter.shape, known.is_output_embedding)
+            n, k = parameter.shape
+            info = SiteInfo(known.rules, "linear", None, n, k, known.is_output_embedding)
         else:
             info = expert_site(known.full, known.module_class, parameter)
         decision = session.policy.decide(info)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 from torch.nn import Parameter
 
 from quant_compile.ir.family import Reject
@@ -201,14 +202,17 @@ def _understand(region: _Region, parameters: Mapping[int, Parameter], verdicts: 
     found = verdicts.known[key]
     if isinstance(found, Reject):
         return Reject(f"{region.module_class}: {found.reason}\n{region_text(region.nodes)}")
-    pick = lambda i: None if i is None else region.inputs[i]  # noqa: E731
     w13 = region.inputs[found.w13]
     return MoeSite(
-        results[0], region.nodes, region.inputs[found.x], pick(found.ids), pick(found.weights), w13, region.inputs[found.w2],
-        pick(found.b13), pick(found.b2), found.transposed, found.interleaved, w13.meta["example_value"].shape[0],
+        results[0], region.nodes, region.inputs[found.x], _at(region, found.ids), _at(region, found.weights), w13, region.inputs[found.w2],
+        _at(region, found.b13), _at(region, found.b2), found.transposed, found.interleaved, w13.meta["example_value"].shape[0],
         int(region.inputs[found.x].meta["example_value"].shape[-1]), found.intermediate, found.top_k, found.activation,
         region.module_class,
     )  # fmt: skip
+
+
+def _at(region: _Region, i: int | None) -> fx.Node | None:
+    return None if i is None else region.inputs[i]
 
 
 def region_text(nodes: Sequence[fx.Node]) -> str:
@@ -229,7 +233,7 @@ def _text_key(region: _Region) -> Any:
         return f"%{number[argument]}" if isinstance(argument, fx.Node) else argument
 
     body = tuple(
-        (str(n.target), str(fx.node.map_aggregate(n.args, plain)), str(fx.node.map_aggregate(dict(n.kwargs), plain)))
+        (str(n.target), str(map_aggregate(n.args, plain)), str(map_aggregate(dict(n.kwargs), plain)))
         for n in region.nodes
     )
     values = [i.meta["example_value"] for i in region.inputs]
@@ -272,8 +276,8 @@ def _constants(nodes: Sequence[fx.Node]) -> tuple[float, ...]:
 
     for node in nodes:
         if node.target not in ("view", "reshape", "chunk", "unsqueeze", "squeeze", "transpose", "sum"):
-            fx.node.map_aggregate(node.args, note)
-            fx.node.map_aggregate(dict(node.kwargs), note)
+            map_aggregate(node.args, note)
+            map_aggregate(dict(node.kwargs), note)
     return tuple(value for value in found if 0 < value < 1e4)
 
 
@@ -335,8 +339,8 @@ def _top_k(probe: Probe, ids: int) -> int:
 
 def _agrees(probe: Probe, roles: _Roles, interleaved: bool, activation: Activation) -> bool:
     """Whether the formula gives what the region gave, on a sample of tokens."""
-    values = [None if i is None else probe.inputs[i].value for i in roles]
-    x, ids, weights, b13, b2 = values
+    x: Tensor = probe.inputs[roles[0]].value
+    ids, weights, b13, b2 = (None if i is None else probe.inputs[i].value for i in roles[1:])
     first, second = (probe.inputs[p.slot].rank_one(p.transposed) for p in probe.products)
     rows = x.reshape(-1, x.shape[-1])
     if ids is None:

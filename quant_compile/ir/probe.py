@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn import Parameter
 
 # Elements of the largest value in a region up to which f64 is used.
@@ -174,7 +175,10 @@ class _Runner:
             return Given(_size(value))
         shape = tuple(map(_size, value.shape))
         parameter = parameters.get(node.meta.get("argument", -1)) if node.op == "placeholder" else None
-        random = lambda *s: torch.randn(*s, generator=generator, dtype=self.dtype)  # noqa: E731
+
+        def random(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, generator=generator, dtype=self.dtype)
+
         if parameter is not None and parameter.dim() == 3:
             self.experts = shape[0]
             # A row of x times ``columns`` has the standard deviation ``size``; of later products it does not matter.
@@ -195,7 +199,7 @@ class _Runner:
 
     def run(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         """One node."""
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
         weights = [a for a in (*args, *kwargs.values()) if isinstance(a, RankOne)]
         try:
             if weights:
@@ -216,7 +220,7 @@ class _Runner:
                 return self.dtype
             return value
 
-        return fx.node.map_aggregate(args, local), fx.node.map_aggregate(kwargs, local)
+        return map_aggregate(args, local), map_aggregate(kwargs, local)
 
     def _plain(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_method":

@@ -100,7 +100,8 @@ def _rows(graph: fx.Graph, x: fx.Node) -> fx.Node:
 def _sizes(graph: fx.Graph, block: MoeSite, value: torch.Tensor) -> list[Any]:
     """The result's sizes: those of x where they are symbols."""
     sizes: list[Any] = []
-    for i, size in enumerate(value.shape[:-1]):
+    shape: tuple[Any, ...] = tuple(value.shape[:-1])
+    for i, size in enumerate(shape):
         sizes.append(size if isinstance(size, int) else graph.call_method("size", (block.x, i)))
     return [*sizes, int(value.shape[-1])]
 
