@@ -14,6 +14,8 @@ from torch.nn import Parameter
 from quant_compile.inspect import naming
 from quant_compile.inspect.ledger import LEDGER
 from quant_compile.ir.errors import GradModeError, GraphError, OptionError, RecompileLimitWarning
+from quant_compile.ir.moe import MoeProblem
+from quant_compile.lowering.moe import MoeDispatch, choose_moe
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target, default_policy
@@ -46,9 +48,8 @@ def sglquant(
     _refuse_freezing(gm)
     target = Target.of(_device_of(example_inputs))
     source = PolicySource(parsed.policy, default_policy(target))
-    runner = GraphRunner(
-        gm, example_inputs, source, parsed, _inductor(parsed, target), _chooser(parsed, source, target), target.label
-    )
+    choosers = _chooser(parsed, source, target), _moe_chooser(parsed, source, target)
+    runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), *choosers, target.label)
     runner.prepare()
     _watch_recompile_limit(example_inputs, source, target)
     return runner
@@ -104,6 +105,13 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
             raise GraphError(f"Inductor cannot compile the quantized graph: {error}") from error
 
     return compile_graph
+
+
+def _moe_chooser(options: Options, source: PolicySource, target: Target) -> Callable[[MoeProblem, str], MoeDispatch]:
+    def pick(problem: MoeProblem, name: str) -> MoeDispatch:
+        return choose_moe(problem, target, options.request(source.policy), name)
+
+    return pick
 
 
 def _chooser(options: Options, source: PolicySource, target: Target) -> Callable[[Problem, str], Dispatch]:

@@ -18,7 +18,9 @@ from quant_compile.inspect import naming
 from quant_compile.inspect.ledger import LEDGER
 from quant_compile.inspect.weights import unwrap
 from quant_compile.ir.graph import lines
+from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.report import Report, WeightLine
+from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_layouts
 from quant_compile.lowering.registry import layouts
 from quant_compile.lowering.select import Dispatch, choose, fits
 from quant_compile.lowering.target import Target, default_policy
@@ -79,7 +81,7 @@ class _Collector:
         self.source, self.target = source, target
         self.before: list[str] = []
         self.after: list[str] = []
-        self.planned: dict[int, tuple[str, Dispatch, int]] = {}
+        self.planned: dict[int, tuple[Dispatch | MoeDispatch, int]] = {}
         self.rejections: dict[str, Mapping[str, float | str]] = {}
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -91,18 +93,37 @@ class _Collector:
             self.rejections.setdefault(words, fits(problem, self.target, request, 1))
             return choose(problem, self.target, request, name)
 
+        def pick_moe(problem: MoeProblem, name: str) -> MoeDispatch:
+            request = options.request(self.source.policy)
+            sizes = f"{problem.experts} experts, hidden {problem.hidden}, intermediate {problem.intermediate}"
+            self.rejections.setdefault(f"{problem.scheme.spec}, {sizes}", moe_fits(problem, self.target, request, 1))
+            return choose_moe(problem, self.target, request, name)
+
         runner = GraphRunner(
-            gm, inputs, self.source, options, lambda graph, values: gm.forward, pick, self.target.label
+            gm, inputs, self.source, options, lambda graph, values: gm.forward, pick, pick_moe, self.target.label
         )
         variant = runner.prepare()
         self.before += ["graph:", *lines(runner.pristine)]
         self.after += ["graph:", *lines(variant.graph)]
         dispatches = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
         for site in runner.sites:
-            parameter = inputs[site.slot]
-            if isinstance(parameter, Parameter) and site.slot in dispatches:
-                self.planned[id(parameter)] = (dispatches[site.slot].problem.scheme.spec, dispatches[site.slot], site.n)
+            if site.slot in dispatches:
+                self._plan(inputs[site.slot], dispatches[site.slot], (site.n, site.k))
+        for block in runner.blocks:
+            sizes = ((2 * block.intermediate, block.hidden), (block.hidden, block.intermediate))
+            for slot, size in zip(block.slots, sizes, strict=True):
+                if slot in dispatches:
+                    self._plan(inputs[slot], dispatches[slot], size)
         return gm.forward
+
+    def _plan(self, parameter: Any, dispatch: Dispatch | MoeDispatch, size: tuple[int, int]) -> None:
+        """Note what would run a weight, and its packed bytes."""
+        if isinstance(dispatch, MoeDispatch):
+            planes = moe_layouts()[dispatch.layout].planes(dispatch.problem, *size)
+        else:
+            planes = layouts()[dispatch.layout].planes(replace(dispatch.problem, n=size[0]))
+        if isinstance(parameter, Parameter):
+            self.planned[id(parameter)] = (dispatch, sum(plane.nbytes for plane in planes))
 
     def explanation(self, model: nn.Module) -> Explanation:
         """All that was collected."""
@@ -117,14 +138,12 @@ class _Collector:
         found = self.planned.get(id(parameter))
         if found is None:
             return line
-        spec, dispatch, n = found
-        problem = replace(dispatch.problem, n=n)
-        size = sum(plane.nbytes for plane in layouts()[dispatch.layout].planes(problem))
+        dispatch, size = found
         record = LEDGER.peek(parameter)
         reason = record.reason if record is not None else line.reason
         return replace(
             line,
-            scheme=spec,
+            scheme=dispatch.problem.scheme.spec,
             layout=dispatch.layout,
             kernels=dispatch.ranges,
             bytes_after=size,

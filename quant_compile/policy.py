@@ -73,6 +73,7 @@ class SiteInfo:
         n: output features.
         k: input features.
         is_output_embedding: it is what ``model.get_output_embeddings()`` multiplies by.
+        blocks: names of the expert blocks that it belongs to; rules may name these as well.
     """
 
     names: tuple[str, ...]
@@ -81,6 +82,7 @@ class SiteInfo:
     n: int
     k: int
     is_output_embedding: bool = False
+    blocks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ class Rule:
         if self.module is not None and not fnmatch.fnmatchcase(site.module_class or "", self.module):
             return False
         hits = _matcher(self.match)
-        return any(hits(name) for name in site.names) and all(condition.holds(site) for condition in self.where)
+        return any(hits(name) for name in (*site.names, *site.blocks)) and all(
+            condition.holds(site) for condition in self.where
+        )
 
     @property
     def selector(self) -> str:

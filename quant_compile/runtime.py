@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from quant_compile.inspect import naming
 from quant_compile.inspect.ledger import LEDGER, Session
-from quant_compile.inspect.weights import linear_weights
+from quant_compile.inspect.weights import expert_site, linear_weights
 from quant_compile.ir.errors import (
     GraphError,
     MissingScalesError,
@@ -32,18 +32,33 @@ from quant_compile.ir.errors import (
     PolicyWarning,
     ReleasedWeightError,
 )
-from quant_compile.ir.graph import BiasRef, PlaneRef, Ref, ScaleRef, copy_graph, fake_mode_of, prepare_for_inductor
+from quant_compile.ir.experts import MoeSite, Verdicts, find_experts
+from quant_compile.ir.graph import (
+    BiasRef,
+    ExpertBiasRef,
+    ExpertRef,
+    PlaneRef,
+    Ref,
+    ScaleRef,
+    copy_graph,
+    fake_mode_of,
+    prepare_for_inductor,
+)
+from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.sites import LinearSite, find_sites
+from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch
 from quant_compile.lowering.weights import STORE, Key, claim
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes import PIPELINE
+from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
-from quant_compile.policy import Decision, SiteInfo
+from quant_compile.policy import SiteInfo
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 Choose = Callable[[Problem, str], Dispatch]
+ChooseMoe = Callable[[MoeProblem, str], MoeDispatch]
 _VERSION = attrgetter("_version")
 ALSO_PLAIN = "also read unquantized (tied embedding or another use)"
 
@@ -83,17 +98,22 @@ class GraphRunner:
         options: Options,
         compile_graph: Compile,
         choose: Choose,
+        choose_moe: ChooseMoe,
         target: str,
     ) -> None:
         self.source, self.options, self.target = source, options, target
-        self._compile, self._choose = compile_graph, choose
+        self._compile, self._choose, self._choose_moe = compile_graph, choose, choose_moe
         self.pristine = copy_graph(gm)
         # Dynamo passes Python floats as 0-d tensors whose value only the real tensor still has when it is traced again.
         self._scalars = {i: value for i, value in enumerate(inputs) if _is_scalar(value)}
         self._parameters = {i: value for i, value in enumerate(inputs) if isinstance(value, Parameter)}
         self._slots = tuple(self._parameters)
         self._pick = _picker(self._slots)
-        self.sites, self.misses = find_sites(self.pristine, self._parameters)
+        self._verdicts = Verdicts()
+        self.blocks, unknown = find_experts(self.pristine, self._parameters, self._verdicts)
+        taken = {node for block in (*self.blocks, *unknown) for node in block.nodes}
+        self.sites, misses = find_sites(self.pristine, self._parameters, taken)
+        self.misses = [*misses, *unknown]
         self._shape_only = {i: _Shaped(value) for i, value in self._parameters.items()}
         self._lock = threading.RLock()
         self._variants: dict[Any, Variant] = {}
@@ -159,9 +179,9 @@ class GraphRunner:
             session, decisions = self._decide(parameters)
             variant = self._variant(parameters, session, decisions, late=True)
             self._refuse_released(parameters, variant)
-            started, before = time.perf_counter(), STORE.epoch
+            started, before = time.perf_counter(), STORE.packed
             planes = self._planes(variant, parameters, decisions)
-            if before != STORE.epoch:
+            if before != STORE.packed:
                 _add_time(session, "packing", time.perf_counter() - started)
             self._record(parameters, session, decisions, variant)
             self._release(parameters, variant)
@@ -169,8 +189,8 @@ class GraphRunner:
             pick_watched = _picker(watched)
             for key in [key for key, binding in list(self._bindings.items()) if binding.epoch != STORE.epoch]:
                 self._bindings.pop(key, None)
-            # Until no other thread changed any planes in between. Bounded: a graph whose groups of siblings overlap in a
-            # layout that cannot be cut packs anew each time; its binding is then out of date and is made again next call.
+            # Until no other thread changed any planes in between. Bounded: a graph with more groups of one weight than the store
+            # keeps slabs for packs anew each time; its binding is then out of date and is made again at the next call.
             epoch, stamp = -1, ()
             for _ in range(3):
                 epoch, stamp = STORE.epoch, _stamp(pick_watched(values))
@@ -185,21 +205,23 @@ class GraphRunner:
         self,
         variant: Variant,
         parameters: Mapping[int, Parameter],
-        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        decisions: Mapping[str, SiteDecision],
     ) -> tuple[Tensor, ...]:
-        names = {site.slot: decisions[site.node.name][0].name for site in self.sites}  # for errors
+        names = {site.slot: decisions[site.node.name].name for site in self.sites}  # for errors
+        for block in self.blocks:
+            names |= dict(zip(block.slots, weight_names(decisions[block.node.name].name, block), strict=True))
         return tuple(_resolve(ref, parameters, names) for ref in variant.refs)
 
-    def _decide(self, parameters: Mapping[int, Parameter]) -> tuple[Session, dict[str, tuple[SiteDecision, Decision]]]:
+    def _decide(self, parameters: Mapping[int, Parameter]) -> tuple[Session, dict[str, SiteDecision]]:
         owner = naming.owner_of(parameters.values())
         names = naming.names_in(owner)
         policy = self.source.policy
         session = LEDGER.session(owner, policy, self.target) if owner is not None else Session(policy, self.target)
         if self.source.is_default:
             session.notes[f"no policy was given: {policy.name} is the default on this device"] = None
-        if owner is None and self.sites:
+        if owner is None and (self.sites or self.blocks):
             self._no_owner()
-        decisions: dict[str, tuple[SiteDecision, Decision]] = {}
+        decisions: dict[str, SiteDecision] = {}
         for site in self.sites:
             parameter = parameters[site.slot]
             known = names.get(id(parameter))
@@ -213,23 +235,48 @@ class GraphRunner:
                 known.is_output_embedding if known else False,
             )
             decision = policy.decide(info)
-            decisions[site.node.name] = (SiteDecision(decision.scheme, decision.reason, full[0]), decision)
+            decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0])
             if decision.scheme is not None and decision.scheme.static:
                 self._load_scale(parameter, full)
+        for block in self.blocks:
+            decisions[block.node.name] = self._decide_block(block, parameters, names)
         for miss in self.misses:
             for slot in miss.slots:
                 known = names.get(id(parameters[slot]))
                 self._record_miss(parameters[slot], known, miss.reason, session)
         return session, decisions
 
+    def _decide_block(
+        self, block: MoeSite, parameters: Mapping[int, Parameter], names: Mapping[int, naming.Names]
+    ) -> SiteDecision:
+        """One scheme for both weights of a block, each of which rules may name."""
+        found: list[SiteDecision] = []
+        for node, slot, transposed in zip((block.w13, block.w2), block.slots, block.transposed, strict=True):
+            parameter = parameters[slot]
+            known = names.get(id(parameter))
+            full = known.full if known else (_source_name(node),)
+            info = expert_site(full, known.module_class if known else block.module_class, parameter, transposed)
+            decision = self.source.policy.decide(info)
+            found.append(SiteDecision(decision.scheme, decision.reason, full[0]))
+            if decision.scheme is not None and decision.scheme.static:
+                self._load_scale(parameter, full)
+        first, second = found
+        name = first.name.rpartition(".")[0] or first.name
+        if first.scheme != second.scheme:
+            reason = "the policy gives its two weights different schemes; an expert block has one"
+            return SiteDecision(None, reason, name)
+        return SiteDecision(first.scheme, first.reason, name)
+
     def _record_miss(self, parameter: Parameter, known: naming.Names | None, reason: str, session: Session) -> None:
         record = LEDGER.record(parameter)
         record.misses[reason] = None
         if known is None or parameter.dim() < 2:
             return
-        kind = "linear" if parameter.dim() == 2 else "moe"
-        n, k = parameter.shape[-2:]
-        info = SiteInfo(known.rules, kind, None, n, k, known.is_output_embedding)
+        if parameter.dim() == 2:
+            n, k = parameter.shape
+            info = SiteInfo(known.rules, "linear", None, n, k, known.is_output_embedding)
+        else:
+            info = expert_site(known.full, known.module_class, parameter)
         decision = session.policy.decide(info)
         record.named = decision.scheme is not None
         if not record.named:
@@ -252,10 +299,10 @@ class GraphRunner:
         self,
         parameters: Mapping[int, Parameter],
         session: Session,
-        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        decisions: Mapping[str, SiteDecision],
         late: bool,
     ) -> Variant:
-        specs = tuple(d[0].scheme.spec if d[0].scheme else None for d in decisions.values())
+        specs = tuple(d.scheme.spec if d.scheme else None for d in decisions.values())
         classes = self._scale_classes(parameters, decisions)
         fuse, request = self.source.policy.fuse, self.options.request(self.source.policy)
         key = (specs, tuple(sorted(classes.items())), fuse, request)
@@ -266,36 +313,42 @@ class GraphRunner:
         return found
 
     def _scale_classes(
-        self, parameters: Mapping[int, Parameter], decisions: Mapping[str, tuple[SiteDecision, Decision]]
+        self, parameters: Mapping[int, Parameter], decisions: Mapping[str, SiteDecision]
     ) -> dict[int, int]:
         """Slots of static sites -> the first slot with the same scale: only those may share a quantization."""
         first: dict[float, int] = {}
         classes: dict[int, int] = {}
-        for site in self.sites:
-            scheme = decisions[site.node.name][0].scheme
+        readers = [(site.node.name, site.slot) for site in self.sites]
+        readers += [(block.node.name, block.slots[0]) for block in self.blocks]
+        for name, slot in readers:
+            scheme = decisions[name].scheme
             if scheme is not None and scheme.static:
-                scale = STORE.entry(parameters[site.slot]).input_scale
-                classes[site.slot] = first.setdefault(float(scale) if scale is not None else 0.0, site.slot)
+                scale = STORE.entry(parameters[slot]).input_scale
+                classes[slot] = first.setdefault(float(scale) if scale is not None else 0.0, slot)
         return classes
 
     def _build(
         self,
-        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        decisions: Mapping[str, SiteDecision],
         classes: dict[int, int],
         session: Session,
         late: bool,
     ) -> Variant:
         gm = copy_graph(self.pristine)
-        sites, _ = find_sites(gm, self._shape_only)  # type: ignore[arg-type]
+        blocks, unknown = find_experts(gm, self._shape_only, self._verdicts)  # type: ignore[arg-type]
+        taken = {node for block in (*blocks, *unknown) for node in block.nodes}
+        sites, _ = find_sites(gm, self._shape_only, taken)  # type: ignore[arg-type]
         fuse = self.source.policy.fuse
         plan = Plan(
             tuple(sites),
-            {name: decision[0] for name, decision in decisions.items()},
-            self._timed_choose(session),
+            decisions,
+            self._timed(session, self._choose),
             lambda slot: slot in self._shape_only,
             classes,
             fuse.share_quant,
             fuse.merge_siblings,
+            tuple(blocks),
+            self._timed(session, self._choose_moe),
         )
         reports: list[PassReport] = []
         for one_pass in PIPELINE:
@@ -329,15 +382,16 @@ class GraphRunner:
             )
         return function
 
-    def _timed_choose(self, session: Session) -> Choose:
-        def choose(problem: Problem, name: str) -> Dispatch:
+    @staticmethod
+    def _timed(session: Session, choose: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        def timed(problem: Any, name: str) -> Any:
             started = time.perf_counter()
             try:
-                return self._choose(problem, name)
+                return choose(problem, name)
             finally:
                 _add_time(session, "selection", time.perf_counter() - started)
 
-        return choose
+        return timed
 
     # -- ledger and release --------------------------------------------------------------------------------------------
 
@@ -345,17 +399,19 @@ class GraphRunner:
         self,
         parameters: Mapping[int, Parameter],
         session: Session,
-        decisions: Mapping[str, tuple[SiteDecision, Decision]],
+        decisions: Mapping[str, SiteDecision],
         variant: Variant,
     ) -> None:
         dispatch_of = {
             slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots
         }
-        for site in self.sites:
-            decision, full = decisions[site.node.name]
-            parameter = parameters[site.slot]
+        quantized = [(site.node.name, site.slot) for site in self.sites]
+        quantized += [(block.node.name, slot) for block in self.blocks for slot in block.slots]
+        for name, slot in quantized:
+            decision = decisions[name]
+            parameter = parameters[slot]
             record = LEDGER.record(parameter)
-            record.named = decision.scheme is not None or full.refused
+            record.named = decision.scheme is not None
             record.reason = decision.reason
             spec = decision.scheme.spec if decision.scheme else None
             if spec != record.scheme:
@@ -365,7 +421,7 @@ class GraphRunner:
                 record.scheme = spec
             STORE.keep_only(parameter, spec)
             if spec is not None:
-                dispatch = dispatch_of[site.slot]
+                dispatch = dispatch_of[slot]
                 record.layout = dispatch.layout
                 record.kernels[dispatch.ranges] = None
         for slot in variant.arguments:
@@ -386,8 +442,8 @@ class GraphRunner:
             for weight in linear_weights(owner):
                 if not weight.in_embedding and policy.decide(weight.site).scheme is not None:
                     claim(weight.parameter)
-        for site in self.sites:
-            claim(parameters[site.slot])
+        for slot in (*(site.slot for site in self.sites), *(slot for block in self.blocks for slot in block.slots)):
+            claim(parameters[slot])
 
     def _release(self, parameters: Mapping[int, Parameter], variant: Variant) -> None:
         if not self.options.releases(self.source.policy):
@@ -397,8 +453,8 @@ class GraphRunner:
             {id(w.parameter) for w in linear_weights(owner) if w.in_embedding} if owner is not None else set[int]()
         )
         for ref in variant.refs:
-            if isinstance(ref, PlaneRef) and ref.index == 0:
-                for slot in ref.slots:
+            if isinstance(ref, PlaneRef | ExpertRef) and ref.index == 0:
+                for slot in ref.slots if isinstance(ref, PlaneRef) else (ref.slot,):
                     if slot not in variant.arguments and id(parameters[slot]) not in embedded:
                         STORE.release(parameters[slot])
 
@@ -452,6 +508,11 @@ def _is_scalar(value: Any) -> bool:
 def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[int, str]) -> Tensor:
     if isinstance(ref, BiasRef):
         return _joined_bias(ref, parameters)
+    if isinstance(ref, ExpertBiasRef):
+        return _expert_bias(ref, parameters)
+    if isinstance(ref, ExpertRef):
+        key = Key(ref.spec, ref.layout, ref.transposed, ref.dtype, ref.interleaved)
+        return STORE.expert_planes(parameters[ref.slot], key, ref.problem, names.get(ref.slot, "a weight"))[ref.index]
     weights, called = (
         tuple(parameters[slot] for slot in ref.slots),
         tuple(names.get(slot, "a weight") for slot in ref.slots),
@@ -470,6 +531,14 @@ def _joined_bias(ref: BiasRef, parameters: Mapping[int, Parameter]) -> Tensor:
             for slot, size in zip(ref.slots, ref.sizes, strict=True)
         ]
         return torch.cat(parts)
+
+
+def _expert_bias(ref: ExpertBiasRef, parameters: Mapping[int, Parameter]) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        bias = parameters[ref.slot].detach()
+        if ref.interleaved:
+            bias = torch.cat((bias[:, 0::2], bias[:, 1::2]), 1)
+        return bias.to(ref.dtype).contiguous()
 
 
 def _guard_count(gm: fx.GraphModule) -> int:

@@ -137,8 +137,8 @@ def store_planes(model: nn.Module | None = None) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for identity, entry in list(STORE._entries.items()):
         if wanted is None or identity in wanted:
-            for planes in (*(pack.slab.planes for pack in entry.packs.values()), *entry.alone.values()):
-                found |= {plane.untyped_storage()._cdata: plane for plane in planes}
+            for slab in entry.slabs():
+                found |= {plane.untyped_storage()._cdata: plane for plane in slab.planes}
     return list(found.values())
 
 

@@ -111,8 +111,8 @@ def test_qwen3_moe_keeps_routers_and_names_the_experts() -> None:
     by_name = {e.names[0]: e for e in plan.entries}
     assert by_name["model.layers.0.mlp.gate"].decision.reason == "kept by convention: MoE router gate"
     experts = by_name["model.layers.0.mlp.experts.gate_up_proj"]
-    assert experts.kind == "moe" and experts.decision.refused
-    assert experts.decision.reason == "expert blocks are not quantized yet"
+    assert experts.kind == "moe" and experts.block == "model.layers.0.mlp.experts"
+    assert experts.decision.scheme is not None and not experts.decision.refused
     assert not plan.unmatched_rules
 
 

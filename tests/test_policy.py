@@ -360,7 +360,8 @@ def test_a_plan_covers_every_linear_weight_and_all_bytes(model: nn.Module) -> No
     assert plan.bytes_before == sum(p.nbytes for p in model.parameters())
     saved = sum(e.bytes_before - e.bytes_after for e in plan.entries)
     assert plan.bytes_after == plan.bytes_before - saved
-    assert plan.share == (by_name["up"].bytes_before + by_name["conv"].bytes_before) / plan.bytes_before
+    quantized = sum(by_name[name].bytes_before for name in ("up", "conv", "experts.up"))
+    assert plan.share == quantized / plan.bytes_before
 
 
 def test_a_quantized_tied_head_leaves_the_embedding_in_place(model: nn.Module) -> None:
@@ -430,7 +431,9 @@ def test_strict_makes_it_an_error(model: nn.Module) -> None:
 
 
 def test_strict_refuses_a_weight_that_cannot_have_its_scheme(model: nn.Module) -> None:
-    with pytest.raises(PolicyError, match=r"experts\.up stays bfloat16: expert blocks are not quantized yet"):
+    codes = nn.Parameter(torch.zeros(4, 8, 8, dtype=torch.int8), requires_grad=False)
+    model.experts.up = codes  # type: ignore[union-attr]
+    with pytest.raises(PolicyError, match=r"experts\.up stays int8: int8 weights cannot be quantized"):
         Policy.load({"default": "W8A8", "strict": True}).resolve(model)
 
 

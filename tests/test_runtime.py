@@ -16,8 +16,9 @@ from torch.nn import Parameter
 
 import quant_compile
 from quant_compile import GradModeError, Policy
-from quant_compile.inspect.ledger import LEDGER
+from quant_compile.inspect.ledger import LEDGER, MORE_COPIES
 from quant_compile.ir.errors import GraphError, OptionError
+from quant_compile.ir.scheme import PRESETS, parse
 from quant_compile.lowering.weights import STORE
 from tests.runtime_support import (
     EXACT,
@@ -48,6 +49,84 @@ def no_grad() -> Any:
 
 def compiled(model: nn.Module, policy: Any = EXACT, **options: Any) -> nn.Module:
     return quant_compile.compile(model, policy, **{**REFERENCE, **options})
+
+
+# -- graphs that group siblings differently ---------------------------------------------------------------------------
+
+INT4 = {"policy": "W4A16", "kernels": {"*": "torch_cpu_int4pack"}}  # its layout cannot be cut
+
+
+class Attention(nn.Module):
+    """q, k and v of one input, with or without v, or with k and v of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(128, n, bias=False) for n in (32, 16, 48))
+
+    def forward(self, x: Tensor, form: str) -> tuple[Tensor, ...]:
+        if form == "qkv":
+            return self.q(x), self.k(x), self.v(x)
+        if form == "qk":
+            return self.q(x), self.k(x)
+        y = x * 2
+        return self.q(x), self.k(x), self.k(y), self.v(y)
+
+
+def expected(reference: Any, x: Tensor, form: str) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return reference(x, form)
+
+
+def close(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    # torch's int4 kernel rounds scale and zero point, product and sum to bf16: a few times 2^-9 of the output.
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm()
+
+
+@pytest.mark.parametrize("release", [False, True], ids=["kept", "released"])
+def test_alternating_groups_in_a_layout_that_cannot_be_cut(release: bool, plain_inductor: CompileCounter) -> None:
+    model, x = Attention().bfloat16(), bf16(3, 128)
+    reference = reference_of(model, "W4A16")
+    run = torch.compile(model, backend="sglquant", options={**INT4, "release_weights": release}, dynamic=False)
+    counts, before = [], STORE.packed
+    for form in ("qkv", "qk") * 3:
+        close(run(x, form), expected(reference, x, form))
+        counts.append(STORE.packed - before)
+    assert counts == [1, 2, 2, 2, 2, 2] and len(plain_inductor) == 2
+    report = quant_compile.report(model)
+    gc.collect()
+    assert sum(line.bytes_after for line in report.lines) == store_bytes(model), "both copies are counted"
+    reasons = {line.names[0]: line.reason for line in report.lines}
+    assert [name for name, reason in reasons.items() if MORE_COPIES in reason] == ["q.weight", "k.weight"]
+
+
+def test_groups_that_overlap_in_one_graph(plain_inductor: CompileCounter) -> None:
+    model, x = Attention().bfloat16(), bf16(3, 128)
+    wanted = expected(reference_of(model, "W4A16"), x, "qk+kv")
+    run = torch.compile(model, backend="sglquant", options=INT4, dynamic=False)
+    before = STORE.packed
+    for _ in range(3):
+        close(run(x, "qk+kv"), wanted)
+        assert STORE.packed - before == 2
+
+
+def test_a_binding_that_cannot_come_to_rest_is_still_right(
+    plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no room for another group's slab every look at the planes packs: slow, but it ends, and the results are right."""
+    monkeypatch.setattr("quant_compile.lowering.weights.MOST_FURTHER", 0)
+    model, x = Attention().bfloat16(), bf16(3, 128)
+    wanted = expected(reference_of(model, "W4A16"), x, "qk+kv")
+    run = torch.compile(model, backend="sglquant", options=INT4, dynamic=False)
+    for _ in range(3):
+        before = STORE.packed
+        close(run(x, "qk+kv"), wanted)
+        assert STORE.packed > before, "the case does not arise"
+    monkeypatch.undo()
+    run(x, "qk+kv")
+    before = STORE.packed
+    close(run(x, "qk+kv"), wanted)
+    assert STORE.packed == before
 
 
 # -- one graph, many weights ------------------------------------------------------------------------------------------
@@ -253,6 +332,41 @@ def test_shapes_with_inductor_dynamic() -> None:
         gc.collect()
         held.add(store_bytes(model))
     assert len(held) == 1
+
+
+class Siblings(nn.Module):
+    """Two linears over one input of 300: three groups of 128, the last ragged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(300, 128), nn.Linear(300, 40, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.a(x), self.b(x)), -1)
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "apart"])
+@pytest.mark.parametrize("spec", [*PRESETS, "int4.channel+16"])
+def test_inputs_of_one_dimension(spec: str, merge: bool, plain_inductor: CompileCounter, tmp_path: Path) -> None:
+    model, x = Siblings().bfloat16(), bf16(300)
+    policy: Any = {"default": spec, "fuse": {"merge_siblings": merge}}
+    if parse(spec).static:
+        policy = quant_compile.calibrate(model, [x], policy, path=tmp_path / "scales.safetensors", progress=False)
+    run = torch.compile(model, backend="sglquant", options={"policy": policy}, dynamic=False)
+    y, row = run(x), run(x[None])
+    assert y.shape == (168,) and row.shape == (1, 168)
+    assert torch.equal(y, row[0])
+    scales = {f"{name}.input_scale": STORE.entry(model.get_submodule(name).weight).input_scale for name in "ab"}
+    wanted = reference_of(model, spec, {name: scale for name, scale in scales.items() if scale is not None})(x)
+    # One step of bf16; the packed CPU kernels round the sum before they add the bias.
+    torch.testing.assert_close(y, wanted, rtol=0.008, atol=2e-3)
+    assert quant_compile.report(model).coverage == 1.0
+
+
+def test_inputs_of_one_dimension_with_inductor() -> None:
+    model, x = Siblings().bfloat16(), bf16(300)
+    y = torch.compile(model, backend="sglquant", options={"policy": "fp8_block"})(x)
+    torch.testing.assert_close(y, reference_of(model, "FP8_BLOCK")(x), rtol=0.008, atol=1e-4)
 
 
 @pytest.mark.parametrize("spec", ["fp8_dynamic", "fp8_block", "w8a8", "w8a16", "w4a16"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,11 +14,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from quant_compile import MissingScalesError, StaleWeightError, WeightError
+from quant_compile.inspect.ledger import packed_bytes
 from quant_compile.ir.family import family_of
 from quant_compile.ir.numerics import CHUNK_ELEMENTS
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.registry import ROWS, Layout, layouts
-from quant_compile.lowering.weights import Key, WeightStore, fingerprint, quantize
+from quant_compile.lowering.weights import MOST_FURTHER, Key, WeightStore, fingerprint, quantize
 from tests.runtime_support import bf16
 
 BF16 = torch.bfloat16
@@ -145,6 +148,122 @@ def test_slices_off_the_kernels_tile_get_a_pack_of_their_own(tiles: Layout, stor
     assert same(store.planes((q, k), (tiled,) * 2), tiles.pack(joined(q, k), None))
     assert same(store.planes((k, v), (tiled,) * 2), tiles.pack(joined(k, v), None))
     assert same(store.planes((q, k, v), (tiled,) * 3), tiles.pack(joined(q, k, v), None))
+
+
+@dataclass
+class Uncuttable:
+    """A layout that cannot be cut, and how often it packed."""
+
+    layout: Layout
+    packs: int = 0
+
+    def wanted(self, *parameters: Parameter) -> tuple[Tensor, ...]:
+        """The pack of these weights joined."""
+        return self.layout.pack(joined(*parameters), None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def uncuttable(monkeypatch: pytest.MonkeyPatch) -> Uncuttable:
+    plain = _interleaved()
+    made = Uncuttable(plain)
+
+    def pack(planes: tuple[Tensor, ...], problem: Any) -> tuple[Tensor, ...]:
+        made.packs += 1
+        return plain.pack(planes, problem)
+
+    table = {**layouts(), "tiles16": replace(plain, pack=pack, row_block=lambda problem: 0)}
+    monkeypatch.setattr("quant_compile.lowering.weights.layouts", lambda: table)
+    return made
+
+
+TILED = key(layout="tiles16")
+
+
+def tiled(store: WeightStore, *parameters: Parameter) -> tuple[Tensor, ...]:
+    return store.planes(parameters, (TILED,) * len(parameters))
+
+
+@pytest.mark.parametrize(
+    ("groups", "packs"),
+    [
+        (("qkv", "qk"), 2),
+        (("qkv", "vq"), 2),
+        (("qkv", "vkq"), 2),
+        (("qk", "kv"), 2),
+        (("qkv", "q", "k", "v"), 4),
+        (("qk", "qkv"), 3),  # the home moves to the larger group once, and the smaller gets a slab of its own
+        (("q", "qk", "qkv"), 5),
+        (("qk", "kv", "vq", "qkv"), 5),  # kv and vq have slabs of their own already when the home moves
+    ],
+)
+def test_graphs_that_group_siblings_differently_come_to_rest(
+    groups: tuple[str, ...], packs: int, uncuttable: Uncuttable, store: WeightStore
+) -> None:
+    weights = {"q": weight(32, seed=1), "k": weight(8, seed=2), "v": weight(24, seed=3)}
+    for turn in range(4):
+        if turn == 2:
+            at_rest, epoch = uncuttable.packs, store.epoch
+        for group in groups:
+            members = [weights[name] for name in group]
+            found = tiled(store, *members)
+            assert same(found, uncuttable.wanted(*members)), (turn, group)
+            assert tiled(store, *members)[0] is found[0]
+    assert (uncuttable.packs, store.epoch) == (at_rest, epoch), "packed again at a switch"
+    assert uncuttable.packs == store.packed == packs
+
+
+def test_the_third_of_alternating_calls_packs_nothing(uncuttable: Uncuttable, store: WeightStore) -> None:
+    q, k, v = weight(32, seed=1), weight(8, seed=2), weight(24, seed=3)
+    counts = []
+    for group in ((q, k, v), (q, k)) * 3:
+        tiled(store, *group)
+        counts.append(uncuttable.packs)
+    assert counts == [1, 2, 2, 2, 2, 2]
+
+
+def test_bytes_of_further_slabs_are_in_the_ledgers_count(uncuttable: Uncuttable, store: WeightStore) -> None:
+    q, k, v = weight(32, seed=1), weight(16, seed=2), weight(48, seed=3)
+    slabs = [tiled(store, q, k, v), tiled(store, q, k), tiled(store, q)]
+    assert len(store.entry(q).slabs()) == 3 and len(store.entry(v).slabs()) == 1
+    counted = [packed_bytes(w, store.entry(w)) for w in (q, k, v)]
+    row = 32 + 4  # int8 codes and an f32 scale
+    assert counted == [3 * 32 * row, 2 * 16 * row, 48 * row]
+    assert sum(counted) == sum(plane.nbytes for planes in slabs for plane in planes)
+
+
+@pytest.mark.parametrize("change", ["in place", "refresh", "dies", "other scheme", "release"])
+def test_further_slabs_go_with_any_of_their_members(change: str, uncuttable: Uncuttable, store: WeightStore) -> None:
+    q, k, v = weight(32, seed=1), weight(8, seed=2), weight(24, seed=3)
+    tiled(store, q, k, v)
+    gone = [weakref.ref(plane) for plane in tiled(store, q, k)]
+    epoch, wanted = store.epoch, (uncuttable.wanted(q, k), uncuttable.wanted(q, k, v))
+    if change == "in place":
+        k.mul_(-2)
+        tiled(store, k)
+        wanted = (uncuttable.wanted(q, k), uncuttable.wanted(q, k, v))
+    elif change == "refresh":
+        store.refresh([k])
+    elif change == "other scheme":
+        store.planes((k,), (key("W8A16"),))
+        store.keep_only(k, "W8A16")
+    elif change == "release":
+        store.release(k)
+    else:
+        k = weight(8, seed=2)
+    gc.collect()
+    assert not store.entry(q).further and store.epoch > epoch
+    assert not any(ref() is not None for ref in gone), "the slab's memory is still held"
+    assert same(tiled(store, q, k), wanted[0]) and same(tiled(store, q, k, v), wanted[1])
+
+
+def test_further_slabs_are_bounded(uncuttable: Uncuttable, store: WeightStore) -> None:
+    """A weight that ever new siblings join (replaced at each call, say) does not collect slabs."""
+    q, others = weight(32, seed=1), [weight(8, seed=seed) for seed in range(2, 10)]
+    for other in others:
+        assert same(tiled(store, q, other), uncuttable.wanted(q, other))
+    assert len(store.entry(q).further) == MOST_FURTHER
+    assert sum(len(store.entry(other).further) for other in others) == MOST_FURTHER
+    assert same(tiled(store, q, others[1]), uncuttable.wanted(q, others[1])), "one that was forgotten"
 
 
 def test_a_second_layout_is_packed_from_the_first(tiles: Layout, store: WeightStore) -> None:

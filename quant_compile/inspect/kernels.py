@@ -1,6 +1,7 @@
 """Which kernel would run each planned weight on a target, and why the others would not.
 
-Works from a plan, one problem per weight; in a compiled graph siblings may be merged into one larger problem.
+Works from a plan, one problem per weight or expert block; in a compiled graph siblings may be merged into one larger problem,
+and only there the activation and the experts of a token are known: estimates take silu and two.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from rich.table import Table
 
 from quant_compile.inspect.plan import Plan, PlanEntry, label_of
 from quant_compile.ir.errors import NoKernelError
+from quant_compile.ir.moe import Activation, MoeProblem
+from quant_compile.lowering.moe import TOKENS, MoeDispatch, choose_moe, moe_fits, moe_layouts
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import BUCKETS, Dispatch, Request, choose, fits
 from quant_compile.lowering.target import Target
@@ -28,7 +31,7 @@ class KernelChoice:
 
     Attributes:
         entries: the weights.
-        problem: scheme, shape and dtype.
+        problem: scheme, sizes and dtype of a linear or of an expert block.
         dispatch: layout and kernels by M; None when nothing can run it.
         refusals: kernel -> why it does not run, each M range with its reason.
         losers: kernels that could run and are estimated slower, or read another layout.
@@ -36,11 +39,17 @@ class KernelChoice:
     """
 
     entries: tuple[PlanEntry, ...]
-    problem: Problem
-    dispatch: Dispatch | None
+    problem: Problem | MoeProblem
+    dispatch: Dispatch | MoeDispatch | None
     refusals: Mapping[str, str]
     losers: tuple[str, ...]
     bytes_packed: int
+
+    @property
+    def size(self) -> str:
+        """Sizes for people: ``n x k``, or ``experts x hidden x intermediate``."""
+        p = self.problem
+        return f"{p.n} x {p.k}" if isinstance(p, Problem) else f"{p.experts} x {p.hidden} x {p.intermediate}"
 
 
 def kernel_choices(plan: Plan, target: Target) -> list[KernelChoice]:
@@ -48,10 +57,46 @@ def kernel_choices(plan: Plan, target: Target) -> list[KernelChoice]:
     request = Request(allow_reference=plan.policy.allow_reference)
     groups: dict[Problem, list[PlanEntry]] = {}
     for entry in plan.entries:
-        if entry.decision.scheme is not None:
+        if entry.decision.scheme is not None and not entry.block:
             dtype = getattr(torch, entry.dtype)
             groups.setdefault(Problem(entry.decision.scheme, entry.n, entry.k, dtype, entry.has_bias), []).append(entry)
-    return [_choice(problem, entries, target, request) for problem, entries in groups.items()]
+    choices = [_choice(problem, entries, target, request) for problem, entries in groups.items()]
+    return choices + [_moe_choice(problem, entries, target, request) for problem, entries in _blocks(plan).items()]
+
+
+def _blocks(plan: Plan) -> dict[MoeProblem, list[PlanEntry]]:
+    """The plan's expert blocks by problem; a block whose weights have two schemes is kept as a whole."""
+    by_name: dict[str, list[PlanEntry]] = {}
+    for entry in plan.entries:
+        if entry.block:
+            by_name.setdefault(entry.block, []).append(entry)
+    out: dict[MoeProblem, list[PlanEntry]] = {}
+    for entries in by_name.values():
+        if len(entries) == 2 and entries[0].decision.scheme == entries[1].decision.scheme is not None:
+            first, second = entries
+            up = first if first.n == 2 * second.k else second
+            scheme, dtype = up.decision.scheme, getattr(torch, up.dtype)
+            assert scheme is not None
+            sizes = (up.shape[0], up.k, up.n // 2, min(2, up.shape[0]))
+            out.setdefault(MoeProblem(scheme, *sizes, Activation("silu"), dtype, up.has_bias), []).extend(entries)
+    return out
+
+
+def _moe_choice(problem: MoeProblem, entries: Sequence[PlanEntry], target: Target, request: Request) -> KernelChoice:
+    answers = {bucket: moe_fits(problem, target, request, bucket) for bucket in TOKENS}
+    try:
+        dispatch = choose_moe(problem, target, request, entries[0].block)
+    except NoKernelError:
+        dispatch = None
+    refusals, able = _refusals(answers)
+    chosen = {name for _, name in dispatch.table} if dispatch else set[str]()
+    packed = 0
+    if dispatch is not None:
+        planes = moe_layouts()[dispatch.layout].planes
+        sizes = ((2 * problem.intermediate, problem.hidden), (problem.hidden, problem.intermediate))
+        packed = len(entries) // 2 * sum(plane.nbytes for size in sizes for plane in planes(problem, *size))
+    losers = tuple(name for name in able if name not in chosen)
+    return KernelChoice(tuple(entries), problem, dispatch, refusals, losers, packed)
 
 
 def _choice(problem: Problem, entries: Sequence[PlanEntry], target: Target, request: Request) -> KernelChoice:
@@ -106,14 +151,14 @@ def _range_text(low: int, high: int, reason: str) -> str:
 def kernels_table(choices: Sequence[KernelChoice], target: Target) -> Table:
     """What runs: one row a problem."""
     table = Table(title=f"kernels on {target.label}: one weight a problem, by estimate", title_justify="left")
-    for column in ("weights", "scheme", "n x k", "layout", "MB packed", "kernels"):
+    for column in ("weights", "scheme", "size", "layout", "MB packed", "kernels"):
         table.add_column(column, overflow="fold", justify="right" if column == "MB packed" else "left")
     for choice in choices:
         problem, dispatch = choice.problem, choice.dispatch
         cells = [
             "\n".join(label_of(choice.entries)),
             problem.scheme.spec,
-            f"{problem.n} x {problem.k}",
+            choice.size,
             dispatch.layout if dispatch else "none",
             f"{choice.bytes_packed / 1e6:,.2f}",
             dispatch.ranges.replace(", ", "\n") if dispatch else f"NONE. Fix: {FIX}",
@@ -127,7 +172,7 @@ def refusals_table(choices: Sequence[KernelChoice]) -> Table:
     shapes: dict[str, set[str]] = {}
     rows: dict[tuple[str, str, str], set[str]] = {}
     for choice in choices:
-        spec, shape = choice.problem.scheme.spec, f"{choice.problem.n} x {choice.problem.k}"
+        spec, shape = choice.problem.scheme.spec, choice.size
         shapes.setdefault(spec, set()).add(shape)
         reasons = dict.fromkeys(choice.losers, "can run; estimated slower, or reads another layout")
         for kernel, reason in (reasons | dict(choice.refusals)).items():
@@ -137,7 +182,7 @@ def refusals_table(choices: Sequence[KernelChoice]) -> Table:
         text = "all" if where == shapes[spec] else "\n".join(sorted(where))
         joined.setdefault((spec, text, reason), []).append(kernel)
     table = Table(title="kernels not chosen", title_justify="left")
-    for column in ("scheme", "n x k", "kernels", "reason"):
+    for column in ("scheme", "size", "kernels", "reason"):
         table.add_column(column, overflow="fold")
     for (spec, where, reason), names in joined.items():
         table.add_row(spec, where, ", ".join(names), escape(reason))

@@ -18,6 +18,8 @@ from quant_compile.ir.report import Report, WeightLine
 from quant_compile.lowering.weights import STORE, Entry
 from quant_compile.policy import Policy
 
+MORE_COPIES = "packed more than once: graphs join it with different siblings, and its layout cannot be cut"
+
 
 @dataclass(eq=False)
 class Record:
@@ -125,7 +127,8 @@ class Ledger:
         size = parameter.numel() * parameter.element_size()
         after = packed_bytes(parameter, entry)
         if record is not None and record.scheme is not None and after:
-            reason = "; ".join([record.reason, *record.readers])
+            copies = [MORE_COPIES] if entry is not None and entry.further else []
+            reason = "; ".join([record.reason, *record.readers, *copies])
             if record.readers:
                 after += size
             kernels = " / ".join(record.kernels)
@@ -149,7 +152,7 @@ class Ledger:
             return False, "not compiled yet"
         decision = session.policy.decide(weight.site)
         if decision.scheme is None:
-            return decision.refused, decision.reason
+            return False, decision.reason
         return True, f"{decision.scheme.spec} by the policy, but no compiled graph has read it as a linear"
 
 
@@ -158,11 +161,10 @@ def packed_bytes(parameter: nn.Parameter, entry: Entry | None) -> int:
     if entry is None:
         return 0
     total = 0
-    for pack in entry.packs.values():
-        rows = max(1, sum(pack.slab.rows))
-        size = sum(plane.numel() * plane.element_size() for plane in pack.slab.planes)
-        total += size * (pack.stop - pack.start) // rows
-    total += sum(plane.numel() * plane.element_size() for planes in entry.alone.values() for plane in planes)
+    for slab in entry.slabs():
+        rows = dict(zip(slab.members, slab.rows, strict=True))
+        size = sum(plane.numel() * plane.element_size() for plane in slab.planes)
+        total += size * rows[id(parameter)] // max(1, sum(slab.rows))
     if entry.input_scale is not None:
         total += entry.input_scale.numel() * entry.input_scale.element_size()
     return total

@@ -1,8 +1,8 @@
 """The plan: what a policy decides for every linear weight of a model, before anything is traced or packed.
 
 Reads names, shapes and dtypes only, so that a model on the meta device will do. Bytes after are computed from the
-planes that the scheme declares. Expert blocks are listed and kept; the graph may hold fewer linears than the modules
-suggest (the ledger of a compiled model tells).
+planes that the scheme declares. The graph may hold fewer linears and expert blocks than the modules suggest (the ledger of
+a compiled model tells).
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from quant_compile.ir.errors import PolicyError, PolicyWarning
 from quant_compile.ir.family import family_of
 from quant_compile.policy import Decision, Policy, Rule
 
-EXPERTS_REASON = "expert blocks are not quantized yet"
-
 
 @dataclass(frozen=True)
 class PlanEntry:
@@ -42,6 +40,7 @@ class PlanEntry:
         bytes_before: of the Parameter.
         bytes_after: of its planes; of the Parameter too where an embedding goes on using it.
         has_bias: the module adds a bias.
+        block: name of its expert block, empty for a linear.
     """
 
     names: tuple[str, ...]
@@ -54,6 +53,7 @@ class PlanEntry:
     bytes_before: int
     bytes_after: int
     has_bias: bool
+    block: str = ""
 
     @property
     def scheme(self) -> str:
@@ -203,9 +203,15 @@ def _entry(policy: Policy, weight: Weight) -> PlanEntry:
     if decision.scheme is not None:
         planes = family_of(decision.scheme).weight_planes(decision.scheme, site.n, site.k, parameter.dtype)
         # A static scheme adds one f32 input scale per weight. A table that an embedding reads stays beside its planes.
-        after = sum(plane.nbytes for plane in planes) + 4 * decision.scheme.static + before * weight.in_embedding
+        experts = parameter.shape[0] if site.kind == "moe" else 1
+        after = (
+            experts * sum(plane.nbytes for plane in planes) + 4 * decision.scheme.static + before * weight.in_embedding
+        )
     shape, dtype = tuple(parameter.shape), dtype_name(parameter.dtype)
-    return PlanEntry(site.names, site.kind, shape, site.n, site.k, dtype, decision, before, after, weight.has_bias)
+    block = site.blocks[0] if site.blocks else ""
+    return PlanEntry(
+        site.names, site.kind, shape, site.n, site.k, dtype, decision, before, after, weight.has_bias, block
+    )
 
 
 def _refusal(weight: Weight) -> str | None:
@@ -214,13 +220,13 @@ def _refusal(weight: Weight) -> str | None:
         return f"{dtype_name(weight.parameter.dtype)} weights cannot be quantized; only floating point can"
     if weight.parameter.dtype.itemsize == 1:
         return f"{dtype_name(weight.parameter.dtype)} weights are quantized already"
-    return EXPERTS_REASON if weight.site.kind == "moe" else None
+    return None
 
 
 def _unused(policy: Policy, weights: Sequence[Weight]) -> Iterable[UnusedRule]:
     sites = [weight.site for weight in weights]
     deciding = {policy.decide(site).rule for site in sites}
-    names = [name for site in sites for name in site.names]
+    names = [name for site in sites for name in (*site.names, *site.blocks)]
     for index, rule in enumerate(policy.rules):
         if index not in deciding:
             matched = sum(rule.matches(site) for site in sites)

@@ -5,7 +5,7 @@ Works on any device, meta too: only names, shapes and dtypes are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,17 @@ def linear_weights(model: nn.Module) -> list[Weight]:
     return [found for owners in _owners(model) if (found := _weight(owners, heads)) is not None]
 
 
+def expert_site(
+    names: Iterable[str], module_class: str | None, parameter: nn.Parameter, transposed: bool = False
+) -> SiteInfo:
+    """What rules see of one weight [E, n, k] of an expert block (``transposed``: stored [E, k, n])."""
+    names = tuple(names)
+    n, k = parameter.shape[-2:]
+    sizes = (k, n) if transposed else (n, k)
+    blocks = tuple(dict.fromkeys(filter(None, (name.rpartition(".")[0] for name in names))))
+    return SiteInfo(names, "moe", module_class, *sizes, blocks=blocks)
+
+
 def _owners(model: nn.Module) -> Iterator[list[_Owner]]:
     """For each Parameter all the places that hold it, aliases included."""
     by_id: dict[int, list[_Owner]] = {}
@@ -100,6 +111,9 @@ def _weight(owners: list[_Owner], heads: frozenset[int]) -> Weight | None:
     if transposed:
         n, k = k, n
     names = tuple(dict.fromkeys(o.qualified for o in owners))
+    if kind == "moe":
+        site = expert_site(names, type(owner.module).__name__, parameter, transposed)
+        return Weight(site, parameter, False, any("bias" in name for name in owner.module._parameters))
     site = SiteInfo(names, kind, type(owner.module).__name__, n, k, id(parameter) in heads)
     has_bias = isinstance(getattr(owner.module, "bias", None), nn.Parameter)
     return Weight(site, parameter, any(_is_embedding(o.module) for o in owners), has_bias)
@@ -109,12 +123,24 @@ def _role(owner: _Owner) -> tuple[str, bool] | None:
     """``(kind, weight is [k, n])`` of a Parameter in one of its places, or None."""
     parameter = getattr(owner.module, owner.attribute)
     if parameter.dim() == 3 and _is_experts(owner):
-        return "moe", False
+        return "moe", _stores_columns(owner.module)
     if parameter.dim() != 2 or _is_embedding(owner.module):
         return None
     if not owner.attribute.endswith("weight"):
         return None
     return "linear", type(owner.module).__name__ == "Conv1D"
+
+
+def _stores_columns(module: nn.Module) -> bool:
+    """Whether a module's experts are stored [k, n]: by the sizes of its two weights, else by its own word."""
+    weights = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
+    if len(weights) == 2:
+        (_, up_rows, up_columns), (_, down_rows, down_columns) = (tuple(w.shape) for w in weights)
+        as_rows = up_rows == 2 * down_columns and up_columns == down_rows
+        as_columns = up_columns == 2 * down_rows and up_rows == down_columns
+        if as_rows != as_columns:
+            return as_columns
+    return bool(getattr(module, "is_transposed", False))
 
 
 def _is_embedding(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quant_compile.ir.errors import GraphError
 from quant_compile.ir.family import PlaneSpec
+from quant_compile.ir.moe import MoeProblem
 
 STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}
 
@@ -57,7 +58,41 @@ class BiasRef:
     dtype: torch.dtype
 
 
-Ref = PlaneRef | ScaleRef | BiasRef
+@dataclass(frozen=True)
+class ExpertRef:
+    """One plane of an expert block's packed weight.
+
+    Attributes:
+        slot: position of the Parameter [E, n, k] among the arguments of Dynamo's graph.
+        transposed: an expert is stored [k, n].
+        interleaved: its gate and up rows alternate; the planes have all gates first.
+        spec: the scheme, or ``none``.
+        layout: how the planes lie in memory (a name of ``moe_layouts``).
+        dtype: dtype the block computes in.
+        index: which plane.
+        problem: the block, for packing into a layout; None while planes are the values themselves.
+    """
+
+    slot: int
+    transposed: bool
+    interleaved: bool
+    spec: str
+    layout: str
+    dtype: torch.dtype
+    index: int
+    problem: MoeProblem | None = None
+
+
+@dataclass(frozen=True)
+class ExpertBiasRef:
+    """An expert block's bias [E, n] in the dtype and row order of its planes."""
+
+    slot: int
+    interleaved: bool
+    dtype: torch.dtype
+
+
+Ref = PlaneRef | ScaleRef | BiasRef | ExpertRef | ExpertBiasRef
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

@@ -3,8 +3,11 @@
     sglq.quantize(x, spec, scale?) -> planes of the input
     sglq.linear(x planes, w planes, bias?, spec, dtype) -> y
     sglq.dequantize(w planes, spec, k) -> [n, k] f32
+    sglq.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, spec, activation, dtype) -> [T, H]
 
 ``spec`` is ``Scheme.spec``. A 16-bit input has no quantize node: ``sglq.linear`` then takes ``[x]``.
+``sglq.moe`` is the block of ``ir/moe.py``; without ids its rows are in E equal parts, one expert each; ``none`` is the
+scheme of unquantized weights.
 """
 
 from __future__ import annotations
@@ -13,11 +16,16 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import family_of
+from quant_compile.ir.moe import NONE, Activation, moe_reference
 from quant_compile.ir.scheme import parse
 
 LIBRARY = torch.library.Library("sglq", "DEF")
 LIBRARY.define("quantize(Tensor x, str spec, Tensor? scale=None) -> Tensor[]")
 LIBRARY.define("linear(Tensor[] x, Tensor[] w, Tensor? bias, str spec, ScalarType dtype) -> Tensor")
+LIBRARY.define(
+    "moe(Tensor[] x, Tensor? ids, Tensor? weights, Tensor[] w13, Tensor? b13, Tensor[] w2, Tensor? b2, Tensor? scale2, "
+    "str spec, str activation, ScalarType dtype) -> Tensor"
+)
 LIBRARY.define("dequantize(Tensor[] w, str spec, SymInt k) -> Tensor")
 
 
@@ -46,6 +54,31 @@ def _dequantize_fake(w: list[Tensor], spec: str, k: int) -> Tensor:
     return w[0].new_empty((w[0].shape[0], k), dtype=torch.float32)
 
 
+def _moe(
+    x: list[Tensor], ids: Tensor | None, weights: Tensor | None, w13: list[Tensor], b13: Tensor | None, w2: list[Tensor],
+    b2: Tensor | None, scale2: Tensor | None, spec: str, activation: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    scheme = None if spec == NONE else parse(spec)
+    ids = dense_ids(x[0], w13[0].shape[0]) if ids is None else ids
+    how = Activation.parse(activation)
+    return moe_reference(tuple(x), ids, weights, tuple(w13), b13, tuple(w2), b2, scheme, how, dtype, scale2)
+
+
+def dense_ids(x: Tensor, experts: int) -> Tensor:
+    """Expert of each row [T, 1] of a dense block: rows in E equal parts."""
+    rows = torch.arange(experts, device=x.device).unsqueeze(1)
+    return rows.expand(experts, x.shape[0] // experts).reshape(-1, 1)
+
+
+def _moe_fake(
+    x: list[Tensor], ids: Tensor | None, weights: Tensor | None, w13: list[Tensor], b13: Tensor | None, w2: list[Tensor],
+    b2: Tensor | None, scale2: Tensor | None, spec: str, activation: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return x[0].new_empty((x[0].shape[0], w2[0].shape[1]), dtype=dtype)
+
+
+LIBRARY.impl("moe", _moe, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq::moe", _moe_fake, lib=LIBRARY)
 LIBRARY.impl("quantize", _quantize, "CompositeExplicitAutograd")
 LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
@@ -56,3 +89,4 @@ torch.library.register_fake("sglq::dequantize", _dequantize_fake, lib=LIBRARY)
 quantize = torch.ops.sglq.quantize.default
 linear = torch.ops.sglq.linear.default
 dequantize = torch.ops.sglq.dequantize.default
+moe = torch.ops.sglq.moe.default

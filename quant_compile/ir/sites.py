@@ -6,7 +6,7 @@ Reads a copied Dynamo graph and the Parameter objects behind its placeholders; c
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,18 +87,21 @@ class Miss:
     reason: str
 
 
-def find_sites(gm: fx.GraphModule, parameters: Mapping[int, torch.nn.Parameter]) -> tuple[list[LinearSite], list[Miss]]:
+def find_sites(
+    gm: fx.GraphModule, parameters: Mapping[int, torch.nn.Parameter], taken: Collection[fx.Node] = ()
+) -> tuple[list[LinearSite], list[Miss]]:
     """Sites and misses of a copied Dynamo graph.
 
     Args:
         gm: a graph from ``copy_graph``.
         parameters: argument position -> Parameter.
+        taken: nodes that belong to expert blocks.
     """
     sites: list[LinearSite] = []
     misses: list[Miss] = []
     for node in gm.graph.nodes:
         matcher = _matcher(node)
-        if matcher is None:
+        if matcher is None or node in taken:
             continue
         slots = _parameter_slots(node, parameters)
         if not slots:

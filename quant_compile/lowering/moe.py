@@ -23,7 +23,21 @@ from quant_compile.lowering.select import Request
 from quant_compile.lowering.target import Target
 
 # Upper ends of the ranges of token counts that get a kernel of their own, and what each is worth when layouts are compared.
-TOKENS = {1: 4.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 2.0, 32: 1.0, 64: 1.0, 128: 0.5, 256: 0.5, 512: 1.0, 1024: 0.5, 2048: 1.0, 4096: 1.0}
+TOKENS = {
+    1: 4.0,
+    2: 1.0,
+    4: 1.0,
+    8: 1.0,
+    16: 2.0,
+    32: 1.0,
+    64: 1.0,
+    128: 0.5,
+    256: 0.5,
+    512: 1.0,
+    1024: 0.5,
+    2048: 1.0,
+    4096: 1.0,
+}
 
 
 @dataclass(frozen=True)

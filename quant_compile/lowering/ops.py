@@ -1,6 +1,7 @@
-"""The ``sglq_kernels`` op: a linear over packed planes whose kernel is chosen by the number of rows at run time.
+"""The ``sglq_kernels`` ops: a linear, or an expert block, over packed planes; the number of rows at run time chooses its kernel.
 
     sglq_kernels.linear(x planes, packed w planes, bias?, dispatch) -> [..., n]
+    sglq_kernels.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, dispatch) -> [T, H]
 
 ``dispatch`` is ``Dispatch.text``: the op carries all it needs, so a graph loaded from Inductor's cache or from a package
 runs in a fresh process.
@@ -11,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant_compile.ir.ops import dense_ids
+from quant_compile.lowering.moe import parse_moe_dispatch
 from quant_compile.lowering.select import parse_dispatch
 
 LIBRARY = torch.library.Library("sglq_kernels", "DEF")
@@ -43,7 +46,39 @@ def _linear_fake(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch
     return x[0].new_empty((*x[0].shape[:-1], problem.n), dtype=problem.dtype)
 
 
+LIBRARY.define(
+    "moe(Tensor[] x, Tensor? ids, Tensor? weights, Tensor[] w13, Tensor? b13, Tensor[] w2, Tensor? b2, Tensor? scale2, "
+    "str dispatch) -> Tensor"
+)
+
+
+def _moe(
+    x: list[Tensor], ids: Tensor | None, weights: Tensor | None, w13: list[Tensor], b13: Tensor | None, w2: list[Tensor],
+    b2: Tensor | None, scale2: Tensor | None, dispatch: str,
+) -> Tensor:  # fmt: skip
+    chosen = parse_moe_dispatch(dispatch)
+    problem, tokens = chosen.problem, x[0].shape[0]
+    if tokens == 0:
+        return x[0].new_empty((0, problem.hidden), dtype=problem.dtype)
+    planes = tuple(plane.contiguous() for plane in x)
+    ids = dense_ids(x[0], problem.experts) if ids is None else ids.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    run = chosen.kernel_for(tokens).run
+    return run(planes, ids, weights, tuple(w13), b13, tuple(w2), b2, scale2, problem)
+
+
+def _moe_fake(
+    x: list[Tensor], ids: Tensor | None, weights: Tensor | None, w13: list[Tensor], b13: Tensor | None, w2: list[Tensor],
+    b2: Tensor | None, scale2: Tensor | None, dispatch: str,
+) -> Tensor:  # fmt: skip
+    problem = parse_moe_dispatch(dispatch).problem
+    return x[0].new_empty((x[0].shape[0], problem.hidden), dtype=problem.dtype)
+
+
+LIBRARY.impl("moe", _moe, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq_kernels::moe", _moe_fake, lib=LIBRARY)
 LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq_kernels::linear", _linear_fake, lib=LIBRARY)
 
 linear = torch.ops.sglq_kernels.linear.default
+moe = torch.ops.sglq_kernels.moe.default

@@ -121,4 +121,3 @@ def layouts() -> dict[str, Layout]:
     """All layouts by name."""
     own = {layout.name: layout for module in _modules() for layout in getattr(module, "LAYOUTS", ())}
     return {ROWS.name: ROWS, **own}
-

@@ -22,7 +22,21 @@ from quant_compile.lowering.target import Target
 # Upper ends of the ranges of M that get a kernel of their own, and what each is worth when layouts are compared: decode
 # runs thousands of steps for one prefill, so small M count for more.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-WEIGHTS = {1: 4.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 2.0, 32: 1.0, 64: 1.0, 128: 0.5, 256: 0.5, 512: 1.0, 1024: 0.5, 2048: 1.0, 4096: 1.0}
+WEIGHTS = {
+    1: 4.0,
+    2: 1.0,
+    4: 1.0,
+    8: 1.0,
+    16: 2.0,
+    32: 1.0,
+    64: 1.0,
+    128: 0.5,
+    256: 0.5,
+    512: 1.0,
+    1024: 0.5,
+    2048: 1.0,
+    4096: 1.0,
+}
 NOT_FITTING = 1e12
 
 CostOf = Callable[[Kernel, Problem, int], float]
@@ -41,7 +55,8 @@ class Dispatch:
     def text(self) -> str:
         """Everything about the dispatch as one word: it is an argument of the kernel op and part of Inductor's cache key."""
         p = self.problem
-        head = f"{p.scheme.spec}|{p.n}|{p.k}|{str(p.dtype).removeprefix('torch.')}|{int(p.has_bias)}|{self.layout}|{int(self.column_scales)}"
+        dtype = str(p.dtype).removeprefix("torch.")
+        head = f"{p.scheme.spec}|{p.n}|{p.k}|{dtype}|{int(p.has_bias)}|{self.layout}|{int(self.column_scales)}"
         return f"{head}|{';'.join(f'{m}={name}' for m, name in self.table)}"
 
     @property
@@ -108,7 +123,9 @@ def fits(problem: Problem, target: Target, request: Request, bucket: int) -> dic
     return out
 
 
-def choose(problem: Problem, target: Target, request: Request | None = None, site: str = "", cost: CostOf | None = None) -> Dispatch:
+def choose(
+    problem: Problem, target: Target, request: Request | None = None, site: str = "", cost: CostOf | None = None
+) -> Dispatch:
     """The dispatch for a problem.
 
     Args:
@@ -145,7 +162,9 @@ def choose(problem: Problem, target: Target, request: Request | None = None, sit
 
 def _of_layout(answers: Mapping[str, float | str], layout: str) -> dict[str, float]:
     """Estimated costs of the kernels of one layout that fit."""
-    return {name: cost for name, cost in answers.items() if not isinstance(cost, str) and kernels()[name].layout == layout}
+    return {
+        name: cost for name, cost in answers.items() if not isinstance(cost, str) and kernels()[name].layout == layout
+    }
 
 
 def _column_scales(table: Mapping[int, str]) -> bool:
@@ -162,7 +181,9 @@ def _ranges(table: Mapping[int, str]) -> tuple[tuple[int, str], ...]:
     return tuple(out)
 
 
-def _no_kernel(problem: Problem, target: Target, answers: Mapping[int, Mapping[str, float | str]], site: str) -> NoKernelError:
+def _no_kernel(
+    problem: Problem, target: Target, answers: Mapping[int, Mapping[str, float | str]], site: str
+) -> NoKernelError:
     reasons: dict[str, str] = {}
     for bucket, by_kernel in answers.items():
         for name, answer in by_kernel.items():
@@ -170,7 +191,9 @@ def _no_kernel(problem: Problem, target: Target, answers: Mapping[int, Mapping[s
                 reasons.setdefault(name, answer)
             elif bucket == BUCKETS[0]:
                 reasons.setdefault(name, f"its layout {kernels()[name].layout} has no kernel for every m")
-    words = f"{site or 'a linear'} ({problem.scheme.spec}, n={problem.n} k={problem.k}, {problem.dtype}, {target.label})"
+    words = (
+        f"{site or 'a linear'} ({problem.scheme.spec}, n={problem.n} k={problem.k}, {problem.dtype}, {target.label})"
+    )
     fix = "map this weight to another scheme in the policy (W8A8 or `keep`), or set allow_reference: true."
     return NoKernelError(words, reasons, fix)
 

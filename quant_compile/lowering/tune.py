@@ -103,7 +103,9 @@ def measured(target: Target, level: str) -> CostOf | None:
             try:
                 known.put(problem, _measure_layout(kernel.layout, problem, target, points, known, WORTH[level]))
             except torch.OutOfMemoryError:
-                return NOT_MEASURED * _own_estimate(kernel, problem, m, target)  # no room to measure in: estimates decide
+                return NOT_MEASURED * _own_estimate(
+                    kernel, problem, m, target
+                )  # no room to measure in: estimates decide
         return _estimate(kernel, problem, m, target, points, known)
 
     return cost
@@ -114,9 +116,15 @@ def _own_estimate(kernel: Kernel, problem: Problem, m: int, target: Target) -> f
     return FAILED if isinstance(answer, Reject) else answer.cost
 
 
-def _estimate(kernel: Kernel, problem: Problem, m: int, target: Target, points: tuple[int, ...], known: Timings) -> float:
+def _estimate(
+    kernel: Kernel, problem: Problem, m: int, target: Target, points: tuple[int, ...], known: Timings
+) -> float:
     """Measured time at m, or between measured points: interpolated, or scaled by the kernel's own estimate at one end."""
-    times = {point: time for point in points if (time := known.get(problem, kernel.name, point)) is not None and time < FAILED}
+    times = {
+        point: time
+        for point in points
+        if (time := known.get(problem, kernel.name, point)) is not None and time < FAILED
+    }
     if m in times:
         return times[m]
     below, above = max((p for p in times if p < m), default=None), min((p for p in times if p > m), default=None)

@@ -1,8 +1,9 @@
 """Parameter -> packed planes: one packed copy per (Parameter, scheme, layout) in a process, found by identity.
 
 The store holds Parameters weakly: when a model goes, its planes go. Siblings that a graph merges share one slab, and each
-sibling's own planes are row slices of it. ``epoch`` counts every change of any planes, so callers that cached planes know
-when to look again.
+sibling's own planes are row slices of it; only where a layout cannot be cut and graphs group siblings differently is there
+another copy for each group. ``epoch`` counts every change of any planes, so callers that cached planes know when to look
+again; ``packed`` counts slabs made.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ from torch.nn import Parameter
 
 from quant_compile.ir.errors import MissingScalesError, ReleasedWeightError, StaleWeightError, WeightError
 from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.moe import NONE, MoeProblem
 from quant_compile.ir.scheme import parse
+from quant_compile.lowering.moe import moe_layouts
 from quant_compile.lowering.registry import Layout, Problem, layouts
+
+# Groups beyond the home that one weight keeps a slab for. Models use one or two; more is a sign of graphs that are gone.
+MOST_FURTHER = 4
 
 
 class ReleasableParameter(Parameter):
@@ -56,7 +62,9 @@ class ReleasableParameter(Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             if not self.released_by_sglquant:
                 return super().__repr__()
-            return f"ReleasableParameter(released, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+            return (
+                f"ReleasableParameter(released, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+            )
 
 
 def _any_released(args: Any, kwargs: Any) -> bool:
@@ -74,13 +82,15 @@ def _is_metadata(func: Any) -> bool:
 
 
 _READABLE = {
-    "size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_contiguous",
-    "storage_offset", "get_device", "is_signed", "is_inference", "is_conj", "is_neg", "__len__", "__hash__", "_is_view", "requires_grad_", "type",
+    "size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "is_floating_point", "is_complex",
+    "is_contiguous", "storage_offset", "get_device", "is_signed", "is_inference", "is_conj", "is_neg", "__len__",
+    "__hash__", "_is_view", "requires_grad_", "type",
 }  # fmt: skip
 _GETTERS = {
-    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_leaf", "grad_fn",
-    "is_quantized", "is_mkldnn", "is_nested", "names", "is_mps", "is_xpu", "itemsize", "nbytes", "_version", "is_sparse_csr", "retains_grad",
-    "is_vulkan", "is_ipu", "is_mtia", "is_xla", "is_maia", "name", "_backward_hooks", "output_nr", "grad_dtype",
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "is_cuda", "is_cpu", "is_meta",
+    "is_sparse", "is_leaf", "grad_fn", "is_quantized", "is_mkldnn", "is_nested", "names", "is_mps", "is_xpu",
+    "itemsize", "nbytes", "_version", "is_sparse_csr", "retains_grad", "is_vulkan", "is_ipu", "is_mtia", "is_xla",
+    "is_maia", "name", "_backward_hooks", "output_nr", "grad_dtype",
 }  # fmt: skip
 
 
@@ -104,6 +114,7 @@ class Key(NamedTuple):
     layout: str
     transposed: bool
     dtype: torch.dtype
+    interleaved: bool = False
 
 
 @dataclass(eq=False)
@@ -124,18 +135,37 @@ class Pack:
     stop: int
 
 
+Group = tuple[tuple[int, Key], ...]
+"""Identities and keys of weights that one slab joins, in order; one weight is a group as well."""
+
+
 @dataclass(eq=False)
 class Entry:
-    """What is known of one Parameter."""
+    """What is known of one Parameter.
+
+    Attributes:
+        packs: its home under each key, from which everything is cut or unpacked.
+        further: slabs of groups that no home can be cut into, held by each member; the oldest first.
+    """
 
     ref: weakref.ref[Parameter]
     signature: tuple[Any, ...]
     packs: dict[Key, Pack] = field(default_factory=dict)
-    alone: dict[Key, Planes] = field(default_factory=dict)
+    further: dict[Group, Slab] = field(default_factory=dict)
     input_scale: Tensor | None = None
     released: bool = False
     fingerprint: int | None = None
     plain_readers: set[str] = field(default_factory=set)
+
+    def is_home(self, slab: Slab) -> bool:
+        """Whether this Parameter's planes are cut from ``slab``."""
+        return any(pack.slab is slab for pack in self.packs.values())
+
+    def slabs(self) -> list[Slab]:
+        """Every slab that holds planes of this Parameter, each once."""
+        return list(
+            {id(slab): slab for slab in (*(pack.slab for pack in self.packs.values()), *self.further.values())}.values()
+        )
 
 
 class WeightStore:
@@ -143,6 +173,7 @@ class WeightStore:
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.packed = 0
         self._entries: dict[int, Entry] = {}
         self._lock = threading.RLock()
         self._on_forget: list[weakref.WeakMethod[Callable[[int], None]]] = []
@@ -159,6 +190,8 @@ class WeightStore:
             found = self._entries.get(identity)
             if found is not None and found.ref() is parameter:
                 return found
+            if found is not None:
+                self._drop_further(found)
             ref = weakref.ref(parameter, lambda dead, identity=identity: self._forget(identity, dead))
             made = Entry(ref, signature_of(parameter))
             self._entries[identity] = made
@@ -175,6 +208,7 @@ class WeightStore:
             if found is None or found.ref is not dead:
                 return  # the address already belongs to another Parameter
             del self._entries[identity]
+            self._drop_further(found)  # the address may soon be another Parameter's
             self.epoch += 1
         self._announce(identity)
 
@@ -196,15 +230,69 @@ class WeightStore:
             StaleWeightError: a released weight would have to be packed again.
         """
         with self._lock:
-            packs: list[Pack | None] = []
-            for parameter, key in zip(parameters, keys, strict=True):
-                entry = self.entry(parameter)
+            entries = [self.entry(parameter) for parameter in parameters]
+            for entry, parameter in zip(entries, parameters, strict=True):
                 self._check_fresh(entry, parameter)
-                packs.append(entry.packs.get(key))
-            if len(packs) > 1:
-                return self._merged(parameters, keys, packs, names)
-            pack = packs[0] or self._pack_alone(parameters[0], keys[0], names[0] if names else "a weight")
-            return self._slice(pack, parameters[0], keys[0])
+            packs = [entry.packs.get(key) for entry, key in zip(entries, keys, strict=True)]
+            cut = self._from_home(parameters[0], keys[0], packs)
+            if cut is not None:
+                return cut
+            group = tuple(zip(map(id, parameters), keys, strict=True))
+            made = entries[0].further.get(group)
+            if made is None:
+                made = self._join(parameters, keys, packs, names or ("a weight",) * len(packs))
+                self._keep(group, made, packs)
+            return made.planes
+
+    def _from_home(self, parameter: Parameter, key: Key, packs: list[Pack | None]) -> Planes | None:
+        """Planes that are neighbours in one slab, as views of it; None where they are not or the layout cannot be cut."""
+        known = [pack for pack in packs if pack is not None]
+        if len(known) < len(packs) or any(a.slab is not b.slab or a.stop != b.start for a, b in pairwise(known)):
+            return None
+        slab = known[0].slab
+        whole = Pack(slab, known[0].start, known[-1].stop)
+        return self._cut(whole, _slab_problem(slab, parameter, key), layouts()[key.layout])
+
+    def expert_planes(
+        self, parameter: Parameter, key: Key, problem: MoeProblem | None, name: str = "a weight"
+    ) -> Planes:
+        """Packed planes [E, ...] of a block's weight [E, n, k], quantized expert by expert if they are not there.
+
+        Args:
+            key: ``layout`` is one of ``moe_layouts``; ``spec`` ``none`` stands for the values themselves.
+            problem: the block; None only for ``none``.
+
+        Raises:
+            WeightError, StaleWeightError: as ``planes``.
+        """
+        with self._lock:
+            entry = self.entry(parameter)
+            self._check_fresh(entry, parameter)
+            found = entry.packs.get(key)
+            if found is None:
+                other = next((k for k in entry.packs if k._replace(layout=key.layout) == key), None)
+                if other is None and entry.released:
+                    raise StaleWeightError(
+                        f"{name} was released and cannot become {key.spec}.\n"
+                        "Fix: quant_compile.restore(model, source) first."
+                    )
+                rows, columns = parameter.shape[1:]
+                size = (columns, rows) if key.transposed else (rows, columns)
+                if other is None:
+                    with _plain_tensors():
+                        source: Tensor | Planes = parameter.detach()
+                        _check_values(parameter, source, name)
+                else:
+                    source = entry.packs[other].slab.planes
+                planes = pack_experts(source, key, problem, size, other.layout if other is not None else "")
+                _wait(planes)
+                experts = parameter.shape[0]
+                found = entry.packs[key] = Pack(Slab((id(parameter),), (experts,), planes), 0, experts)
+                if other is not None:
+                    del entry.packs[other]
+                self.packed += 1
+                self.epoch += 1
+            return found.slab.planes
 
     def _row_form(self, parameter: Parameter, key: Key, name: str) -> Planes:
         """Row-form planes of a weight that has no pack under ``key``: out of another layout's pack, else quantized now."""
@@ -219,55 +307,68 @@ class WeightStore:
             )
         return quantize(parameter, key, name)
 
-    def _pack_alone(self, parameter: Parameter, key: Key, name: str) -> Pack:
-        rows, problem = self._row_form(parameter, key, name), problem_of(parameter, key)
-        with _plain_tensors():
-            planes = layouts()[key.layout].pack(rows, problem)
-        _wait(planes)
-        pack = Pack(Slab((id(parameter),), (problem.n,), planes), 0, problem.n)
-        self.entry(parameter).packs[key] = pack
-        self.epoch += 1
-        return pack
-
-    def _merged(self, parameters: tuple[Parameter, ...], keys: tuple[Key, ...], packs: list[Pack | None], names: tuple[str, ...]) -> Planes:
-        """Planes of siblings, packed together: one of them alone may have a size that the layout does not take."""
-        known = [pack for pack in packs if pack is not None]
-        if len(known) == len(packs):
-            slab = known[0].slab
-            if all(p.slab is slab for p in known) and all(a.stop == b.start for a, b in pairwise(known)):
-                whole = Pack(slab, known[0].start, known[-1].stop)
-                cut = self._cut(whole, _slab_problem(slab, parameters[0], keys[0]), layouts()[keys[0].layout])
-                if cut is not None:
-                    return cut
+    def _join(
+        self, parameters: tuple[Parameter, ...], keys: tuple[Key, ...], packs: list[Pack | None], names: tuple[str, ...]
+    ) -> Slab:
+        """A new slab of one weight or of siblings; packed together, since one alone may have a size that the layout does not take."""
         rows = [
-            self._rows(pack, parameter, key) if pack is not None else self._row_form(parameter, key, names[i] if names else "a weight")
-            for i, (pack, parameter, key) in enumerate(zip(packs, parameters, keys, strict=True))
+            self._row_form(parameter, key, name) if pack is None else self._rows(pack, parameter, key)
+            for pack, parameter, key, name in zip(packs, parameters, keys, names, strict=True)
         ]
         sizes = tuple(problem_of(parameter, key).n for parameter, key in zip(parameters, keys, strict=True))
         with _plain_tensors():
-            joined = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+            joined = rows[0] if len(rows) == 1 else tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
             problem = problem_of(parameters[0], keys[0], sum(sizes))
             made = Slab(tuple(map(id, parameters)), sizes, layouts()[keys[0].layout].pack(joined, problem))
         _wait(made.planes)
-        start = 0
-        for parameter, key, size in zip(parameters, keys, sizes, strict=True):
-            self.entry(parameter).packs[key] = Pack(made, start, start + size)
-            start += size
-        self.epoch += 1
-        return made.planes
+        self.packed += 1
+        return made
 
-    def _slice(self, pack: Pack, parameter: Parameter, key: Key) -> Planes:
-        """One weight's planes: its part of the slab, or a pack of its own where the slab cannot be cut."""
-        problem = _slab_problem(pack.slab, parameter, key)
-        cut = self._cut(pack, problem, layouts()[key.layout])
-        if cut is not None:
-            return cut
-        entry = self.entry(parameter)
-        if key not in entry.alone:
-            with _plain_tensors():
-                rows = self._rows(pack, parameter, key)
-                entry.alone[key] = layouts()[key.layout].pack(rows, problem_of(parameter, key))
-        return entry.alone[key]
+    def _keep(self, group: Group, made: Slab, packs: list[Pack | None]) -> None:
+        """Make a new slab the home of its members, or a further copy for this group where they have one with others.
+
+        Graphs may group one weight differently (q, k, v and q, k) in a layout that cannot be cut. Packing it anew at each
+        switch would take longer than the calls, and a graph can neither take a slab with siblings that it does not know nor
+        leave them apart without a copy of each: so each group keeps its slab, which the ledger counts. A home moves only to
+        a group that holds more siblings, so that graphs that alternate come to rest.
+        """
+        moves = self._outgrows(group, packs)
+        start = 0
+        for (identity, key), pack, size in zip(group, packs, made.rows, strict=True):
+            entry = self._entries[identity]
+            if moves or pack is None:
+                entry.packs[key] = Pack(made, start, start + size)
+                self.epoch += 1
+            if not moves:
+                entry.further[group] = made
+            start += size
+        for identity, _ in group:
+            further = self._entries[identity].further
+            while len(further) > MOST_FURTHER:
+                self._drop_group(next(iter(further)))
+
+    def _outgrows(self, group: Group, packs: list[Pack | None]) -> bool:
+        """Whether every slab that is home to a member is home to fewer weights than the group, all of them members."""
+        members = {identity for identity, _ in group}
+        return all(
+            {m for m in pack.slab.members if (e := self._entries.get(m)) is not None and e.is_home(pack.slab)} < members
+            for pack in packs
+            if pack is not None
+        )
+
+    def _drop_further(self, entry: Entry) -> None:
+        for group in list(entry.further):
+            self._drop_group(group)
+
+    def _drop_group(self, group: Group) -> None:
+        """Forget one further slab; bindings that hold its planes go."""
+        for identity, _ in group:
+            entry = self._entries.get(identity)
+            if entry is not None:
+                entry.further.pop(group, None)
+        self.epoch += 1
+        for identity, _ in group:
+            self._announce(identity)
 
     def _rows(self, pack: Pack, parameter: Parameter, key: Key) -> Planes:
         """Row-form planes of one weight, out of its slab."""
@@ -305,7 +406,7 @@ class WeightStore:
 
     def _drop(self, entry: Entry) -> None:
         entry.packs.clear()
-        entry.alone.clear()
+        self._drop_further(entry)
         self.epoch += 1
         parameter = entry.ref()
         if parameter is not None:
@@ -318,7 +419,8 @@ class WeightStore:
             if entry is None or entry.released or all(key.spec == spec for key in entry.packs):
                 return
             entry.packs = {key: pack for key, pack in entry.packs.items() if key.spec == spec}
-            entry.alone = {key: planes for key, planes in entry.alone.items() if key.spec == spec}
+            for group in [group for group in entry.further if group[0][1].spec != spec]:
+                self._drop_group(group)
             self.epoch += 1
             self._announce(id(parameter))
 
@@ -348,7 +450,9 @@ class WeightStore:
         with self._lock:
             entries = [entry for p in parameters if (entry := self.peek(p)) is not None and entry.packs]
             if any(entry.released for entry in entries):
-                raise StaleWeightError("a released weight cannot be packed again. Fix: quant_compile.restore(model, source) first.")
+                raise StaleWeightError(
+                    "a released weight cannot be packed again. Fix: quant_compile.restore(model, source) first."
+                )
             for entry in entries:
                 self._drop(entry)
             return len(entries)
@@ -365,9 +469,12 @@ class WeightStore:
             entry.fingerprint = fingerprint(parameter)
             size = parameter.numel() * parameter.element_size()
             with _plain_tensors():
-                hollow = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device)
+                hollow = torch.empty_strided(
+                    parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
+                )
                 hollow.untyped_storage().resize_(0)
                 parameter.data = hollow
+            self._drop_further(entry)  # what only earlier graphs needed goes; the others pack theirs once more
             entry.released = True
             claim(parameter)
             parameter.released_by_sglquant = True  # type: ignore[attr-defined]
@@ -382,7 +489,9 @@ class WeightStore:
                 return True
             with torch._C.DisableTorchFunctionSubclass():
                 if tuple(source.shape) != tuple(parameter.shape):
-                    raise StaleWeightError(f"source has shape {tuple(source.shape)}, the weight {tuple(parameter.shape)}")
+                    raise StaleWeightError(
+                        f"source has shape {tuple(source.shape)}, the weight {tuple(parameter.shape)}"
+                    )
                 with _plain_tensors():
                     values = source.detach().to(device=parameter.device, dtype=parameter.dtype, copy=True)
                     parameter.data = values
@@ -453,18 +562,72 @@ def quantize(parameter: Parameter, key: Key, name: str) -> Planes:
     Raises:
         WeightError: the weight has NaN or inf, is on the meta device, or is not floating point.
     """
-    if parameter.is_meta:
-        raise WeightError(f"{name} is on the meta device and has no values. Fix: load the weights before the first call.")
-    if not parameter.dtype.is_floating_point:
-        raise WeightError(f"{name} is {parameter.dtype}; only floating-point weights can be quantized. Fix: `keep` it.")
     scheme = parse(key.spec)
     with _plain_tensors():
         weight = parameter.detach()
-        weight = (weight.t().contiguous() if key.transposed else weight).to(key.dtype)
-        low, high = torch.aminmax(weight) if weight.numel() else (torch.zeros(()), torch.zeros(()))
-        if not (torch.isfinite(low) & torch.isfinite(high)):
-            raise WeightError(f"{name} has NaN or inf values. Fix: repair the checkpoint, or `keep` this weight in the policy.")
+        if not parameter.is_meta and parameter.dtype.is_floating_point:
+            weight = (weight.t().contiguous() if key.transposed else weight).to(key.dtype)
+        _check_values(parameter, weight, name)
         return tuple(plane.contiguous() for plane in family_of(scheme).quantize_weight(weight, scheme))
+
+
+def pack_experts(
+    source: Tensor | Planes, key: Key, problem: MoeProblem | None, size: tuple[int, int], layout: str = ""
+) -> Planes:
+    """Planes [E, ...] of a block's weight, filled expert by expert: besides them one expert's share is held.
+
+    Args:
+        source: the weight [E, n, k] as stored, or planes of another ``layout``.
+        size: n and k of an expert.
+    """
+    out: list[Tensor] = []
+    layouts_ = moe_layouts()
+    with _plain_tensors():
+        experts = source.shape[0] if isinstance(source, Tensor) else source[0].shape[0]
+        for expert in range(experts):
+            if isinstance(source, Tensor):
+                planes = _quantize_expert(source[expert], key)
+            else:
+                assert problem is not None
+                planes = layouts_[layout].unpack(tuple(plane[expert] for plane in source), problem, *size)
+            if problem is not None:
+                planes = layouts_[key.layout].pack(planes, problem, *size)
+            out = out or [plane.new_empty((experts, *plane.shape)) for plane in planes]
+            for whole, plane in zip(out, planes, strict=True):
+                whole[expert].copy_(plane)
+    return tuple(out)
+
+
+def _quantize_expert(stored: Tensor, key: Key) -> Planes:
+    weight = stored.t() if key.transposed else stored
+    if key.interleaved:
+        weight = torch.cat((weight[0::2], weight[1::2]))
+    weight = weight.to(key.dtype).contiguous()
+    scheme = None if key.spec == NONE else parse(key.spec)
+    return (weight,) if scheme is None else family_of(scheme).quantize_weight(weight, scheme)
+
+
+def _check_values(parameter: Parameter, weight: Tensor, name: str) -> None:
+    """Refuse what cannot be quantized.
+
+    Raises:
+        WeightError: the weight has NaN or inf, is on the meta device, or is not floating point.
+    """
+    if parameter.is_meta:
+        raise WeightError(
+            f"{name} is on the meta device and has no values. Fix: load the weights before the first call."
+        )
+    if not parameter.dtype.is_floating_point:
+        raise WeightError(f"{name} is {parameter.dtype}; only floating-point weights can be quantized. Fix: `keep` it.")
+    low, high = torch.aminmax(weight) if weight.numel() else (torch.zeros(()), torch.zeros(()))
+    if not (torch.isfinite(low) & torch.isfinite(high)):
+        where = ""
+        if weight.dim() == 3:
+            bad = [i for i, expert in enumerate(weight) if not bool(torch.isfinite(expert).all())]
+            where = f" (expert {', '.join(map(str, bad[:8]))})"
+        raise WeightError(
+            f"{name} has NaN or inf values{where}. Fix: repair the checkpoint, or `keep` this weight in the policy."
+        )
 
 
 def signature_of(parameter: Parameter) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 def insert_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
     """Rewrite every site whose decision is a scheme."""
     report = PassReport("insert_quant")
-    prepared = _Prepared(gm.graph, Writes(gm.graph))
+    prepared = _Prepared(gm.graph, Writes(gm.graph), plan.replaced)
     for site in plan.sites:
         decision = plan.decisions[site.node.name]
         if decision.scheme is None:
@@ -53,13 +53,27 @@ def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: 
             "example_value": node.meta["example_value"],
         }
         result = y
-        if site.flipped:
-            result = graph.call_method("t", (y,))
+        turned = _turn(site)
+        if turned is not None:
+            (method, arguments), (back, back_arguments) = turned
+            result = graph.call_method(back, (y, *back_arguments))
             result.meta["example_value"] = node.meta["example_value"]
-            y.meta["example_value"] = node.meta["example_value"].t()
+            y.meta["example_value"] = getattr(node.meta["example_value"], method)(*arguments)
     node.replace_all_uses_with(result)
     prepared.replaced[node] = result
     erase_with_inputs(graph, node)
+
+
+Step = tuple[str, tuple[Any, ...]]
+
+
+def _turn(site: LinearSite) -> tuple[Step, Step] | None:
+    """How x of weight @ x, or an x of one dimension, becomes rows as kernels want them, and its inverse for y."""
+    if site.flipped:
+        return ("t", ()), ("t", ())
+    if site.x.meta["example_value"].dim() == 1:
+        return ("unsqueeze", (0,)), ("squeeze", (0,))
+    return None
 
 
 def _weight_planes(graph: fx.Graph, site: LinearSite, scheme: Scheme, name: str) -> list[fx.Node]:
@@ -80,18 +94,17 @@ def _scale(graph: fx.Graph, site: LinearSite, name: str) -> fx.Node:
 
 
 class _Prepared:
-    """Inputs as linears read them: transposed for weight @ x, cast as autocast would; shared unless written in between."""
+    """Inputs as linears read them: turned into rows, cast as autocast would; shared unless written in between."""
 
-    def __init__(self, graph: fx.Graph, writes: Writes) -> None:
-        self.graph, self.writes = graph, writes
+    def __init__(self, graph: fx.Graph, writes: Writes, replaced: dict[fx.Node, fx.Node]) -> None:
+        self.graph, self.writes, self.replaced = graph, writes, replaced
         self.made: dict[tuple[Any, ...], tuple[fx.Node, fx.Node]] = {}
-        # A site's input may be the result of an earlier site, whose node is gone by then.
-        self.replaced: dict[fx.Node, fx.Node] = {}
 
     def input_of(self, site: LinearSite) -> fx.Node:
-        """The node to quantize or multiply."""
+        """The node to quantize or multiply; it may be the result of an earlier site, whose own node is gone by then."""
         x, value = self.replaced.get(site.x, site.x), site.x.meta["example_value"]
-        steps: list[tuple[str, tuple[Any, ...]]] = [("t", ())] if site.flipped else []
+        turned = _turn(site)
+        steps: list[Step] = [turned[0]] if turned is not None else []
         if value.dtype != site.dtype:
             steps.append(("to", (site.dtype,)))
         for method, arguments in steps:

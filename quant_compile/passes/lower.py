@@ -5,16 +5,20 @@ Reads ``sglq`` nodes; writes traced scheme code, ``sglq_kernels.linear`` with it
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, fx
 
 from quant_compile.ir import ops
+from quant_compile.ir.experts import MoeSite
 from quant_compile.ir.family import Planes, family_of
-from quant_compile.ir.graph import PlaneRef, add_plane, erase_with_inputs, inline, plane_name, trace, verify
+from quant_compile.ir.graph import ExpertRef, PlaneRef, add_plane, erase_with_inputs, inline, plane_name, trace, verify
+from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import ops as kernel_ops
+from quant_compile.lowering.moe import MoeDispatch, moe_layouts
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import Dispatch
 from quant_compile.passes.plan import PassReport, Plan
@@ -31,6 +35,11 @@ def lower(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
             column_scales.add(x)
         report.rewrote.append(f"{names}: {dispatch.layout}, {dispatch.ranges}")
         report.dispatches[slots] = dispatch
+    for node in list(gm.graph.find_nodes(op="call_function", target=ops.moe)):
+        names, slots = " + ".join(node.meta["names"]), node.meta["block"].slots
+        moe = _lower_moe(gm.graph, node, plan)
+        report.rewrote.append(f"{names}: {moe.layout}, {moe.ranges}")
+        report.dispatches[slots] = moe
     for node in list(gm.graph.find_nodes(op="call_function", target=ops.quantize)):
         _lower_quantize(gm.graph, node, node in column_scales)
     return verify(gm, "lowered"), report
@@ -58,6 +67,40 @@ def _lower_linear(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
     node.replace_all_uses_with(y)
     erase_with_inputs(graph, node)
     return dispatch
+
+
+def _lower_moe(graph: fx.Graph, node: fx.Node, plan: Plan) -> MoeDispatch:
+    x, ids, weights, w13, b13, w2, b2, scale2, spec, activation, dtype = node.args
+    block: MoeSite = node.meta["block"]
+    how, has_bias = Activation.parse(str(activation)), b13 is not None or b2 is not None
+    sizes = (block.experts, block.hidden, block.intermediate, block.top_k)
+    problem = MoeProblem(parse(str(spec)), *sizes, how, dtype, has_bias, weights is not None)  # type: ignore[arg-type]
+    assert plan.choose_moe is not None
+    dispatch = plan.choose_moe(problem, " + ".join(node.meta["names"]))
+    shapes = ((2 * block.intermediate, block.hidden), (block.hidden, block.intermediate))
+    w13, w2 = (_moved(graph, w, dispatch, shape) for w, shape in zip((w13, w2), shapes, strict=True))
+    with graph.inserting_before(node):
+        y = graph.call_function(kernel_ops.moe, (x, ids, weights, w13, b13, w2, b2, scale2, dispatch.text))
+    y.meta = {key: node.meta[key] for key in ("site", "names", "example_value")}
+    node.replace_all_uses_with(y)
+    erase_with_inputs(graph, node)
+    return dispatch
+
+
+def _moved(graph: fx.Graph, planes: Any, dispatch: MoeDispatch, shape: tuple[int, int]) -> list[fx.Node]:
+    """The planes of a block's weight in the layout of its dispatch."""
+    ref: ExpertRef = replace(planes[0].meta["plane"], problem=dispatch.problem)
+    if ref.layout == dispatch.layout:
+        for i, plane in enumerate(planes):
+            plane.meta["plane"] = replace(ref, index=i)
+        return planes
+    out: list[fx.Node] = []
+    name = planes[0].meta["parameter"]
+    for i, spec in enumerate(moe_layouts()[dispatch.layout].planes(dispatch.problem, *shape)):
+        moved = replace(ref, layout=dispatch.layout, index=i)
+        out.append(add_plane(graph, moved, spec, planes[0], plane_name(name, f"{dispatch.layout}_{spec.name}")))
+        out[-1].meta["parameter"] = name
+    return out
 
 
 @lru_cache(maxsize=None)

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from torch import fx
+
+from quant_compile.ir.experts import MoeSite
+from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite
+from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch
 
@@ -26,12 +31,14 @@ class Plan:
 
     Attributes:
         sites: in graph order.
-        decisions: node name of a site -> decision.
-        choose: ``(problem, site name) -> Dispatch``.
+        blocks: expert blocks, in graph order.
+        decisions: node name of a site or of a block's result -> decision.
+        choose: ``(problem, site name) -> Dispatch``; ``choose_moe`` likewise for blocks.
         scale_class: slot -> number; static input scales are equal where the numbers are.
         is_parameter: whether an argument position is a Parameter.
         share_quant: quantize an input once for all linears that read it.
         merge_siblings: one GEMM for linears that read one input.
+        replaced: node of a site that a pass replaced -> what stands in its place.
     """
 
     sites: tuple[LinearSite, ...]
@@ -41,6 +48,9 @@ class Plan:
     scale_class: Mapping[int, int] = field(default_factory=dict)
     share_quant: bool = True
     merge_siblings: bool = True
+    blocks: tuple[MoeSite, ...] = ()
+    choose_moe: Callable[[MoeProblem, str], MoeDispatch] | None = None
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,4 +60,4 @@ class PassReport:
     name: str
     rewrote: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    dispatches: dict[tuple[int, ...], Dispatch] = field(default_factory=dict)
+    dispatches: dict[tuple[int, ...], Dispatch | MoeDispatch] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, family_of
-from quant_compile.ir.scheme import Scheme, parse
+from quant_compile.ir.scheme import PRESETS, Scheme, parse
 from quant_compile.lowering import schemes as _schemes  # noqa: F401  (registers the families)
 from quant_compile.lowering.registry import Kernel, Problem, Rank, kernels, layouts
 from quant_compile.lowering.target import Target
@@ -17,18 +17,6 @@ from quant_compile.lowering.target import Target
 pytestmark = pytest.mark.gpu
 
 BF16, F16 = torch.bfloat16, torch.float16
-SCHEMES = (
-    "FP8_DYNAMIC",
-    "FP8",
-    "FP8_TENSOR_DYNAMIC",
-    "FP8_E5M2_DYNAMIC",
-    "FP8_BLOCK",
-    "W8A8",
-    "W8A8_STATIC",
-    "W8A16",
-    "W4A16",
-    "W4A16_ASYM",
-)
 # (n, k) -> rows tried. The large shapes are real projections; the others are multiples of nothing useful.
 SHAPES = {
     (6144, 4096): (1, 5, 16, 64, 300, 4096),
@@ -103,14 +91,14 @@ def failures_of(scheme: Scheme, n: int, k: int, rows: tuple[int, ...], dtype: to
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_kernels_match_the_reference(name: str, shape: tuple[int, int]) -> None:
     failures = failures_of(parse(name), *shape, SHAPES[shape], BF16)
     assert not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("shape", [(6144, 4096), (1000, 776)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_kernels_match_the_reference_in_float16(name: str, shape: tuple[int, int]) -> None:
     failures = failures_of(parse(name), *shape, (1, 64), F16)
     assert not failures, "\n".join(failures)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quant_compile.ir import numerics
 from quant_compile.ir.family import Planes, family_of
-from quant_compile.ir.scheme import Scheme, parse
+from quant_compile.ir.scheme import PRESETS, Scheme, parse
 from quant_compile.lowering import schemes as _schemes  # noqa: F401  (registers the families)
 from quant_compile.lowering.kernels import deep_gemm, sgl_fp8, sgl_int8, torch_cpu, torch_cuda
 from quant_compile.lowering.registry import Kernel, Problem, Rank, Reject, kernels, layouts
@@ -19,20 +19,7 @@ from quant_compile.lowering.target import Target
 
 CPU = Target.fake("cpu")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-SCHEMES = (
-    "FP8_DYNAMIC",
-    "FP8",
-    "FP8_TENSOR_DYNAMIC",
-    "FP8_E5M2_DYNAMIC",
-    "FP8_BLOCK",
-    "W8A8",
-    "W8A8_STATIC",
-    "W8A16",
-    "W4A16",
-    "W4A16_ASYM",
-    "int4.group32.asym+16",
-    "int4.channel+16",
-)
+SCHEMES = (*PRESETS, "int4.group32.asym+16", "int4.channel+16")
 # Multiples of everything, ragged in every way, a single element, and more rows than one packing window.
 SHAPES = ((64, 128), (131, 203), (1, 1), (208, 512), (40, 257))
 # Packed kernels round the scale or the zero point, the product and the sum with the bias to bf16: a few times 2^-9.

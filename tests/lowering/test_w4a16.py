@@ -119,8 +119,8 @@ def test_triton_refusals(fit) -> None:
         (problem, Target.fake("cpu"), "GPU"),
         (problem, Target("cuda", 75, 40, "fake", FAKE_OPS), "sm80"),
         (problem, Target.fake("sm90", frozenset()), "triton"),
-        (problem_of("W8A16", 64, 128), H200, "4 bits"),
-        (problem_of("W8A8", 64, 128), H200, "4 bits"),
+        (problem_of("W8A16", 64, 128), H200, "4-bit integer"),
+        (problem_of("W8A8", 64, 128), H200, "4-bit integer"),
         (problem_of("W4A16", 64, 128, torch.float64), H200, "float64"),
     ):
         answer = fit(other, 1, target)
@@ -139,13 +139,13 @@ def test_triton_ranges_of_m() -> None:
 def test_eight_bit_fits() -> None:
     problem = problem_of("W8A16", 100, 33)
     assert all(isinstance(f(problem, 1, H200), Rank) for f in (w4.fit_gemv8, w4.fit_matmul8, w4.fit_dequant8))
-    assert "8 bits" in w4.fit_matmul8(problem_of("W4A16", 64, 128), 1, H200).reason
+    assert "8-bit integer" in w4.fit_matmul8(problem_of("W4A16", 64, 128), 1, H200).reason
 
 
 @pytest.mark.parametrize(
     ("problem", "target", "words"),
     [
-        (problem_of("W4A16", 128, 256), Target.fake("sm90", frozenset({"triton"})), "humming_kernels"),
+        (problem_of("W4A16", 128, 256), Target.fake("sm90", frozenset({"triton"})), "humming is not installed"),
         (problem_of("W4A16", 128, 256), Target.fake("cpu"), "GPU"),
         (problem_of("W4A16", 100, 256), H200, "n must be a multiple of 128, got 100"),
         (problem_of("W4A16", 128, 192), H200, "k must be a multiple of 128, got 192"),
@@ -167,8 +167,8 @@ def test_humming_ranges_are_few_and_cover_all() -> None:
 @pytest.mark.parametrize(
     ("problem", "target", "words"),
     [
-        (problem_of("W4A16", 128, 256, torch.bfloat16), Target.fake("cpu"), "CUDA"),
-        (problem_of("W4A16", 128, 256), H200, "bf16"),
+        (problem_of("W4A16", 128, 256, torch.bfloat16), Target.fake("cpu"), "needs a GPU"),
+        (problem_of("W4A16", 128, 256), H200, "must be bfloat16, got float16"),
         (problem_of("W4A16", 100, 256, torch.bfloat16), H200, "n must be a multiple of 8"),
         (problem_of("W4A16", 128, 192, torch.bfloat16), H200, "k must be a multiple of 128"),
         (problem_of("int4.channel+16", 128, 256, torch.bfloat16), H200, "group_size"),

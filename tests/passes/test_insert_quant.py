@@ -113,6 +113,28 @@ def test_one_cast_for_all_under_autocast(dtype: torch.dtype) -> None:
     assert torch.equal(run(gm, traced), torch.cat([a, b], -1))
 
 
+def test_one_row_for_an_input_of_one_dimension() -> None:
+    """Kernels and scale layouts want rows: the vector is made one once for all its readers, and each output undone."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.linear(x, m.a) + F.linear(x, m.b)
+
+    traced = trace(Holder(forward, a=torch.randn(8, 40), b=torch.randn(8, 40)), torch.randn(40))
+    gm, _ = insert_quant(traced.gm, plan_for(traced, "W8A8"))
+    assert [line.strip() for line in lines(gm) if "plane" not in line] == [
+        "l_inputs_0_: f32[40] = input",
+        "unsqueeze: f32[1, 40] = unsqueeze(l_inputs_0_, 0)",
+        "* quantize_default = sglq.quantize(unsqueeze, 'W8A8')  # input of a",
+        "* linear_default: f32[1, 8] = sglq.linear(quantize_default, [a__data, a__scale], None, 'W8A8', f32)  # a W8A8",
+        "squeeze: f32[8] = squeeze(linear_default, 0)",
+        "* quantize_default_1 = sglq.quantize(unsqueeze, 'W8A8')  # input of b",
+        "* linear_default_1: f32[1, 8] = sglq.linear(quantize_default_1, [b__data, b__scale], None, 'W8A8', f32)  # b W8A8",
+        "squeeze_1: f32[8] = squeeze(linear_default_1, 0)",
+        "add: f32[8] = add(squeeze, squeeze_1)",
+        "return [add]",
+    ]
+
+
 def test_cast_is_not_shared_across_a_write() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = x * 1

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject
 from quant_compile.lowering.kernels._roofline import estimate
+from quant_compile.lowering.kernels._weight_only import refuse
 from quant_compile.lowering.registry import Kernel, Problem, Rank
-from quant_compile.lowering.schemes.weight_only import accepts
 from quant_compile.lowering.target import Target
 
 GROUPS = (None, 32, 64, 128)
@@ -27,31 +27,16 @@ DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
     """int4 weights, groups of 32, 64, 128 or a scale per row, n and k multiples of 128, bf16 or f16."""
-    weights = problem.scheme.weights
-    if problem.scheme.input_activations is not None or weights.type != "int" or weights.num_bits != 4:
-        return Reject("serves 4-bit integer weights with 16-bit inputs")
-    answer = accepts(problem.scheme) or _refuse_target(problem, target)
+    answer = refuse(problem, target, 4, DTYPES, "humming")
     if answer is not None:
         return answer
-    if weights.group_size not in GROUPS:
-        return Reject(f"group_size must be 32, 64, 128 or none, got {weights.group_size}")
+    if problem.scheme.weights.group_size not in GROUPS:
+        return Reject(f"group_size must be 32, 64, 128 or none, got {problem.scheme.weights.group_size}")
     for name, size in (("n", problem.n), ("k", problem.k)):
         if size % 128:
             return Reject(f"{name} must be a multiple of 128, got {size}")
     bits = problem.scheme.bits_per_weight
     return Rank(estimate(problem, m, target, 0.67, bits, math_bits=16, bandwidth_efficiency=0.6, tile_m=8))
-
-
-def _refuse_target(problem: Problem, target: Target) -> Reject | None:
-    if target.device != "cuda":
-        return Reject("humming needs a GPU")
-    if target.arch < 80:
-        return Reject(f"needs sm80 or newer, this is {target.label}")
-    if not target.has("humming"):
-        return Reject("humming_kernels is not installed")
-    if problem.dtype not in DTYPES:
-        return Reject(f"x must be bf16 or f16, got {problem.dtype}")
-    return None
 
 
 def range_of(m: int) -> int:

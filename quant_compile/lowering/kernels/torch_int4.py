@@ -11,10 +11,10 @@ from torch import Tensor
 
 from quant_compile.ir.family import Planes, PlaneSpec, Reject
 from quant_compile.lowering.kernels._roofline import estimate
+from quant_compile.lowering.kernels._weight_only import refuse
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
 from quant_compile.lowering.schemes.weight_only import (
     SYMMETRIC_ZERO,
-    accepts,
     group_of,
     pack_nibbles,
     unpack_nibbles,
@@ -30,13 +30,12 @@ UNPACK_COLUMNS = 512
 
 def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
     """int4 in groups of 32 to 256, bf16, n a multiple of 8, k of 128."""
-    answer = _refuse_scheme(problem)
+    answer = refuse(problem, target, 4, (torch.bfloat16,))
     if answer is not None:
         return answer
-    if target.device != "cuda":
-        return Reject("this layout is the CUDA kernel's")
-    if target.arch < 80:
-        return Reject(f"needs sm80 or newer, this is {target.label}")
+    if problem.scheme.weights.group_size not in GROUPS:
+        groups = ", ".join(map(str, GROUPS))
+        return Reject(f"group_size must be one of {groups}, got {problem.scheme.weights.group_size}")
     if problem.n % TILE_ROWS:
         return Reject(f"n must be a multiple of {TILE_ROWS}, got {problem.n}")
     if problem.k % K_MULTIPLE:
@@ -46,20 +45,6 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
     bits = (problem.scheme.bits_per_weight + 16 / group_of(problem.scheme, problem.k)) * passes
     bandwidth = 0.45 if m == 1 else 0.12
     return Rank(estimate(problem, m, target, 0.1, bits, math_bits=16, bandwidth_efficiency=bandwidth, tile_m=16))
-
-
-def _refuse_scheme(problem: Problem) -> Reject | None:
-    weights = problem.scheme.weights
-    if problem.scheme.input_activations is not None or weights.type != "int" or weights.num_bits != 4:
-        return Reject("serves 4-bit integer weights with 16-bit inputs")
-    answer = accepts(problem.scheme)
-    if answer is not None:
-        return answer
-    if weights.group_size not in GROUPS:
-        return Reject(f"group_size must be one of {', '.join(map(str, GROUPS))}, got {weights.group_size}")
-    if problem.dtype != torch.bfloat16:
-        return Reject(f"x must be bf16, got {problem.dtype}")
-    return None
 
 
 def planes(problem: Problem) -> tuple[PlaneSpec, ...]:

@@ -28,8 +28,9 @@ from torch.nn.functional import pad
 from quant_compile.ir.family import Planes, PlaneSpec, Reject
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.kernels._roofline import estimate
+from quant_compile.lowering.kernels._weight_only import refuse
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
-from quant_compile.lowering.schemes.weight_only import accepts, group_of, pack_nibbles, unpack_nibbles
+from quant_compile.lowering.schemes.weight_only import group_of, pack_nibbles, unpack_nibbles
 from quant_compile.lowering.target import Target
 
 TILE_ROWS, TILE_COLUMNS, LOCKS = 64, 64, 2048
@@ -121,23 +122,7 @@ LAYOUTS = (W4_TILES,)
 
 # --- fit ---
 
-
-def _refuse(problem: Problem, target: Target, bits: int) -> Reject | None:
-    """Why no kernel of this file can run the problem; None when they can."""
-    if problem.scheme.weights.num_bits != bits:
-        return Reject(f"weights must have {bits} bits")
-    answer = accepts(problem.scheme)
-    if answer is not None:
-        return answer
-    if target.device != "cuda":
-        return Reject("Triton kernels need a GPU")
-    if target.arch < 80:
-        return Reject(f"needs sm80 or newer, this is {target.label}")
-    if not target.has("triton"):
-        return Reject("triton is not installed")
-    if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return Reject(f"x must be bf16, f16 or f32, got {problem.dtype}")
-    return None
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _bits(problem: Problem) -> float:
@@ -146,7 +131,7 @@ def _bits(problem: Problem) -> float:
 
 def fit_gemv(problem: Problem, m: int, target: Target, bits: int = 4) -> Rank | Reject:
     """One row of x."""
-    reject = _refuse(problem, target, bits)
+    reject = refuse(problem, target, bits, DTYPES, "triton")
     if reject is not None:
         return reject
     if m != 1:
@@ -157,7 +142,7 @@ def fit_gemv(problem: Problem, m: int, target: Target, bits: int = 4) -> Rank | 
 
 def fit_matmul(problem: Problem, m: int, target: Target, bits: int = 4) -> Rank | Reject:
     """16-bit x of at most MATMUL_ROWS rows."""
-    reject = _refuse(problem, target, bits)
+    reject = refuse(problem, target, bits, DTYPES, "triton")
     if reject is not None:
         return reject
     if problem.dtype == torch.float32:
@@ -173,7 +158,7 @@ def fit_matmul(problem: Problem, m: int, target: Target, bits: int = 4) -> Rank 
 
 def fit_dequant(problem: Problem, m: int, target: Target, bits: int = 4) -> Rank | Reject:
     """Any m: a copy of the weight in x's dtype, then cuBLAS."""
-    reject = _refuse(problem, target, bits)
+    reject = refuse(problem, target, bits, DTYPES, "triton")
     if reject is not None:
         return reject
     copy = problem.n * problem.k * problem.dtype.itemsize

@@ -1,0 +1,150 @@
+"""Replace planned expert blocks by one ``sglq.moe`` over plane placeholders. The result runs on any device as plain torch.
+
+Reads the plan's blocks; writes a quantize node for the tokens, the moe node and plane placeholders; leaves kept blocks alone.
+Runs before ``insert_quant``, which finds in ``plan.replaced`` what became of a block's result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from quant_compile.ir import ops
+from quant_compile.ir.experts import MoeSite
+from quant_compile.ir.family import PlaneSpec, family_of
+from quant_compile.ir.graph import ExpertBiasRef, ExpertRef, Ref, ScaleRef, add_plane, plane_name, verify
+from quant_compile.ir.moe import NONE
+from quant_compile.ir.scheme import Scheme
+from quant_compile.passes.plan import PassReport, Plan, SiteDecision
+
+
+def insert_moe(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
+    """Rewrite every block whose decision is a scheme."""
+    report = PassReport("insert_moe")
+    for block in plan.blocks:
+        decision = plan.decisions[block.node.name]
+        if decision.scheme is None:
+            report.refused.append(f"{decision.name}: {decision.reason}")
+            continue
+        plan.replaced[block.node] = replace_block(gm.graph, block, decision, decision.scheme)
+        report.rewrote.append(decision.name)
+    return verify(gm, "quantized"), report
+
+
+def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision, scheme: Scheme | None) -> fx.Node:
+    """One block becomes one node, whose (reshaped) result is returned; ``scheme`` None keeps the weights' own values."""
+    names = weight_names(decision.name, block)
+    spec = NONE if scheme is None else scheme.spec
+    value = block.node.meta["example_value"]
+    dtype = block.x.meta["example_value"].dtype
+    w13 = _weight_planes(graph, block, 0, scheme, dtype, names[0])
+    w2 = _weight_planes(graph, block, 1, scheme, dtype, names[1])
+    b13, b2 = _bias(graph, block, 0, dtype, names[0]), _bias(graph, block, 1, dtype, names[1])
+    static = scheme is not None and scheme.static
+    scales = [_scale(graph, block, i, names[i]) for i in (0, 1)] if static else []
+    with graph.inserting_before(block.node):
+        x = _rows(graph, block.x)
+        planes: Any = [x]
+        if scheme is not None and scheme.input_activations is not None:
+            planes = graph.call_function(ops.quantize, (x, spec, *scales[:1]))
+            planes.meta["site"] = f"input of {decision.name}"
+        scale2 = scales[1] if scales else None
+        arguments = (planes, block.ids, block.weights, w13, b13, w2, b2, scale2, spec, block.activation.text, dtype)
+        y = result = graph.call_function(ops.moe, arguments)
+        y.meta |= {"site": f"{decision.name} {spec}", "names": (decision.name,), "block": block}
+        y.meta["example_value"] = _fake_rows(x, block.hidden)
+        if value.dtype != dtype:
+            result = graph.call_method("to", (result, value.dtype))
+        if value.dim() != 2:
+            result = graph.call_method("reshape", (result, *_sizes(graph, block, value)))
+        if result is not y:
+            result.meta["example_value"] = value
+    block.node.replace_all_uses_with(result)
+    for node in reversed(block.nodes):
+        graph.erase_node(node)
+    for node in (block.w13, block.w2, block.b13, block.b2):
+        if node is not None and not node.users and node.op == "placeholder":
+            graph.erase_node(node)
+    return result
+
+
+def weight_names(name: str, block: MoeSite) -> tuple[str, str]:
+    """Names of both weights for planes and errors."""
+    return f"{name}.{_attribute(block.w13, 'w13')}", f"{name}.{_attribute(block.w2, 'w2')}"
+
+
+def _attribute(node: fx.Node, default: str) -> str:
+    for attribute in ("gate_up_proj", "down_proj"):
+        if attribute in node.name:
+            return attribute
+    return default
+
+
+def _fake_rows(x: fx.Node, hidden: int) -> torch.Tensor:
+    value = x.meta["example_value"]
+    with value.fake_mode:
+        return value.new_empty((value.shape[0], hidden))
+
+
+def _rows(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    value = x.meta["example_value"]
+    if value.dim() == 2:
+        return x
+    rows = graph.call_method("reshape", (x, -1, value.shape[-1]))
+    rows.meta["example_value"] = value.reshape(-1, value.shape[-1])
+    return rows
+
+
+def _sizes(graph: fx.Graph, block: MoeSite, value: torch.Tensor) -> list[Any]:
+    """The result's sizes: those of x where they are symbols."""
+    sizes: list[Any] = []
+    shape: tuple[Any, ...] = tuple(value.shape[:-1])
+    for i, size in enumerate(shape):
+        sizes.append(size if isinstance(size, int) else graph.call_method("size", (block.x, i)))
+    return [*sizes, int(value.shape[-1])]
+
+
+def _weight_planes(
+    graph: fx.Graph, block: MoeSite, which: int, scheme: Scheme | None, dtype: torch.dtype, name: str
+) -> list[fx.Node]:
+    n, k = (2 * block.intermediate, block.hidden) if which == 0 else (block.hidden, block.intermediate)
+    weight = (block.w13, block.w2)[which]
+    specs = (PlaneSpec("data", (n, k), dtype),)
+    if scheme is not None:
+        specs = family_of(scheme).weight_planes(scheme, n, k, dtype)
+    nodes: list[fx.Node] = []
+    for i, spec in enumerate(specs):
+        ref = ExpertRef(
+            block.slots[which],
+            block.transposed[which],
+            which == 0 and block.interleaved,
+            NONE if scheme is None else scheme.spec,
+            "experts",
+            dtype,
+            i,
+        )
+        stacked = PlaneSpec(spec.name, (block.experts, *spec.shape), spec.dtype)
+        nodes.append(_plane(graph, ref, stacked, weight, name, spec.name))
+    return nodes
+
+
+def _bias(graph: fx.Graph, block: MoeSite, which: int, dtype: torch.dtype, name: str) -> fx.Node | None:
+    bias = (block.b13, block.b2)[which]
+    if bias is None:
+        return None
+    ref = ExpertBiasRef(bias.meta["argument"], which == 0 and block.interleaved, dtype)
+    shape = tuple(bias.meta["example_value"].shape)
+    return _plane(graph, ref, PlaneSpec("bias", shape, dtype), bias, name, "bias")
+
+
+def _scale(graph: fx.Graph, block: MoeSite, which: int, name: str) -> fx.Node:
+    spec = PlaneSpec("input_scale", (1,), torch.float32)
+    return _plane(graph, ScaleRef((block.slots[which],)), spec, (block.w13, block.w2)[which], name, spec.name)
+
+
+def _plane(graph: fx.Graph, ref: Ref, spec: PlaneSpec, like: fx.Node, name: str, plane: str) -> fx.Node:
+    node = add_plane(graph, ref, spec, like, plane_name(name, plane))
+    node.meta["parameter"] = name
+    return node
