@@ -1,0 +1,354 @@
+"""Fused mixture-of-experts blocks in Triton, from planes in row form with a leading expert ("experts").
+
+Two kernels of the registry: ``triton_moe_decode`` for few (token, expert) pairs, which streams the chosen experts' rows,
+and ``triton_moe`` for any number of tokens, which sorts pairs by expert and multiplies blocks of them. The steps of a
+block can be called apart: ``align``, ``first``, ``quantize``, ``second``, ``add``. The Triton source, in ``_triton_moe``,
+is imported at the first launch, so that this file can be read and asked on machines without triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.moe import Activation, MoeProblem
+from quant_compile.ir.numerics import FLOAT_DTYPES, FLOAT_MAX
+from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.kernels._roofline import roof
+from quant_compile.lowering.moe import MoeKernel
+from quant_compile.lowering.registry import Rank
+from quant_compile.lowering.target import Target
+
+OLDEST = {"fp8": 89, "fp8_block": 89, "int8": 80, "weight_only": 80}
+DTYPES = (torch.bfloat16, torch.float16)
+# sm90's fp8 sum keeps about 14 bits; its error grows like sqrt(k) and passes bf16's own rounding near this k.
+IMPRECISE_K = 8192
+# Pairs up to which align counts experts in the kernel that places them.
+COUNT_PAIRS = 1024
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one of the two products is cut up.
+
+    Attributes:
+        block_m: pairs per program, a power of two from 16 up; the same in both products.
+        block_n: rows of the weight per program (gated: as many gate and as many up rows).
+        block_k: inputs per step; at most the size of a group of scales.
+        warps: warps per program.
+        stages: depth of the load pipeline.
+        band: blocks of pairs that are walked together, tile by tile.
+        tma: load weights through tensor descriptors (sm90 and newer).
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    band: int = 8
+    tma: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Both products of the grouped form."""
+
+    first: Tiles
+    second: Tiles
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(token, expert) pairs sorted by expert and cut into blocks of one expert each.
+
+    Attributes:
+        order: [T * k] i32; pair numbers t * k + j, expert by expert. Pairs with an illegal id are left out, at the end.
+        blocks: [3, most] i32: expert, first place in ``order``, number of pairs; unused blocks have 0 pairs.
+    """
+
+    order: Tensor
+    blocks: Tensor
+
+
+@lru_cache(maxsize=1)
+def _source() -> Any:
+    return import_module("quant_compile.lowering.kernels._triton_moe")
+
+
+def _ceil(size: int, block: int) -> int:
+    return (size + block - 1) // block
+
+
+def _pow2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _target(device: torch.device) -> Target:
+    """The launch's device; the interpreter, which runs on CPU tensors, plays an sm90."""
+    return Target.of(device) if device.type == "cuda" else Target.fake("sm90")
+
+
+def groups(scheme: Scheme) -> tuple[int, int]:
+    """(rows, columns) of a weight that share a scale inside of a sum; (0, 0) when scales are per row."""
+    if scheme.weights.group_size is not None:
+        return 1, scheme.weights.group_size
+    return scheme.weights.block_structure or (0, 0)
+
+
+def most_blocks(pairs: int, experts: int, block_m: int) -> int:
+    """Blocks that any distribution of pairs over experts can need."""
+    return min(pairs, pairs // block_m + min(experts, pairs))
+
+
+# --- steps of the grouped form ---
+
+
+def align(ids: Tensor, experts: int, block_m: int) -> Pairs:
+    """ids [T, k], any integers, contiguous -> pairs by expert. Ids outside of 0..experts-1 are dropped."""
+    pairs = ids.numel()
+    most = most_blocks(pairs, experts, block_m)
+    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
+    blocks = torch.empty((3, most), dtype=torch.int32, device=ids.device)
+    chunk = min(4096, max(128, _pow2(pairs)))
+    counts = None
+    if pairs > COUNT_PAIRS:
+        counts = torch.empty(experts, dtype=torch.int32, device=ids.device)
+        _source().count_kernel[(experts,)](ids, counts, pairs, CHUNK=chunk, num_warps=8)
+    columns = max(16, _pow2(experts))
+    _source().align_kernel[(experts,)](
+        ids, counts, order, blocks, pairs, most, experts,
+        EXPERTS=columns, BLOCK_M=block_m, CHUNK=chunk, ROWS=max(1, 8192 // columns), num_warps=8 if counts is not None else 4,
+    )  # fmt: skip
+    return Pairs(order, blocks)
+
+
+def first(
+    x: Planes, pairs: Pairs, w13: Planes, b13: Tensor | None, scale2: Tensor | None, problem: MoeProblem, tiles: Tiles
+) -> Planes:
+    """Hidden layer act(x[token] @ w13[e].T + b13[e]) in the order of ``pairs``.
+
+    Returns:
+        ([T k, I] of the problem's dtype,), or its codes and scale where they come at no cost (static scales; groups of
+        ``tiles.block_n``).
+    """
+    p = problem
+    device, size = x[0].device, pairs.order.numel()
+    limit, code, group = 0.0, p.dtype, 0
+    if fuses(p.scheme, tiles.block_n):
+        limit, code = code_of(p.scheme)
+        group = 0 if p.scheme.static else tiles.block_n
+    y = torch.empty((size, p.intermediate), dtype=code, device=device)
+    sy = torch.empty((size, _ceil(p.intermediate, group)), dtype=torch.float32, device=device) if group else None
+    static = scale2 if limit and p.scheme.static else None
+    _launch(x, pairs, w13, b13, static, y, sy, limit, p, tiles, gated=True)
+    if not limit:
+        return (y,)
+    return (y, sy) if sy is not None else (y, static if static is not None else x[1])
+
+
+def quantize(hidden: Tensor, problem: MoeProblem) -> Planes:
+    """[rows, I] -> codes and scale [rows, 1 or groups], as the scheme's ``quantize_input`` without a calibrated scale."""
+    limit, code = code_of(problem.scheme)
+    a = problem.scheme.input_activations
+    group = (a.group_size if a is not None else None) or 0
+    rows, n = hidden.shape
+    codes = torch.empty((rows, n), dtype=code, device=hidden.device)
+    scale = torch.empty((rows, _ceil(n, group) if group else 1), dtype=torch.float32, device=hidden.device)
+    block = max(_pow2(n), group, 16)
+    _source().quantize_kernel[(rows,)](
+        hidden, codes, scale, n, BLOCK=block, GROUP=group, LIMIT=limit, num_warps=min(8, max(1, block // 512))
+    )
+    return codes, scale
+
+
+def second(hidden: Planes, pairs: Pairs, w2: Planes, b2: Tensor | None, problem: MoeProblem, tiles: Tiles) -> Tensor:
+    """hidden @ w2[e].T + b2[e] as [T k, H] of the problem's dtype, in the order of the pairs; illegal pairs stay unset."""
+    y = torch.empty((pairs.order.numel(), problem.hidden), dtype=problem.dtype, device=hidden[0].device)
+    _launch(hidden, pairs, w2, b2, None, y, None, 0.0, problem, tiles, gated=False)
+    return y
+
+
+def add(parts: Tensor, ids: Tensor, weights: Tensor | None, problem: MoeProblem) -> Tensor:
+    """y[t] = sum_j weights[t, j] * parts[t k + j] over legal ids, in f32 -> [T, H] of the problem's dtype."""
+    tokens, top_k = ids.shape
+    y = torch.empty((tokens, problem.hidden), dtype=problem.dtype, device=parts.device)
+    block = min(1024, _pow2(problem.hidden))
+    _source().sum_kernel[(_ceil(problem.hidden, block), tokens)](
+        parts, ids, weights, y, problem.hidden, top_k, problem.experts, TOP_K=_pow2(top_k), BLOCK=block, num_warps=4
+    )
+    return y
+
+
+def code_of(scheme: Scheme) -> tuple[float, torch.dtype]:
+    """(largest code, dtype of codes) of a scheme's inputs."""
+    a = scheme.input_activations
+    if a is None or a.type == "int":
+        return 127.0, torch.int8
+    return FLOAT_MAX[a.format or "e4m3"], FLOAT_DTYPES[a.format or "e4m3"]
+
+
+def fuses(scheme: Scheme, block_n: int) -> bool:
+    """Whether the first product can quantize its own tile."""
+    a = scheme.input_activations
+    return a is not None and (scheme.static or a.group_size == block_n)
+
+
+def _scale_strides(x: Planes) -> tuple[int, int]:
+    if len(x) == 1 or x[1].numel() == 1:
+        return 0, 0
+    return x[1].stride(0), x[1].stride(1)
+
+
+def _activation(activation: Activation) -> dict[str, Any]:
+    limit = None if activation.limit == float("inf") else float(activation.limit)
+    return {"KIND": activation.kind, "ALPHA": activation.alpha, "LIMIT": limit, "SHIFT": activation.shift}
+
+
+def _type(dtype: torch.dtype) -> Any:
+    language = import_module("triton.language")
+    return {torch.bfloat16: language.bfloat16, torch.float16: language.float16, torch.float32: language.float32}[dtype]
+
+
+def _launch(
+    x: Planes, pairs: Pairs, w: Planes, bias: Tensor | None, scale2: Tensor | None, y: Tensor, sy: Tensor | None,
+    limit: float, problem: MoeProblem, tiles: Tiles, gated: bool,
+) -> None:  # fmt: skip
+    """One product of the grouped form."""
+    scheme = problem.scheme
+    n, k = (problem.intermediate, problem.hidden) if gated else (problem.hidden, problem.intermediate)
+    group_n, group_k = groups(scheme)
+    w4 = scheme.weights.num_bits == 4
+    zero = w[2] if w4 and not scheme.weights.symmetric else None
+    most = pairs.blocks.shape[1]
+    promote = scheme.weights.type == "float" and not group_k and k > IMPRECISE_K
+    _source().grouped_kernel[(most * _ceil(n, tiles.block_n),)](
+        x[0], _weight_operand(w[0], tiles, w4), x[1] if len(x) > 1 else None, w[1], zero, bias, scale2, y, sy,
+        pairs.order, pairs.blocks, most, n, k, problem.top_k, *_scale_strides(x), w[1].stride(0), w[1].stride(1),
+        zero.stride(0) if zero is not None else 0, zero.stride(1) if zero is not None else 0,
+        GATED=gated, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BAND=tiles.band,
+        EVEN_K=k % tiles.block_k == 0, TMA=tiles.tma, W4=w4, GROUP_K=group_k, GROUP_N=group_n, PROMOTE=promote,
+        QUANTIZE=limit, **_activation(problem.activation), OUT=_type(problem.dtype),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+def _weight_operand(data: Tensor, tiles: Tiles, w4: bool) -> Any:
+    if not tiles.tma:
+        return data
+    descriptor = import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    block = [tiles.block_n, tiles.block_k // 2 if w4 else tiles.block_k]
+    return descriptor.from_tensor(data.view(-1, data.shape[-1]), block)
+
+
+# --- choice ---
+
+
+def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
+    """How ``triton_moe`` runs this many tokens on ``target``, without measurement."""
+    mean = tokens * problem.top_k / problem.experts
+    most = 64 if groups(problem.scheme)[1] else 128
+    block_m = min(most, max(16, _pow2(int(mean))))
+    return Plan(_tiles(problem, block_m, True, target), _tiles(problem, block_m, False, target))
+
+
+def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Tiles:
+    scheme = problem.scheme
+    block_k = min(128, groups(scheme)[1] or 128)
+    wide = block_m >= 64 and target.arch >= 90
+    block_n = 128 if wide else 64
+    group = scheme.input_activations.group_size if scheme.input_activations is not None else None
+    if gated and group in (64, 128):
+        block_n = group
+    x_bits = 16 if scheme.input_activations is None else 8
+    rows = (2 if gated else 1) * block_n
+    step = block_k * (rows * scheme.weights.num_bits + block_m * x_bits) // 8
+    memory = {80: 160, 89: 96, 120: 96}.get(target.arch, 208) * 1024
+    stages = max(2, min(4 if wide else 5, memory // step))
+    return Tiles(block_m, block_n, block_k, 8 if rows * block_m >= 128 * 64 else 4, stages)
+
+
+def run(
+    x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
+    scale2: Tensor | None, problem: MoeProblem,
+) -> Tensor:  # fmt: skip
+    """The block for any number of tokens [T, H] -> [T, H]; arguments as for ``MoeKernel.run``."""
+    chosen = plan(problem, ids.shape[0], _target(ids.device))
+    return launch(x, ids, weights, w13, b13, w2, b2, scale2, problem, chosen)
+
+
+def launch(
+    x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
+    scale2: Tensor | None, problem: MoeProblem, chosen: Plan,
+) -> Tensor:  # fmt: skip
+    """Run one plan; arguments and result as for ``run``."""
+    ids = ids.contiguous()
+    pairs = align(ids, problem.experts, chosen.first.block_m)
+    hidden = first(x, pairs, w13, b13, scale2, problem, chosen.first)
+    if len(hidden) == 1 and problem.scheme.input_activations is not None:
+        hidden = quantize(hidden[0], problem)
+    parts = second(hidden, pairs, w2, b2, problem, chosen.second)
+    return add(parts, ids, weights if weights is None else weights.contiguous(), problem)
+
+
+def _reject(problem: MoeProblem, target: Target) -> Reject | None:
+    if target.device != "cuda":
+        return Reject("needs a CUDA GPU")
+    if not target.has("triton"):
+        return Reject("triton is not installed")
+    family = family_of(problem.scheme).name
+    if family not in OLDEST:
+        return Reject(f"multiplies 8-bit weights, or 4-bit weights under 16-bit inputs, not {problem.scheme.spec}")
+    if target.arch < OLDEST[family]:
+        return Reject(f"{family} needs sm{OLDEST[family]} or newer, this is {target.label}")
+    if problem.dtype not in DTYPES:
+        return Reject(f"dtype must be bfloat16 or float16, got {problem.dtype}")
+    for name, size in (("hidden", problem.hidden), ("intermediate", problem.intermediate)):
+        if size % 16:
+            return Reject(f"{name} size must be a multiple of 16, got {size}")
+    return _reject_scheme(problem.scheme, family)
+
+
+def _reject_scheme(scheme: Scheme, family: str) -> Reject | None:
+    a = scheme.input_activations
+    if a is None and family != "weight_only":
+        return Reject("16-bit inputs are not multiplied by 8-bit floats here")
+    if a is not None and a.strategy == "tensor" and a.dynamic:
+        return Reject("one dynamic scale for all tokens of an expert is not computed here")
+    columns = groups(scheme)[1]
+    if columns and columns % 128 and columns not in (16, 32, 64) or family == "fp8_block" and columns < 32:
+        return Reject(f"groups must have 32, 64 or a multiple of 128 columns, got {columns}")
+    return None
+
+
+def active_experts(problem: MoeProblem, tokens: int) -> float:
+    """Experts that some token chooses, on average over uniform choices."""
+    return problem.experts * (1.0 - (1.0 - 1.0 / problem.experts) ** (tokens * problem.top_k))
+
+
+def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
+    """Any number of tokens; FP8 from sm89, INT8 and 16-bit inputs from sm80."""
+    refusal = _reject(problem, target)
+    if refusal is not None:
+        return refusal
+    limits, p = roof(target), problem
+    pairs, cells = tokens * p.top_k, 3.0 * p.hidden * p.intermediate
+    chosen = plan(p, tokens, target)
+    active = active_experts(p, tokens)
+    weights = active * cells * p.scheme.bits_per_weight / 8
+    between = pairs * (p.hidden + 2.0 * p.intermediate) * p.dtype.itemsize * 2
+    peak = limits.math8 if p.scheme.input_activations is not None else limits.math16
+    rows = max(pairs + active * chosen.first.block_m / 2, active * chosen.first.block_m)
+    math = 2.0 * rows * cells / (peak * 0.4)
+    fused = p.scheme.input_activations is None or fuses(p.scheme, chosen.first.block_n)
+    launches = 4 + (not fused) + (pairs > COUNT_PAIRS)
+    return Rank(limits.launch * launches + max((weights + between) / (limits.bandwidth * 0.8), math))
+
+
+MOE_KERNELS = (MoeKernel("triton_moe", "experts", fit, run),)
