@@ -1,0 +1,165 @@
+"""Every MoE kernel of the registry that accepts a block on this GPU, against the plain truth of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
+from quant_compile.ir.scheme import parse
+from quant_compile.lowering import schemes as _schemes  # noqa: F401  (registers the families)
+from quant_compile.lowering.kernels import library_moe
+from quant_compile.lowering.moe import MoeKernel, moe_kernels, moe_layouts
+from quant_compile.lowering.registry import Rank, Reject
+from quant_compile.lowering.target import Target
+
+pytestmark = pytest.mark.gpu
+
+BF16 = torch.bfloat16
+SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A8", "W8A16", "W4A16", "W4A16_ASYM", "int4.group32+16")
+LIBRARY = {
+    "torch_grouped_fp8_moe": "FP8_DYNAMIC",
+    "sgl_grouped_fp8_moe": "FP8_BLOCK",
+    "sgl_expert_fp8_moe": "FP8_BLOCK",
+    "humming_grouped_w4a16_moe": "W4A16",
+}
+# (experts, hidden, intermediate, top k) -> tokens tried.
+SHAPES = {(16, 1024, 768, 4): (1, 3, 16, 100, 700), (128, 512, 256, 8): (1, 33, 1024)}
+# One product of a kernel is within 5e-3 of the reference's (bf16 out, FP8 tensor cores that keep fewer bits than f32).
+# Gate times up doubles what the first left, and codes of the hidden layer flip where it crossed half a step.
+TOLERANCE = 1.5e-2
+
+
+class Block:
+    """Random operands on the GPU."""
+
+    def __init__(self, problem: MoeProblem) -> None:
+        p = self.problem = problem
+        self.w13, self.w2 = self._planes(2 * p.intermediate, p.hidden), self._planes(p.hidden, p.intermediate)
+        self.scale2 = torch.full((1,), 0.01, device="cuda") if p.scheme.static else None
+        self._packed: dict[str, tuple[Planes, Planes]] = {}
+
+    def _planes(self, n: int, k: int) -> Planes:
+        p, quantize = self.problem, family_of(self.problem.scheme).quantize_weight
+        weights = (torch.randn(n, k, device="cuda", dtype=p.dtype).mul_(k**-0.5) for _ in range(p.experts))
+        return stack_planes([quantize(weight, p.scheme) for weight in weights])
+
+    def packed(self, layout: str) -> tuple[Planes, Planes]:
+        """Both weights in a layout."""
+        if layout not in self._packed:
+            p, pack = self.problem, moe_layouts()[layout].pack
+            sizes = ((self.w13, 2 * p.intermediate, p.hidden), (self.w2, p.hidden, p.intermediate))
+            w13, w2 = (
+                stack_planes([pack(tuple(q[e].contiguous() for q in w), p, n, k) for e in range(p.experts)])
+                for w, n, k in sizes
+            )
+            self._packed[layout] = w13, w2
+        return self._packed[layout]
+
+    def inputs(self, tokens: int) -> Planes:
+        x = torch.randn(tokens, self.problem.hidden, device="cuda", dtype=self.problem.dtype)
+        if self.problem.scheme.input_activations is None:
+            return (x,)
+        scale = torch.full((1,), 0.01, device="cuda") if self.problem.scheme.static else None
+        return family_of(self.problem.scheme).quantize_input(x, self.problem.scheme, scale)
+
+    def run(self, kernel: MoeKernel, x: Planes, ids: Tensor, weights: Tensor) -> Tensor:
+        w13, w2 = self.packed(kernel.layout)
+        return kernel.run(x, ids, weights, w13, None, w2, None, self.scale2, self.problem)
+
+    def expected(self, x: Planes, ids: Tensor, weights: Tensor) -> Tensor:
+        p = self.problem
+        return moe_reference(
+            x, ids, weights, self.w13, None, self.w2, None, p.scheme, p.activation, p.dtype, self.scale2
+        )
+
+
+def problem_of(scheme: str, shape: tuple[int, int, int, int]) -> MoeProblem:
+    experts, hidden, inner, top_k = shape
+    return MoeProblem(parse(scheme), experts, hidden, inner, top_k, Activation("silu"), BF16)
+
+
+def fitting(problem: MoeProblem, tokens: int) -> Iterator[MoeKernel]:
+    for kernel in moe_kernels().values():
+        if not kernel.reference and isinstance(kernel.fit(problem, tokens, Target.of("cuda")), Rank):
+            yield kernel
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    return float((y.float() - reference.float()).norm() / reference.float().norm())
+
+
+def routed(problem: MoeProblem, tokens: int, skewed: bool = False) -> tuple[Tensor, Tensor]:
+    """Random ids and weights; skewed: a few experts get nearly everything, and some ids are no expert's."""
+    score = torch.rand(tokens, problem.experts, device="cuda")
+    if skewed:
+        score = score + 3.0 * (torch.arange(problem.experts, device="cuda") < problem.top_k)
+    ids = score.topk(problem.top_k).indices
+    if skewed:
+        ids[0, 0], ids[-1, -1] = problem.experts, -1
+    return ids, torch.rand(tokens, problem.top_k, device="cuda")
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_is_used_or_says_why_not(name: str) -> None:
+    kernel, problem = moe_kernels()[name], problem_of(LIBRARY[name], (16, 1024, 768, 4))
+    answer = kernel.fit(problem, 512, Target.of("cuda"))
+    if isinstance(answer, Reject):
+        failed = answer.reason.startswith("fails here")
+        (pytest.fail if failed else pytest.skip)(answer.reason)
+    assert library_moe._error(kernel, problem, torch.device("cuda"), 200) <= TOLERANCE
+
+
+@pytest.mark.parametrize("skewed", [False, True], ids=["even", "skewed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_kernels_match_the_reference(scheme: str, shape: tuple[int, int, int, int], skewed: bool) -> None:
+    problem = problem_of(scheme, shape)
+    block, failures = Block(problem), list[str]()
+    for tokens in SHAPES[shape]:
+        x, (ids, weights) = block.inputs(tokens), routed(problem, tokens, skewed)
+        expected = block.expected(x, ids, weights)
+        for kernel in fitting(problem, tokens):
+            try:
+                y = block.run(kernel, x, ids, weights)
+                torch.cuda.synchronize()
+                error = relative_error(y, expected)
+            except Exception as failure:
+                failures.append(f"{kernel.name} T={tokens}: {type(failure).__name__} {str(failure).splitlines()[:1]}")
+                continue
+            if not error <= TOLERANCE:  # NaN fails too
+                failures.append(f"{kernel.name} T={tokens}: error {error:.2e}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16"])
+def test_kernels_replay_in_cuda_graphs(scheme: str) -> None:
+    """A replay reads tokens, ids and weights as they are then: nothing of the routing is baked in or asked of the host."""
+    problem = problem_of(scheme, (16, 1024, 768, 4))
+    block, failures = Block(problem), list[str]()
+    first, second = ((block.inputs(32), *routed(problem, 32, skewed)) for skewed in (False, True))
+    for kernel in fitting(problem, 32):
+        x, ids, weights = tuple(plane.clone() for plane in first[0]), first[1].clone(), first[2].clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            block.run(kernel, x, ids, weights)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                y = block.run(kernel, x, ids, weights)
+        except Exception as failure:
+            failures.append(f"{kernel.name}: {type(failure).__name__} {str(failure).splitlines()[:1]}")
+            continue
+        for plane, new in zip((*x, ids, weights), (*second[0], *second[1:]), strict=True):
+            plane.copy_(new)
+        graph.replay()
+        error = relative_error(y, block.expected(*second))
+        if not error <= TOLERANCE:
+            failures.append(f"{kernel.name}: error {error:.2e}")
+    assert not failures, "\n".join(failures)
