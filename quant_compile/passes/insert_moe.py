@@ -6,6 +6,8 @@ Runs before ``insert_quant``, which finds in ``plan.replaced`` what became of a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +30,15 @@ def insert_moe(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRepo
         if decision.scheme is None:
             report.refused.append(f"{decision.name}: {decision.reason}")
             continue
-        plan.replaced[block.node] = replace_block(gm.graph, block, decision, decision.scheme)
+        plan.replaced[block.node] = replace_block(gm.graph, after(plan.replaced, block), decision, decision.scheme)
         report.rewrote.append(decision.name)
     return verify(gm, "quantized"), report
+
+
+def after(replaced: Mapping[fx.Node, fx.Node], block: MoeSite) -> MoeSite:
+    """The block with inputs as they are now: one may be the result of a block that is already replaced."""
+    now = {name: replaced.get(getattr(block, name), getattr(block, name)) for name in ("x", "ids", "weights")}
+    return replace(block, **now)
 
 
 def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision, scheme: Scheme | None) -> fx.Node:
@@ -61,13 +69,18 @@ def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision, schem
             result = graph.call_method("reshape", (result, *_sizes(graph, block, value)))
         if result is not y:
             result.meta["example_value"] = value
+    inputs = dict.fromkeys(i for n in block.nodes for i in n.all_input_nodes if _is_tensor_input(i))
     block.node.replace_all_uses_with(result)
     for node in reversed(block.nodes):
         graph.erase_node(node)
-    for node in (block.w13, block.w2, block.b13, block.b2):
-        if node is not None and not node.users and node.op == "placeholder":
+    for node in inputs:
+        if not node.users:
             graph.erase_node(node)
     return result
+
+
+def _is_tensor_input(node: fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(node.meta.get("example_value"), torch.Tensor)
 
 
 def weight_names(name: str, block: MoeSite) -> tuple[str, str]:
