@@ -196,7 +196,7 @@ class TinyExperts(nn.Module):
         rows = x.repeat_interleave(ids.shape[1], 0)
         hidden = torch.bmm(self.gate_up_proj[flat], rows.unsqueeze(-1)).squeeze(-1)
         out = torch.bmm(self.down_proj[flat], self.activation(hidden).unsqueeze(-1)).squeeze(-1)
-        return (out * weights.reshape(-1, 1)).view(*ids.shape, -1).sum(1)
+        return (out * weights.reshape(-1, 1)).view(*ids.shape, x.shape[-1]).sum(1)
 
 
 class TinyMoe(nn.Module):
@@ -205,14 +205,14 @@ class TinyMoe(nn.Module):
     def __init__(self, experts: int = 4, hidden: int = 32, inner: int = 24, top_k: int = 2, **more: Any) -> None:
         super().__init__()
         self.top_k = top_k
-        self.gate = nn.Linear(hidden, experts, bias=False, dtype=more.get("dtype", torch.float32))
+        self.router = nn.Linear(hidden, experts, bias=False, dtype=more.get("dtype", torch.float32))
         self.experts = TinyExperts(experts, hidden, inner, **more)
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""
         rows = x.reshape(-1, x.shape[-1])
-        weights, ids = self.gate(rows).float().softmax(-1).topk(self.top_k, -1)
+        weights, ids = self.router(rows).float().softmax(-1).topk(self.top_k, -1)
         return x + self.experts(rows, ids, weights.to(x.dtype)).view(x.shape)
 
 

@@ -272,12 +272,30 @@ def _understand(
         if isinstance(symbol, torch.SymFloat):
             float(symbol)
     w13 = region.inputs[found.w13]
-    return MoeSite(
+    site = MoeSite(
         results[0], region.nodes, region.inputs[found.x], _at(region, found.ids), _at(region, found.weights), w13, region.inputs[found.w2],
         _at(region, found.b13), _at(region, found.b2), found.transposed, found.interleaved, w13.meta["example_value"].shape[0],
         int(region.inputs[found.x].meta["example_value"].shape[-1]), found.intermediate, found.top_k, found.activation,
         region.module_class,
     )  # fmt: skip
+    if leading_sizes(site) is None:
+        return Reject("returns a tensor with sizes that none of its inputs has")
+    return site
+
+
+def leading_sizes(site: MoeSite) -> list[int | fx.Node | tuple[fx.Node, int]] | None:
+    """All sizes of the result but the last: numbers, nodes of them, or (tensor or shape, dimension); one may be -1."""
+    inside = set(site.nodes)
+    known: dict[str, Any] = {}
+    for node in (*(i for n in site.nodes for i in n.all_input_nodes if i not in inside), site.x):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt):
+            known[str(value)] = node
+        elif isinstance(value, torch.Size) or node is site.x:
+            known |= {str(size): (node, i) for i, size in enumerate(getattr(value, "shape", value))}
+    value = site.node.meta["example_value"]
+    sizes = [size if isinstance(size, int) else known.get(str(size), -1) for size in value.shape[:-1]]
+    return sizes if sizes.count(-1) <= 1 else None
 
 
 def _problem_of(
@@ -298,7 +316,7 @@ def _problem_of(
             return f"reads {given.name} {tuple(parameter.shape)}, which is neither weight nor bias of {min(experts)} experts"
         if parameter is not None and not parameter.dtype.is_floating_point:
             return f"reads {given.name}, which is {str(parameter.dtype).removeprefix('torch.')}, not floating point"
-        if not isinstance(given.meta.get("example_value"), Tensor | int | torch.SymInt | torch.SymFloat):
+        if not isinstance(given.meta.get("example_value"), Tensor | int | torch.SymInt | torch.SymFloat | torch.Size):
             return "reads something that is neither a tensor nor a number"
         writer = writes.between(given, region.nodes[0], results[0]) if value_of(given) is not None else None
         if writer is not None:

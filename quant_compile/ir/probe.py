@@ -199,6 +199,8 @@ class _Runner:
         number = number_of(node)
         if number is not None:
             return Given(torch.tensor(number, dtype=self.dtype) if isinstance(value, Tensor) else number)
+        if isinstance(value, torch.Size):
+            return Given(torch.Size(map(_size, value)))
         if not isinstance(value, Tensor):
             return Given(_size(value))
         shape = tuple(map(_size, value.shape))

@@ -25,7 +25,7 @@ from tests.moe_support import TinyExperts, TinyMoe, gated_silu, one_thread
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Forward = Callable[[TinyExperts, Tensor, Tensor, Tensor], Any]
+Forward = Callable[..., Any]
 
 
 class Varied(TinyExperts):
@@ -35,8 +35,8 @@ class Varied(TinyExperts):
         super().__init__(**more)
         self.varied = forward
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
-        return super().forward(x, ids, weights) if self.varied is None else self.varied(self, x, ids, weights)
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, *more: Any) -> Any:
+        return super().forward(x, ids, weights) if self.varied is None else self.varied(self, x, ids, weights, *more)
 
 
 class Around(nn.Module):
@@ -201,20 +201,22 @@ def test_products_in_modules_of_their_own() -> None:
     assert difference(replayed(seen), wanted) <= 1e-6
 
 
-def test_a_result_of_other_sizes_than_the_input() -> None:
-    """[T, H] in, [B, S, H] out, with symbols for B and S."""
+@pytest.mark.parametrize("flat", [False, True])
+def test_tokens_in_two_dimensions(flat: bool) -> None:
+    """[B, S, H] in and out; and [T, H] in, [B, S, H] out: with symbols for all sizes."""
 
     class Shaped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.experts = Varied(lambda self, x, ids, weights: reshaped(self, x, ids, weights))
+            self.experts = Varied(reshaped)
 
         def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            return self.experts(x, ids, weights).cos()
+            rows = x.sin().view(-1, 32)
+            return self.experts(rows if flat else x.sin(), ids, weights, x.shape).cos()
 
-    def reshaped(self: TinyExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        flat, hidden = parts(self, x.reshape(-1, x.shape[-1]), ids)
-        return finish(self, gated_silu(hidden), flat, ids, weights).view(x.shape)
+    def reshaped(self: TinyExperts, x: Tensor, ids: Tensor, weights: Tensor, shape: torch.Size) -> Tensor:
+        chosen, hidden = parts(self, x.reshape(-1, 32), ids)
+        return finish(self, gated_silu(hidden), chosen, ids, weights).view(shape)
 
     seen = Seen()
     torch._dynamo.reset()
