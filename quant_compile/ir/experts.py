@@ -287,12 +287,13 @@ def leading_sizes(site: MoeSite) -> list[int | fx.Node | tuple[fx.Node, int]] | 
     """All sizes of the result but the last: numbers, nodes of them, or (tensor or shape, dimension); one may be -1."""
     inside = set(site.nodes)
     known: dict[str, Any] = {}
-    for node in (*(i for n in site.nodes for i in n.all_input_nodes if i not in inside), site.x):
+    for node in (i for n in site.nodes for i in n.all_input_nodes if i not in inside):
         value = node.meta.get("example_value")
         if isinstance(value, torch.SymInt):
             known[str(value)] = node
-        elif isinstance(value, torch.Size) or node is site.x:
-            known |= {str(size): (node, i) for i, size in enumerate(getattr(value, "shape", value))}
+        elif isinstance(value, torch.Size):
+            known |= {str(size): (node, i) for i, size in enumerate(value)}
+    known |= {str(size): (site.x, i) for i, size in enumerate(site.x.meta["example_value"].shape)}
     value = site.node.meta["example_value"]
     sizes = [size if isinstance(size, int) else known.get(str(size), -1) for size in value.shape[:-1]]
     return sizes if sizes.count(-1) <= 1 else None
