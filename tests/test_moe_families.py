@@ -1,12 +1,13 @@
-"""Qwen3-MoE and GPT-OSS end to end with real Inductor: logits, and tokens of ``generate``, against an eager quantized reference.
+"""Qwen3-MoE and GPT-OSS end to end: logits and tokens of ``generate`` (prefill and decode over a static cache).
 
-The reference quantizes every expert and every linear by its scheme's own torch functions, token by token: no graph, no pass,
-no store, no kernel. Inductor is asked to round where eager does; see test_families.py.
+The reference is eager: it quantizes every expert and every linear by its scheme's own torch functions, token by token; no
+graph, no pass, no store, no kernel. Without Inductor results are those of the reference to the last bit or nearly, in bf16.
+Through Inductor, which is asked to round where eager does, Qwen3-MoE runs in bf16 and GPT-OSS in f32: Inductor moves the
+logits of the unquantized bf16 GPT-OSS by 1 % already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,15 +56,16 @@ def generated(model: Any) -> tuple[Tensor, Tensor]:
     return result.sequences, torch.stack(result.logits)
 
 
-def outcome_of(name: str, spec: str) -> Outcome:
+def outcome_of(name: str, spec: str, dtype: torch.dtype) -> Outcome:
     """Compile and generate once."""
     torch._dynamo.reset()
     family = FAMILIES[name]
-    model = family.make(dtype=torch.bfloat16)
+    model = family.make(dtype=dtype)
     wanted = generated(moe_reference_of(model, spec, family, usual_linears(spec)))
     plain = generated(model)
     quant_compile.compile(model, spec, inductor={"emulate_precision_casts": True})
-    return Outcome(model, quant_compile.report(model), generated(model), wanted, plain)
+    got = generated(model)
+    return Outcome(model, quant_compile.report(model), got, wanted, plain)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -71,29 +73,33 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-@pytest.fixture(
-    scope="module", params=[(name, spec) for name in ("qwen3_moe", "gpt_oss") for spec in SCHEMES], ids="-".join
-)
-def outcome(request: pytest.FixtureRequest) -> Iterator[Outcome]:
-    """One family under one scheme."""
-    yield outcome_of(*request.param)
-    torch._dynamo.reset()
-
-
-def test_logits_of_prefill_and_decode(outcome: Outcome) -> None:
-    for got, wanted, plain in zip(outcome.got[1], outcome.wanted[1], outcome.plain[1], strict=True):
-        error = relative_error(got, wanted)
-        assert error <= TOLERANCE
-        assert relative_error(plain, wanted) > max(2e-3, 1.5 * error), "no quantization is told apart"
-
-
-def test_tokens(outcome: Outcome) -> None:
-    assert torch.equal(outcome.got[0], outcome.wanted[0])
-    assert len(set(outcome.got[0][:, 5:].flatten().tolist())) > 2
-
-
-def test_all_experts_are_quantized(outcome: Outcome) -> None:
-    report = quant_compile.report(outcome.model)
-    lines = {line.names[0]: line for line in report.lines}
+def check(outcome: Outcome, tolerance: float) -> None:
+    """Logits, tokens and ledger."""
+    got, wanted, plain = outcome.got, outcome.wanted, outcome.plain
+    assert torch.equal(got[0], wanted[0])
+    assert len(set(got[0][:, -STEPS:].flatten().tolist())) > 2, "tokens that are all alike show nothing"
+    for mine, expected in zip(got[1], wanted[1], strict=True):
+        assert relative_error(mine, expected) <= tolerance
+    assert relative_error(plain[1][0], wanted[1][0]) > TOLERANCE, "no quantization at all must fail"
+    lines = {line.names[0]: line for line in outcome.report.lines}
     assert all(lines[name].scheme and lines[name].kernels for name in expert_parameters(outcome.model))
-    assert report.coverage == 1.0
+    assert outcome.report.coverage == 1.0
+
+
+@pytest.mark.parametrize("spec", SCHEMES)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_without_inductor(name: str, spec: str, plain_inductor: CompileCounter) -> None:
+    check(outcome_of(name, spec, torch.bfloat16), 5e-3)
+    assert len(plain_inductor) == 2, "one graph for prefill, one for decode"
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "dtype"),
+    [
+        ("qwen3_moe", "FP8_DYNAMIC", torch.bfloat16),
+        ("qwen3_moe", "W4A16", torch.bfloat16),
+        ("gpt_oss", "W8A8", torch.float32),
+    ],
+)
+def test_with_inductor(name: str, spec: str, dtype: torch.dtype) -> None:
+    check(outcome_of(name, spec, dtype), TOLERANCE)
