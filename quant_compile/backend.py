@@ -20,6 +20,7 @@ from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.tune import measured
+from quant_compile.lowering.tune_moe import measured_moe
 from quant_compile.options import Options, PolicySource
 from quant_compile.runtime import GraphRunner
 
@@ -109,7 +110,8 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
 
 def _moe_chooser(options: Options, source: PolicySource, target: Target) -> Callable[[MoeProblem, str], MoeDispatch]:
     def pick(problem: MoeProblem, name: str) -> MoeDispatch:
-        return choose_moe(problem, target, options.request(source.policy), name)
+        request = options.request(source.policy)
+        return choose_moe(problem, target, request, name, measured_moe(target, request.tune))
 
     return pick
 

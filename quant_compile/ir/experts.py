@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import Activation
-from quant_compile.ir.probe import Probe, ProbeError, RankOne, run_region, value_of
+from quant_compile.ir.probe import PRODUCTS, WEIGHT_OPS, Probe, ProbeError, RankOne, name_of, run_region, value_of
 from quant_compile.ir.writes import Writes
 
 # Rows of the result that are compared, and how closely (relative, of the largest; f64 and f32 probes).
@@ -176,9 +176,20 @@ def _class_of(node: fx.Node) -> str:
 
 
 def _is_expert_weight(node: fx.Node, parameters: Mapping[int, Parameter]) -> bool:
+    """Whether a Parameter [E, n, k] is multiplied by; convolutions and position tables have three dimensions as well."""
     slot = node.meta.get("argument", -1) if node.op == "placeholder" else -1
     found = parameters.get(slot)
-    return found is not None and found.dim() == 3 and found.dtype.is_floating_point
+    return found is not None and found.dim() == 3 and _reaches_product(node, depth=6)
+
+
+def _reaches_product(node: fx.Node, depth: int) -> bool:
+    for user in node.users:
+        name = name_of(user)
+        if name in PRODUCTS or "grouped_mm" in name:
+            return True
+        if depth and name in WEIGHT_OPS and user.args[0] is node and _reaches_product(user, depth - 1):
+            return True
+    return False
 
 
 # --- understanding one -----------------------------------------------------------------------------------------------

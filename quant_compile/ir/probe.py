@@ -21,6 +21,9 @@ WIDE_ELEMENTS = 1 << 23
 CAST_METHODS = {"float", "double", "bfloat16", "half"}
 KEEPS = {"contiguous", "detach", "clone"}
 SWAPS = {"transpose", "swapaxes", "permute", "t"}
+# Ops that look at a weight differently, and ops that multiply by one (understood here or not).
+WEIGHT_OPS = {"getitem", "index_select", "getattr", "to", "type"} | KEEPS | SWAPS | CAST_METHODS
+PRODUCTS = {"bmm", "matmul", "__matmul__", "baddbmm", "einsum", "linear", "tensordot", "mm", "addmm", "grouped_mm"}
 
 
 class ProbeError(Exception):
@@ -208,7 +211,7 @@ class _Runner:
         except ProbeError:
             raise
         except Exception as error:
-            raise ProbeError(f"{_name(node)} failed on random inputs: {error}") from error
+            raise ProbeError(f"{name_of(node)} failed on random inputs: {error}") from error
 
     def _localized(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Devices become the CPU, float dtypes the probe's."""
@@ -236,7 +239,7 @@ class _Runner:
     # -- ops over expert weights ---------------------------------------------------------------------------------------
 
     def _over_weight(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        name = _name(node)
+        name = name_of(node)
         product = _PRODUCTS.get(name) or (_grouped if "grouped_mm" in name else None)
         if product is not None:
             return self._product(product, name, args, kwargs)
@@ -266,7 +269,8 @@ class _Runner:
         return result
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """Name of what a node calls: ``bmm``, ``getitem``, ``grouped_mm`` for every grouped product."""
     if isinstance(node.target, str):
         return node.target
     if node.target in (torch.matmul, torch.bmm):

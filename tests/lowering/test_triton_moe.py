@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +9,12 @@ import torch
 from torch import Tensor
 
 import quant_compile.lowering.schemes  # noqa: F401
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels import triton_moe as kernel
-from quant_compile.lowering.registry import Rank
-from quant_compile.lowering.target import FAKE_OPS, Target
-from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
+from quant_compile.lowering.target import Target
+from tests.lowering.triton_support import needs_triton, run_interpreted
 
 SM90 = Target.fake("sm90")
 # f16 rounds by 2**-11 of a value, 2.8e-4 of a norm; a hidden value near a tie may fall on the other side.

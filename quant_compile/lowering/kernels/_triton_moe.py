@@ -42,7 +42,7 @@ def _codes(x, inverse, LIMIT: tl.constexpr, CODE: tl.constexpr):
     """f32 x times ``inverse``, rounded half to even onto codes, saturating."""
     x = tl.minimum(x * inverse, LIMIT, propagate_nan=ALL_NAN)
     x = tl.maximum(x, -LIMIT, propagate_nan=ALL_NAN)
-    if CODE == tl.int8:
+    if tl.int8 == CODE:
         x = (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: whole numbers are the next floats
     return x.to(CODE)
 

@@ -322,7 +322,7 @@ def _reject_scheme(scheme: Scheme, family: str) -> Reject | None:
     if a is not None and a.strategy == "tensor" and a.dynamic:
         return Reject("one dynamic scale for all tokens of an expert is not computed here")
     columns = groups(scheme)[1]
-    if columns and columns % 128 and columns not in (16, 32, 64) or family == "fp8_block" and columns < 32:
+    if (columns and columns % 128 and columns not in (16, 32, 64)) or (family == "fp8_block" and columns < 32):
         return Reject(f"groups must have 32, 64 or a multiple of 128 columns, got {columns}")
     return None
 
