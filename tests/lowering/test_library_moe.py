@@ -69,7 +69,7 @@ REFUSALS = [
     ("sgl_grouped_fp8_moe", sized("FP8_DYNAMIC"), SM90, "block scales"),
     ("sgl_expert_fp8_moe", sized("FP8_BLOCK"), Target.fake("sm100", OPS), "up to sm90"),
     ("sgl_expert_fp8_moe", sized("FP8_BLOCK", F32), SM90, "not float32"),
-    ("humming_grouped_w4a16_moe", sized("W4A16"), Target.fake("sm90", frozenset()), "humming_kernels is not installed"),
+    ("humming_grouped_w4a16_moe", sized("W4A16"), Target.fake("sm90", frozenset()), "humming is not installed"),
     ("humming_grouped_w4a16_moe", sized("W4A16", intermediate=192), SM90, "[256, 192]: k must be a multiple of 128"),
     ("humming_grouped_w4a16_moe", sized("W8A16"), SM90, "4-bit integer weights"),
     ("humming_grouped_w4a16_moe", sized("int4.group16+16"), SM90, "group_size must be"),
