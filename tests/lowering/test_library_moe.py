@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_trial_measures_against_the_reference(monkeypatch: pytest.MonkeyPatch) -
 
 def ranges(ends: Tensor) -> list[tuple[int, int, int]]:
     bounds = [0, *ends.tolist()]
-    return [(expert, *pair) for expert, pair in enumerate(zip(bounds, bounds[1:])) if pair[0] < pair[1]]
+    return [(expert, *pair) for expert, pair in enumerate(itertools.pairwise(bounds)) if pair[0] < pair[1]]
 
 
 def double_torch() -> Any:
@@ -192,7 +193,7 @@ def double_humming(gemm: Any, x: Tensor, data: Tensor, scale: Tensor, *rest: Any
     assert (top_k, valid) == (1, 0) and locks.dtype == torch.int32 and locks.numel() >= 2048 and not locks.any()
     assert bounds.dtype == torch.int32 and tuple(bounds.shape) == (experts + 1,) and bounds[0] == 0
     assert tuple(data.shape) == (experts, gemm.k // 16, 2 * gemm.n) and data.is_contiguous()
-    assert tuple(scale.shape)[0] == experts and scale.shape[2] == gemm.n and scale.is_contiguous()
+    assert scale.shape[0] == experts and scale.shape[2] == gemm.n and scale.is_contiguous()
     y = torch.full((x.shape[0], gemm.n), torch.nan, dtype=x.dtype)
     for expert, start, stop in ranges(bounds[1:]):
         planes = (data[expert], scale[expert], *(() if zero is None else (zero[expert],)), locks)
