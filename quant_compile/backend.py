@@ -22,7 +22,7 @@ from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.tune import measured
 from quant_compile.lowering.tune_moe import measured_moe
 from quant_compile.options import Options, PolicySource
-from quant_compile.runtime import GraphRunner
+from quant_compile.runtime import Choosers, GraphRunner
 
 
 def sglquant(
@@ -49,8 +49,10 @@ def sglquant(
     _refuse_freezing(gm)
     target = Target.of(_device_of(example_inputs))
     source = PolicySource(parsed.policy, default_policy(target))
-    choosers = _chooser(parsed, source, target), _moe_chooser(parsed, source, target)
-    runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), *choosers, target.label)
+    choosers = Choosers(
+        _chooser(parsed, source, target), _moe_chooser(parsed, source, target), _chooser(parsed, source, target, "rows")
+    )
+    runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target.label)
     runner.prepare()
     _watch_recompile_limit(example_inputs, source, target)
     return runner
@@ -116,10 +118,12 @@ def _moe_chooser(options: Options, source: PolicySource, target: Target) -> Call
     return pick
 
 
-def _chooser(options: Options, source: PolicySource, target: Target) -> Callable[[Problem, str], Dispatch]:
+def _chooser(
+    options: Options, source: PolicySource, target: Target, only: str | None = None
+) -> Callable[[Problem, str], Dispatch]:
     def pick(problem: Problem, name: str) -> Dispatch:
         request = options.request(source.policy)
-        return choose(problem, target, request, name, measured(target, request.tune))
+        return choose(problem, target, request, name, measured(target, request.tune), only)
 
     return pick
 

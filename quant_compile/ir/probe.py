@@ -254,7 +254,7 @@ class _Runner:
                 return replace(weight, ids=index.long())
         if name in KEEPS or name in CAST_METHODS or name == "to" or name == "type":
             return weight
-        if (name in SWAPS and _swaps_last(args[1:])) or (name == "getattr" and args[1] == "mT"):
+        if (name in SWAPS and swaps_last(args[1:])) or (name == "getattr" and args[1] == "mT"):
             return weight.flipped()
         raise ProbeError(
             f"{name}{tuple(a for a in args[1:] if not isinstance(a, Tensor))} over expert weights is not understood"
@@ -279,7 +279,8 @@ def name_of(node: fx.Node) -> str:
     return name if "grouped_mm" not in str(node.target) else "grouped_mm"
 
 
-def _swaps_last(dims: Any) -> bool:
+def swaps_last(dims: Any) -> bool:
+    """Whether the arguments of a transpose of three dimensions swap the last two."""
     flat = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], tuple | list) else tuple(dims)
     return flat in ((-2, -1), (-1, -2), (1, 2), (2, 1), (0, 2, 1))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,7 +70,7 @@ REFUSALS = [
     ("sgl_grouped_fp8_moe", sized("FP8_DYNAMIC"), SM90, "block scales"),
     ("sgl_expert_fp8_moe", sized("FP8_BLOCK"), Target.fake("sm100", OPS), "up to sm90"),
     ("sgl_expert_fp8_moe", sized("FP8_BLOCK", F32), SM90, "not float32"),
-    ("humming_grouped_w4a16_moe", sized("W4A16"), Target.fake("sm90", frozenset()), "humming_kernels is not installed"),
+    ("humming_grouped_w4a16_moe", sized("W4A16"), Target.fake("sm90", frozenset()), "humming is not installed"),
     ("humming_grouped_w4a16_moe", sized("W4A16", intermediate=192), SM90, "[256, 192]: k must be a multiple of 128"),
     ("humming_grouped_w4a16_moe", sized("W8A16"), SM90, "4-bit integer weights"),
     ("humming_grouped_w4a16_moe", sized("int4.group16+16"), SM90, "group_size must be"),
@@ -113,7 +113,7 @@ def test_trial_measures_against_the_reference(monkeypatch: pytest.MonkeyPatch) -
 
 def ranges(ends: Tensor) -> list[tuple[int, int, int]]:
     bounds = [0, *ends.tolist()]
-    return [(expert, *pair) for expert, pair in enumerate(pairwise(bounds)) if pair[0] < pair[1]]
+    return [(expert, *pair) for expert, pair in enumerate(itertools.pairwise(bounds)) if pair[0] < pair[1]]
 
 
 def double_torch() -> Any:

@@ -36,7 +36,8 @@ WORKSPACE_BYTES = 1 << 20
 SGL_EXPERTS = 1024
 # Kernels around the two GEMMs: sorting (7), inverse order (2), gathering (3), activation, the sum.
 LAUNCHES = 14
-TRIAL_TOLERANCE = 2e-2
+# Where a sum of the first product differs in its last bits, the hidden layer's code may be the next one, 6 % away.
+TRIAL_TOLERANCE = 3e-2
 
 
 @dataclass(frozen=True)
