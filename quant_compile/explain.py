@@ -18,10 +18,11 @@ from quant_compile.inspect import naming
 from quant_compile.inspect.ledger import LEDGER
 from quant_compile.inspect.weights import unwrap
 from quant_compile.ir.graph import lines
+from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.report import Report, WeightLine
-from quant_compile.lowering.moe import MoeDispatch, moe_layouts
-from quant_compile.lowering.registry import layouts
-from quant_compile.lowering.select import Dispatch
+from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_layouts
+from quant_compile.lowering.registry import Problem, layouts
+from quant_compile.lowering.select import Dispatch, choose, fits
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.options import Options, PolicySource
 from quant_compile.runtime import Choosers, GraphRunner
@@ -106,6 +107,18 @@ class _Collector:
                 if slot in dispatches:
                     self._plan(inputs[slot], dispatches[slot], size)
         return gm.forward
+
+    def _pick(self, problem: Problem, name: str, only: str | None = None) -> Dispatch:
+        request = self.options.request(self.source.policy)
+        words = f"{problem.scheme.spec} n={problem.n} k={problem.k}"
+        self.rejections.setdefault(words, fits(problem, self.target, request, 1))
+        return choose(problem, self.target, request, name, only=only)
+
+    def _pick_moe(self, problem: MoeProblem, name: str) -> MoeDispatch:
+        request = self.options.request(self.source.policy)
+        sizes = f"{problem.experts} experts, hidden {problem.hidden}, intermediate {problem.intermediate}"
+        self.rejections.setdefault(f"{problem.scheme.spec}, {sizes}", moe_fits(problem, self.target, request, 1))
+        return choose_moe(problem, self.target, request, name)
 
     def _plan(self, parameter: Any, dispatch: Dispatch | MoeDispatch, size: tuple[int, int], times: int = 1) -> None:
         """Note what would run a weight, and its packed bytes."""
