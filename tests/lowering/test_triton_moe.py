@@ -18,6 +18,7 @@ from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import FAKE_OPS, Target
 from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
 
+SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A8", "W8A8_STATIC", "W8A16", "W4A16", "W4A16_ASYM", "int4.group32.asym+16")
 SM90 = Target.fake("sm90")
 # f16 rounds by 2**-11 of a value, 2.8e-4 of a norm; a hidden value near a tie may fall on the other side.
 TOLERANCE = 1e-3
@@ -177,14 +178,35 @@ def check_codes(actual: Tensor, expected: Tensor) -> None:
 def check_grouped(spec: str) -> None:
     """Plans of several block sizes over sizes that no tile divides, with illegal ids, empty and crowded experts."""
     mend_float8()
-    for tokens, experts, top_k, hidden, inner in ((3, 4, 2, 80, 48), (40, 5, 2, 144, 272)):
-        case = Case(spec, tokens, experts, top_k, hidden, inner)
-        case.ids[0, 0], case.ids[-1, 1] = -1, experts
-        check_steps(case, kernel.plan(case.problem, tokens, SM90))
-    case = Case(spec, 70, 3, 1, 256, 128, bias=False, weights=False)
+    case = Case(spec, 3, 3, 2, 80, 48)
+    case.ids[0, 0], case.ids[-1, 1] = -1, 3
+    check_steps(case, kernel.plan(case.problem, 3, SM90))
+    case = Case(spec, 40, 3, 2, 144, 272, weights=False)
+    check_steps(case, kernel.plan(case.problem, 40, SM90))
+    case = Case(spec, 70, 3, 1, 128, 128, bias=False)
     case.ids[:] = 1
-    plan = kernel.plan(case.problem, 4096, SM90)
-    check_steps(case, plan)
+    check_steps(case, kernel.plan(case.problem, 4096, SM90))
+
+
+# --- the decode form ---
+
+
+def check_decode(spec: str) -> None:
+    """Whole blocks of few tokens, with illegal ids, odd sizes, one expert per token, other activations."""
+    mend_float8()
+    cases = (
+        Case(spec, 1, 3, 2, 144, 48),
+        Case(spec, 2, 3, 3, 80, 272, weights=False, bias=False),
+        Case(spec, 2, 2, 1, 48, 80, activation="silu(1.702,7.0,1.0)"),
+    )
+    cases[0].ids[0, 0], cases[1].ids[1] = -1, 3
+    for case in cases:
+        plan = kernel.decode_plan(case.problem, SM90)
+        wide = kernel.DecodePlan(replace(plan.first, block_n=16), replace(plan.second, block_n=16))
+        actual = kernel.launch_decode(*case.arguments, wide)
+        expected = case.expected()
+        assert expected.abs().max() > 0.1
+        assert relative(actual, expected) <= 3 * TOLERANCE, f"{case.problem} {plan}"
 
 
 @needs_triton
@@ -194,6 +216,12 @@ def test_in_interpreter(function: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("spec", ["FP8_DYNAMIC", "W8A8"])
+@pytest.mark.parametrize("spec", SCHEMES)
 def test_grouped_in_interpreter(spec: str) -> None:
     run_interpreted(__name__, "check_grouped", spec)
+
+
+@needs_triton
+@pytest.mark.parametrize("spec", SCHEMES)
+def test_decode_in_interpreter(spec: str) -> None:
+    run_interpreted(__name__, "check_decode", spec)
