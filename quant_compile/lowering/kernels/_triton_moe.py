@@ -154,9 +154,7 @@ def _tile_of(pid, blocks, tiles, BAND: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    w_ptr, w_at, line, start, cols, width, TMA: tl.constexpr, EVEN_K: tl.constexpr, W4: tl.constexpr
-):
+def _weights(w_ptr, w_at, line, start, cols, width, TMA: tl.constexpr, EVEN_K: tl.constexpr, W4: tl.constexpr):
     """Codes [BLOCK_N, BLOCK_K] of one step (W4: bytes [BLOCK_N, BLOCK_K / 2]); ``cols`` are places in a row."""
     if W4:
         start = start // 2
@@ -228,9 +226,7 @@ def _finish(total, rows, sx_ptr, x_first, sw_ptr, bias_ptr, bias_first, sw_row, 
 
 
 @triton.jit
-def _tile_scale(
-    y, scale2_ptr, sy_ptr, rows, y_row, tile, n, live, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _tile_scale(y, scale2_ptr, sy_ptr, rows, y_row, tile, n, live, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr):
     """1 / scale of a tile's hidden values: the calibrated one, or one per pair from this tile, which is stored."""
     if scale2_ptr is not None:
         inverse = tl.math.div_rn(tl.full((1, 1), 1.0, tl.float32), tl.load(scale2_ptr))
@@ -497,9 +493,7 @@ def _block_scale(sw_at, row, group, live, sw_row, GROUP_N: tl.constexpr):
 
 
 @triton.jit
-def _token_step(
-    x_row, start, k, width, BLOCK: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr
-):
+def _token_step(x_row, start, k, width, BLOCK: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr):
     """A token's units from ``start``, for _add_products: [1, BLOCK], or [1, BLOCK * 8] for UNIT 8."""
     if UNIT == 8:
         cols = start * 8 + tl.arange(0, BLOCK * 8)
