@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -21,13 +22,18 @@ from torch.nn import Parameter
 
 from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import Activation
-from quant_compile.ir.probe import PRODUCTS, WEIGHT_OPS, Probe, ProbeError, RankOne, name_of, run_region, value_of
+from quant_compile.ir.probe import Probe, ProbeError, RankOne, name_of, run_region, value_of
 from quant_compile.ir.writes import Writes
 
 # Rows of the result that are compared, and how closely (relative, of the largest; f64 and f32 probes).
-COMPARED_ROWS = 64
-CLOSE = {torch.float64: 1e-9, torch.float32: 2e-4}
+COMPARED_ROWS, FEW_ROWS = 64, 4
+CLOSE = {torch.float64: 1e-9, torch.float32: 2e-5}
+# Numbers in a region up to which they may be a limit, a factor or a shift; integers are mostly sizes.
+MOST_FLOAT, MOST_INTEGER = 1e30, 64
 TEXT_LINES = 60
+# Ops that multiply by a weight, whether or not the probe understands them; and how many ops may come before one.
+PRODUCTS = {"bmm", "matmul", "__matmul__", "mm", "addmm", "baddbmm", "linear", "einsum", "tensordot"}
+WEIGHT_STEPS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,16 +128,32 @@ def find_experts(
         verdicts: shared between graphs of one model, to probe each kind of block once.
     """
     verdicts = verdicts or Verdicts()
+    readers = _readers(gm.graph, parameters)
+    if not readers:
+        return [], []
+    writes, order = Writes(gm.graph), {node: i for i, node in enumerate(gm.graph.nodes)}
     sites: list[MoeSite] = []
     misses: list[MoeMiss] = []
-    for region in _regions(gm.graph, parameters):
-        slots = tuple(dict.fromkeys(n.meta["argument"] for n in region.inputs if _is_expert_weight(n, parameters)))
-        found = _understand(region, parameters, verdicts)
-        if isinstance(found, Reject):
-            misses.append(MoeMiss(region.nodes, slots, found.reason))
-        else:
+    taken: set[fx.Node] = set()
+    # Deepest first: what an inner module's block took is no part of an outer one.
+    for stack in sorted(_modules(readers, order), key=len, reverse=True):
+        own = [
+            node for at, nodes in readers.items() if at[: len(stack)] == stack for node in nodes if node not in taken
+        ]
+        if not own:
+            continue
+        region = _region(gm.graph, stack, own, taken)
+        found = _understand(region, parameters, verdicts, writes)
+        if isinstance(found, MoeSite):
             sites.append(found)
-    return sites, misses
+            taken |= set(region.nodes)
+            misses = [miss for miss in misses if not taken.issuperset(miss.nodes)]
+        elif stack in readers:
+            slots = tuple(dict.fromkeys(n.meta["argument"] for n in region.inputs if _is_expert_weight(n, parameters)))
+            # Only what reads its expert weights: a linear inside the block's module can still be quantized.
+            nodes = tuple(node for node in readers[stack] if node not in taken)
+            misses.append(MoeMiss(nodes, slots, f"{region.module_class} {found.reason}\n{region_text(region.nodes)}"))
+    return sorted(sites, key=lambda site: order[site.node]), misses
 
 
 # --- regions ---------------------------------------------------------------------------------------------------------
@@ -144,75 +166,106 @@ class _Region:
     module_class: str
 
 
-def _regions(graph: fx.Graph, parameters: Mapping[int, Parameter]) -> Iterator[_Region]:
-    """Nodes by the innermost module around all products with a group of expert weights.
+_Stack = tuple[str, ...]
 
-    A module that is the compile root has no entry on the stack: then all nodes without a deeper entry are its own.
+
+def _readers(graph: fx.Graph, parameters: Mapping[int, Parameter]) -> dict[_Stack, dict[fx.Node, None]]:
+    """By module: every node between an expert weight and its products, these included.
+
+    The module is the one that reads the weight first. A compile root has no entry on the stack. A weight that reaches no
+    product (a position embedding, the kernel of a convolution) is none of experts.
     """
-    users: dict[tuple[str, ...], list[fx.Node]] = {}
+    found: dict[_Stack, dict[fx.Node, None]] = {}
     for node in graph.find_nodes(op="placeholder"):
         if _is_expert_weight(node, parameters):
             for user in node.users:
-                users.setdefault(_stack(user), []).append(user)
-    for stack in users:
-        nodes = tuple(
-            n for n in graph.nodes if n.op not in ("placeholder", "output") and _stack(n)[: len(stack)] == stack
-        )
-        inside = set(nodes)
-        inputs = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside)
-        yield _Region(nodes, tuple(inputs), _class_of(users[stack][0]))
+                path: dict[fx.Node, None] = {}
+                if _reaches_product(user, parameters, path):
+                    found.setdefault(_stack(user), {}).update(path)
+    return found
 
 
-def _stack(node: fx.Node) -> tuple[str, ...]:
+def _reaches_product(node: fx.Node, parameters: Mapping[int, Parameter], path: dict[fx.Node, None]) -> bool:
+    """Whether a value made of weights and indices alone is multiplied by something; notes the nodes on the way."""
+    name = name_of(node)
+    if name in PRODUCTS or "grouped_mm" in name:
+        path[node] = None
+        return True
+    floats = [i for i in node.all_input_nodes if (v := value_of(i)) is not None and v.dtype.is_floating_point]
+    if node.op == "output" or len(path) > WEIGHT_STEPS or not all(_is_of_weights(i, parameters, path) for i in floats):
+        return False
+    own = {**path, node: None}
+    reached = [user for user in node.users if user in own or _reaches_product(user, parameters, own)]
+    if reached:
+        path.update(own)
+    return bool(reached)
+
+
+def _is_of_weights(node: fx.Node, parameters: Mapping[int, Parameter], path: Mapping[fx.Node, None]) -> bool:
+    return node in path or (node.op == "placeholder" and node.meta.get("argument", -1) in parameters)
+
+
+def _modules(readers: Mapping[_Stack, Mapping[fx.Node, None]], order: Mapping[fx.Node, int]) -> set[_Stack]:
+    """Modules that may be a block: those that read an expert weight, and what neighbours of them have in common.
+
+    (Each product may be in a module of its own.)
+    """
+    stacks = sorted(readers, key=lambda stack: min(order[node] for node in readers[stack]))
+    common = {tuple(a for a, _ in takewhile(_equal, zip(one, two, strict=False))) for one, two in pairwise(stacks)}
+    return {*stacks, *common}
+
+
+def _equal(pair: tuple[str, str]) -> bool:
+    return pair[0] == pair[1]
+
+
+def _region(graph: fx.Graph, stack: _Stack, readers: Sequence[fx.Node], taken: set[fx.Node]) -> _Region:
+    """All nodes of a module and of the modules inside it, but for those of blocks that were found."""
+    nodes = tuple(
+        n
+        for n in graph.nodes
+        if n.op not in ("placeholder", "output") and _stack(n)[: len(stack)] == stack and n not in taken
+    )
+    inside = set(nodes)
+    inputs = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside)
+    return _Region(nodes, tuple(inputs), _class_of(readers[0], len(stack)))
+
+
+def _stack(node: fx.Node) -> _Stack:
     return tuple(node.meta.get("nn_module_stack") or ())
 
 
-def _class_of(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
+def _class_of(node: fx.Node, depth: int) -> str:
+    """Class of the module at a depth of a node's stack."""
+    if depth == 0:
         return "the compiled module"
-    entry = list(stack.values())[-1][1]
+    entry = list(node.meta["nn_module_stack"].values())[depth - 1][1]
     return entry.__name__ if isinstance(entry, type) else str(entry).rsplit(".", 1)[-1].rstrip("'>")
 
 
 def _is_expert_weight(node: fx.Node, parameters: Mapping[int, Parameter]) -> bool:
-    """Whether a Parameter [E, n, k] is multiplied by; convolutions and position tables have three dimensions as well."""
     slot = node.meta.get("argument", -1) if node.op == "placeholder" else -1
     found = parameters.get(slot)
-    return found is not None and found.dim() == 3 and _reaches_product(node, depth=6)
-
-
-def _reaches_product(node: fx.Node, depth: int) -> bool:
-    for user in node.users:
-        name = name_of(user)
-        if name in PRODUCTS or "grouped_mm" in name:
-            return True
-        if depth and name in WEIGHT_OPS and user.args[0] is node and _reaches_product(user, depth - 1):
-            return True
-    return False
+    return found is not None and found.dim() == 3
 
 
 # --- understanding one -----------------------------------------------------------------------------------------------
 
 
-def _understand(region: _Region, parameters: Mapping[int, Parameter], verdicts: Verdicts) -> MoeSite | Reject:
+def _understand(
+    region: _Region, parameters: Mapping[int, Parameter], verdicts: Verdicts, writes: Writes
+) -> MoeSite | Reject:
     inside = set(region.nodes)
     results = [n for n in region.nodes if any(user not in inside for user in n.users)]
-    if len(results) != 1 or value_of(results[0]) is None:
-        return Reject(f"{region.module_class} returns {len(results)} values; an expert block returns one tensor")
-    if not all(isinstance(i.meta.get("example_value"), Tensor | int | torch.SymInt) for i in region.inputs):
-        return Reject(f"{region.module_class} reads something that is neither a tensor nor a size")
-    writes = Writes(region.nodes[0].graph)
-    for given in region.inputs:
-        writer = writes.between(given, region.nodes[0], results[0]) if value_of(given) is not None else None
-        if writer is not None and given.op != "placeholder":
-            return Reject(f"{region.module_class}: its input {given.name} is written by {writer} meanwhile")
+    problem = _problem_of(region, results, parameters, writes)
+    if problem is not None:
+        return Reject(problem)
     key = _text_key(region)
     if key not in verdicts.known:
         verdicts.known[key] = _probe(region, results[0], parameters)
     found = verdicts.known[key]
     if isinstance(found, Reject):
-        return Reject(f"{region.module_class}: {found.reason}\n{region_text(region.nodes)}")
+        return found
     w13 = region.inputs[found.w13]
     return MoeSite(
         results[0], region.nodes, region.inputs[found.x], _at(region, found.ids), _at(region, found.weights), w13, region.inputs[found.w2],
@@ -220,6 +273,32 @@ def _understand(region: _Region, parameters: Mapping[int, Parameter], verdicts: 
         int(region.inputs[found.x].meta["example_value"].shape[-1]), found.intermediate, found.top_k, found.activation,
         region.module_class,
     )  # fmt: skip
+
+
+def _problem_of(
+    region: _Region, results: Sequence[fx.Node], parameters: Mapping[int, Parameter], writes: Writes
+) -> str | None:
+    """Why a region is no block, as far as that shows without running it; so no probe runs half a model."""
+    if len(results) != 1:
+        return f"returns {len(results)} values; an expert block returns one tensor"
+    if value_of(results[0]) is None:
+        return "returns no tensor; an expert block returns one"
+    weights = [n for n in region.inputs if _is_expert_weight(n, parameters)]
+    experts = {parameters[n.meta["argument"]].shape[0] for n in weights}
+    if len(weights) != 2 or len(experts) != 1:
+        return f"reads {len(weights)} expert weights; a block has two: gate and up in one, and down"
+    for given in region.inputs:
+        parameter = parameters.get(given.meta.get("argument", -1)) if given.op == "placeholder" else None
+        if parameter is not None and (parameter.dim() not in (2, 3) or parameter.shape[0] not in experts):
+            return f"reads {given.name} {tuple(parameter.shape)}, which is neither weight nor bias of {min(experts)} experts"
+        if parameter is not None and not parameter.dtype.is_floating_point:
+            return f"reads {given.name}, which is {str(parameter.dtype).removeprefix('torch.')}, not floating point"
+        if not isinstance(given.meta.get("example_value"), Tensor | int | torch.SymInt):
+            return "reads something that is neither a tensor nor a size"
+        writer = writes.between(given, region.nodes[0], results[0]) if value_of(given) is not None else None
+        if writer is not None:
+            return f"reads {given.name}, into which {writer} writes meanwhile"
+    return None
 
 
 def _at(region: _Region, i: int | None) -> fx.Node | None:
@@ -260,28 +339,45 @@ def _probe(region: _Region, result: fx.Node, parameters: Mapping[int, Parameter]
             run_region(region.nodes, region.inputs, result, parameters, size) for size in (1.0, _beyond(constants))
         ]
     except ProbeError as error:
-        return Reject(f"not understood: {error}")
-    roles = _roles(region, probes[0])
+        return Reject(f"is not understood: {error}")
+    roles = _roles(region, probes[0], parameters)
     if isinstance(roles, Reject):
         return roles
+    found = _best(probes, roles, constants)
+    if found is None:
+        return Reject(
+            "is not understood: its activation, or what it does with router weights, is none that is known "
+            "(silu, gelu, relu, clamped swiglu)"
+        )
+    interleaved, activation = found
+    x, ids, weights, b13, b2 = roles
+    first, second = probes[0].products
+    return _Shape(
+        x, ids, weights, first.slot, second.slot, b13, b2, (first.transposed, second.transposed), interleaved,
+        probes[0].inputs[first.slot].rank_one(first.transposed).n // 2, 1 if ids is None else _top_k(probes[0], ids), activation,
+    )  # fmt: skip
+
+
+def _best(probes: Sequence[Probe], roles: _Roles, constants: Sequence[float]) -> tuple[bool, Activation] | None:
+    """Order of gate and up, and activation, that come closest, if close enough: in f32 some activations are neighbours."""
+    close = CLOSE[probes[0].result.dtype]
+    best, least = None, close
     for interleaved, activation in itertools.product((False, True), _activations(constants)):
-        if all(_agrees(probe, roles, interleaved, activation) for probe in probes):
-            x, ids, weights, b13, b2 = roles
-            first, second = probes[0].products
-            return _Shape(
-                x, ids, weights, first.slot, second.slot, b13, b2, (first.transposed, second.transposed), interleaved,
-                probes[0].inputs[first.slot].rank_one(first.transposed).n // 2, 1 if ids is None else _top_k(probes[0], ids), activation,
-            )  # fmt: skip
-    return Reject(
-        "its activation, or what it does with router weights, is none that is known (silu, gelu, relu, clamped swiglu)"
-    )
+        if _error(probes[0], roles, interleaved, activation, FEW_ROWS) > close:
+            continue
+        error = max(_error(probe, roles, interleaved, activation, COMPARED_ROWS) for probe in probes)
+        if error < least or (best is None and error <= least):
+            best, least = (interleaved, activation), error
+    return best
 
 
 def _constants(nodes: Sequence[fx.Node]) -> tuple[float, ...]:
+    """Magnitudes of the numbers in a region that an activation may contain: any float, small integers."""
     found: dict[float, None] = {}
 
     def note(value: Any) -> Any:
-        if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
+        limit = MOST_FLOAT if isinstance(value, float) else MOST_INTEGER
+        if isinstance(value, float | int) and not isinstance(value, bool) and 0 < abs(value) <= limit:
             found[abs(float(value))] = None
         return value
 
@@ -289,11 +385,11 @@ def _constants(nodes: Sequence[fx.Node]) -> tuple[float, ...]:
         if node.target not in ("view", "reshape", "chunk", "unsqueeze", "squeeze", "transpose", "sum"):
             map_aggregate(node.args, note)
             map_aggregate(dict(node.kwargs), note)
-    return tuple(value for value in found if 0 < value < 1e4)
+    return tuple(found)
 
 
 def _beyond(constants: Sequence[float]) -> float:
-    return 3.0 * max((value for value in constants if not value.is_integer() or value <= 64), default=3.0)
+    return 3.0 * max(constants, default=3.0)
 
 
 def _activations(constants: Sequence[float]) -> Iterator[Activation]:
@@ -308,38 +404,43 @@ def _activations(constants: Sequence[float]) -> Iterator[Activation]:
 _Roles = tuple[int, int | None, int | None, int | None, int | None]
 
 
-def _roles(region: _Region, probe: Probe) -> _Roles | Reject:
+def _roles(region: _Region, probe: Probe, parameters: Mapping[int, Parameter]) -> _Roles | Reject:
     """Which input is what, by dtype and shape: (x, ids, weights, b13, b2)."""
     if len(probe.products) != 2:
-        return Reject(f"{len(probe.products)} products with expert weights; a block has two")
+        return Reject(f"has {len(probe.products)} products with expert weights; a block has two")
     first, second = (probe.inputs[p.slot].rank_one(p.transposed) for p in probe.products)
     if first.n % 2 or second.k != first.n // 2:
         return Reject(
-            f"the products are {first.n}x{first.k} and {second.n}x{second.k} an expert; "
+            f"has products of {first.n}x{first.k} and {second.n}x{second.k} an expert; "
             "gate and up in one weight are expected"
         )
+    if second.n != first.k:
+        return Reject(f"returns {second.n} values for a token of {first.k}")
     found: dict[str, int] = {}
     for i, given in enumerate(probe.inputs):
         if not isinstance(given.value, Tensor):
             continue
-        may_be = _may_be(given.value, region.inputs[i].op == "placeholder", first, second)
+        node = region.inputs[i]
+        is_parameter = node.op == "placeholder" and node.meta.get("argument", -1) in parameters
+        may_be = _may_be(given.value, is_parameter, first, second)
         role = next((role for role in may_be if role not in found), None)
         if role is None:
-            return Reject(f"what input {region.inputs[i].name} {tuple(given.value.shape)} is for is not clear")
+            return Reject(f"has an input {node.name} {tuple(given.value.shape)} whose meaning is not clear")
         found[role] = i
     if "x" not in found:
-        return Reject("no input has the tokens' size")
+        return Reject("has no input of the tokens' size")
     return found["x"], found.get("ids"), found.get("weights"), found.get("b13"), found.get("b2")
 
 
-def _may_be(value: Tensor, is_placeholder: bool, first: RankOne, second: RankOne) -> list[str]:
+def _may_be(value: Tensor, is_parameter: bool, first: RankOne, second: RankOne) -> list[str]:
     """Roles that an input's dtype and shape allow; the probe's result decides whether they are right."""
     if not value.dtype.is_floating_point:
         return ["ids"] if value.dim() == 2 else []
     roles: list[str] = []
-    if is_placeholder and value.dim() == 2:
+    if is_parameter:
         roles += ["b13"] if value.shape == (first.experts, first.n) else []
         roles += ["b2"] if value.shape == (first.experts, second.n) else []
+        return roles
     roles += ["x"] if value.shape[-1] == first.k else []
     return roles + (["weights"] if value.dim() == 2 else [])
 
@@ -348,28 +449,26 @@ def _top_k(probe: Probe, ids: int) -> int:
     return int(probe.inputs[ids].value.shape[-1])
 
 
-def _agrees(probe: Probe, roles: _Roles, interleaved: bool, activation: Activation) -> bool:
-    """Whether the formula gives what the region gave, on a sample of tokens."""
+def _error(probe: Probe, roles: _Roles, interleaved: bool, activation: Activation, most: int) -> float:
+    """How far the formula is from what the region gave, on up to ``most`` tokens: relative, of the largest; inf: it cannot be."""
     x: Tensor = probe.inputs[roles[0]].value
     ids, weights, b13, b2 = (None if i is None else probe.inputs[i].value for i in roles[1:])
     first, second = (probe.inputs[p.slot].rank_one(p.transposed) for p in probe.products)
     rows = x.reshape(-1, x.shape[-1])
-    if ids is None:
-        if rows.shape[0] % first.experts:
-            return False
-        ids = torch.arange(first.experts).repeat_interleave(rows.shape[0] // first.experts).unsqueeze(1)
-    found = probe.result.reshape(-1, second.n)
-    if (
-        ids.shape[0] != rows.shape[0]
-        or found.shape[0] != rows.shape[0]
-        or (weights is not None and weights.shape != ids.shape)
-    ):
-        return False
-    sample = torch.linspace(0, rows.shape[0] - 1, min(COMPARED_ROWS, rows.shape[0])).long()
+    count = rows.shape[0]
+    if ids is None and count % first.experts == 0:
+        ids = torch.arange(first.experts).repeat_interleave(count // first.experts).unsqueeze(1)
+    found = probe.result
+    if ids is None or ids.shape[0] != count or found.shape[-1] != second.n or found.numel() != count * second.n:
+        return float("inf")
+    if count == 0 or (weights is not None and weights.shape != ids.shape):
+        return float("inf")
+    found = found.reshape(-1, second.n)
+    sample = torch.linspace(0, count - 1, min(most, count)).long()
     scores = None if weights is None else weights[sample]
     wanted = _formula(rows[sample], ids[sample], scores, (first, b13), (second, b2), interleaved, activation)
-    error = (wanted - found[sample]).abs().max()
-    return bool(error <= CLOSE[found.dtype] * wanted.abs().max())
+    error = float((wanted - found[sample]).abs().max() / wanted.abs().max())
+    return error if error == error else float("inf")
 
 
 def _formula(

@@ -21,9 +21,6 @@ WIDE_ELEMENTS = 1 << 23
 CAST_METHODS = {"float", "double", "bfloat16", "half"}
 KEEPS = {"contiguous", "detach", "clone"}
 SWAPS = {"transpose", "swapaxes", "permute", "t"}
-# Ops that look at a weight differently, and ops that multiply by one (understood here or not).
-WEIGHT_OPS = {"getitem", "index_select", "getattr", "to", "type"} | KEEPS | SWAPS | CAST_METHODS
-PRODUCTS = {"bmm", "matmul", "__matmul__", "baddbmm", "einsum", "linear", "tensordot", "mm", "addmm", "grouped_mm"}
 
 
 class ProbeError(Exception):
@@ -126,7 +123,11 @@ def run_region(
     with torch.no_grad(), torch.inference_mode(False), torch._C._DisableFuncTorch(), _real():
         generator = torch.Generator().manual_seed(1234)
         elements = max((_elements(n) for n in nodes), default=0)
-        runner = _Runner(torch.float64 if elements <= WIDE_ELEMENTS else torch.float32)
+        # Known before any input is made: ids may come before the weights, and should name every expert.
+        experts = max(
+            (parameters[i].shape[0] for n in inputs if (i := _expert_slot(n, parameters)) is not None), default=1
+        )
+        runner = _Runner(torch.float64 if elements <= WIDE_ELEMENTS else torch.float32, experts)
         given = tuple(runner.make(i, node, parameters, generator, size) for i, node in enumerate(inputs))
         env: dict[fx.Node, Any] = {
             n: g.weight if g.weight is not None else g.value for n, g in zip(inputs, given, strict=True)
@@ -153,21 +154,34 @@ def _real() -> Any:
     return unset_fake_temporarily()
 
 
+def _expert_slot(node: fx.Node, parameters: Mapping[int, Parameter]) -> int | None:
+    """Position of the expert weight that a placeholder is, or None."""
+    slot = node.meta.get("argument", -1) if node.op == "placeholder" else -1
+    return slot if slot in parameters and parameters[slot].dim() == 3 else None
+
+
 def _elements(node: fx.Node) -> int:
     value = value_of(node)
     return 0 if value is None else int(torch.Size(map(_size, value.shape)).numel())
 
 
 def _size(value: Any) -> int:
-    """A size as a number: symbols take the value they were traced with."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+    """A size as a number: symbols take the value they were traced with.
+
+    Raises:
+        ProbeError: it is known only once the graph runs.
+    """
+    if not isinstance(value, torch.SymInt):
+        return int(value)
+    if value.node.hint is None:
+        raise ProbeError(f"the size {value} depends on data")
+    return int(value.node.hint)
 
 
 class _Runner:
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, experts: int) -> None:
+        self.dtype, self.experts = dtype, experts
         self.products: list[Product] = []
-        self.experts = 1
 
     def make(
         self, i: int, node: fx.Node, parameters: Mapping[int, Parameter], generator: torch.Generator, size: float
@@ -177,13 +191,11 @@ class _Runner:
         if not isinstance(value, Tensor):
             return Given(_size(value))
         shape = tuple(map(_size, value.shape))
-        parameter = parameters.get(node.meta.get("argument", -1)) if node.op == "placeholder" else None
 
         def random(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=generator, dtype=self.dtype)
 
-        if parameter is not None and parameter.dim() == 3:
-            self.experts = shape[0]
+        if _expert_slot(node, parameters) is not None:
             # A row of x times ``columns`` has the standard deviation ``size``; of later products it does not matter.
             scale = random(shape[0]).abs() + 0.5
             return Given(None, RankOne(i, scale, random(shape[1]), random(shape[2]) * (size / shape[2] ** 0.5)))
@@ -217,7 +229,7 @@ class _Runner:
         """Devices become the CPU, float dtypes the probe's."""
 
         def local(value: Any) -> Any:
-            if isinstance(value, torch.device) or value == "cuda":
+            if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
                 return torch.device("cpu")
             if isinstance(value, torch.dtype) and value.is_floating_point:
                 return self.dtype
@@ -247,7 +259,7 @@ class _Runner:
         if not isinstance(weight, RankOne) or (weight.ids is not None and name in ("getitem", "index_select")):
             raise ProbeError(f"{name} over expert weights is not understood")
         if name in ("getitem", "index_select"):
-            index = args[-1]
+            index = args[-1] if name == "getitem" or args[1] == 0 else None
             if isinstance(index, tuple) and len(index) == 1:
                 index = index[0]
             if isinstance(index, Tensor) and index.dim() == 1 and not index.dtype.is_floating_point:

@@ -486,7 +486,7 @@ def _reject_scheme(scheme: Scheme, family: str) -> Reject | None:
         return Reject("one dynamic scale for all tokens of an expert is not computed here")
     columns = groups(scheme)[1]
     least = 32 if family == "fp8_block" else 16
-    if columns % 128 and columns not in (16, 32, 64) or 0 < columns < least:
+    if (columns % 128 and columns not in (16, 32, 64)) or 0 < columns < least:
         return Reject(f"groups must have 32, 64 or a multiple of 128 columns, got {columns}")
     return None
 
