@@ -27,8 +27,14 @@ from quant_compile.policy import Policy, SiteInfo
 _SAMPLE = 1 << 20
 # operand positions (input, weight) by function name; the last three multiply by the experts of a block
 _OPERANDS = {
-    **{"linear": (0, 1), "addmm": (1, 2), "matmul": (0, 1), "__matmul__": (0, 1), "mm": (0, 1)},
-    **{"bmm": (0, 1), "baddbmm": (1, 2), "einsum": (1, 2)},
+    "linear": (0, 1),
+    "addmm": (1, 2),
+    "matmul": (0, 1),
+    "__matmul__": (0, 1),
+    "mm": (0, 1),
+    "bmm": (0, 1),
+    "baddbmm": (1, 2),
+    "einsum": (1, 2),
 }
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
