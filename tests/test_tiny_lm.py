@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import quant_compile
@@ -254,6 +255,18 @@ def test_demo_reads_and_decodes_like_generate() -> None:
         theirs = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
     assert tokens == theirs[0, demo.WINDOW :].tolist()
     assert seconds > 0
+
+
+def test_the_experts_of_the_demo(capsys: pytest.CaptureFixture[str], plain_inductor: CompileCounter) -> None:
+    args = demo._arguments(["--windows", "1", "--device", "cpu", "--moe-policies", "W8A8"])
+    demo.show_experts(Console(width=160), args)
+    shown = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    (bf16,) = [line for line in shown if line[1:2] == ["bf16"]]
+    (w8a8,) = [line for line in shown if line[1:2] == ["W8A8"]]
+    assert abs(float(w8a8[2]) / float(bf16[2]) - 1) < 0.05
+    assert float(w8a8[5].split()[0]) < 0.52 * float(bf16[5].split()[0])
+    assert w8a8[6] == "100.0%"
+    assert any(".experts." in line[1] and line[2] == "W8A8" for line in shown if len(line) > 2)
 
 
 def test_missing_weights_are_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
