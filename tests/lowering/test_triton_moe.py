@@ -386,6 +386,18 @@ def test_cubin(arch: int, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("spec", ["FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16_ASYM"])
+def test_cubin_of_odd_sizes(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks instead of whole steps, on every operand; weights through descriptors where rows allow it."""
+    problem = problem_of(spec, 7, 208, 144, 3)
+    plan = kernel.plan(problem, 100, SM90)
+    tma = kernel.Plan(replace(plan.first, tma=True), replace(plan.second, tma=True))
+    for chosen in (plan, tma, kernel.decode_plan(problem, SM90)):
+        for function, arguments in launches(problem, 5, chosen, monkeypatch):
+            assert build(function, arguments, 90).asm["cubin"]
+
+
+@needs_triton
 def test_hopper_uses_its_tensor_cores_and_wide_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the plans are made for: wgmma fed by 16-byte copies; 16-byte loads and dp4a in the decode form."""
     ptx = {}

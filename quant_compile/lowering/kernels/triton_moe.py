@@ -31,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 # sm90's fp8 sum keeps about 14 bits; its error grows like sqrt(k) and passes bf16's own rounding near this k.
 IMPRECISE_K = 8192
 # Pairs up to which align counts experts in the kernel that places them.
-COUNT_PAIRS = 1024
+COUNT_PAIRS = 256
 # Pairs up to which the decode form serves: each of them reads its expert again, from L2 at best.
 DECODE_PAIRS = 64
 MAGIC = 0x4B000000  # 2**23 as f32 bits
@@ -370,7 +370,8 @@ def _rows_arguments(
 
 def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
     """How ``triton_moe`` runs this many tokens on ``target``, without measurement."""
-    mean = tokens * problem.top_k / problem.experts
+    # An expert with more pairs than a block is read again: leave room above the mean.
+    mean = 1.25 * tokens * problem.top_k / problem.experts
     most = 64 if groups(problem.scheme)[1] else 128
     block_m = min(most, max(16, _pow2(int(mean))))
     return Plan(_tiles(problem, block_m, True, target), _tiles(problem, block_m, False, target))
