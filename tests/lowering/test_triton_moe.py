@@ -192,12 +192,12 @@ def check_grouped(spec: str) -> None:
     case = Case(spec, 3, 3, 2, 80, 48)
     case.ids[0, 0], case.ids[-1, 1] = -1, 3
     check_steps(case, kernel.plan(case.problem, 3, SM90))
-    case = Case(spec, 40, 3, 2, 144, 272, weights=False)
-    check_steps(case, kernel.plan(case.problem, 40, SM90))
-    case = Case(spec, 70, 3, 1, 128, 128, bias=False)
-    case.ids[:] = 1
-    plan = kernel.plan(case.problem, 4096, SM90)
-    check_steps(case, plan)
+    case = Case(spec, 20, 2, 2, 144, 272, weights=False)
+    check_steps(case, kernel.plan(case.problem, 20, SM90))
+    if spec in ("FP8_DYNAMIC", "W4A16"):
+        case = Case(spec, 70, 3, 1, 128, 128, bias=False)
+        case.ids[:] = 1
+        check_steps(case, kernel.plan(case.problem, 4096, SM90))
 
 
 def check_other_tiles() -> None:
