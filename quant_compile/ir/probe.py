@@ -193,7 +193,7 @@ class _Runner:
         shape = tuple(map(_size, value.shape))
 
         def random(*sizes: int) -> Tensor:
-            return torch.randn(*sizes, generator=generator, dtype=self.dtype)
+            return torch.randn(sizes, generator=generator, dtype=self.dtype)
 
         if _expert_slot(node, parameters) is not None:
             # A row of x times ``columns`` has the standard deviation ``size``; of later products it does not matter.
@@ -213,7 +213,9 @@ class _Runner:
         return torch.randint(self.experts, shape, generator=generator)
 
     def run(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-        """One node."""
+        """One node; a question about the device that nobody waits for is left out."""
+        if not node.users and not node.all_input_nodes:
+            return None
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
         weights = [a for a in (*args, *kwargs.values()) if isinstance(a, RankOne)]
         try:
