@@ -357,15 +357,20 @@ def build_llama(
     Standard deviation 0.02, norms 1: what transformers itself draws, without its slow initialisation.
     """
     from transformers import LlamaForCausalLM, LlamaModel
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = llama_config(shape, layers)
     with torch.device("meta"):
         model = (LlamaForCausalLM if head else LlamaModel)(config).to(dtype)
+    return fill(model, config, device, seed)
+
+
+def fill(model: torch.nn.Module, config: Any, device: torch.device, seed: int = 0) -> torch.nn.Module:
+    """A Hugging Face model made on the meta device gets memory on ``device`` and seeded random weights there."""
     model = model.to_empty(device=device)
     # to_empty leaves the rotary frequencies unset, which live in no state dict.
-    rotary = LlamaRotaryEmbedding(config).to(device)
-    (model.model if head else model).rotary_emb = rotary
+    decoder = getattr(model, "model", model)
+    if hasattr(decoder, "rotary_emb"):
+        decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -384,7 +389,7 @@ def static_cache(config: Any, batch: int, tokens: int, device: torch.device, dty
     from transformers import StaticCache
 
     cache = StaticCache(config=config, max_cache_len=tokens)
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache.early_initialization(batch, config.num_key_value_heads, head_dim, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
     for layer in cache.layers:

@@ -22,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,28 +113,31 @@ class Worker:
 
     def run(self) -> None:
         """Everything, in the order of what matters most if time runs out; an error is a result too."""
-        step = "build"
-        try:
-            with phase("build"):
-                self.build()
-            for index, batch in enumerate(self.setup.batches):
-                step = f"decode B={batch}"
+        for step, action in self.phases():
+            try:
                 with phase(step):
-                    self.decode(batch, first=index == 0)
-                if index == 0 and self.setup.prefill:
-                    step = "prefill"
-                    with phase(step):
-                        self.prefill()
-            step = "memory"
-            self.memory()
-        except Exception as error:
-            self.emit("error", phase=step, message=last_line(error))
-            raise
+                    action()
+            except Exception as error:
+                self.emit("error", phase=step, message=last_line(error))
+                raise
+
+    def phases(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What is done, by name."""
+        yield "build", self.build
+        for index, batch in enumerate(self.setup.batches):
+            yield f"decode B={batch}", partial(self.decode, batch, first=index == 0)
+            if index == 0 and self.setup.prefill:
+                yield "prefill", self.prefill
+        yield "memory", self.memory
+
+    def new_model(self) -> Any:
+        """The eager bf16 model."""
+        return build_llama(TINY if self.setup.smoke else LLAMA_3_8B, self.setup.layers, self.setup.device)
 
     def build(self) -> None:
         """The model, quantized for torchao, with its forward compiled in place."""
         setup = self.setup
-        self.model = build_llama(TINY if setup.smoke else LLAMA_3_8B, setup.layers, setup.device)
+        self.model = self.new_model()
         self.model_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         collect(setup.device)
         reset_peak(setup.device)
@@ -175,9 +179,13 @@ class Worker:
         if setup.device.type == "cuda" and batch in (1, 16):
             set_position(cache, filled)
             try:
-                self.emit("kernels", cell=f"decode B={batch}", **profile(step))
+                self.emit("kernels", cell=f"decode B={batch}", **self.kernels(step))
             except Exception as error:  # the profiler is the one part that machines forbid; the rest must go on
                 self.emit("no_profile", message=last_line(error))
+
+    def kernels(self, step: Callable[[], object]) -> dict[str, Any]:
+        """The kernels of a step."""
+        return profile(step)
 
     def first_memory(self, cache: int) -> None:
         """Bytes after the first compilation, without the KV cache: what is held, and the peak on the way there."""
@@ -395,9 +403,14 @@ def classify(kernels: Sequence[tuple[str, float]], steps: int) -> dict[str, Any]
 # --- the parent: stacks in turn, ratios, output ----------------------------------------------------------------------
 
 
-def run_stack(stack: str, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    """Run one stack in its own process under the time limit; its lines, with an error line if it did not end well."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", stack, "--work", str(work)]
+def run_stack(
+    stack: str, args: argparse.Namespace, work: Path, script: str = __file__, extra: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Run one stack in its own process under the time limit; its lines, with an error line if it did not end well.
+
+    ``script`` with ``extra`` arguments is what runs as the worker.
+    """
+    command = [sys.executable, str(Path(script).resolve()), "--worker", stack, "--work", str(work), *extra]
     command += ["--layers", str(args.layers), "--device", args.device, "--steps", str(args.steps)]
     command += ["--batches", ",".join(map(str, args.batches))]
     command += ["--smoke"] * args.smoke + ["--no-prefill"] * (not args.prefill)
@@ -455,9 +468,9 @@ def summarize(stack: str, lines: Sequence[Mapping[str, Any]], bf16: Mapping[str,
     return row
 
 
-def logits_error(stack: str, work: Path) -> float | None:
+def logits_error(stack: str, work: Path, bf16: str = "inductor") -> float | None:
     """Relative error of a stack's first decode logits to Inductor bf16's: random weights, so a check of sanity only."""
-    ours, theirs = work / f"{stack}.logits.pt", work / "inductor.logits.pt"
+    ours, theirs = work / f"{stack}.logits.pt", work / f"{bf16}.logits.pt"
     if not (ours.exists() and theirs.exists()):
         return None
     y, expected = torch.load(ours), torch.load(theirs)

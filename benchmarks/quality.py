@@ -158,7 +158,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; the status is 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["dense"], choices=("dense", "moe"))
+    parser.add_argument("--models", nargs="+", default=["dense", "moe"], choices=("dense", "moe"))
     parser.add_argument("--schemes", nargs="+", default=list(textbook.SCHEMES), choices=list(textbook.SCHEMES))
     parser.add_argument("--windows", type=int, default=32, help=f"held-out windows of {LENGTH} tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -90,6 +90,8 @@ def e2e(results: Path) -> str:
     cells += [name for row in result["rows"] for name in row if name.startswith("prefill")][:1]
     header = ["stack", *cells, "linears alone, B=1", "weights held, GiB"]
     rows = [e2e_row(row, cells) for row in result["rows"]]
+    more = read("e2e_peers", results)
+    rows += [e2e_row(row, cells) for row in (more["rows"] if more else []) if row["stack"] != "inductor"]
     text = (
         f"**A whole model**: {settings['shape']} shape, {settings['layers']} layers, seeded random weights, static cache "
         f"of {settings['cache_tokens']} tokens of which {settings['filled']} are filled, CUDA graphs. Milliseconds, and "
@@ -99,18 +101,17 @@ def e2e(results: Path) -> str:
         "`linears alone` is the kernel time of the layers' linears, lm_head apart. `weights held` is what the allocator holds "
         "for all parameters after `release`, embeddings and lm_head in bf16 included. [How it is measured](benchmarks/README.md)."
     )
-    return "\n".join([text, markdown(header, rows), "", note + released(results)])
+    if more is not None:
+        others = ", ".join(STACKS.get(row["stack"], row["stack"]) for row in more["rows"] if row["stack"] != "inductor")
+        note += f" {others}: measured at the same time on another GPU of that host, relative to Inductor there."
+    return "\n".join([text, markdown(header, rows), "", note + released([result, *([more] if more else [])])])
 
 
-def released(results: Path) -> str:
-    """What the policy's weights hold after release, from the shorter run that measured it; empty without that run."""
-    result = read("e2e_4_layers", results)
-    if result is None:
-        return ""
-    ratios = [(r["stack"], r.get("memory", {}).get("named_ratio")) for r in result["rows"]]
+def released(found: Sequence[Result]) -> str:
+    """What the policies' weights hold after release; empty where it was not measured."""
+    ratios = [(r["stack"], r.get("memory", {}).get("named_ratio")) for result in found for r in result["rows"]]
     words = ", ".join(f"{ratio:.3f}× ({stack})" for stack, ratio in ratios if ratio)
-    layers = result["settings"]["layers"]
-    return f" After release the quantized weights hold {words} of their bf16 bytes, by the allocator, in a run of {layers} layers."
+    return f" After release the quantized weights hold {words} of their bf16 bytes, by the allocator." if words else ""
 
 
 def e2e_row(row: Result, cells: Sequence[str]) -> list[str]:
@@ -229,7 +230,10 @@ def compile_time(results: Path) -> str:
         f"medians of {settings['runs']}; apart: {settings['apart']}. {place(result, 'triton')}.\n"
     )
     table = markdown(["stack", "compile, s", "apart, s", "to Inductor", "runs"], rows)
-    passes = [row for row in result["passes"] if not row.get("error")]
+    deep = read("compile_time_passes", results) or result
+    passes = [row for row in deep.get("passes", ()) if not row.get("error")]
+    if not passes:
+        return "\n".join([text, table])
     depth = [[f"{r['layers']}", f"{r['nodes']}", number(r["passes_s"]), f"{r['us_per_node']:.0f}"] for r in passes]
     return "\n".join(
         [text, table, "", "The passes alone, by depth of the model:", ""]

@@ -20,8 +20,9 @@ from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.tune import measured
+from quant_compile.lowering.tune_moe import measured_moe
 from quant_compile.options import Options, PolicySource
-from quant_compile.runtime import GraphRunner
+from quant_compile.runtime import Choosers, GraphRunner
 
 
 def sglquant(
@@ -48,8 +49,10 @@ def sglquant(
     _refuse_freezing(gm)
     target = Target.of(_device_of(example_inputs))
     source = PolicySource(parsed.policy, default_policy(target))
-    choosers = _chooser(parsed, source, target), _moe_chooser(parsed, source, target)
-    runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), *choosers, target.label)
+    choosers = Choosers(
+        _chooser(parsed, source, target), _moe_chooser(parsed, source, target), _chooser(parsed, source, target, "rows")
+    )
+    runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target.label)
     runner.prepare()
     _watch_recompile_limit(example_inputs, source, target)
     return runner
@@ -109,15 +112,18 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
 
 def _moe_chooser(options: Options, source: PolicySource, target: Target) -> Callable[[MoeProblem, str], MoeDispatch]:
     def pick(problem: MoeProblem, name: str) -> MoeDispatch:
-        return choose_moe(problem, target, options.request(source.policy), name)
+        request = options.request(source.policy)
+        return choose_moe(problem, target, request, name, measured_moe(target, request.tune))
 
     return pick
 
 
-def _chooser(options: Options, source: PolicySource, target: Target) -> Callable[[Problem, str], Dispatch]:
+def _chooser(
+    options: Options, source: PolicySource, target: Target, only: str | None = None
+) -> Callable[[Problem, str], Dispatch]:
     def pick(problem: Problem, name: str) -> Dispatch:
         request = options.request(source.policy)
-        return choose(problem, target, request, name, measured(target, request.tune))
+        return choose(problem, target, request, name, measured(target, request.tune), only)
 
     return pick
 

@@ -1,4 +1,4 @@
-"""Static activation scales: run example batches eagerly, watch the input of every weight with a static scheme, save the scales.
+"""Static activation scales: run example batches eagerly, watch the input of every static weight, experts too, save the scales.
 
 The model is not changed and its compiled code is not used while it is watched.
 """
@@ -6,48 +6,91 @@ The model is not changed and its compiled code is not used while it is watched.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from quant_compile.inspect.weights import linear_weights, unwrap
+from quant_compile.inspect import naming
+from quant_compile.inspect.weights import expert_site, linear_weights, unwrap
 from quant_compile.ir.errors import MissingScalesError, OptionError
 from quant_compile.ir.numerics import FLOAT_MAX, SMALLEST_AMAX
 from quant_compile.ir.scheme import Scheme
-from quant_compile.policy import Policy
+from quant_compile.policy import Policy, SiteInfo
 
 _SAMPLE = 1 << 20
-# operand positions (input, weight) by function name
-_OPERANDS = {"linear": (0, 1), "addmm": (1, 2), "matmul": (0, 1), "__matmul__": (0, 1), "mm": (0, 1)}
+# operand positions (input, weight) by function name; the last three multiply by the experts of a block
+_OPERANDS = {
+    "linear": (0, 1),
+    "addmm": (1, 2),
+    "matmul": (0, 1),
+    "__matmul__": (0, 1),
+    "mm": (0, 1),
+    "bmm": (0, 1),
+    "baddbmm": (1, 2),
+    "einsum": (1, 2),
+}
+_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
 
 class _Observer(TorchFunctionMode):
-    """Largest magnitude (or a percentile of it) of the inputs that meet the watched weights."""
+    """Largest magnitude (or a percentile of it) of the inputs that meet the watched weights.
+
+    A weight is known by its address. What is made of expert weights (one expert, those that tokens chose, a transpose) is
+    followed from call to call, since it has an address or a storage of its own.
+    """
 
     def __init__(self, weights: Mapping[int, str], percentile: float | None) -> None:
         super().__init__()
         self.weights, self.percentile = weights, percentile
         self.largest: dict[str, Tensor] = {}
+        self._made_of: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operands = _OPERANDS.get(getattr(func, "__name__", ""))
-        if operands is not None:
-            self._watch(func.__name__, [*args, *kwargs.values()], operands)
+        name = getattr(func, "__name__", "")
+        if name in _GROUPED:
+            self._watch_groups(*args, **kwargs)
+        elif name in _OPERANDS:
+            self._watch(name, list(_flat([*args, *kwargs.values()])), _OPERANDS[name])
+        else:
+            made = func(*args, **kwargs)
+            self._follow(args, made)
+            return made
         return func(*args, **kwargs)
+
+    def _weight(self, tensor: Tensor) -> str | None:
+        return self._made_of.get(tensor) or self.weights.get(tensor.data_ptr())
+
+    def _follow(self, args: Any, made: Any) -> None:
+        source = args[0] if args else None
+        if isinstance(source, Tensor) and (
+            source in self._made_of or (isinstance(source, nn.Parameter) and source.dim() == 3)
+        ):
+            name = self._weight(source)
+            if name is not None:
+                for part in made if isinstance(made, tuple | list) else (made,):
+                    if isinstance(part, Tensor) and part.is_floating_point():
+                        self._made_of[part] = name
 
     def _watch(self, name: str, values: list[Any], operands: tuple[int, int]) -> None:
         for x, w in (operands, operands[::-1]) if "linear" not in name else (operands,):
             if len(values) > max(x, w) and isinstance(values[w], Tensor) and isinstance(values[x], Tensor):
-                known = self.weights.get(values[w].data_ptr())
+                known = self._weight(values[w])
                 if known is not None:
                     self._see(known, values[x])
+
+    def _watch_groups(self, x: Tensor, weight: Tensor, offs: Tensor | None = None, **ignored: Any) -> None:
+        known = self._weight(weight)
+        if known is not None:
+            # Rows after the last group belong to no expert here and may hold anything.
+            self._see(known, x if offs is None else x[: int(offs[-1])])
 
     def _see(self, name: str, x: Tensor) -> None:
         magnitude = x.detach().abs().float().flatten()
@@ -72,6 +115,8 @@ def calibrate(
 ) -> Policy:
     """Measure input scales for every weight that the policy gives a static scheme, and save them.
 
+    The two weights of an expert block have one scale each: of the block's tokens, and of the hidden layers of all experts.
+
     Args:
         model: the model; run eagerly in inference mode.
         batches: each a mapping (keyword arguments), a tuple (positional arguments) or one tensor.
@@ -91,8 +136,8 @@ def calibrate(
     if percentile is not None and not 0 < percentile <= 100:
         raise OptionError(f"percentile must lie in (0, 100], got {percentile}")
     loaded = Policy.load(policy)
-    schemes = _static_schemes(model, loaded)
-    observer = _Observer({pointer: name for name, (pointer, _) in schemes.items()}, percentile)
+    weights = _static_weights(model, loaded)
+    observer = _Observer({weight.pointer: name for name, weight in weights.items()}, percentile)
     seen = 0
     with torch.compiler.set_stance("force_eager"), torch.inference_mode():
         for batch in track(list(batches), "calibrating", disable=not progress):
@@ -101,12 +146,14 @@ def calibrate(
             seen += 1
     if not seen:
         raise OptionError("no batches were given")
-    missing = [name for name in schemes if name not in observer.largest]
+    missing = [name for name, weight in weights.items() if weight.required and name not in observer.largest]
     if missing:
         raise MissingScalesError(
             f"no batch reached {missing[0]} ({len(missing)} weights in all). Fix: batches that run every layer, or `keep` it."
         )
-    scales = {f"{name}.input_scale": _scale(observer.largest[name], scheme) for name, (_, scheme) in schemes.items()}
+    scales = {
+        f"{name}.input_scale": _scale(amax, weights[name].scheme) for name, amax in sorted(observer.largest.items())
+    }
     target = _scales_path(loaded, path)
     save_file(
         scales, str(target), metadata={"format": "pt", "percentile": str(percentile or "amax"), "batches": str(seen)}
@@ -115,12 +162,42 @@ def calibrate(
     return replace(loaded, scales=target)
 
 
-def _static_schemes(model: nn.Module, policy: Policy) -> dict[str, tuple[int, Scheme]]:
-    out: dict[str, tuple[int, Scheme]] = {}
-    for weight in linear_weights(unwrap(model)):
-        scheme = policy.decide(weight.site).scheme
+def _flat(values: Iterable[Any]) -> Iterable[Any]:
+    """Values, with operands that came as a list (einsum) each on its own."""
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from cast(Iterable[Any], value)
+        else:
+            yield value
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A weight with a static scheme: its address; whether it is an error that no batch reached it."""
+
+    pointer: int
+    scheme: Scheme
+    required: bool
+
+
+def _static_weights(model: nn.Module, policy: Policy) -> dict[str, _Watched]:
+    """Static weights by name: linears and experts, and other 3-D Parameters, which are experts only if a product reads them."""
+    out: dict[str, _Watched] = {}
+
+    def watch(parameter: nn.Parameter, site: SiteInfo, required: bool) -> None:
+        scheme = policy.decide(site).scheme
         if scheme is not None and scheme.static:
-            out[weight.site.names[0]] = (weight.parameter.data_ptr(), scheme)
+            out[site.names[0]] = _Watched(parameter.data_ptr(), scheme, required)
+
+    weights = linear_weights(unwrap(model))
+    for weight in weights:
+        watch(weight.parameter, weight.site, required=True)
+    listed = {id(weight.parameter) for weight in weights}
+    names = naming.names_in(unwrap(model))
+    for parameter in model.parameters():
+        if parameter.dim() == 3 and parameter.is_floating_point() and id(parameter) not in listed:
+            known = names[id(parameter)]
+            watch(parameter, expert_site(known.full, known.module_class, parameter), required=False)
     if not out:
         raise OptionError(
             f"policy {policy.name} has no static scheme for this model; dynamic schemes need no calibration"

@@ -1,8 +1,9 @@
-"""The demo: the bundled tiny Llama in bf16 and under four policies, measured on text it has never seen.
+"""The demo: the bundled tiny Llama in bf16 and under four policies, then the bundled MoE, on text they have never seen.
 
 Reads ``examples/tiny_lm/weights`` of a source checkout (or ``--model DIR``); writes to the terminal only. Each model
 runs compiled, in two graphs: one reads a window into a static KV cache, the other makes one token. Perplexity, speed
-and the printed continuation all come from these two graphs, so that compiling is paid twice a policy and no more.
+and the printed continuation all come from these two graphs, so that compiling is paid twice a policy and no more. The MoE
+shows that experts are quantized and what it costs: one graph, compared with the eager model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from quant_compile.ir.errors import QuantError
 from quant_compile.policy import Policy
 
 POLICIES = ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16")
+MOE_POLICIES = ("FP8_DYNAMIC",)
+MOE_WINDOWS = 6
 BASELINE = "bf16"
 WINDOW = 448
 NEW_TOKENS = 48
@@ -227,11 +230,97 @@ def results_table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
+@dataclass(frozen=True)
+class ExpertOutcome:
+    """What one policy gave for the MoE.
+
+    Attributes:
+        policy: its name, or ``bf16``.
+        perplexity: on the held-out windows.
+        weight_bytes: of all parameters as the model computes with them.
+        expert_bytes: of the experts alone.
+        coverage: quantized bytes over the bytes the policy names; None for bf16.
+        seconds: compiling and the first window; None for bf16, which runs eagerly.
+    """
+
+    policy: str
+    perplexity: float
+    weight_bytes: int
+    expert_bytes: int
+    coverage: float | None = None
+    seconds: float | None = None
+
+
+def measure_experts(model: Any, policy: str, windows: Tensor) -> tuple[ExpertOutcome, Any]:
+    """Compile an MoE model for ``policy`` (``bf16``: leave it eager) and measure it; the report is None for bf16."""
+    forward: Callable[[Tensor], Tensor] = lambda ids: model(input_ids=ids, use_cache=False).logits  # noqa: E731
+    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    if policy == BASELINE:
+        experts = sum(size for name, size in sizes.items() if _is_expert(name))
+        return ExpertOutcome(policy, perplexity(forward, windows), sum(sizes.values()), experts), None
+    quant_compile.compile(model, policy=policy)
+    start = time.perf_counter()
+    perplexity(forward, windows[:1])
+    seconds = time.perf_counter() - start
+    ppl = perplexity(forward, windows)
+    report = quant_compile.report(model)
+    experts = sum(line.bytes_after for line in report.lines if _is_expert(line.names[0]))
+    return ExpertOutcome(policy, ppl, report.bytes_after, experts, report.coverage, seconds), report
+
+
+def _is_expert(name: str) -> bool:
+    return "experts" in name.split(".")
+
+
+def experts_table(outcomes: Sequence[ExpertOutcome]) -> Table:
+    """One line a policy, compared with the first."""
+    base = outcomes[0]
+    table = Table(title="The mixture of experts: held-out perplexity and memory", title_justify="left")
+    for column in ("policy", "perplexity", "vs bf16", "weights", "experts alone", "coverage", "compile"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for outcome in outcomes:
+        table.add_row(
+            outcome.policy,
+            f"{outcome.perplexity:.3f}",
+            f"{outcome.perplexity / base.perplexity - 1:+.2%}",
+            f"{outcome.weight_bytes / 1e6:.2f} MB",
+            f"{outcome.expert_bytes / 1e6:.2f} MB",
+            "–" if outcome.coverage is None else f"{outcome.coverage:.1%}",
+            "–" if outcome.seconds is None else f"{outcome.seconds:.0f} s",
+        )
+    return table
+
+
+def show_experts(console: Console, args: argparse.Namespace) -> None:
+    """The MoE's part of the demo."""
+    lm = load("moe", args.model, args.device)
+    windows = windows_of(lm.heldout, WINDOW, min(args.windows, MOE_WINDOWS))
+    config = lm.model.config
+    console.print(
+        f"\n{type(lm.model).__name__}, {config.num_local_experts} experts in each of {config.num_hidden_layers} layers, "
+        f"{config.num_experts_per_tok} a token. {windows.shape[0]} windows.",
+        highlight=False,
+    )
+    outcomes: list[ExpertOutcome] = []
+    for policy in (BASELINE, *args.moe_policies):
+        torch.compiler.reset()
+        model = lm.model if policy == BASELINE else load("moe", args.model, args.device).model
+        with console.status(f"compiling and measuring {policy} ..."):
+            outcome, report = measure_experts(model, policy, windows)
+        outcomes.append(outcome)
+        if report is not None:
+            console.print(report.table())
+    console.print(experts_table(outcomes))
+
+
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="sglquant demo", description="The bundled tiny Llama under several policies.")
+    parser = argparse.ArgumentParser(
+        prog="sglquant demo", description="The bundled tiny models under several policies."
+    )
     parser.add_argument("--model", help="folder made by examples/tiny_lm/train.py (default: the checkout's)")
     parser.add_argument("--name", default="dense", help="dense or moe (default: dense)")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="presets or policy files")
+    parser.add_argument("--moe-policies", nargs="*", default=list(MOE_POLICIES), help="of the MoE; none: leave it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--windows", type=int, default=16, help=f"held-out windows of {WINDOW} tokens")
     return parser.parse_args(list(argv))
@@ -269,6 +358,8 @@ def main(argv: Sequence[str] = ()) -> int:
     for outcome in outcomes:
         console.print(f"\n{outcome.policy} continues:", style="bold")
         console.print(escape(outcome.continuation), highlight=False)
+    if args.name != "moe" and args.moe_policies:
+        show_experts(console, args)
     return 0
 
 

@@ -21,11 +21,11 @@ from quant_compile.ir.graph import lines
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.report import Report, WeightLine
 from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_layouts
-from quant_compile.lowering.registry import layouts
+from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import Dispatch, choose, fits
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.options import Options, PolicySource
-from quant_compile.runtime import GraphRunner
+from quant_compile.runtime import Choosers, GraphRunner
 
 
 @dataclass(frozen=True)
@@ -74,34 +74,23 @@ def explain(
     return collector.explanation(model)
 
 
+def _uncompiled(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    return gm.forward
+
+
 class _Collector:
     """A Dynamo backend that plans and runs the original graph."""
 
     def __init__(self, source: PolicySource, target: Target) -> None:
-        self.source, self.target = source, target
+        self.source, self.target, self.options = source, target, Options(tune="off")
         self.before: list[str] = []
         self.after: list[str] = []
         self.planned: dict[int, tuple[Dispatch | MoeDispatch, int]] = {}
         self.rejections: dict[str, Mapping[str, float | str]] = {}
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        options = Options(tune="off")
-        request = options.request(self.source.policy)
-
-        def pick(problem: Any, name: str) -> Dispatch:
-            words = f"{problem.scheme.spec} n={problem.n} k={problem.k}"
-            self.rejections.setdefault(words, fits(problem, self.target, request, 1))
-            return choose(problem, self.target, request, name)
-
-        def pick_moe(problem: MoeProblem, name: str) -> MoeDispatch:
-            request = options.request(self.source.policy)
-            sizes = f"{problem.experts} experts, hidden {problem.hidden}, intermediate {problem.intermediate}"
-            self.rejections.setdefault(f"{problem.scheme.spec}, {sizes}", moe_fits(problem, self.target, request, 1))
-            return choose_moe(problem, self.target, request, name)
-
-        runner = GraphRunner(
-            gm, inputs, self.source, options, lambda graph, values: gm.forward, pick, pick_moe, self.target.label
-        )
+        choosers = Choosers(self._pick, self._pick_moe, lambda problem, name: self._pick(problem, name, "rows"))
+        runner = GraphRunner(gm, inputs, self.source, self.options, _uncompiled, choosers, self.target.label)
         variant = runner.prepare()
         self.before += ["graph:", *lines(runner.pristine)]
         self.after += ["graph:", *lines(variant.graph)]
@@ -109,6 +98,9 @@ class _Collector:
         for site in runner.sites:
             if site.slot in dispatches:
                 self._plan(inputs[site.slot], dispatches[site.slot], (site.n, site.k))
+        for site in runner.batched:
+            if site.slot in dispatches:
+                self._plan(inputs[site.slot], dispatches[site.slot], (site.n, site.k), site.experts)
         for block in runner.blocks:
             sizes = ((2 * block.intermediate, block.hidden), (block.hidden, block.intermediate))
             for slot, size in zip(block.slots, sizes, strict=True):
@@ -116,14 +108,26 @@ class _Collector:
                     self._plan(inputs[slot], dispatches[slot], size)
         return gm.forward
 
-    def _plan(self, parameter: Any, dispatch: Dispatch | MoeDispatch, size: tuple[int, int]) -> None:
+    def _pick(self, problem: Problem, name: str, only: str | None = None) -> Dispatch:
+        request = self.options.request(self.source.policy)
+        words = f"{problem.scheme.spec} n={problem.n} k={problem.k}"
+        self.rejections.setdefault(words, fits(problem, self.target, request, 1))
+        return choose(problem, self.target, request, name, only=only)
+
+    def _pick_moe(self, problem: MoeProblem, name: str) -> MoeDispatch:
+        request = self.options.request(self.source.policy)
+        sizes = f"{problem.experts} experts, hidden {problem.hidden}, intermediate {problem.intermediate}"
+        self.rejections.setdefault(f"{problem.scheme.spec}, {sizes}", moe_fits(problem, self.target, request, 1))
+        return choose_moe(problem, self.target, request, name)
+
+    def _plan(self, parameter: Any, dispatch: Dispatch | MoeDispatch, size: tuple[int, int], times: int = 1) -> None:
         """Note what would run a weight, and its packed bytes."""
         if isinstance(dispatch, MoeDispatch):
             planes = moe_layouts()[dispatch.layout].planes(dispatch.problem, *size)
         else:
             planes = layouts()[dispatch.layout].planes(replace(dispatch.problem, n=size[0]))
         if isinstance(parameter, Parameter):
-            self.planned[id(parameter)] = (dispatch, sum(plane.nbytes for plane in planes))
+            self.planned[id(parameter)] = (dispatch, times * sum(plane.nbytes for plane in planes))
 
     def explanation(self, model: nn.Module) -> Explanation:
         """All that was collected."""

@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from quant_compile.inspect import naming
 from quant_compile.inspect.ledger import LEDGER, Session
 from quant_compile.inspect.weights import expert_site, linear_weights
+from quant_compile.ir.batched import BatchedSite, find_batched
 from quant_compile.ir.errors import (
     GraphError,
     MissingScalesError,
@@ -32,7 +33,7 @@ from quant_compile.ir.errors import (
     PolicyWarning,
     ReleasedWeightError,
 )
-from quant_compile.ir.experts import MoeSite, Verdicts, find_experts
+from quant_compile.ir.experts import MoeMiss, MoeSite, Verdicts, find_experts
 from quant_compile.ir.graph import (
     BiasRef,
     ExpertBiasRef,
@@ -45,7 +46,7 @@ from quant_compile.ir.graph import (
     prepare_for_inductor,
 )
 from quant_compile.ir.moe import MoeProblem
-from quant_compile.ir.sites import LinearSite, find_sites
+from quant_compile.ir.sites import LinearSite, Miss, find_sites
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch
@@ -57,10 +58,47 @@ from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 from quant_compile.policy import SiteInfo
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
-Choose = Callable[[Problem, str], Dispatch]
-ChooseMoe = Callable[[MoeProblem, str], MoeDispatch]
 _VERSION = attrgetter("_version")
 ALSO_PLAIN = "also read unquantized (tied embedding or another use)"
+
+
+@dataclass(frozen=True)
+class Choosers:
+    """How kernels are chosen: ``(problem, name) -> dispatch`` for linears, expert blocks, and products over row-form planes."""
+
+    linear: Callable[[Problem, str], Dispatch]
+    moe: Callable[[MoeProblem, str], MoeDispatch]
+    rows: Callable[[Problem, str], Dispatch]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """All that one graph has: blocks, products with all experts, linears, and what is none of them, with the reason."""
+
+    blocks: tuple[MoeSite, ...]
+    batched: tuple[BatchedSite, ...]
+    linears: tuple[LinearSite, ...]
+    misses: tuple[Miss | MoeMiss, ...]
+
+    @staticmethod
+    def of(gm: fx.GraphModule, parameters: Mapping[int, Any], verdicts: Verdicts) -> Found:
+        """Look through a copied Dynamo graph."""
+        blocks, unknown = find_experts(gm, parameters, verdicts)
+        taken = {node for block in blocks for node in block.nodes}
+        batched = find_batched(gm, parameters, taken)
+        taken |= {site.node for site in batched}
+        linears, misses = find_sites(gm, parameters, taken)
+        done = {site.slot for site in batched}
+        unknown = [miss for miss in unknown if not done.issuperset(miss.slots)]
+        explained = {slot for miss in unknown for slot in miss.slots}
+        misses = [miss for miss in misses if not explained.issuperset(miss.slots)]
+        return Found(tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown))
+
+    @property
+    def readers(self) -> list[tuple[str, int]]:
+        """(node name, slot) of every weight that a site multiplies by."""
+        single = [(site.node.name, site.slot) for site in (*self.linears, *self.batched)]
+        return single + [(block.node.name, slot) for block in self.blocks for slot in block.slots]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +135,11 @@ class GraphRunner:
         source: PolicySource,
         options: Options,
         compile_graph: Compile,
-        choose: Choose,
-        choose_moe: ChooseMoe,
+        choosers: Choosers,
         target: str,
     ) -> None:
         self.source, self.options, self.target = source, options, target
-        self._compile, self._choose, self._choose_moe = compile_graph, choose, choose_moe
+        self._compile, self._choosers = compile_graph, choosers
         self.pristine = copy_graph(gm)
         # Dynamo passes Python floats as 0-d tensors whose value only the real tensor still has when it is traced again.
         self._scalars = {i: value for i, value in enumerate(inputs) if _is_scalar(value)}
@@ -110,10 +147,9 @@ class GraphRunner:
         self._slots = tuple(self._parameters)
         self._pick = _picker(self._slots)
         self._verdicts = Verdicts()
-        self.blocks, unknown = find_experts(self.pristine, self._parameters, self._verdicts)
-        taken = {node for block in (*self.blocks, *unknown) for node in block.nodes}
-        self.sites, misses = find_sites(self.pristine, self._parameters, taken)
-        self.misses = [*misses, *unknown]
+        self.found = Found.of(self.pristine, self._parameters, self._verdicts)
+        self.sites, self.blocks, self.batched = self.found.linears, self.found.blocks, self.found.batched
+        self.misses = self.found.misses
         self._shape_only = {i: _Shaped(value) for i, value in self._parameters.items()}
         self._lock = threading.RLock()
         self._variants: dict[Any, Variant] = {}
@@ -207,7 +243,7 @@ class GraphRunner:
         parameters: Mapping[int, Parameter],
         decisions: Mapping[str, SiteDecision],
     ) -> tuple[Tensor, ...]:
-        names = {site.slot: decisions[site.node.name].name for site in self.sites}  # for errors
+        names = {slot: decisions[name].name for name, slot in self.found.readers}  # for errors
         for block in self.blocks:
             names |= dict(zip(block.slots, weight_names(decisions[block.node.name].name, block), strict=True))
         return tuple(_resolve(ref, parameters, names) for ref in variant.refs)
@@ -219,7 +255,7 @@ class GraphRunner:
         session = LEDGER.session(owner, policy, self.target) if owner is not None else Session(policy, self.target)
         if self.source.is_default:
             session.notes[f"no policy was given: {policy.name} is the default on this device"] = None
-        if owner is None and (self.sites or self.blocks):
+        if owner is None and self.found.readers:
             self._no_owner()
         decisions: dict[str, SiteDecision] = {}
         for site in self.sites:
@@ -240,6 +276,10 @@ class GraphRunner:
                 self._load_scale(parameter, full)
         for block in self.blocks:
             decisions[block.node.name] = self._decide_block(block, parameters, names)
+        for site in self.batched:
+            decisions[site.node.name] = self._decide_experts(
+                site.weight, parameters[site.slot], site.transposed, names, site.module_class
+            )
         for miss in self.misses:
             for slot in miss.slots:
                 known = names.get(id(parameters[slot]))
@@ -250,22 +290,33 @@ class GraphRunner:
         self, block: MoeSite, parameters: Mapping[int, Parameter], names: Mapping[int, naming.Names]
     ) -> SiteDecision:
         """One scheme for both weights of a block, each of which rules may name."""
-        found: list[SiteDecision] = []
-        for node, slot, transposed in zip((block.w13, block.w2), block.slots, block.transposed, strict=True):
-            parameter = parameters[slot]
-            known = names.get(id(parameter))
-            full = known.full if known else (_source_name(node),)
-            info = expert_site(full, known.module_class if known else block.module_class, parameter, transposed)
-            decision = self.source.policy.decide(info)
-            found.append(SiteDecision(decision.scheme, decision.reason, full[0]))
-            if decision.scheme is not None and decision.scheme.static:
-                self._load_scale(parameter, full)
+        parts = zip((block.w13, block.w2), block.slots, block.transposed, strict=True)
+        found = [
+            self._decide_experts(node, parameters[slot], transposed, names, block.module_class)
+            for node, slot, transposed in parts
+        ]
         first, second = found
         name = first.name.rpartition(".")[0] or first.name
         if first.scheme != second.scheme:
             reason = "the policy gives its two weights different schemes; an expert block has one"
             return SiteDecision(None, reason, name, refused=True)
         return SiteDecision(first.scheme, first.reason, name)
+
+    def _decide_experts(
+        self,
+        node: fx.Node,
+        parameter: Parameter,
+        transposed: bool,
+        names: Mapping[int, naming.Names],
+        module_class: str | None,
+    ) -> SiteDecision:
+        known = names.get(id(parameter))
+        full = known.full if known else (_source_name(node),)
+        info = expert_site(full, known.module_class if known else module_class, parameter, transposed)
+        decision = self.source.policy.decide(info)
+        if decision.scheme is not None and decision.scheme.static:
+            self._load_scale(parameter, full)
+        return SiteDecision(decision.scheme, decision.reason, full[0])
 
     def _record_miss(self, parameter: Parameter, known: naming.Names | None, reason: str, session: Session) -> None:
         record = LEDGER.record(parameter)
@@ -318,9 +369,7 @@ class GraphRunner:
         """Slots of static sites -> the first slot with the same scale: only those may share a quantization."""
         first: dict[float, int] = {}
         classes: dict[int, int] = {}
-        readers = [(site.node.name, site.slot) for site in self.sites]
-        readers += [(block.node.name, block.slots[0]) for block in self.blocks]
-        for name, slot in readers:
+        for name, slot in self.found.readers:
             scheme = decisions[name].scheme
             if scheme is not None and scheme.static:
                 scale = STORE.entry(parameters[slot]).input_scale
@@ -335,20 +384,20 @@ class GraphRunner:
         late: bool,
     ) -> Variant:
         gm = copy_graph(self.pristine)
-        blocks, unknown = find_experts(gm, self._shape_only, self._verdicts)  # type: ignore[arg-type]
-        taken = {node for block in (*blocks, *unknown) for node in block.nodes}
-        sites, _ = find_sites(gm, self._shape_only, taken)  # type: ignore[arg-type]
+        found = Found.of(gm, self._shape_only, self._verdicts)
         fuse = self.source.policy.fuse
         plan = Plan(
-            tuple(sites),
+            found.linears,
             decisions,
-            self._timed(session, self._choose),
+            self._timed(session, self._choosers.linear),
             lambda slot: slot in self._shape_only,
             classes,
             fuse.share_quant,
             fuse.merge_siblings,
-            tuple(blocks),
-            self._timed(session, self._choose_moe),
+            found.blocks,
+            found.batched,
+            self._timed(session, self._choosers.moe),
+            self._timed(session, self._choosers.rows),
         )
         reports: list[PassReport] = []
         for one_pass in PIPELINE:
@@ -405,9 +454,7 @@ class GraphRunner:
         dispatch_of = {
             slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots
         }
-        quantized = [(site.node.name, site.slot) for site in self.sites]
-        quantized += [(block.node.name, slot) for block in self.blocks for slot in block.slots]
-        for name, slot in quantized:
+        for name, slot in self.found.readers:
             decision = decisions[name]
             parameter = parameters[slot]
             record = LEDGER.record(parameter)
@@ -442,7 +489,7 @@ class GraphRunner:
             for weight in linear_weights(owner):
                 if not weight.in_embedding and policy.decide(weight.site).scheme is not None:
                     claim(weight.parameter)
-        for slot in (*(site.slot for site in self.sites), *(slot for block in self.blocks for slot in block.slots)):
+        for _, slot in self.found.readers:
             claim(parameters[slot])
 
     def _release(self, parameters: Mapping[int, Parameter], variant: Variant) -> None:

@@ -326,3 +326,18 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def deep(model: nn.Module) -> nn.Module:
     """A copy."""
     return copy.deepcopy(model)
+
+
+def nudge(y: Tensor) -> Tensor:
+    """Every 16-bit float moved to the next one, away from zero or towards it at random; zeros stay."""
+    steps = torch.randint(0, 2, y.shape, device=y.device, dtype=torch.int16) * 2 - 1
+    moved = (y.view(torch.int16) + steps).view(y.dtype)
+    return torch.where((y == 0) | ~torch.isfinite(moved), y, moved)
+
+
+def nudged(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """An activation whose results are one step of their dtype off: the most that another order of f32 sums does to them.
+
+    What the truth itself makes of that is how far a correct kernel may be from it: 1/16 of the fp8 codes are others.
+    """
+    return lambda hidden: nudge(activation(hidden))

@@ -376,17 +376,18 @@ def test_static_schemes_count_their_scale_and_miss_it(model: nn.Module) -> None:
     assert up.bytes_after == 128 * 32 + 128 * 4 + 4
     note = plan.calibration_note
     assert note is not None and note.startswith(
-        "2 weights have static input scales but the policy names no scales file"
+        "3 weights have static input scales but the policy names no scales file"
     )
     assert plan_of("W8A8", model).calibration_note is None
 
 
-def test_experts_are_listed_and_refused(model: nn.Module) -> None:
+def test_experts_are_planned_and_rules_may_name_their_block(model: nn.Module) -> None:
     entry = next(e for e in plan_of("W8A8", model).entries if e.kind == "moe")
-    assert entry.decision.refused and entry.decision.scheme is None
-    assert entry.bytes_after == entry.bytes_before
-    kept = {"default": "W8A8", "rules": [{"kind": "moe", "scheme": "keep"}]}
-    assert plan_of(kept, model).problems == ()
+    assert entry.block == "experts" and entry.names == ("experts.up",)
+    assert entry.bytes_after == 4 * (32 * 16 + 32 * 4), "int8 codes and one f32 scale a row of each of four experts"
+    for rule in ({"kind": "moe"}, {"match": "experts"}, {"match": "experts.up"}):
+        plan = plan_of({"default": "W8A8", "rules": [{**rule, "scheme": "keep"}]}, model)
+        assert plan.problems == () and next(e for e in plan.entries if e.kind == "moe").scheme == "keep", rule
 
 
 def test_integer_weights_are_refused_with_the_reason() -> None:

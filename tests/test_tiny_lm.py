@@ -1,7 +1,7 @@
 """The bundled trained models: perplexity of every scheme, compiled, against the textbook scheme and against bf16.
 
 Six schemes run as one graph of the whole model; the others are compiled layer by layer, where all layers share one
-graph, which tests the same arithmetic in a fifth of the compile time.
+graph, which tests the same arithmetic in a fifth of the compile time. The MoE's schemes run without Inductor, two with.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import quant_compile
 from quant_compile import demo
 from quant_compile.ir.family import family_of
 from tests import textbook
+from tests.runtime_support import CompileCounter, plain_inductor
+
+__all__ = ["plain_inductor"]
 
 pytestmark = pytest.mark.skipif(
     not (demo.WEIGHTS / "dense" / "model.safetensors").is_file(),
@@ -33,6 +38,10 @@ LENGTH, WINDOWS, CALIBRATION = 384, 6, 2
 # on the other side of a tie because of either: far below this.
 SAME = 0.005
 CLOSE_TO_BF16 = {"FP8_DYNAMIC": 0.01, "FP8_BLOCK": 0.01, "W8A8": 0.01}
+
+
+# Of the MoE. All schemes run as lowered graphs without Inductor, which takes seconds; two also as users run them.
+MOE_WHOLE = ("FP8_DYNAMIC", "W8A8")
 
 
 def forward_of(model: Any) -> Callable[[Tensor], Tensor]:
@@ -100,6 +109,81 @@ def test_layers_have_the_textbook_perplexity(
     layers = sum(p.numel() * p.element_size() for p in model.model.layers.parameters() if p.dim() == 2)
     assert sum(line.bytes_before for line in report.lines if line.scheme) == layers
     assert measured == pytest.approx(textbook_perplexity(name, heldout, amax), rel=SAME)
+
+
+@dataclass(frozen=True)
+class Moe:
+    """What the tests of the MoE share: windows, their bf16 perplexity, calibration inputs and their textbook amax."""
+
+    windows: Tensor
+    bf16: float
+    batches: list[Tensor]
+    amax: dict[str, Tensor]
+
+    def textbook(self, name: str) -> float:
+        """Perplexity of the textbook scheme, linears and experts."""
+        fake = textbook.fake_quant_model(demo.load("moe").model, name, amax=self.amax)
+        return demo.perplexity(forward_of(fake), self.windows)
+
+
+@pytest.fixture(scope="module")
+def moe(heldout: Tensor, batches: list[Tensor]) -> Moe:
+    model, windows = demo.load("moe").model, heldout[:WINDOWS]
+    return Moe(windows, demo.perplexity(forward_of(model), windows), batches, textbook.input_amax(model, batches))
+
+
+def check_moe_report(model: Any) -> None:
+    """Every linear and every expert quantized, embeddings, head, gates and norms kept: by bytes, and one kernel a block."""
+    report = quant_compile.report(model).require(coverage=1.0)
+    experts = [line for line in report.lines if ".experts." in line.names[0]]
+    assert len(experts) == 2 * model.config.num_hidden_layers
+    assert all(line.scheme and line.kernels for line in experts)
+    kept = {line.names[0].removesuffix(".weight").rpartition(".")[2] for line in report.lines if not line.scheme}
+    assert kept == {"embed_tokens", "gate", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"}
+
+
+@pytest.mark.parametrize("name", list(textbook.SCHEMES))
+def test_moe_has_the_textbook_perplexity(name: str, moe: Moe, tmp_path: Path, plain_inductor: CompileCounter) -> None:
+    model = demo.load("moe").model
+    policy = policy_of(name, model, moe.batches, tmp_path)
+    for layer in model.model.layers:
+        layer.compile(backend="sglquant", options={"policy": policy})
+    measured = demo.perplexity(forward_of(model), moe.windows)
+    check_moe_report(model)
+    assert len(plain_inductor) > 0
+    assert measured == pytest.approx(moe.textbook(name), rel=SAME)
+    assert measured != moe.bf16
+
+
+@pytest.mark.parametrize("name", MOE_WHOLE)
+def test_whole_moe_is_close_to_bf16(name: str, moe: Moe) -> None:
+    model = demo.load("moe").model
+    quant_compile.compile(model, policy=name)
+    measured = demo.perplexity(forward_of(model), moe.windows)
+    check_moe_report(model)
+    assert measured == pytest.approx(moe.textbook(name), rel=SAME)
+    assert measured == pytest.approx(moe.bf16, rel=0.01)
+    assert measured != moe.bf16
+
+
+def test_moe_perplexity_shows_a_wrong_expert(moe: Moe) -> None:
+    """The tolerance is below what one expert of one layer does when its output is off by a quarter."""
+    fake: Any = textbook.fake_quant_model(demo.load("moe").model, "W8A8")
+    fake.model.layers[1].mlp.experts.down_proj[0] *= 1.25
+    wrong = demo.perplexity(forward_of(fake), moe.windows)
+    assert wrong != pytest.approx(moe.textbook("W8A8"), rel=SAME)
+
+
+def test_textbook_experts_are_those_of_transformers(moe: Moe) -> None:
+    """Unquantized, the textbook's block computes what transformers' does."""
+    block: Any = demo.load("moe").model.model.layers[0].mlp
+    none = torch.empty(0)
+    plain = textbook.FakeQuantExperts(block.experts, None, (none, none))
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        _, weights, ids = block.gate(x)
+        theirs, ours = block.experts(x, ids, weights), plain(x, ids, weights)
+    assert (ours.float() - theirs.float()).norm() < 0.01 * theirs.float().norm()
 
 
 @pytest.mark.parametrize("name", list(textbook.SCHEMES))
@@ -171,6 +255,18 @@ def test_demo_reads_and_decodes_like_generate() -> None:
         theirs = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
     assert tokens == theirs[0, demo.WINDOW :].tolist()
     assert seconds > 0
+
+
+def test_the_experts_of_the_demo(capsys: pytest.CaptureFixture[str], plain_inductor: CompileCounter) -> None:
+    args = demo._arguments(["--windows", "1", "--device", "cpu", "--moe-policies", "W8A8"])
+    demo.show_experts(Console(width=160), args)
+    shown = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    (bf16,) = [line for line in shown if line[1:2] == ["bf16"]]
+    (w8a8,) = [line for line in shown if line[1:2] == ["W8A8"]]
+    assert abs(float(w8a8[2]) / float(bf16[2]) - 1) < 0.05
+    assert float(w8a8[5].split()[0]) < 0.52 * float(bf16[5].split()[0])
+    assert w8a8[6] == "100.0%"
+    assert any(".experts." in line[1] and line[2] == "W8A8" for line in shown if len(line) > 2)
 
 
 def test_missing_weights_are_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

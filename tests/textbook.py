@@ -15,6 +15,10 @@ Definitions, for a weight W [n, k] and an input X [..., k]; amax is the largest 
             The scale is stored in the weight's dtype and codes are rounded under the stored scale.
 
 A static input scale is amax / largest code over the calibration batches of the model as it was; amax 0 gives zeros.
+
+An expert block is a stack of linears, [E, 2 i, h] with the gate's rows first and [E, h, i]. Each expert's matrices are
+quantized on their own, as any linear's. The block's tokens are one input, quantized before they are dealt out; the hidden
+layer of each expert is an input of its own. In a static scheme each of the block's two weights has one input amax.
 """
 
 from __future__ import annotations
@@ -177,19 +181,79 @@ class FakeQuantLinear(nn.Module):
         return nn.functional.linear(wide, self.weight, self.bias).to(x.dtype)
 
 
+UP, DOWN = "gate_up_proj", "down_proj"
+_NO_AMAX = torch.empty(0)
+
+
+class FakeQuantExperts(nn.Module):
+    """A block of silu experts whose weights have been through a scheme; tokens and hidden layers go through it at each call.
+
+    Like FakeQuantLinear it computes in f32 and casts what a linear gives; the rest happens in the tokens' dtype.
+    """
+
+    def __init__(self, block: nn.Module, scheme: Textbook | None, amax: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
+        for name in (UP, DOWN):
+            experts = block.get_parameter(name).detach()
+            parts = [w.float() if scheme is None else scheme.weight(w.float(), w.dtype) for w in experts]
+            self.register_buffer(name, torch.stack(parts), persistent=False)
+        self.amax = amax
+        self.inputs = None if scheme is None else scheme.inputs
+        self.largest_hidden = torch.zeros(())
+
+    def _fake(self, x: Tensor, which: int) -> Tensor:
+        return x.float() if self.inputs is None else self.inputs(x.float(), self.amax[which])
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[t, h], experts [t, k] of each token, their weights [t, k] -> [t, h]."""
+        dtype = hidden_states.dtype
+        tokens = self._fake(hidden_states, 0)
+        total = torch.zeros_like(hidden_states, dtype=torch.float32)
+        for expert, (up_rows, down_rows) in enumerate(zip(self.get_buffer(UP), self.get_buffer(DOWN), strict=True)):
+            rows, choice = torch.where(top_k_index == expert)
+            if not rows.numel():
+                continue
+            gate, up = nn.functional.linear(tokens[rows], up_rows).to(dtype).chunk(2, dim=-1)
+            inner = nn.functional.silu(gate) * up
+            self.largest_hidden = torch.maximum(self.largest_hidden, by_tensor(inner.float()))
+            out = nn.functional.linear(self._fake(inner, 1), down_rows).to(dtype)
+            total.index_add_(0, rows, out.float() * top_k_weights[rows, choice, None].float())
+        return total.to(dtype)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module holds the two stacked weights of an expert block."""
+    held = [module._parameters.get(name) for name in (UP, DOWN)]
+    return all(parameter is not None and parameter.dim() == 3 for parameter in held)
+
+
 def input_amax(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Largest input magnitude of every nn.Linear over ``batches`` of token ids, by module name."""
+    """Largest input magnitude of every nn.Linear and of both weights of every expert block over ``batches`` of token ids.
+
+    By name of the module, and for experts by name of the weight.
+    """
     seen: dict[str, Tensor] = {}
 
+    def see(name: str, amax: Tensor) -> None:
+        seen[name] = torch.maximum(seen[name], amax) if name in seen else amax
+
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: see(name, by_tensor(args[0].float()))
+
+    def watch_experts(name: str, module: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        plain = FakeQuantExperts(module, None, (_NO_AMAX, _NO_AMAX))
+
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            amax = by_tensor(args[0].float())
-            seen[name] = torch.maximum(seen[name], amax) if name in seen else amax
+            see(f"{name}.{UP}", by_tensor(args[0].float()))
+            plain(*args)
+            see(f"{name}.{DOWN}", plain.largest_hidden)
 
         return hook
 
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    blocks = [(name, module) for name, module in model.named_modules() if is_experts(module)]
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linears]
+    hooks += [module.register_forward_pre_hook(watch_experts(name, module)) for name, module in blocks]
     try:
         with torch.no_grad():
             for batch in batches:
@@ -206,7 +270,7 @@ def fake_quant_model(
     keep: Sequence[str] = ("lm_head",),
     amax: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """A deep copy of ``model`` whose nn.Linear modules follow the scheme, except names that end in one of ``keep``.
+    """A deep copy of ``model`` whose nn.Linears and expert blocks follow the scheme, except names that end in one of ``keep``.
 
     Raises:
         ValueError: a static scheme without ``amax`` (see ``input_amax``), or a model without linears to replace.
@@ -218,12 +282,18 @@ def fake_quant_model(
     targets = [
         (name, module)
         for name, module in made.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == end or name.endswith("." + end) for end in keep)
+        if (isinstance(module, nn.Linear) or is_experts(module))
+        and not any(name == end or name.endswith("." + end) for end in keep)
     ]
     if not targets:
         raise ValueError("the model has no linear to replace")
     for name, module in targets:
         parent, _, leaf = name.rpartition(".")
-        limit = amax[name] if scheme.static and amax is not None else torch.empty(0)
-        setattr(made.get_submodule(parent), leaf, FakeQuantLinear(module, scheme, limit))
+        known = amax if scheme.static and amax is not None else {}
+        if isinstance(module, nn.Linear):
+            fake: nn.Module = FakeQuantLinear(module, scheme, known.get(name, _NO_AMAX))
+        else:
+            limits = known.get(f"{name}.{UP}", _NO_AMAX), known.get(f"{name}.{DOWN}", _NO_AMAX)
+            fake = FakeQuantExperts(module, scheme, limits)
+        setattr(made.get_submodule(parent), leaf, fake)
     return made

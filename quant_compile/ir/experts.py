@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import Activation
-from quant_compile.ir.probe import Probe, ProbeError, RankOne, number_of, op_name, run_region, value_of
+from quant_compile.ir.probe import Probe, ProbeError, RankOne, name_of, number_of, run_region, value_of
 from quant_compile.ir.writes import Writes
 
 # Rows of the result that are compared, and how closely (relative, of the largest; f64 and f32 probes).
@@ -187,7 +187,7 @@ def _readers(graph: fx.Graph, parameters: Mapping[int, Parameter]) -> dict[_Stac
 
 def _reaches_product(node: fx.Node, parameters: Mapping[int, Parameter], path: dict[fx.Node, None]) -> bool:
     """Whether a value made of weights and indices alone is multiplied by something; notes the nodes on the way."""
-    name = op_name(node)
+    name = name_of(node)
     if name in PRODUCTS or "grouped_mm" in name:
         path[node] = None
         return True
@@ -497,7 +497,8 @@ def _error(probe: Probe, roles: _Roles, interleaved: bool, activation: Activatio
     if count == 0 or (weights is not None and weights.shape != ids.shape):
         return float("inf")
     found = found.reshape(-1, second.n)
-    sample = torch.linspace(0, count - 1, min(most, count)).long()
+    most = min(most, count)
+    sample = torch.arange(most) * (count - 1) // max(1, most - 1)
     scores = None if weights is None else weights[sample]
     wanted = _formula(rows[sample], ids[sample], scores, (first, b13), (second, b2), interleaved, activation)
     error = float((wanted - found[sample]).abs().max() / wanted.abs().max())

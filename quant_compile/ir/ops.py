@@ -2,6 +2,7 @@
 
     sglq.quantize(x, spec, scale?) -> planes of the input
     sglq.linear(x planes, w planes, bias?, spec, dtype) -> y
+    sglq.batched(x planes, w planes, spec, dtype) -> [E, M, n]: x [E, M, k] or [M, k] times every expert
     sglq.dequantize(w planes, spec, k) -> [n, k] f32
     sglq.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, spec, activation, dtype) -> [T, H]
 
@@ -11,6 +12,8 @@ scheme of unquantized weights.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ LIBRARY.define(
     "moe(Tensor[] x, Tensor? ids, Tensor? weights, Tensor[] w13, Tensor? b13, Tensor[] w2, Tensor? b2, Tensor? scale2, "
     "str spec, str activation, ScalarType dtype) -> Tensor"
 )
+LIBRARY.define("batched(Tensor[] x, Tensor[] w, str spec, ScalarType dtype) -> Tensor")
 LIBRARY.define("dequantize(Tensor[] w, str spec, SymInt k) -> Tensor")
 
 
@@ -64,6 +68,24 @@ def _moe(
     return moe_reference(tuple(x), ids, weights, tuple(w13), b13, tuple(w2), b2, scheme, how, dtype, scale2)
 
 
+def _batched(x: list[Tensor], w: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
+    scheme = parse(spec)
+    linear = family_of(scheme).linear
+    rows = [
+        linear(expert_rows(x, e), tuple(plane[e] for plane in w), None, scheme, dtype) for e in range(w[0].shape[0])
+    ]
+    return torch.stack(rows)
+
+
+def expert_rows(x: Sequence[Tensor], expert: int) -> tuple[Tensor, ...]:
+    """One expert's planes of x [E, M, k]; planes of an x [M, k], and a scale of the whole tensor, are every expert's."""
+    return tuple(plane[expert] if plane.dim() == 3 else plane for plane in x)
+
+
+def _batched_fake(x: list[Tensor], w: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
+    return x[0].new_empty((w[0].shape[0], x[0].shape[-2], w[0].shape[1]), dtype=dtype)
+
+
 def dense_ids(x: Tensor, experts: int) -> Tensor:
     """Expert of each row [T, 1] of a dense block: rows in E equal parts."""
     rows = torch.arange(experts, device=x.device).unsqueeze(1)
@@ -77,6 +99,8 @@ def _moe_fake(
     return x[0].new_empty((x[0].shape[0], w2[0].shape[1]), dtype=dtype)
 
 
+LIBRARY.impl("batched", _batched, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq::batched", _batched_fake, lib=LIBRARY)
 LIBRARY.impl("moe", _moe, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq::moe", _moe_fake, lib=LIBRARY)
 LIBRARY.impl("quantize", _quantize, "CompositeExplicitAutograd")
@@ -90,3 +114,4 @@ quantize = torch.ops.sglq.quantize.default
 linear = torch.ops.sglq.linear.default
 dequantize = torch.ops.sglq.dequantize.default
 moe = torch.ops.sglq.moe.default
+batched = torch.ops.sglq.batched.default

@@ -206,7 +206,7 @@ class _Runner:
         shape = tuple(map(_size, value.shape))
 
         def random(*sizes: int) -> Tensor:
-            return torch.randn(*sizes, generator=generator, dtype=self.dtype)
+            return torch.randn(sizes, generator=generator, dtype=self.dtype)
 
         if _expert_slot(node, parameters) is not None:
             # A row of x times ``columns`` has the standard deviation ``size``; of later products it does not matter.
@@ -221,12 +221,14 @@ class _Runner:
     def _ids(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Distinct experts for each token, as a router gives them."""
         if len(shape) == 2 and shape[1] <= self.experts:
-            scores = torch.rand(shape[0], self.experts, generator=generator)
+            scores = torch.rand(shape[0], self.experts, generator=generator, dtype=torch.float32)
             return scores.topk(shape[1], -1).indices
         return torch.randint(self.experts, shape, generator=generator)
 
     def run(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-        """One node."""
+        """One node; a question about the device that nobody waits for is left out."""
+        if not node.users and not node.all_input_nodes:
+            return None
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
         weights = [a for a in (*args, *kwargs.values()) if isinstance(a, RankOne)]
         try:
@@ -236,7 +238,7 @@ class _Runner:
         except ProbeError:
             raise
         except Exception as error:
-            raise ProbeError(f"{op_name(node)} failed on random inputs: {error}") from error
+            raise ProbeError(f"{name_of(node)} failed on random inputs: {error}") from error
 
     def _localized(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Devices become the CPU, float dtypes the probe's."""
@@ -264,7 +266,7 @@ class _Runner:
     # -- ops over expert weights ---------------------------------------------------------------------------------------
 
     def _over_weight(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        name = op_name(node)
+        name = name_of(node)
         product = _PRODUCTS.get(name) or (_grouped if "grouped_mm" in name else None)
         if product is not None:
             return self._product(product, name, args, kwargs)
@@ -279,7 +281,7 @@ class _Runner:
                 return replace(weight, ids=index.long())
         if name in KEEPS or name in CAST_METHODS or name == "to" or name == "type":
             return weight
-        if (name in SWAPS and _swaps_last(args[1:])) or (name == "getattr" and args[1] == "mT"):
+        if (name in SWAPS and swaps_last(args[1:])) or (name == "getattr" and args[1] == "mT"):
             return weight.flipped()
         raise ProbeError(
             f"{name}{tuple(a for a in args[1:] if not isinstance(a, Tensor))} over expert weights is not understood"
@@ -294,8 +296,8 @@ class _Runner:
         return result
 
 
-def op_name(node: fx.Node) -> str:
-    """Name of a node's function or method; ``grouped_mm`` for any of them."""
+def name_of(node: fx.Node) -> str:
+    """Name of what a node calls: ``bmm``, ``getitem``, ``grouped_mm`` for every grouped product."""
     if isinstance(node.target, str):
         return node.target
     if node.target in (torch.matmul, torch.bmm):
@@ -304,7 +306,8 @@ def op_name(node: fx.Node) -> str:
     return name if "grouped_mm" not in str(node.target) else "grouped_mm"
 
 
-def _swaps_last(dims: Any) -> bool:
+def swaps_last(dims: Any) -> bool:
+    """Whether the arguments of a transpose of three dimensions swap the last two."""
     flat = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], tuple | list) else tuple(dims)
     return flat in ((-2, -1), (-1, -2), (1, 2), (2, 1), (0, 2, 1))
 

@@ -1,6 +1,7 @@
 """The ``sglq_kernels`` ops: a linear, or an expert block, over packed planes; the number of rows at run time chooses its kernel.
 
     sglq_kernels.linear(x planes, packed w planes, bias?, dispatch) -> [..., n]
+    sglq_kernels.batched(x planes, row-form w planes [E, ...], dispatch) -> [E, M, n]
     sglq_kernels.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, dispatch) -> [T, H]
 
 ``dispatch`` is ``Dispatch.text``: the op carries all it needs, so a graph loaded from Inductor's cache or from a package
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_compile.ir.ops import dense_ids
+from quant_compile.ir.ops import dense_ids, expert_rows
 from quant_compile.lowering.moe import parse_moe_dispatch
 from quant_compile.lowering.select import parse_dispatch
 
@@ -77,8 +78,35 @@ def _moe_fake(
 
 LIBRARY.impl("moe", _moe, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq_kernels::moe", _moe_fake, lib=LIBRARY)
+LIBRARY.define("batched(Tensor[] x, Tensor[] w, str dispatch) -> Tensor")
+
+
+def _batched(x: list[Tensor], w: list[Tensor], dispatch: str) -> Tensor:
+    """Expert by expert with the kernels of linears over row-form planes."""
+    chosen = parse_dispatch(dispatch)
+    problem, experts, m = chosen.problem, w[0].shape[0], x[0].shape[-2]
+    y = x[0].new_empty((experts, m, problem.n), dtype=problem.dtype)
+    if m == 0:
+        return y
+    run = chosen.kernel_for(m).run
+    for expert in range(experts):
+        planes = tuple(plane.contiguous() for plane in expert_rows(x, expert))
+        if chosen.column_scales:
+            planes = (planes[0], *(plane.t().contiguous().t() for plane in planes[1:]))
+        y[expert] = run(planes, tuple(plane[expert] for plane in w), None, problem)
+    return y
+
+
+def _batched_fake(x: list[Tensor], w: list[Tensor], dispatch: str) -> Tensor:
+    problem = parse_dispatch(dispatch).problem
+    return x[0].new_empty((w[0].shape[0], x[0].shape[-2], problem.n), dtype=problem.dtype)
+
+
+LIBRARY.impl("batched", _batched, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq_kernels::batched", _batched_fake, lib=LIBRARY)
 LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq_kernels::linear", _linear_fake, lib=LIBRARY)
 
 linear = torch.ops.sglq_kernels.linear.default
 moe = torch.ops.sglq_kernels.moe.default
+batched = torch.ops.sglq_kernels.batched.default

@@ -124,7 +124,12 @@ def fits(problem: Problem, target: Target, request: Request, bucket: int) -> dic
 
 
 def choose(
-    problem: Problem, target: Target, request: Request | None = None, site: str = "", cost: CostOf | None = None
+    problem: Problem,
+    target: Target,
+    request: Request | None = None,
+    site: str = "",
+    cost: CostOf | None = None,
+    only: str | None = None,
 ) -> Dispatch:
     """The dispatch for a problem.
 
@@ -134,6 +139,7 @@ def choose(
         request: pins and permissions.
         site: the weight's name, for the error.
         cost: measured costs instead of estimates; ``lowering.tune.measured`` gives them.
+        only: consider this layout alone.
 
     Raises:
         NoKernelError: some range of M has no kernel in any layout; each kernel's reason is given.
@@ -141,7 +147,7 @@ def choose(
     request = request or Request()
     answers = {bucket: fits(problem, target, request, bucket) for bucket in BUCKETS}
     best: tuple[float, str, dict[int, str]] | None = None
-    for layout in layouts():
+    for layout in layouts() if only is None else (only,):
         estimates = {bucket: _of_layout(answers[bucket], layout) for bucket in BUCKETS}
         if not all(estimates.values()):
             continue  # some m would have no kernel; nothing of this layout needs measuring

@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, CostOf
 from quant_compile.lowering.target import Target
@@ -47,11 +48,11 @@ class Timings:
         except (OSError, ValueError):
             self._data = {}
 
-    def get(self, problem: Problem, name: str, m: int) -> float | None:
+    def get(self, problem: Problem | MoeProblem, name: str, m: int) -> float | None:
         """The time of a kernel at m, or None if it was not measured."""
         return self._data.get(problem_key(problem), {}).get(f"{name}@{m}")
 
-    def put(self, problem: Problem, times: dict[str, float]) -> None:
+    def put(self, problem: Problem | MoeProblem, times: dict[str, float]) -> None:
         """Add the times of a problem and write the file anew, atomically."""
         with self._lock:
             self._data.setdefault(problem_key(problem), {}).update(times)
@@ -64,9 +65,12 @@ class Timings:
                 return  # a read-only cache costs a measurement in the next process, nothing else
 
 
-def problem_key(problem: Problem) -> str:
+def problem_key(problem: Problem | MoeProblem) -> str:
     """A problem as text: content, never an id."""
     p = problem
+    if isinstance(p, MoeProblem):
+        sizes = (p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text, int(p.has_bias), int(p.has_weights))
+        return "|".join(map(str, ("moe", p.scheme.spec, *sizes, str(p.dtype).removeprefix("torch."))))
     return f"{p.scheme.spec}|{p.n}|{p.k}|{str(p.dtype).removeprefix('torch.')}|{int(p.has_bias)}"
 
 
@@ -125,6 +129,11 @@ def _estimate(
         for point in points
         if (time := known.get(problem, kernel.name, point)) is not None and time < FAILED
     }
+    return interpolate(times, m, lambda at: _own_estimate(kernel, problem, at, target))
+
+
+def interpolate(times: Mapping[int, float], m: int, own: Callable[[int], float]) -> float:
+    """Time at m: measured, between two measured points (geometrically), or scaled from one by the kernel's own estimate."""
     if m in times:
         return times[m]
     below, above = max((p for p in times if p < m), default=None), min((p for p in times if p > m), default=None)
@@ -132,12 +141,9 @@ def _estimate(
         share = math.log(m / below) / math.log(above / below)
         return math.exp(math.log(times[below]) * (1 - share) + math.log(times[above]) * share)
     near = below if below is not None else above
-    if near is None:
+    if near is None or own(m) >= FAILED or own(near) >= FAILED:
         return FAILED
-    at, there = kernel.fit(problem, m, target), kernel.fit(problem, near, target)
-    if isinstance(at, Reject) or isinstance(there, Reject):
-        return FAILED
-    return times[near] * at.cost / max(there.cost, 1e-6)
+    return times[near] * own(m) / max(own(near), 1e-6)
 
 
 def _measure_layout(
@@ -209,13 +215,14 @@ def _time(kernel: Kernel, problem: Problem, m: int, copies: list[Planes]) -> flo
             kernel.run(x, copies[i % len(copies)], bias, problem)
 
     try:
-        return _graph_time(calls) / _CALLS
+        return graph_time(calls) / _CALLS
     except Exception:  # whatever a library raises, another kernel serves
         torch.cuda.synchronize()
         return FAILED
 
 
-def _graph_time(calls: Callable[[], Any]) -> float:
+def graph_time(calls: Callable[[], Any]) -> float:
+    """Median microseconds of ``calls`` as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from quant_compile.ir import ops
+from quant_compile.ir.batched import BatchedSite
 from quant_compile.ir.experts import MoeSite
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.graph import ExpertRef, PlaneRef, add_plane, erase_with_inputs, inline, plane_name, trace, verify
@@ -40,6 +41,11 @@ def lower(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
         moe = _lower_moe(gm.graph, node, plan)
         report.rewrote.append(f"{names}: {moe.layout}, {moe.ranges}")
         report.dispatches[slots] = moe
+    for node in list(gm.graph.find_nodes(op="call_function", target=ops.batched)):
+        names, slot = " + ".join(node.meta["names"]), node.meta["batched"].slot
+        dispatch = _lower_batched(gm.graph, node, plan)
+        report.rewrote.append(f"{names}: {dispatch.layout}, {dispatch.ranges}")
+        report.dispatches[(slot,)] = dispatch
     for node in list(gm.graph.find_nodes(op="call_function", target=ops.quantize)):
         _lower_quantize(gm.graph, node, node in column_scales)
     return verify(gm, "lowered"), report
@@ -84,6 +90,20 @@ def _lower_moe(graph: fx.Graph, node: fx.Node, plan: Plan) -> MoeDispatch:
     y.meta = {key: node.meta[key] for key in ("site", "names", "example_value")}
     node.replace_all_uses_with(y)
     erase_with_inputs(graph, node)
+    return dispatch
+
+
+def _lower_batched(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
+    x, w, spec, dtype = node.args
+    site: BatchedSite = node.meta["batched"]
+    assert plan.choose_rows is not None
+    problem = Problem(parse(str(spec)), site.n, site.k, dtype)  # type: ignore[arg-type]
+    dispatch = plan.choose_rows(problem, " + ".join(node.meta["names"]))
+    with graph.inserting_before(node):
+        y = graph.call_function(kernel_ops.batched, (x, w, dispatch.text))
+    y.meta = {key: node.meta[key] for key in ("site", "names", "example_value")}
+    node.replace_all_uses_with(y)
+    graph.erase_node(node)
     return dispatch
 
 

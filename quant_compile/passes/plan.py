@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from quant_compile.ir.batched import BatchedSite
 from quant_compile.ir.experts import MoeSite
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.scheme import Scheme
@@ -36,8 +37,9 @@ class Plan:
     Attributes:
         sites: in graph order.
         blocks: expert blocks, in graph order.
+        batched: products with all experts, in graph order.
         decisions: node name of a site or of a block's result -> decision.
-        choose: ``(problem, site name) -> Dispatch``; ``choose_moe`` likewise for blocks.
+        choose: ``(problem, site name) -> Dispatch``; ``choose_moe`` likewise for blocks, ``choose_rows`` for batched products.
         scale_class: slot -> number; static input scales are equal where the numbers are.
         is_parameter: whether an argument position is a Parameter.
         share_quant: quantize an input once for all linears that read it.
@@ -53,7 +55,9 @@ class Plan:
     share_quant: bool = True
     merge_siblings: bool = True
     blocks: tuple[MoeSite, ...] = ()
+    batched: tuple[BatchedSite, ...] = ()
     choose_moe: Callable[[MoeProblem, str], MoeDispatch] | None = None
+    choose_rows: Callable[[Problem, str], Dispatch] | None = None
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 

@@ -80,6 +80,11 @@ def uncaptured(model: nn.Module, spec: str, data: list[Tensor]) -> list[Tensor]:
     return wanted
 
 
+def same(found: Tensor, wanted: Tensor, x: Tensor, spec: str) -> bool:
+    """Bit for bit; humming's W4A16 kernel adds partial sums in the order that blocks finish, so two calls of it differ."""
+    return error(found, wanted, x) <= TOLERANCE if spec == "W4A16" else torch.equal(found, wanted)
+
+
 def bf16_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
@@ -172,7 +177,7 @@ def test_two_instances_alternate_on_one_graph_and_planes_are_not_copied(
     watch.reset()
     for _ in range(5):
         for run, result in zip(runs, wanted, strict=True):
-            assert torch.equal(call(run, x), result)
+            assert same(call(run, x), result, x, spec)
     assert watch.recordings == watch.eager == 0, "re-recorded at a switch between instances"
     assert watch.replays == 10
     activations = 10 * x.numel() * x.element_size()
@@ -201,7 +206,7 @@ def test_prefill_and_decode_with_released_weights_replay(spec: str, monkeypatch:
     watch.reset()
     for _ in range(3):
         for x, result in zip(data, wanted, strict=True):
-            assert torch.equal(call(model, x), result)
+            assert same(call(model, x), result, x, spec)
     assert watch.recordings == watch.eager == 0 and watch.replays == 6
     assert all(line.released for line in quant_compile.report(model).require(1.0).lines)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, fx, nn
 from transformers import StaticCache
 
@@ -262,3 +263,44 @@ def test_layers_that_are_alike_cost_one_probe(monkeypatch: pytest.MonkeyPatch) -
     assert len({slot for site in seen.sites for slot in site.slots}) == 6
     assert [site.node.name for site in seen.sites] == [n.name for n in seen.order if n in {s.node for s in seen.sites}]
     assert difference(logits_of(seen.replay()), wanted) <= CLOSE
+
+
+def test_the_graph_that_a_gpu_gives_is_understood() -> None:
+    """On a GPU the graph counts tokens in integers, names the device, and asks for its capability."""
+
+    def as_on_a_gpu(gm: fx.GraphModule) -> None:
+        gpu = torch.device("cuda", 0)
+        for node in list(gm.graph.nodes):
+            if (
+                node.op == "call_method"
+                and node.target == "float"
+                and any("histc" in str(u.target) for u in node.users)
+            ):
+                node.target = "int"
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": gpu}
+            if "grouped_mm" in str(node.target):
+                with gm.graph.inserting_before(node):
+                    asked = gm.graph.call_function(torch.cuda.get_device_capability, (gpu,))
+                asked.meta = {"nn_module_stack": node.meta["nn_module_stack"]}
+
+    found: list[list[MoeSite]] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        graph = copy_graph(gm)
+        as_on_a_gpu(graph)
+        parameters = {i: value for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)}
+        sites, misses = find_experts(graph, parameters)
+        assert not misses, misses[0].reason
+        found.append(sites)
+        return gm.forward
+
+    torch._dynamo.reset()
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        intermediate_size=64, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=False)(torch.arange(6)[None])
+    assert [len(sites) for sites in found] == [1]

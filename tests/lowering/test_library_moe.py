@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.lowering.test_torch_cpu_moe import Block, planes_of, problem_of
 from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-NAMES = ("torch_grouped_fp8_moe", "sgl_grouped_fp8_moe", "sgl_expert_fp8_moe", "humming_grouped_w4a16_moe")
+KERNELS = moe_kernels() | {kernel.name: kernel for kernel in library_moe.PEERS}
 OPS = frozenset(
     {
         "aten::_scaled_grouped_mm",
@@ -69,7 +70,7 @@ REFUSALS = [
     ("sgl_grouped_fp8_moe", sized("FP8_DYNAMIC"), SM90, "block scales"),
     ("sgl_expert_fp8_moe", sized("FP8_BLOCK"), Target.fake("sm100", OPS), "up to sm90"),
     ("sgl_expert_fp8_moe", sized("FP8_BLOCK", F32), SM90, "not float32"),
-    ("humming_grouped_w4a16_moe", sized("W4A16"), Target.fake("sm90", frozenset()), "humming_kernels is not installed"),
+    ("humming_grouped_w4a16_moe", sized("W4A16"), Target.fake("sm90", frozenset()), "humming is not installed"),
     ("humming_grouped_w4a16_moe", sized("W4A16", intermediate=192), SM90, "[256, 192]: k must be a multiple of 128"),
     ("humming_grouped_w4a16_moe", sized("W8A16"), SM90, "4-bit integer weights"),
     ("humming_grouped_w4a16_moe", sized("int4.group16+16"), SM90, "group_size must be"),
@@ -78,7 +79,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("name", "problem", "target", "reason"), REFUSALS)
 def test_refusals(name: str, problem: MoeProblem, target: Target, reason: str) -> None:
-    answer = moe_kernels()[name].fit(problem, 64, target)
+    answer = KERNELS[name].fit(problem, 64, target)
     assert isinstance(answer, Reject) and reason in answer.reason, answer
 
 
@@ -92,7 +93,7 @@ def test_a_kernel_that_fails_its_trial_is_refused_with_its_error(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     here = Target("cuda", 90, 132, "a GPU that is not here", None)
     monkeypatch.setattr(Target, "has", lambda self, name: True)
-    answer = moe_kernels()["torch_grouped_fp8_moe"].fit(sized("FP8_DYNAMIC"), 64, here)
+    answer = KERNELS["torch_grouped_fp8_moe"].fit(sized("FP8_DYNAMIC"), 64, here)
     assert isinstance(answer, Reject) and answer.reason.startswith("fails here: ")
     library_moe.try_small.cache_clear()
 
@@ -101,7 +102,7 @@ def test_trial_measures_against_the_reference(monkeypatch: pytest.MonkeyPatch) -
     """The trial itself, on CPU with doubles of the ops: right ops pass, a wrong one is told by how much."""
     right = double_torch()
     monkeypatch.setattr(library_moe, "_torch_op", lambda: right)
-    kernel, problem = moe_kernels()["torch_grouped_fp8_moe"], sized("FP8_DYNAMIC")
+    kernel, problem = KERNELS["torch_grouped_fp8_moe"], sized("FP8_DYNAMIC")
     assert library_moe._error(kernel, problem, torch.device("cpu")) <= TOLERANCE
     monkeypatch.setattr(library_moe, "_torch_op", lambda: lambda *a: right(*a) * 1.05)
     assert library_moe._error(kernel, problem, torch.device("cpu")) > library_moe.TRIAL_TOLERANCE
@@ -112,7 +113,7 @@ def test_trial_measures_against_the_reference(monkeypatch: pytest.MonkeyPatch) -
 
 def ranges(ends: Tensor) -> list[tuple[int, int, int]]:
     bounds = [0, *ends.tolist()]
-    return [(expert, *pair) for expert, pair in enumerate(zip(bounds, bounds[1:])) if pair[0] < pair[1]]
+    return [(expert, *pair) for expert, pair in enumerate(itertools.pairwise(bounds)) if pair[0] < pair[1]]
 
 
 def double_torch() -> Any:
@@ -192,10 +193,10 @@ def double_humming(gemm: Any, x: Tensor, data: Tensor, scale: Tensor, *rest: Any
     assert (top_k, valid) == (1, 0) and locks.dtype == torch.int32 and locks.numel() >= 2048 and not locks.any()
     assert bounds.dtype == torch.int32 and tuple(bounds.shape) == (experts + 1,) and bounds[0] == 0
     assert tuple(data.shape) == (experts, gemm.k // 16, 2 * gemm.n) and data.is_contiguous()
-    assert tuple(scale.shape)[0] == experts and scale.shape[2] == gemm.n and scale.is_contiguous()
+    assert scale.shape[0] == experts and scale.shape[2] == gemm.n and scale.is_contiguous()
     y = torch.full((x.shape[0], gemm.n), torch.nan, dtype=x.dtype)
     for expert, start, stop in ranges(bounds[1:]):
-        planes = (data[expert], scale[expert], *(() if zero is None else (zero[expert],)), locks)
+        planes = (data[expert], scale[expert], *(() if zero is None else (zero[expert],)))
         w = unpack_tiles(planes, problem)
         y[start:stop] = family_of(problem.scheme).linear((x[start:stop],), w, None, problem.scheme, x.dtype)
     return y
@@ -227,7 +228,7 @@ CASES = [
 @pytest.mark.parametrize("tokens", [1, 7, 50])
 def test_gpu_calls(name: str, schemes: tuple[str, ...], dtypes: tuple[torch.dtype, ...], tokens: int) -> None:
     """Each op gets operands as its wrapper checks them; unwritten rows (NaN here) stay out of the result."""
-    kernel = moe_kernels()[name]
+    kernel = KERNELS[name]
     for scheme in schemes:
         for dtype in dtypes:
             block = Block(sized(scheme, dtype, experts=5), tokens)
@@ -241,7 +242,7 @@ def test_gpu_calls(name: str, schemes: tuple[str, ...], dtypes: tuple[torch.dtyp
 def test_bias_and_no_weights() -> None:
     gpt = Activation("silu", 1.702, 7.0, 1.0)
     block = Block(sized("W4A16", activation=gpt, has_bias=True, has_weights=False), 9)
-    assert relative_error(block.got(moe_kernels()["humming_grouped_w4a16_moe"]), block.expected()) <= TOLERANCE
+    assert relative_error(block.got(KERNELS["humming_grouped_w4a16_moe"]), block.expected()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "int4.channel+16"])

@@ -14,10 +14,22 @@ from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels import triton_moe as kernel
+from quant_compile.lowering.moe import STACKED, choose_moe
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import FAKE_OPS, Target
 from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
 
+SCHEMES = (
+    "FP8_DYNAMIC",
+    "FP8",
+    "FP8_BLOCK",
+    "W8A8",
+    "W8A8_STATIC",
+    "W8A16",
+    "W4A16",
+    "W4A16_ASYM",
+    "int4.group32.asym+16",
+)
 SM90 = Target.fake("sm90")
 # f16 rounds by 2**-11 of a value, 2.8e-4 of a norm; a hidden value near a tie may fall on the other side.
 TOLERANCE = 1e-3
@@ -164,7 +176,7 @@ def check_steps(case: Case, plan: kernel.Plan) -> None:
         rows[1] = stacked[1]
     actual = kernel.second(tuple(rows), pairs, case.w2, case.b2, p, plan.second)
     assert relative(actual[order], parts) <= TOLERANCE
-    assert relative(kernel.launch(*case.arguments, plan), case.expected()) <= 3 * TOLERANCE
+    assert relative(kernel.launch(*case.arguments, chosen=plan), case.expected()) <= 3 * TOLERANCE
 
 
 def check_codes(actual: Tensor, expected: Tensor) -> None:
@@ -177,23 +189,282 @@ def check_codes(actual: Tensor, expected: Tensor) -> None:
 def check_grouped(spec: str) -> None:
     """Plans of several block sizes over sizes that no tile divides, with illegal ids, empty and crowded experts."""
     mend_float8()
-    for tokens, experts, top_k, hidden, inner in ((3, 4, 2, 80, 48), (40, 5, 2, 144, 272)):
-        case = Case(spec, tokens, experts, top_k, hidden, inner)
-        case.ids[0, 0], case.ids[-1, 1] = -1, experts
-        check_steps(case, kernel.plan(case.problem, tokens, SM90))
-    case = Case(spec, 70, 3, 1, 256, 128, bias=False, weights=False)
-    case.ids[:] = 1
-    plan = kernel.plan(case.problem, 4096, SM90)
-    check_steps(case, plan)
+    case = Case(spec, 3, 3, 2, 80, 48)
+    case.ids[0, 0], case.ids[-1, 1] = -1, 3
+    check_steps(case, kernel.plan(case.problem, 3, SM90))
+    case = Case(spec, 20, 2, 2, 144, 272, weights=False)
+    check_steps(case, kernel.plan(case.problem, 20, SM90))
+    if spec in ("FP8_DYNAMIC", "W4A16"):
+        case = Case(spec, 70, 3, 1, 128, 128, bias=False)
+        case.ids[:] = 1
+        check_steps(case, kernel.plan(case.problem, 4096, SM90))
+
+
+def check_other_tiles() -> None:
+    """Weights through descriptors, and groups that the first product does not quantize itself."""
+    mend_float8()
+    for spec in ("FP8_BLOCK", "W4A16"):
+        case = Case(spec, 5, 3, 2, 256, 144)
+        plan = kernel.plan(case.problem, 5, SM90)
+        check_steps(case, kernel.Plan(replace(plan.first, block_n=64, tma=True), replace(plan.second, tma=True)))
+
+
+def check_activations() -> None:
+    """Every kind, with all its constants, in both forms; no router weights in one of them."""
+    for text in ("silu(1.702,7.0,1.0)", "gelu", "gelu_tanh", "relu"):
+        case = Case("W8A16", 2, 2, 1, 48, 48, activation=text)
+        expected = case.expected()
+        assert relative(kernel.run(*case.arguments), expected) <= TOLERANCE, text
+        plan = kernel.decode_plan(case.problem, SM90)
+        wide = kernel.DecodePlan(replace(plan.first, block_n=16), replace(plan.second, block_n=16))
+        assert relative(kernel.launch_decode(*case.arguments, chosen=wide), expected) <= TOLERANCE, text
+
+
+def check_nothing_legal() -> None:
+    """A token whose experts are all illegal gives zeros, never what memory held."""
+    for run in (kernel.run, kernel.run_decode):
+        case = Case("W8A8", 2, 2, 2, 16, 16)
+        case.ids[1] = torch.tensor([7, -9])
+        actual = run(*case.arguments)
+        assert actual[1].eq(0).all() and not actual[0].eq(0).all()
+
+
+# --- the decode form ---
+
+
+def check_decode(spec: str) -> None:
+    """Whole blocks of few tokens, with illegal ids, odd sizes, one expert per token, other activations."""
+    mend_float8()
+    cases = (
+        Case(spec, 1, 3, 2, 144, 48),
+        Case(spec, 2, 3, 3, 80, 272, weights=False, bias=False),
+        Case(spec, 2, 2, 1, 48, 80, activation="silu(1.702,7.0,1.0)"),
+    )
+    cases[0].ids[0, 0], cases[1].ids[1] = -1, 3
+    for case in cases:
+        plan = kernel.decode_plan(case.problem, SM90)
+        wide = kernel.DecodePlan(replace(plan.first, block_n=16), replace(plan.second, block_n=16))
+        actual = kernel.launch_decode(*case.arguments, chosen=wide)
+        expected = case.expected()
+        assert expected.abs().max() > 0.1
+        assert relative(actual, expected) <= 3 * TOLERANCE, f"{case.problem} {plan}"
 
 
 @needs_triton
-@pytest.mark.parametrize("function", ["check_aligns"])
+@pytest.mark.parametrize("function", ["check_aligns", "check_other_tiles", "check_activations", "check_nothing_legal"])
 def test_in_interpreter(function: str) -> None:
     run_interpreted(__name__, function)
 
 
 @needs_triton
-@pytest.mark.parametrize("spec", ["FP8_DYNAMIC", "W8A8"])
+@pytest.mark.parametrize("spec", SCHEMES)
 def test_grouped_in_interpreter(spec: str) -> None:
     run_interpreted(__name__, "check_grouped", spec)
+
+
+@needs_triton
+@pytest.mark.parametrize("spec", SCHEMES)
+def test_decode_in_interpreter(spec: str) -> None:
+    run_interpreted(__name__, "check_decode", spec)
+
+
+@needs_triton
+def test_interpreted_check_can_fail() -> None:
+    """A check that raises in the interpreter's process fails here: the tests above are not vacuous."""
+    with pytest.raises(AssertionError, match="unknown scheme"):
+        run_interpreted(__name__, "check_decode", "no_such_scheme")
+
+
+# --- cubins ---
+
+
+class Recorder:
+    """Stands in for a Triton kernel: notes the arguments of its launches."""
+
+    def __init__(self, function: Any, found: list[tuple[Any, dict[str, Any]]]) -> None:
+        self.function, self.found = function, found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.note
+
+    def note(self, *arguments: Any, **constants: Any) -> None:
+        """One launch."""
+        self.found.append((self.function, dict(zip(self.function.arg_names, arguments)) | constants))
+
+
+TYPES = {
+    torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32",
+    torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
+}  # fmt: skip
+KERNEL_NAMES = (
+    "count_kernel", "align_kernel", "grouped_kernel", "quantize_kernel", "sum_kernel", "gated_rows_kernel",
+    "down_rows_kernel",
+)  # fmt: skip
+
+
+def launches(
+    problem: MoeProblem, tokens: int, plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Any, dict[str, Any]]]:
+    """(kernel, arguments) of everything that a block launches, from tensors without data."""
+    from quant_compile.lowering.kernels import _triton_moe as source
+
+    found: list[tuple[Any, dict[str, Any]]] = []
+    with monkeypatch.context() as patch:
+        for name in KERNEL_NAMES:
+            patch.setattr(source, name, Recorder(getattr(source, name), found))
+        p, scheme = problem, problem.scheme
+
+        def empty(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        w13, w2 = (
+            tuple(empty(*plane.shape, dtype=plane.dtype) for plane in STACKED.planes(p, n, k))
+            for n, k in ((2 * p.intermediate, p.hidden), (p.hidden, p.intermediate))
+        )
+        x: Planes = (empty(tokens, p.hidden),)
+        a = scheme.input_activations
+        if a is not None:
+            columns = 1 if a.group_size is None else -(-p.hidden // a.group_size)
+            scale = empty(tokens, columns, dtype=torch.float32) if a.dynamic else empty(1, dtype=torch.float32)
+            x = (empty(tokens, p.hidden, dtype=kernel.code_of(scheme)[1]), scale)
+        scale2 = empty(1, dtype=torch.float32) if scheme.static else None
+        ids = empty(tokens, p.top_k, dtype=torch.int64)
+        run: Any = kernel.launch_decode if isinstance(plan, kernel.DecodePlan) else kernel.launch
+        b13, b2 = empty(p.experts, 2 * p.intermediate), empty(p.experts, p.hidden)
+        y = run(x, ids, empty(tokens, p.top_k, dtype=torch.float32), w13, b13, w2, b2, scale2, p, plan)
+        assert y.shape == (tokens, p.hidden) and y.dtype == p.dtype
+    return found
+
+
+def build(function: Any, arguments: dict[str, Any], arch: int) -> Any:
+    """The cubin of one noted launch."""
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            types[name] = f"*{TYPES[value.dtype]}"
+        elif hasattr(value, "block_shape"):
+            types[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+        elif isinstance(value, int) and name.islower():
+            types[name] = "i32"
+        else:
+            constants[name] = value
+    return compile_cubin(function, arch, types, constants, **options)
+
+
+def problem_of(spec: str, experts: int = 128, hidden: int = 2048, inner: int = 768, top_k: int = 8) -> MoeProblem:
+    return MoeProblem(parse(spec), experts, hidden, inner, top_k, Activation("silu"), torch.bfloat16, True)
+
+
+SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+ARCHES = [
+    *[(80, spec) for spec in ("W8A8", "W8A16", "W4A16")],
+    *[(90, spec) for spec in (*SCHEMES, "FP8_E5M2_DYNAMIC")],
+    *[(arch, spec) for arch in (89, 100, 120) for spec in ("FP8_DYNAMIC", "FP8_BLOCK", "W4A16")],
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("arch, spec", ARCHES)
+def test_cubin(arch: int, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan of a shape compiles for the arch, within its shared memory."""
+    target = Target.fake(f"sm{arch}")
+    problem = problem_of(spec)
+    assert isinstance(kernel.fit(problem, 16, target), Rank) and isinstance(kernel.fit_decode(problem, 1, target), Rank)
+    plans = {kernel.plan(problem, tokens, target): tokens for tokens in (2048, 16)}
+    seen: set[str] = set()
+    for plan, tokens in {kernel.decode_plan(problem, target): 1, **plans}.items():
+        for function, arguments in launches(problem, tokens, plan, monkeypatch):
+            key = f"{function.__name__} {[v for n, v in arguments.items() if n.isupper() or n.startswith('num')]}"
+            if key in seen:
+                continue
+            seen.add(key)
+            built = build(function, arguments, arch)
+            assert built.asm["cubin"], key
+            assert built.metadata.shared <= SHARED_LIMIT[arch] * 1024, key
+
+
+@needs_triton
+@pytest.mark.parametrize("spec", ["FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16_ASYM"])
+def test_cubin_of_odd_sizes(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks instead of whole steps, on every operand; weights through descriptors where rows allow it."""
+    problem = problem_of(spec, 7, 208, 144, 3)
+    plan = kernel.plan(problem, 100, SM90)
+    tma = kernel.Plan(replace(plan.first, tma=True), replace(plan.second, tma=True))
+    for chosen in (plan, tma, kernel.decode_plan(problem, SM90)):
+        for function, arguments in launches(problem, 5, chosen, monkeypatch):
+            assert build(function, arguments, 90).asm["cubin"]
+
+
+@needs_triton
+def test_hopper_uses_its_tensor_cores_and_wide_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plans are made for: wgmma fed by 16-byte copies; 16-byte loads and dp4a in the decode form."""
+    ptx = {}
+    for spec in ("FP8_DYNAMIC", "W8A8"):
+        problem = problem_of(spec)
+        plans = ((1, kernel.decode_plan(problem, SM90)), (2048, kernel.plan(problem, 2048, SM90)))
+        for tokens, plan in plans:
+            for function, arguments in launches(problem, tokens, plan, monkeypatch):
+                ptx[spec, function.__name__] = build(function, arguments, 90).asm["ptx"]
+    assert "wgmma.mma_async" in ptx["FP8_DYNAMIC", "grouped_kernel"]
+    assert "e4m3.e4m3" in ptx["FP8_DYNAMIC", "grouped_kernel"]
+    assert "cp.async.cg.shared.global" in ptx["FP8_DYNAMIC", "grouped_kernel"]
+    for name in ("gated_rows_kernel", "down_rows_kernel"):
+        assert "v4.b32" in ptx["FP8_DYNAMIC", name] and "cvt.rn.f16x2.e4m3x2" in ptx["FP8_DYNAMIC", name]
+        assert "dp4a.s32.s32" in ptx["W8A8", name]
+
+
+# --- fit ---
+
+
+@pytest.mark.parametrize(
+    "problem, target, reason",
+    [
+        (problem_of("FP8_DYNAMIC"), Target.fake("cpu"), "needs a CUDA GPU"),
+        (problem_of("FP8_DYNAMIC"), Target.fake("sm90", FAKE_OPS - {"triton"}), "triton is not installed"),
+        (problem_of("FP8_DYNAMIC"), Target.fake("sm80"), "fp8 needs sm89 or newer, this is sm80"),
+        (problem_of("FP8_TENSOR_DYNAMIC"), SM90, "one dynamic scale for all tokens"),
+        (problem_of("fp8e4m3.channel+16"), SM90, "16-bit inputs are not multiplied by 8-bit floats"),
+        (problem_of("fp8e4m3.block128x48+fp8e4m3.group48.dynamic"), SM90, "groups must have 32, 64 or a multiple of 128"),
+        (problem_of("W8A8", hidden=2040), SM90, "hidden size must be a multiple of 16, got 2040"),
+        (problem_of("W8A8", inner=100), SM90, "intermediate size must be a multiple of 16, got 100"),
+        (replace(problem_of("W8A8"), dtype=torch.float32), SM90, "dtype must be bfloat16 or float16, got torch.float32"),
+    ],
+)  # fmt: skip
+def test_refusals(problem: MoeProblem, target: Target, reason: str) -> None:
+    for fit in (kernel.fit, kernel.fit_decode):
+        answer = fit(problem, 1, target)
+        assert isinstance(answer, Reject) and reason in answer.reason
+
+
+def test_decode_serves_few_pairs() -> None:
+    problem = problem_of("FP8_DYNAMIC")
+    assert isinstance(kernel.fit_decode(problem, 8, SM90), Rank)
+    answer = kernel.fit_decode(problem, 9, SM90)
+    assert isinstance(answer, Reject) and "at most 64 pairs of a token and an expert, got 72" in answer.reason
+
+
+def test_choice_by_tokens() -> None:
+    """One token goes to the decode form, many to the grouped one; both read one layout."""
+    for spec in ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W8A16", "W4A16"):
+        dispatch = choose_moe(problem_of(spec), SM90)
+        assert dispatch.layout == "experts"
+        assert dispatch.kernel_for(1).name == "triton_moe_decode" and dispatch.kernel_for(2048).name == "triton_moe"
+
+
+def test_plans_cover_every_size() -> None:
+    """Rows divide their sizes, groups end with steps, and blocks of both products agree."""
+    for spec in ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16", "int4.group32+16", "int4.group16+16"):
+        for hidden, inner in ((16, 16), (2048, 768), (4096, 14336), (7168, 2048), (2880, 2880), (80, 1040)):
+            for top_k in (1, 2, 6, 8, 10):
+                problem = problem_of(spec, 16, hidden, inner, top_k)
+                group = kernel.groups(problem.scheme)[1] or 1
+                decode = kernel.decode_plan(problem, SM90)
+                for rows, n in ((decode.first, inner), (decode.second, hidden)):
+                    assert n % rows.block_n == 0 and rows.block_k % min(group, rows.block_k) == 0
+                    assert rows.block_k >= group
+                for tokens in (1, 64, 1024, 8192):
+                    plan = kernel.plan(problem, tokens, SM90)
+                    assert plan.first.block_m == plan.second.block_m
+                    assert group == 1 or group % plan.first.block_k == 0

@@ -85,7 +85,7 @@ def _run(
     for expert, stop in enumerate(groups.ends.tolist()):
         if stop == start:
             continue
-        tokens = groups.pairs[start:stop] // problem.top_k
+        tokens = groups.pairs[start:stop] // ids.shape[1]
         picked = tuple(plane if plane.dim() == 1 else plane[tokens] for plane in x)
         inner = problem.activation(_linear(picked, w13, b13, expert, first, LINEARS[layout], target))
         planes = (inner,)

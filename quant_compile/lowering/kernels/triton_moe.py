@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
+from math import gcd
 from typing import Any
 
 import torch
@@ -30,7 +31,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 # sm90's fp8 sum keeps about 14 bits; its error grows like sqrt(k) and passes bf16's own rounding near this k.
 IMPRECISE_K = 8192
 # Pairs up to which align counts experts in the kernel that places them.
-COUNT_PAIRS = 1024
+COUNT_PAIRS = 256
+# Pairs up to which the decode form serves: each of them reads its expert again, from L2 at best.
+DECODE_PAIRS = 64
+MAGIC = 0x4B000000  # 2**23 as f32 bits
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Tiles:
         warps: warps per program.
         stages: depth of the load pipeline.
         band: blocks of pairs that are walked together, tile by tile.
-        tma: load weights through tensor descriptors (sm90 and newer).
+        tma: load weights through tensor descriptors (sm90 and newer), where their rows are a multiple of 16 bytes.
     """
 
     block_m: int
@@ -62,6 +66,29 @@ class Plan:
 
     first: Tiles
     second: Tiles
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How one of the two products of the decode form is cut up.
+
+    Attributes:
+        block_n: rows of the weight per program (gated: as many gate and as many up rows), a power of two up to 16.
+        block_k: inputs per step, for each expert of the program; a multiple of the group of scales.
+        warps: warps per program.
+    """
+
+    block_n: int
+    block_k: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Both products of the decode form."""
+
+    first: Rows
+    second: Rows
 
 
 @dataclass(frozen=True)
@@ -213,7 +240,16 @@ def _activation(activation: Activation) -> dict[str, Any]:
 
 def _type(dtype: torch.dtype) -> Any:
     language = import_module("triton.language")
-    return {torch.bfloat16: language.bfloat16, torch.float16: language.float16, torch.float32: language.float32}[dtype]
+    return getattr(language, _TYPES[dtype])
+
+
+_TYPES = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "float8e4nv",
+    torch.float8_e5m2: "float8e5",
+}
 
 
 def _launch(
@@ -228,23 +264,105 @@ def _launch(
     zero = w[2] if w4 and not scheme.weights.symmetric else None
     most = pairs.blocks.shape[1]
     promote = scheme.weights.type == "float" and not group_k and k > IMPRECISE_K
+    tma = tiles.tma and w[0].shape[-1] % 16 == 0  # one byte per element, rows must begin at 16 bytes
     _source().grouped_kernel[(most * _ceil(n, tiles.block_n),)](
-        x[0], _weight_operand(w[0], tiles, w4), x[1] if len(x) > 1 else None, w[1], zero, bias, scale2, y, sy,
-        pairs.order, pairs.blocks, most, n, k, problem.top_k, *_scale_strides(x), w[1].stride(0), w[1].stride(1),
+        x[0], _descriptor(w[0], tiles) if tma else w[0], x[1] if len(x) > 1 else None, w[1], zero, bias, scale2, y, sy,
+        pairs.order, pairs.blocks, most, n, k, w[0].shape[-1], problem.top_k, *_scale_strides(x), w[1].stride(0), w[1].stride(1),
         zero.stride(0) if zero is not None else 0, zero.stride(1) if zero is not None else 0,
         GATED=gated, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BAND=tiles.band,
-        EVEN_K=k % tiles.block_k == 0, TMA=tiles.tma, W4=w4, GROUP_K=group_k, GROUP_N=group_n, PROMOTE=promote,
+        EVEN_K=k % tiles.block_k == 0, TMA=tma, W4=w4, GROUP_K=group_k, GROUP_N=group_n, PROMOTE=promote,
         QUANTIZE=limit, **_activation(problem.activation), OUT=_type(problem.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
-def _weight_operand(data: Tensor, tiles: Tiles, w4: bool) -> Any:
-    if not tiles.tma:
-        return data
+def _descriptor(data: Tensor, tiles: Tiles) -> Any:
+    """Tensor descriptor of all experts' rows; two 4-bit codes are one element."""
     descriptor = import_module("triton.tools.tensor_descriptor").TensorDescriptor
-    block = [tiles.block_n, tiles.block_k // 2 if w4 else tiles.block_k]
+    block = [tiles.block_n, tiles.block_k // (2 if data.dtype == torch.uint8 else 1)]
     return descriptor.from_tensor(data.view(-1, data.shape[-1]), block)
+
+
+# --- steps of the decode form ---
+
+
+def gated_rows(x: Planes, ids: Tensor, w13: Planes, b13: Tensor | None, problem: MoeProblem, rows: Rows) -> Planes:
+    """Hidden layer of each pair, unsorted: ([T k, I],), then the largest magnitude of each ``rows.block_n`` values
+    [T k, I / block_n] f32 where the scheme needs one scale per row."""
+    p = problem
+    pairs, parts = ids.numel(), p.intermediate // rows.block_n
+    y = torch.empty((pairs, p.intermediate), dtype=p.dtype, device=ids.device)
+    amax = torch.empty((pairs, parts), dtype=torch.float32, device=ids.device) if _needs_amax(p.scheme) else None
+    unit, constants, zero, strides = _rows_arguments(w13, p, p.hidden, rows)
+    data = x[0].view(torch.int32) if unit == 4 else x[0]
+    _source().gated_rows_kernel[(parts, pairs)](
+        data, _units(w13[0], unit), x[1] if len(x) > 1 else None, w13[1], zero, b13, ids, y, amax,
+        p.intermediate, p.hidden, p.hidden // unit, p.top_k, p.experts, *_scale_strides(x), *strides, MAGIC,
+        **constants, **_activation(p.activation), OUT=_type(p.dtype), num_warps=rows.warps,
+    )  # fmt: skip
+    return (y,) if amax is None else (y, amax)
+
+
+def down_rows(
+    hidden: Planes, ids: Tensor, weights: Tensor | None, w2: Planes, b2: Tensor | None, scale2: Tensor | None,
+    problem: MoeProblem, rows: Rows,
+) -> Tensor:  # fmt: skip
+    """Quantizes the result of ``gated_rows`` and multiplies, weights and adds it -> [T, H] of the problem's dtype."""
+    p = problem
+    y = torch.empty((ids.shape[0], p.hidden), dtype=p.dtype, device=ids.device)
+    amax = hidden[1] if len(hidden) > 1 else None
+    parts = amax.shape[1] if amax is not None else 1
+    unit, constants, zero, strides = _rows_arguments(w2, p, p.intermediate, rows)
+    quantized = p.scheme.input_activations is not None
+    limit, code = code_of(p.scheme)
+    _source().down_rows_kernel[(p.hidden // rows.block_n, ids.shape[0])](
+        hidden[0], amax, scale2 if p.scheme.static else None, _units(w2[0], unit), w2[1], zero, b2, ids, weights, y,
+        p.hidden, p.intermediate, p.intermediate // unit, p.top_k, p.experts, parts, *strides, MAGIC,
+        TOP_K=_pow2(p.top_k), PARTS=_pow2(parts), QUANTIZE=limit if quantized else 0.0, CODE=_type(code), **constants,
+        OUT=_type(p.dtype), num_warps=rows.warps,
+    )  # fmt: skip
+    return y
+
+
+def _needs_amax(scheme: Scheme) -> bool:
+    a = scheme.input_activations
+    return a is not None and a.dynamic and a.group_size is None
+
+
+def _interpreted() -> bool:
+    return "Interpreted" in type(_source().sum_kernel).__name__
+
+
+def _unit(scheme: Scheme) -> int:
+    """Weights per loaded unit: 32-bit words of 4-bit codes, and of int8 where dp4a multiplies them."""
+    if scheme.weights.num_bits == 4:
+        return 8
+    return 4 if scheme.input_activations is not None and scheme.weights.type == "int" and not _interpreted() else 1
+
+
+def _units(data: Tensor, unit: int) -> Tensor:
+    return data if unit == 1 else data.view(torch.int32)
+
+
+def _rows_arguments(
+    w: Planes, problem: MoeProblem, k: int, rows: Rows
+) -> tuple[int, dict[str, Any], Tensor | None, tuple[int, int, int, int]]:
+    """(unit, constants, zero points, strides of scales and zero points) of one product of the decode form."""
+    scheme = problem.scheme
+    unit = _unit(scheme)
+    group_n, group_k = groups(scheme)
+    zero = w[2] if unit == 8 and not scheme.weights.symmetric else None
+    constants = {
+        "BLOCK_N": rows.block_n,
+        "BLOCK": rows.block_k // unit,
+        "UNIT": unit,
+        "VECTOR": min(4, (group_k or 32) // 8) if unit == 8 else 16 // unit,
+        "EVEN": k % rows.block_k == 0,
+        "GROUP_K": group_k,
+        "GROUP_N": group_n,
+    }
+    moves = (zero.stride(0), zero.stride(1)) if zero is not None else (0, 0)
+    return unit, constants, zero, (w[1].stride(0), w[1].stride(1), *moves)
 
 
 # --- choice ---
@@ -252,7 +370,8 @@ def _weight_operand(data: Tensor, tiles: Tiles, w4: bool) -> Any:
 
 def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
     """How ``triton_moe`` runs this many tokens on ``target``, without measurement."""
-    mean = tokens * problem.top_k / problem.experts
+    # An expert with more pairs than a block is read again: leave room above the mean.
+    mean = 1.25 * tokens * problem.top_k / problem.experts
     most = 64 if groups(problem.scheme)[1] else 128
     block_m = min(most, max(16, _pow2(int(mean))))
     return Plan(_tiles(problem, block_m, True, target), _tiles(problem, block_m, False, target))
@@ -272,6 +391,51 @@ def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Ti
     memory = {80: 160, 89: 96, 120: 96}.get(target.arch, 208) * 1024
     stages = max(2, min(4 if wide else 5, memory // step))
     return Tiles(block_m, block_n, block_k, 8 if rows * block_m >= 128 * 64 else 4, stages)
+
+
+def decode_plan(problem: MoeProblem, target: Target) -> DecodePlan:
+    """How ``triton_moe_decode`` runs, without measurement: 16 bytes per thread and row."""
+    group_n, group_k = groups(problem.scheme)
+    block_n = gcd(4, group_n) if group_n > 1 else 4
+    bits = problem.scheme.weights.num_bits
+    least = max(128, group_k)
+    first = _step(problem.hidden, 4 * 32 * 128 // bits, least)
+    second = _step(problem.intermediate, 4 * 32 * 128 // bits // _pow2(problem.top_k), least)
+    return DecodePlan(
+        Rows(block_n, first, _warps(first * bits)), Rows(block_n, second, _warps(second * bits * _pow2(problem.top_k)))
+    )
+
+
+def _step(k: int, most: int, least: int) -> int:
+    """A step of at most ``most`` inputs that divides k, or ``most`` where only steps below ``least`` do."""
+    most = max(least, min(most, _pow2(k)))
+    step = gcd(k, most)
+    return step if step >= min(512, most) else most
+
+
+def _warps(bits: int) -> int:
+    """Warps whose threads hold 16 bytes of a step each, at most 8."""
+    return max(1, min(8, bits // (32 * 128)))
+
+
+def run_decode(
+    x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
+    scale2: Tensor | None, problem: MoeProblem,
+) -> Tensor:  # fmt: skip
+    """The block for few tokens [T, H] -> [T, H]; arguments as for ``MoeKernel.run``."""
+    chosen = decode_plan(problem, _target(ids.device))
+    return launch_decode(x, ids, weights, w13, b13, w2, b2, scale2, problem, chosen)
+
+
+def launch_decode(
+    x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
+    scale2: Tensor | None, problem: MoeProblem, chosen: DecodePlan,
+) -> Tensor:  # fmt: skip
+    """Run one plan of the decode form; arguments and result as for ``run_decode``."""
+    ids = ids.contiguous()
+    weights = weights if weights is None else weights.contiguous()
+    hidden = gated_rows(x, ids, w13, b13, problem, chosen.first)
+    return down_rows(hidden, ids, weights, w2, b2, scale2, problem, chosen.second)
 
 
 def run(
@@ -322,7 +486,8 @@ def _reject_scheme(scheme: Scheme, family: str) -> Reject | None:
     if a is not None and a.strategy == "tensor" and a.dynamic:
         return Reject("one dynamic scale for all tokens of an expert is not computed here")
     columns = groups(scheme)[1]
-    if columns and columns % 128 and columns not in (16, 32, 64) or family == "fp8_block" and columns < 32:
+    least = 32 if family == "fp8_block" else 16
+    if (columns % 128 and columns not in (16, 32, 64)) or 0 < columns < least:
         return Reject(f"groups must have 32, 64 or a multiple of 128 columns, got {columns}")
     return None
 
@@ -351,4 +516,22 @@ def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     return Rank(limits.launch * launches + max((weights + between) / (limits.bandwidth * 0.8), math))
 
 
-MOE_KERNELS = (MoeKernel("triton_moe", "experts", fit, run),)
+def fit_decode(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
+    """Few tokens: at most DECODE_PAIRS pairs."""
+    refusal = _reject(problem, target)
+    if refusal is not None:
+        return refusal
+    p, pairs = problem, tokens * problem.top_k
+    if pairs > DECODE_PAIRS:
+        return Reject(f"serves at most {DECODE_PAIRS} pairs of a token and an expert, got {pairs}")
+    limits, cells = roof(target), 3.0 * p.hidden * p.intermediate
+    memory = active_experts(p, tokens) * cells * p.scheme.bits_per_weight / 8 / (limits.bandwidth * 0.85)
+    # Bound by converting and multiplying on ordinary cores: about a sixtieth of the tensor cores' 8-bit rate.
+    math = 2.0 * pairs * cells / (limits.math8 / 60)
+    return Rank(limits.launch * 2 + max(memory, math))
+
+
+MOE_KERNELS = (
+    MoeKernel("triton_moe_decode", "experts", fit_decode, run_decode),
+    MoeKernel("triton_moe", "experts", fit, run),
+)

@@ -1,0 +1,123 @@
+"""Measure MoE kernels on this GPU, with random weights and routing, and remember the times beside those of linears.
+
+A block's planes are filled with random codes at their full size, once per layout, and freed again: measuring holds one
+quantized block. Where that does not fit, estimates decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
+from quant_compile.ir.moe import MoeProblem
+from quant_compile.lowering.moe import MoeKernel, moe_kernels, moe_layouts
+from quant_compile.lowering.target import Target
+from quant_compile.lowering.tune import FAILED, NOT_MEASURED, POINTS, WORTH, Timings, graph_time, interpolate, timings
+
+CALLS = 4
+
+MoeCostOf = Callable[[MoeKernel, MoeProblem, int], float]
+
+
+def measured_moe(target: Target, level: str) -> MoeCostOf | None:
+    """Costs that are measured on first need; None where there is nothing to measure (no GPU, ``off``, inside a capture)."""
+    if level not in POINTS or target.device != "cuda" or target.ops is not None:
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    known = timings(target.name, level)
+    points = POINTS[level]
+
+    def cost(kernel: MoeKernel, problem: MoeProblem, tokens: int) -> float:
+        if any(known.get(problem, kernel.name, point) is None for point in points):
+            try:
+                known.put(problem, _measure_layout(kernel.layout, problem, target, points, known, WORTH[level]))
+            except torch.OutOfMemoryError:
+                return NOT_MEASURED * _own(kernel, problem, tokens, target)
+        times = {p: t for p in points if (t := known.get(problem, kernel.name, p)) is not None and t < FAILED}
+        return interpolate(times, tokens, lambda at: _own(kernel, problem, at, target))
+
+    return cost
+
+
+def _own(kernel: MoeKernel, problem: MoeProblem, tokens: int, target: Target) -> float:
+    answer = kernel.fit(problem, tokens, target)
+    return FAILED if isinstance(answer, Reject) else answer.cost
+
+
+def _measure_layout(
+    layout: str, problem: MoeProblem, target: Target, points: tuple[int, ...], known: Timings, worth: float
+) -> dict[str, float]:
+    """Times of all kernels of a layout, missing ones only; FAILED for one that does not fit, fails or is not worth it."""
+    wanted = [k for k in moe_kernels().values() if k.layout == layout and not k.reference]
+    missing = [(k, p) for k in wanted for p in points if known.get(problem, k.name, p) is None]
+    out = {f"{kernel.name}@{point}": FAILED for kernel, point in missing}
+    jobs: list[tuple[MoeKernel, int]] = []
+    for kernel, point in missing:
+        best = min(_own(other, problem, point, target) for other in moe_kernels().values())
+        if _own(kernel, problem, point, target) <= worth * best:
+            jobs.append((kernel, point))
+    if not jobs:
+        return out
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
+        weights = random_planes(layout, problem)
+        for kernel, point in jobs:
+            out[f"{kernel.name}@{point}"] = _time(kernel, problem, point, weights)
+        del weights
+    torch.cuda.empty_cache()
+    return out
+
+
+def random_planes(layout: str, problem: MoeProblem) -> tuple[Planes, Planes]:
+    """Random planes of w13 and w2 in a layout, on the GPU: small scales, codes of any value that is a number."""
+    sizes = ((2 * problem.intermediate, problem.hidden), (problem.hidden, problem.intermediate))
+    return tuple(  # type: ignore[return-value]
+        tuple(_random(spec) for spec in moe_layouts()[layout].planes(problem, *size)) for size in sizes
+    )
+
+
+def _random(spec: PlaneSpec) -> Tensor:
+    if spec.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        # Codes up to 0x77 have either sign and no NaN or inf in both formats.
+        codes = torch.randint(0, 0x78, spec.shape, dtype=torch.uint8, device="cuda")
+        return codes.bitwise_or_(codes.bitwise_and(1).bitwise_left_shift_(7)).view(spec.dtype)
+    if spec.dtype.is_floating_point:
+        return torch.rand(spec.shape, dtype=torch.float32, device="cuda").mul_(0.01).to(spec.dtype)
+    info = torch.iinfo(spec.dtype)
+    return torch.randint(max(info.min, -127), info.max, spec.shape, dtype=spec.dtype, device="cuda")
+
+
+def _time(kernel: MoeKernel, problem: MoeProblem, tokens: int, weights: tuple[Planes, Planes]) -> float:
+    """Median microseconds of one call over changing experts; FAILED for a kernel that raises, which is then never picked."""
+    x = _tokens(problem, tokens)
+    routes = [_route(problem, tokens) for _ in range(CALLS)]
+    scores = torch.full((tokens, problem.top_k), 1.0 / problem.top_k, device="cuda") if problem.has_weights else None
+    b13, b2 = (torch.zeros(problem.experts, n, dtype=problem.dtype, device="cuda") if problem.has_bias else None
+               for n in (2 * problem.intermediate, problem.hidden))  # fmt: skip
+    scale2 = torch.full((1,), 0.02, device="cuda") if problem.scheme.static else None
+
+    def calls() -> None:
+        for ids in routes:
+            kernel.run(x, ids, scores, weights[0], b13, weights[1], b2, scale2, problem)
+
+    try:
+        return graph_time(calls) / CALLS
+    except Exception:  # whatever a library raises, another kernel serves
+        torch.cuda.synchronize()
+        return FAILED
+
+
+def _tokens(problem: MoeProblem, tokens: int) -> Planes:
+    x = torch.randn(tokens, problem.hidden, device="cuda", dtype=problem.dtype)
+    if problem.scheme.input_activations is None:
+        return (x,)
+    scale = torch.full((1,), 0.02, device="cuda") if problem.scheme.static else None
+    planes = family_of(problem.scheme).quantize_input(x, problem.scheme, scale)
+    return tuple(plane.contiguous() for plane in planes)
+
+
+def _route(problem: MoeProblem, tokens: int) -> Tensor:
+    return torch.rand(tokens, problem.experts, device="cuda").topk(problem.top_k, -1).indices

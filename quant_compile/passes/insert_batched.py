@@ -1,0 +1,90 @@
+"""Replace planned products with all experts by ``sglq.batched`` over plane placeholders.
+
+Reads the plan's batched sites; writes a quantize node for the operand, the batched node and what orders its dimensions.
+Runs with ``insert_moe`` before ``insert_quant``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from quant_compile.ir import ops
+from quant_compile.ir.batched import BatchedSite
+from quant_compile.ir.family import PlaneSpec, family_of
+from quant_compile.ir.graph import ExpertRef, ScaleRef, add_plane, erase_with_inputs, fake_mode_of, plane_name, verify
+from quant_compile.ir.scheme import Scheme
+from quant_compile.passes.plan import PassReport, Plan, SiteDecision
+
+
+def insert_batched(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
+    """Rewrite every batched site whose decision is a scheme."""
+    report = PassReport("insert_batched")
+    for site in plan.batched:
+        decision = plan.decisions[site.node.name]
+        if decision.scheme is None:
+            report.refused.append(f"{decision.name}: {decision.reason}")
+            continue
+        plan.replaced[site.node] = _replace(gm.graph, site, decision, decision.scheme, plan)
+        report.rewrote.append(decision.name)
+    return verify(gm, "quantized"), report
+
+
+def _replace(graph: fx.Graph, site: BatchedSite, decision: SiteDecision, scheme: Scheme, plan: Plan) -> fx.Node:
+    name, node = decision.name, site.node
+    w = _weight_planes(graph, site, scheme, name)
+    scale: list[fx.Node] = []
+    if scheme.static:
+        spec = PlaneSpec("input_scale", (1,), torch.float32)
+        scale = [add_plane(graph, ScaleRef((site.slot,)), spec, site.weight, plane_name(name, spec.name))]
+        scale[0].meta["parameter"] = name
+    with graph.inserting_before(node):
+        x = plan.replaced.get(site.x, site.x)
+        rows = [letter for letter in site.x_letters if letter not in "ek"]
+        each = ["e"] if "e" in site.x_letters else []
+        sizes = [graph.call_method("size", (x, site.x_letters.index(letter))) for letter in rows]
+        ordered = _ordered(graph, x, site.x_letters, [*each, *rows, "k"])
+        flat = graph.call_method("reshape", (ordered, *([site.experts] if each else []), -1, site.k))
+        value = _fake(site)
+        flat.meta["example_value"] = value
+        planes: Any = [flat]
+        if scheme.input_activations is not None:
+            planes = graph.call_function(ops.quantize, (flat, scheme.spec, *scale))
+            planes.meta["site"] = f"input of {name}"
+        y = graph.call_function(ops.batched, (planes, w, scheme.spec, site.dtype))
+        y.meta |= {"site": f"{name} {scheme.spec}", "names": (name,), "batched": site}
+        with fake_mode_of(graph):
+            y.meta["example_value"] = value.new_empty((site.experts, value.shape[-2], site.n))
+        result = graph.call_method("reshape", (y, site.experts, *sizes, site.n))
+        result = _ordered(graph, result, ["e", *rows, "n"], list(site.out_letters))
+        result.meta["example_value"] = node.meta["example_value"]
+    node.replace_all_uses_with(result)
+    erase_with_inputs(graph, node)
+    return result
+
+
+def _ordered(graph: fx.Graph, x: fx.Node, have: Any, want: list[str]) -> fx.Node:
+    order = tuple(list(have).index(letter) for letter in want)
+    return x if order == tuple(range(len(order))) else graph.call_method("permute", (x, order))
+
+
+def _fake(site: BatchedSite) -> torch.Tensor:
+    value = site.x.meta["example_value"]
+    order = [site.x_letters.index(letter) for letter in site.x_letters if letter not in "ek"]
+    with value.fake_mode:
+        if "e" in site.x_letters:
+            moved = value.permute(site.x_letters.index("e"), *order, site.x_letters.index("k"))
+            return moved.reshape(site.experts, -1, site.k)
+        return value.permute(*order, site.x_letters.index("k")).reshape(-1, site.k)
+
+
+def _weight_planes(graph: fx.Graph, site: BatchedSite, scheme: Scheme, name: str) -> list[fx.Node]:
+    nodes: list[fx.Node] = []
+    for i, spec in enumerate(family_of(scheme).weight_planes(scheme, site.n, site.k, site.dtype)):
+        ref = ExpertRef(site.slot, site.transposed, False, scheme.spec, "experts", site.dtype, i)
+        stacked = PlaneSpec(spec.name, (site.experts, *spec.shape), spec.dtype)
+        nodes.append(add_plane(graph, ref, stacked, site.weight, plane_name(name, spec.name)))
+        nodes[-1].meta["parameter"] = name
+    return nodes

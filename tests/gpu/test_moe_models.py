@@ -1,0 +1,101 @@
+"""Models with experts on the GPU: every block is one quantized node, in prefill and in decode, with CUDA graphs, released."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import quant_compile
+
+pytestmark = pytest.mark.gpu
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+CONFIGS: dict[str, Any] = {
+    "qwen3": lambda: transformers.Qwen3MoeConfig(
+        **COMMON, intermediate_size=256, moe_intermediate_size=128, num_experts=16, num_experts_per_tok=4, head_dim=64
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **COMMON, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **COMMON, intermediate_size=128, num_local_experts=8, num_experts_per_tok=2, head_dim=64
+    ),
+}
+# Random models in bf16: how far FP8 and INT8 may move logits; an unquantized or mixed-up block would be at 0 or near 1.
+FAR = {"FP8_DYNAMIC": 0.25, "W8A8": 0.15, "W4A16": 0.6, "FP8_BLOCK": 0.25}
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def model_of(family: str) -> nn.Module:
+    with torch.inference_mode(False), torch.no_grad():
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.bfloat16).eval().cuda()
+
+
+def ids_of(tokens: int) -> Tensor:
+    return torch.randint(0, 256, (1, tokens), device="cuda", generator=torch.Generator("cuda").manual_seed(tokens))
+
+
+def experts_of(report: quant_compile.Report) -> list[Any]:
+    return [line for line in report.lines if ".experts." in line.names[0] and "bias" not in line.names[0]]
+
+
+@pytest.mark.parametrize("spec", list(FAR))
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_prefill_and_decode_are_quantized(family: str, spec: str) -> None:
+    model = model_of(family)
+    prompts = [ids_of(33), ids_of(1)]
+    wanted = [model(ids).logits.float() for ids in prompts]
+    quant_compile.compile(model, spec, tune="off", mode="reduce-overhead", dynamic=False)
+    for ids, logits in zip(prompts, wanted, strict=True):
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            found = model(ids).logits.float()
+        error = float((found - logits).norm() / logits.norm())
+        assert 1e-4 < error <= FAR[spec]
+    report = quant_compile.report(model).require(1.0)
+    assert len(experts_of(report)) == 4 and all(line.scheme == spec for line in experts_of(report)), report.skips
+    assert all("reference" not in line.kernels for line in report.lines)
+
+
+@pytest.mark.parametrize(("spec", "share"), [("FP8_DYNAMIC", 0.51), ("W4A16", 0.29)])
+def test_released_experts_give_their_bytes_back(spec: str, share: float) -> None:
+    config = transformers.Qwen3MoeConfig(
+        **{**COMMON, "hidden_size": 1024}, intermediate_size=512, moe_intermediate_size=512, num_experts=32,
+        num_experts_per_tok=4, head_dim=64,
+    )  # fmt: skip
+    with torch.inference_mode(False), torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().cuda()
+    experts = [p for name, p in model.named_parameters() if p.dim() == 3]
+    size = sum(p.numel() * p.element_size() for p in experts)
+    block = size // config.num_hidden_layers
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    quant_compile.compile(model, spec, tune="off", release_weights=True)
+    torch.cuda.reset_peak_memory_stats()
+    first = model(ids_of(7)).logits.clone()
+    again = model(ids_of(7)).logits
+    peak = torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated() - before + size  # of the experts and what replaced the other weights
+    assert held <= share * size + 0.02 * size, f"{held / size:.3f} of the experts' bf16 bytes"
+    assert peak <= block, f"packing took {peak / block:.2f} of a block beside the model"
+    assert torch.equal(first, again)
+    assert all(line.released for line in experts_of(quant_compile.report(model)))
