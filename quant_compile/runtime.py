@@ -299,7 +299,7 @@ class GraphRunner:
         name = first.name.rpartition(".")[0] or first.name
         if first.scheme != second.scheme:
             reason = "the policy gives its two weights different schemes; an expert block has one"
-            return SiteDecision(None, reason, name)
+            return SiteDecision(None, reason, name, refused=True)
         return SiteDecision(first.scheme, first.reason, name)
 
     def _decide_experts(
@@ -458,7 +458,7 @@ class GraphRunner:
             decision = decisions[name]
             parameter = parameters[slot]
             record = LEDGER.record(parameter)
-            record.named = decision.scheme is not None
+            record.named = decision.scheme is not None or decision.refused
             record.reason = decision.reason
             spec = decision.scheme.spec if decision.scheme else None
             if spec != record.scheme:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import quant_compile  # noqa: F401  (registers the schemes)
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation
 from quant_compile.ir.scheme import Scheme, parse
@@ -19,9 +21,6 @@ from tests.runtime_support import reference_of
 
 EXPERTS = 6
 VOCABULARY = 61
-
-
-SILU = Activation("silu")
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,22 @@ def tokens(batch: int = 2, length: int = 5, seed: int = 7) -> Tensor:
     return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products this small wait longer for other threads than they take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # --- user-written blocks ----------------------------------------------------------------------------------------------
+
+
+def gated_silu(hidden: Tensor) -> Tensor:
+    """[.., gate | up] -> silu(gate) * up."""
+    gate, up = hidden.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 class TinyExperts(nn.Module):
@@ -167,11 +181,11 @@ class TinyExperts(nn.Module):
         experts: int = 4,
         hidden: int = 32,
         inner: int = 24,
-        activation: Callable[[Tensor], Tensor] = SILU,
+        activation: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation = activation or gated_silu
         self.gate_up_proj = nn.Parameter((torch.randn(experts, 2 * inner, hidden) * hidden**-0.5).to(dtype))
         self.down_proj = nn.Parameter((torch.randn(experts, hidden, inner) * inner**-0.5).to(dtype))
         self.requires_grad_(False)
@@ -182,7 +196,7 @@ class TinyExperts(nn.Module):
         rows = x.repeat_interleave(ids.shape[1], 0)
         hidden = torch.bmm(self.gate_up_proj[flat], rows.unsqueeze(-1)).squeeze(-1)
         out = torch.bmm(self.down_proj[flat], self.activation(hidden).unsqueeze(-1)).squeeze(-1)
-        return (out * weights.reshape(-1, 1)).view(*ids.shape, -1).sum(1)
+        return (out * weights.reshape(-1, 1)).view(*ids.shape, x.shape[-1]).sum(1)
 
 
 class TinyMoe(nn.Module):
@@ -191,14 +205,14 @@ class TinyMoe(nn.Module):
     def __init__(self, experts: int = 4, hidden: int = 32, inner: int = 24, top_k: int = 2, **more: Any) -> None:
         super().__init__()
         self.top_k = top_k
-        self.gate = nn.Linear(hidden, experts, bias=False, dtype=more.get("dtype", torch.float32))
+        self.router = nn.Linear(hidden, experts, bias=False, dtype=more.get("dtype", torch.float32))
         self.experts = TinyExperts(experts, hidden, inner, **more)
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""
         rows = x.reshape(-1, x.shape[-1])
-        weights, ids = self.gate(rows).float().softmax(-1).topk(self.top_k, -1)
+        weights, ids = self.router(rows).float().softmax(-1).topk(self.top_k, -1)
         return x + self.experts(rows, ids, weights.to(x.dtype)).view(x.shape)
 
 

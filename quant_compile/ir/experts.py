@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import Activation
-from quant_compile.ir.probe import Probe, ProbeError, RankOne, name_of, run_region, value_of
+from quant_compile.ir.probe import Probe, ProbeError, RankOne, name_of, number_of, run_region, value_of
 from quant_compile.ir.writes import Writes
 
 # Rows of the result that are compared, and how closely (relative, of the largest; f64 and f32 probes).
@@ -266,35 +266,59 @@ def _understand(
     found = verdicts.known[key]
     if isinstance(found, Reject):
         return found
+    for node in (*region.inputs, *region.nodes):
+        # What the block was compared with holds for these numbers alone: Dynamo is to check them at each call.
+        symbol = node.meta.get("example_value")
+        if isinstance(symbol, torch.SymFloat):
+            float(symbol)
     w13 = region.inputs[found.w13]
-    return MoeSite(
+    site = MoeSite(
         results[0], region.nodes, region.inputs[found.x], _at(region, found.ids), _at(region, found.weights), w13, region.inputs[found.w2],
         _at(region, found.b13), _at(region, found.b2), found.transposed, found.interleaved, w13.meta["example_value"].shape[0],
         int(region.inputs[found.x].meta["example_value"].shape[-1]), found.intermediate, found.top_k, found.activation,
         region.module_class,
     )  # fmt: skip
+    if leading_sizes(site) is None:
+        return Reject("returns a tensor with sizes that none of its inputs has")
+    return site
+
+
+def leading_sizes(site: MoeSite) -> list[int | fx.Node | tuple[fx.Node, int]] | None:
+    """All sizes of the result but the last: numbers, nodes of them, or (tensor or shape, dimension); one may be -1."""
+    inside = set(site.nodes)
+    known: dict[str, Any] = {}
+    for node in (i for n in site.nodes for i in n.all_input_nodes if i not in inside):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt):
+            known[str(value)] = node
+        elif isinstance(value, torch.Size):
+            known |= {str(size): (node, i) for i, size in enumerate(value)}
+    known |= {str(size): (site.x, i) for i, size in enumerate(site.x.meta["example_value"].shape)}
+    value = site.node.meta["example_value"]
+    sizes = [size if isinstance(size, int) else known.get(str(size), -1) for size in value.shape[:-1]]
+    return sizes if sizes.count(-1) <= 1 else None
 
 
 def _problem_of(
     region: _Region, results: Sequence[fx.Node], parameters: Mapping[int, Parameter], writes: Writes
 ) -> str | None:
     """Why a region is no block, as far as that shows without running it; so no probe runs half a model."""
-    if len(results) != 1:
-        return f"returns {len(results)} values; an expert block returns one tensor"
-    if value_of(results[0]) is None:
-        return "returns no tensor; an expert block returns one"
     weights = [n for n in region.inputs if _is_expert_weight(n, parameters)]
     experts = {parameters[n.meta["argument"]].shape[0] for n in weights}
     if len(weights) != 2 or len(experts) != 1:
         return f"reads {len(weights)} expert weights; a block has two: gate and up in one, and down"
+    if len(results) != 1:
+        return f"returns {len(results)} values; an expert block returns one tensor"
+    if value_of(results[0]) is None:
+        return "returns no tensor; an expert block returns one"
     for given in region.inputs:
         parameter = parameters.get(given.meta.get("argument", -1)) if given.op == "placeholder" else None
         if parameter is not None and (parameter.dim() not in (2, 3) or parameter.shape[0] not in experts):
             return f"reads {given.name} {tuple(parameter.shape)}, which is neither weight nor bias of {min(experts)} experts"
         if parameter is not None and not parameter.dtype.is_floating_point:
             return f"reads {given.name}, which is {str(parameter.dtype).removeprefix('torch.')}, not floating point"
-        if not isinstance(given.meta.get("example_value"), Tensor | int | torch.SymInt):
-            return "reads something that is neither a tensor nor a size"
+        if not isinstance(given.meta.get("example_value"), Tensor | int | torch.SymInt | torch.SymFloat | torch.Size):
+            return "reads something that is neither a tensor nor a number"
         writer = writes.between(given, region.nodes[0], results[0]) if value_of(given) is not None else None
         if writer is not None:
             return f"reads {given.name}, into which {writer} writes meanwhile"
@@ -326,13 +350,13 @@ def _text_key(region: _Region) -> Any:
         (str(n.target), str(map_aggregate(n.args, plain)), str(map_aggregate(dict(n.kwargs), plain)))
         for n in region.nodes
     )
-    values = [i.meta["example_value"] for i in region.inputs]
+    values = [number_of(i) or i.meta["example_value"] for i in region.inputs]
     heads = tuple((str(tuple(v.shape)), v.dtype) if isinstance(v, Tensor) else (str(v), "size") for v in values)
     return body, heads
 
 
 def _probe(region: _Region, result: fx.Node, parameters: Mapping[int, Parameter]) -> _Shape | Reject:
-    constants = _constants(region.nodes)
+    constants = _constants(region)
     try:
         # Twice: with hidden values around one, and beyond every constant of the block, so that clamps show.
         probes = [
@@ -344,6 +368,10 @@ def _probe(region: _Region, result: fx.Node, parameters: Mapping[int, Parameter]
     if isinstance(roles, Reject):
         return roles
     found = _best(probes, roles, constants)
+    if found is None and roles[3:] != (None, None):
+        # Where 2 I = H both biases have one shape, and the order of their use need not be theirs.
+        roles = (*roles[:3], roles[4], roles[3])
+        found = _best(probes, roles, constants)
     if found is None:
         return Reject(
             "is not understood: its activation, or what it does with router weights, is none that is known "
@@ -371,7 +399,7 @@ def _best(probes: Sequence[Probe], roles: _Roles, constants: Sequence[float]) ->
     return best
 
 
-def _constants(nodes: Sequence[fx.Node]) -> tuple[float, ...]:
+def _constants(region: _Region) -> tuple[float, ...]:
     """Magnitudes of the numbers in a region that an activation may contain: any float, small integers."""
     found: dict[float, None] = {}
 
@@ -381,7 +409,9 @@ def _constants(nodes: Sequence[fx.Node]) -> tuple[float, ...]:
             found[abs(float(value))] = None
         return value
 
-    for node in nodes:
+    for node in region.inputs:
+        note(number_of(node))
+    for node in region.nodes:
         if node.target not in ("view", "reshape", "chunk", "unsqueeze", "squeeze", "transpose", "sum"):
             map_aggregate(node.args, note)
             map_aggregate(dict(node.kwargs), note)
@@ -418,7 +448,7 @@ def _roles(region: _Region, probe: Probe, parameters: Mapping[int, Parameter]) -
         return Reject(f"returns {second.n} values for a token of {first.k}")
     found: dict[str, int] = {}
     for i, given in enumerate(probe.inputs):
-        if not isinstance(given.value, Tensor):
+        if not isinstance(given.value, Tensor) or number_of(region.inputs[i]) is not None:
             continue
         node = region.inputs[i]
         is_parameter = node.op == "placeholder" and node.meta.get("argument", -1) in parameters
@@ -459,6 +489,9 @@ def _error(probe: Probe, roles: _Roles, interleaved: bool, activation: Activatio
     if ids is None and count % first.experts == 0:
         ids = torch.arange(first.experts).repeat_interleave(count // first.experts).unsqueeze(1)
     found = probe.result
+    biases = ((b13, first), (b2, second))
+    if any(bias is not None and bias.shape != (weight.experts, weight.n) for bias, weight in biases):
+        return float("inf")
     if ids is None or ids.shape[0] != count or found.shape[-1] != second.n or found.numel() != count * second.n:
         return float("inf")
     if count == 0 or (weights is not None and weights.shape != ids.shape):

@@ -105,6 +105,14 @@ def value_of(node: fx.Node) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def number_of(node: fx.Node) -> float | None:
+    """Value of a Python float that Dynamo made an input (with ``dynamic=True``): a 0-d tensor, or the symbol read from it."""
+    value = node.meta.get("example_value")
+    if isinstance(value, Tensor) and value.dim() == 0 and node.op == "placeholder":
+        value = next((user.meta.get("example_value") for user in node.users if user.target == "item"), None)
+    return None if not isinstance(value, torch.SymFloat) or value.node.hint is None else float(value.node.hint)
+
+
 def run_region(
     nodes: Sequence[fx.Node],
     inputs: Sequence[fx.Node],
@@ -188,6 +196,11 @@ class _Runner:
     ) -> Given:
         """A random value like the node's."""
         value = node.meta["example_value"]
+        number = number_of(node)
+        if number is not None:
+            return Given(torch.tensor(number, dtype=self.dtype) if isinstance(value, Tensor) else number)
+        if isinstance(value, torch.Size):
+            return Given(torch.Size(map(_size, value)))
         if not isinstance(value, Tensor):
             return Given(_size(value))
         shape = tuple(map(_size, value.shape))

@@ -6,13 +6,16 @@ Runs before ``insert_quant``, which finds in ``plan.replaced`` what became of a 
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from quant_compile.ir import ops
-from quant_compile.ir.experts import MoeSite
+from quant_compile.ir.experts import MoeSite, leading_sizes
 from quant_compile.ir.family import PlaneSpec, family_of
 from quant_compile.ir.graph import ExpertBiasRef, ExpertRef, Ref, ScaleRef, add_plane, plane_name, verify
 from quant_compile.ir.moe import NONE
@@ -28,9 +31,15 @@ def insert_moe(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRepo
         if decision.scheme is None:
             report.refused.append(f"{decision.name}: {decision.reason}")
             continue
-        plan.replaced[block.node] = replace_block(gm.graph, block, decision, decision.scheme)
+        plan.replaced[block.node] = replace_block(gm.graph, after(plan.replaced, block), decision, decision.scheme)
         report.rewrote.append(decision.name)
     return verify(gm, "quantized"), report
+
+
+def after(replaced: Mapping[fx.Node, fx.Node], block: MoeSite) -> MoeSite:
+    """The block with inputs as they are now: one may be the result of a block that is already replaced."""
+    now = {name: replaced.get(getattr(block, name), getattr(block, name)) for name in ("x", "ids", "weights")}
+    return replace(block, **now)
 
 
 def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision, scheme: Scheme | None) -> fx.Node:
@@ -45,7 +54,7 @@ def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision, schem
     static = scheme is not None and scheme.static
     scales = [_scale(graph, block, i, names[i]) for i in (0, 1)] if static else []
     with graph.inserting_before(block.node):
-        x = _rows(graph, block.x)
+        x = _rows(graph, block.x, block.hidden)
         planes: Any = [x]
         if scheme is not None and scheme.input_activations is not None:
             planes = graph.call_function(ops.quantize, (x, spec, *scales[:1]))
@@ -58,16 +67,21 @@ def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision, schem
         if value.dtype != dtype:
             result = graph.call_method("to", (result, value.dtype))
         if value.dim() != 2:
-            result = graph.call_method("reshape", (result, *_sizes(graph, block, value)))
+            result = graph.call_method("reshape", (result, *_sizes(graph, block)))
         if result is not y:
             result.meta["example_value"] = value
+    inputs = dict.fromkeys(i for n in block.nodes for i in n.all_input_nodes if _is_tensor_input(i))
     block.node.replace_all_uses_with(result)
     for node in reversed(block.nodes):
         graph.erase_node(node)
-    for node in (block.w13, block.w2, block.b13, block.b2):
-        if node is not None and not node.users and node.op == "placeholder":
+    for node in inputs:
+        if not node.users:
             graph.erase_node(node)
     return result
+
+
+def _is_tensor_input(node: fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(node.meta.get("example_value"), torch.Tensor)
 
 
 def weight_names(name: str, block: MoeSite) -> tuple[str, str]:
@@ -88,22 +102,26 @@ def _fake_rows(x: fx.Node, hidden: int) -> torch.Tensor:
         return value.new_empty((value.shape[0], hidden))
 
 
-def _rows(graph: fx.Graph, x: fx.Node) -> fx.Node:
+def _rows(graph: fx.Graph, x: fx.Node, hidden: int) -> fx.Node:
     value = x.meta["example_value"]
     if value.dim() == 2:
         return x
-    rows = graph.call_method("reshape", (x, -1, value.shape[-1]))
+    rows = graph.call_method("reshape", (x, -1, hidden))
     rows.meta["example_value"] = value.reshape(-1, value.shape[-1])
     return rows
 
 
-def _sizes(graph: fx.Graph, block: MoeSite, value: torch.Tensor) -> list[Any]:
-    """The result's sizes: those of x where they are symbols."""
-    sizes: list[Any] = []
-    shape: tuple[Any, ...] = tuple(value.shape[:-1])
-    for i, size in enumerate(shape):
-        sizes.append(size if isinstance(size, int) else graph.call_method("size", (block.x, i)))
-    return [*sizes, int(value.shape[-1])]
+def _sizes(graph: fx.Graph, block: MoeSite) -> list[Any]:
+    """The result's sizes, as arguments of a reshape."""
+    return [*(_size(graph, size) for size in leading_sizes(block) or (-1,)), block.hidden]
+
+
+def _size(graph: fx.Graph, size: int | fx.Node | tuple[fx.Node, int]) -> int | fx.Node:
+    if not isinstance(size, tuple):
+        return size
+    if isinstance(size[0].meta["example_value"], torch.Size):
+        return graph.call_function(operator.getitem, size)
+    return graph.call_method("size", size)
 
 
 def _weight_planes(

@@ -19,11 +19,15 @@ from quant_compile.lowering.select import Dispatch
 
 @dataclass(frozen=True)
 class SiteDecision:
-    """What becomes of a site: a scheme, or kept (None), with the reason and the weight's name."""
+    """What becomes of a site: a scheme, or kept (None), with the reason and the weight's name.
+
+    ``refused``: it is kept although the policy names a scheme, so coverage counts it as asked for.
+    """
 
     scheme: Scheme | None
     reason: str
     name: str
+    refused: bool = False
 
 
 @dataclass(frozen=True, eq=False)

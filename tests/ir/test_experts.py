@@ -22,10 +22,13 @@ from quant_compile.ir import ops
 from quant_compile.ir.experts import MoeMiss, MoeSite, Verdicts, find_experts
 from quant_compile.ir.graph import ExpertBiasRef, ExpertRef, copy_graph
 from quant_compile.lowering.weights import Key, pack_experts
-from quant_compile.passes.insert_moe import replace_block
+from quant_compile.passes.insert_moe import after, replace_block
 from quant_compile.passes.plan import SiteDecision
 from quant_compile.runtime import _expert_bias
-from tests.moe_support import EXPERTS, FAMILIES, Family, tokens
+from tests.moe_support import EXPERTS, FAMILIES, Family, one_thread, tokens
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 CLOSE = 1e-5
@@ -40,7 +43,9 @@ class Seen:
     misses: list[MoeMiss] = field(default_factory=list)
     graphs: list[fx.GraphModule] = field(default_factory=list)
     order: list[fx.Node] = field(default_factory=list)
+    parameters: dict[int, nn.Parameter] = field(default_factory=dict)
     arguments: tuple[Any, ...] = ()
+    pristine: fx.GraphModule | None = None
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         pristine, replaced, verdicts = copy_graph(gm), copy_graph(gm), Verdicts()
@@ -49,8 +54,11 @@ class Seen:
         self.sites += sites
         self.misses += misses
         self.order += list(pristine.graph.nodes)
+        self.parameters, self.pristine = parameters, pristine
+        done: dict[fx.Node, fx.Node] = {}
         for block in find_experts(replaced, parameters, verdicts)[0]:
-            replace_block(replaced.graph, block, SiteDecision(None, "", block.node.name), None)
+            decision = SiteDecision(None, "", block.node.name)
+            done[block.node] = replace_block(replaced.graph, after(done, block), decision, None)
         replaced.graph.lint()
         replaced.recompile()
         self.graphs.append(replaced)
