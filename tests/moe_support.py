@@ -21,10 +21,10 @@ EXPERTS = 6
 VOCABULARY = 61
 
 
-@dataclass(frozen=True)
 SILU = Activation("silu")
 
 
+@dataclass(frozen=True)
 class Family:
     """One family of Mixture-of-experts models.
 
