@@ -40,6 +40,7 @@ import quant_compile.lowering.schemes  # noqa: F401  (registers the scheme famil
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference
 from quant_compile.ir.scheme import parse
+from quant_compile.lowering.kernels import library_moe
 from quant_compile.lowering.moe import MoeKernel, moe_kernels, moe_layouts
 from quant_compile.lowering.target import Target
 
@@ -415,7 +416,7 @@ def measure_scheme(run: Run, cell: Cell, scheme: str, target: Target, bf16: Mapp
     xs = [experts.inputs(sample, scheme) for sample in cell.samples]
     rows, expected = experts.truth(cell.samples[0], scheme)
     entries: list[Entry] = []
-    for kernel in moe_kernels().values():
+    for kernel in (*moe_kernels().values(), *(library_moe.PEERS if args.peers else ())):
         if kernel.reference:
             continue
         entry = kernel_entry(kernel, experts, scheme, cell.samples, xs)

@@ -464,7 +464,8 @@ def _error(probe: Probe, roles: _Roles, interleaved: bool, activation: Activatio
     if count == 0 or (weights is not None and weights.shape != ids.shape):
         return float("inf")
     found = found.reshape(-1, second.n)
-    sample = torch.linspace(0, count - 1, min(most, count)).long()
+    most = min(most, count)
+    sample = torch.arange(most) * (count - 1) // max(1, most - 1)
     scores = None if weights is None else weights[sample]
     wanted = _formula(rows[sample], ids[sample], scores, (first, b13), (second, b2), interleaved, activation)
     error = float((wanted - found[sample]).abs().max() / wanted.abs().max())

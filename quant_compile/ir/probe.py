@@ -208,7 +208,7 @@ class _Runner:
     def _ids(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Distinct experts for each token, as a router gives them."""
         if len(shape) == 2 and shape[1] <= self.experts:
-            scores = torch.rand(shape[0], self.experts, generator=generator)
+            scores = torch.rand(shape[0], self.experts, generator=generator, dtype=torch.float32)
             return scores.topk(shape[1], -1).indices
         return torch.randint(self.experts, shape, generator=generator)
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
 SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A8", "W8A16", "W4A16", "W4A16_ASYM", "int4.group32+16")
+KERNELS = moe_kernels() | {kernel.name: kernel for kernel in library_moe.PEERS}
 LIBRARY = {
     "torch_grouped_fp8_moe": "FP8_DYNAMIC",
     "sgl_grouped_fp8_moe": "FP8_BLOCK",
@@ -93,7 +94,7 @@ def problem_of(scheme: str, shape: tuple[int, int, int, int]) -> MoeProblem:
 
 
 def fitting(problem: MoeProblem, tokens: int) -> Iterator[MoeKernel]:
-    for kernel in moe_kernels().values():
+    for kernel in KERNELS.values():
         if not kernel.reference and isinstance(kernel.fit(problem, tokens, Target.of("cuda")), Rank):
             yield kernel
 
@@ -115,7 +116,7 @@ def routed(problem: MoeProblem, tokens: int, skewed: bool = False) -> tuple[Tens
 
 def fits_or_skips(name: str, problem: MoeProblem) -> MoeKernel:
     """The kernel; an absent library skips the test, one that is there and fails its trial fails it."""
-    kernel = moe_kernels()[name]
+    kernel = KERNELS[name]
     answer = kernel.fit(problem, 512, Target.of("cuda"))
     if isinstance(answer, Reject):
         (pytest.fail if answer.reason.startswith("fails here") else pytest.skip)(answer.reason)

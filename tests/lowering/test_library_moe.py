@@ -24,7 +24,7 @@ from tests.lowering.test_torch_cpu_moe import Block, planes_of, problem_of
 from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-NAMES = ("torch_grouped_fp8_moe", "sgl_grouped_fp8_moe", "sgl_expert_fp8_moe", "humming_grouped_w4a16_moe")
+KERNELS = moe_kernels() | {kernel.name: kernel for kernel in library_moe.PEERS}
 OPS = frozenset(
     {
         "aten::_scaled_grouped_mm",
@@ -79,7 +79,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("name", "problem", "target", "reason"), REFUSALS)
 def test_refusals(name: str, problem: MoeProblem, target: Target, reason: str) -> None:
-    answer = moe_kernels()[name].fit(problem, 64, target)
+    answer = KERNELS[name].fit(problem, 64, target)
     assert isinstance(answer, Reject) and reason in answer.reason, answer
 
 
@@ -93,7 +93,7 @@ def test_a_kernel_that_fails_its_trial_is_refused_with_its_error(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     here = Target("cuda", 90, 132, "a GPU that is not here", None)
     monkeypatch.setattr(Target, "has", lambda self, name: True)
-    answer = moe_kernels()["torch_grouped_fp8_moe"].fit(sized("FP8_DYNAMIC"), 64, here)
+    answer = KERNELS["torch_grouped_fp8_moe"].fit(sized("FP8_DYNAMIC"), 64, here)
     assert isinstance(answer, Reject) and answer.reason.startswith("fails here: ")
     library_moe.try_small.cache_clear()
 
@@ -102,7 +102,7 @@ def test_trial_measures_against_the_reference(monkeypatch: pytest.MonkeyPatch) -
     """The trial itself, on CPU with doubles of the ops: right ops pass, a wrong one is told by how much."""
     right = double_torch()
     monkeypatch.setattr(library_moe, "_torch_op", lambda: right)
-    kernel, problem = moe_kernels()["torch_grouped_fp8_moe"], sized("FP8_DYNAMIC")
+    kernel, problem = KERNELS["torch_grouped_fp8_moe"], sized("FP8_DYNAMIC")
     assert library_moe._error(kernel, problem, torch.device("cpu")) <= TOLERANCE
     monkeypatch.setattr(library_moe, "_torch_op", lambda: lambda *a: right(*a) * 1.05)
     assert library_moe._error(kernel, problem, torch.device("cpu")) > library_moe.TRIAL_TOLERANCE
@@ -196,7 +196,7 @@ def double_humming(gemm: Any, x: Tensor, data: Tensor, scale: Tensor, *rest: Any
     assert scale.shape[0] == experts and scale.shape[2] == gemm.n and scale.is_contiguous()
     y = torch.full((x.shape[0], gemm.n), torch.nan, dtype=x.dtype)
     for expert, start, stop in ranges(bounds[1:]):
-        planes = (data[expert], scale[expert], *(() if zero is None else (zero[expert],)), locks)
+        planes = (data[expert], scale[expert], *(() if zero is None else (zero[expert],)))
         w = unpack_tiles(planes, problem)
         y[start:stop] = family_of(problem.scheme).linear((x[start:stop],), w, None, problem.scheme, x.dtype)
     return y
@@ -228,7 +228,7 @@ CASES = [
 @pytest.mark.parametrize("tokens", [1, 7, 50])
 def test_gpu_calls(name: str, schemes: tuple[str, ...], dtypes: tuple[torch.dtype, ...], tokens: int) -> None:
     """Each op gets operands as its wrapper checks them; unwritten rows (NaN here) stay out of the result."""
-    kernel = moe_kernels()[name]
+    kernel = KERNELS[name]
     for scheme in schemes:
         for dtype in dtypes:
             block = Block(sized(scheme, dtype, experts=5), tokens)
@@ -242,7 +242,7 @@ def test_gpu_calls(name: str, schemes: tuple[str, ...], dtypes: tuple[torch.dtyp
 def test_bias_and_no_weights() -> None:
     gpt = Activation("silu", 1.702, 7.0, 1.0)
     block = Block(sized("W4A16", activation=gpt, has_bias=True, has_weights=False), 9)
-    assert relative_error(block.got(moe_kernels()["humming_grouped_w4a16_moe"]), block.expected()) <= TOLERANCE
+    assert relative_error(block.got(KERNELS["humming_grouped_w4a16_moe"]), block.expected()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "int4.channel+16"])

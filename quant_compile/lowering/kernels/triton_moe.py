@@ -31,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 # sm90's fp8 sum keeps about 14 bits; its error grows like sqrt(k) and passes bf16's own rounding near this k.
 IMPRECISE_K = 8192
 # Pairs up to which align counts experts in the kernel that places them.
-COUNT_PAIRS = 1024
+COUNT_PAIRS = 256
 # Pairs up to which the decode form serves: each of them reads its expert again, from L2 at best.
 DECODE_PAIRS = 64
 MAGIC = 0x4B000000  # 2**23 as f32 bits
@@ -48,7 +48,7 @@ class Tiles:
         warps: warps per program.
         stages: depth of the load pipeline.
         band: blocks of pairs that are walked together, tile by tile.
-        tma: load weights through tensor descriptors (sm90 and newer).
+        tma: load weights through tensor descriptors (sm90 and newer), where their rows are a multiple of 16 bytes.
     """
 
     block_m: int
@@ -264,22 +264,22 @@ def _launch(
     zero = w[2] if w4 and not scheme.weights.symmetric else None
     most = pairs.blocks.shape[1]
     promote = scheme.weights.type == "float" and not group_k and k > IMPRECISE_K
+    tma = tiles.tma and w[0].shape[-1] % 16 == 0  # one byte per element, rows must begin at 16 bytes
     _source().grouped_kernel[(most * _ceil(n, tiles.block_n),)](
-        x[0], _weight_operand(w[0], tiles, w4), x[1] if len(x) > 1 else None, w[1], zero, bias, scale2, y, sy,
+        x[0], _descriptor(w[0], tiles) if tma else w[0], x[1] if len(x) > 1 else None, w[1], zero, bias, scale2, y, sy,
         pairs.order, pairs.blocks, most, n, k, w[0].shape[-1], problem.top_k, *_scale_strides(x), w[1].stride(0), w[1].stride(1),
         zero.stride(0) if zero is not None else 0, zero.stride(1) if zero is not None else 0,
         GATED=gated, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BAND=tiles.band,
-        EVEN_K=k % tiles.block_k == 0, TMA=tiles.tma, W4=w4, GROUP_K=group_k, GROUP_N=group_n, PROMOTE=promote,
+        EVEN_K=k % tiles.block_k == 0, TMA=tma, W4=w4, GROUP_K=group_k, GROUP_N=group_n, PROMOTE=promote,
         QUANTIZE=limit, **_activation(problem.activation), OUT=_type(problem.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
-def _weight_operand(data: Tensor, tiles: Tiles, w4: bool) -> Any:
-    if not tiles.tma:
-        return data
+def _descriptor(data: Tensor, tiles: Tiles) -> Any:
+    """Tensor descriptor of all experts' rows; two 4-bit codes are one element."""
     descriptor = import_module("triton.tools.tensor_descriptor").TensorDescriptor
-    block = [tiles.block_n, tiles.block_k // 2 if w4 else tiles.block_k]
+    block = [tiles.block_n, tiles.block_k // (2 if data.dtype == torch.uint8 else 1)]
     return descriptor.from_tensor(data.view(-1, data.shape[-1]), block)
 
 
@@ -370,7 +370,8 @@ def _rows_arguments(
 
 def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
     """How ``triton_moe`` runs this many tokens on ``target``, without measurement."""
-    mean = tokens * problem.top_k / problem.experts
+    # An expert with more pairs than a block is read again: leave room above the mean.
+    mean = 1.25 * tokens * problem.top_k / problem.experts
     most = 64 if groups(problem.scheme)[1] else 128
     block_m = min(most, max(16, _pow2(int(mean))))
     return Plan(_tiles(problem, block_m, True, target), _tiles(problem, block_m, False, target))
