@@ -78,11 +78,13 @@ def test_snippets_parse(document: Path) -> None:
         json.loads(text)
 
 
-def test_the_policy_of_the_readme_loads(tmp_path: Path) -> None:
-    (text,) = blocks(ROOT / "README.md", "yaml")
+@pytest.mark.parametrize("index, rules", [(0, 2), (1, 1)])
+def test_the_policies_of_the_readme_load(index: int, rules: int, tmp_path: Path) -> None:
+    found = blocks(ROOT / "README.md", "yaml")
+    assert len(found) == 2
     path = tmp_path / "policy.yaml"
-    path.write_text(text, encoding="utf-8")
-    assert [rule.scheme is not None for rule in Policy.load(path).rules] == [True, True]
+    path.write_text(found[index], encoding="utf-8")
+    assert [rule.scheme is not None for rule in Policy.load(path).rules] == [True] * rules
 
 
 def test_make_targets_exist() -> None:

@@ -36,6 +36,14 @@ def gemma3_multimodal() -> transformers.PretrainedConfig:
     )
 
 
+def deepseek() -> transformers.PretrainedConfig:
+    return transformers.DeepseekV3Config(
+        **(TINY | {"num_key_value_heads": 4}), moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=2, topk_group=1, first_k_dense_replace=0, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+
+
 BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 # (shipped policy, class, config, names that must be kept, weights quantized per layer)
 CASES = {
@@ -70,6 +78,21 @@ CASES = {
         7,
     ),
     "phi3": ("phi3", "Phi3ForCausalLM", lambda: transformers.Phi3Config(**TINY, pad_token_id=0), {"lm_head"}, 4),
+    "qwen3_moe": (
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        lambda: transformers.Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+        {"lm_head", "mlp.gate"},
+        6,
+    ),
+    "mixtral": (
+        "mixtral",
+        "MixtralForCausalLM",
+        lambda: transformers.MixtralConfig(**TINY, num_local_experts=4, head_dim=8),
+        {"lm_head", "mlp.gate"},
+        6,
+    ),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3ForCausalLM", deepseek, {"lm_head", "mlp.gate"}, 10),
     "bert": ("bert", "BertModel", lambda: transformers.BertConfig(**BERT), {"pooler"}, 6),
     "bert-masked": ("bert", "BertForMaskedLM", lambda: transformers.BertConfig(**BERT), {"decoder", "transform"}, 6),
     "bert-classifier": (
@@ -105,11 +128,13 @@ def test_every_rule_decides_and_the_layers_are_quantized(case: str) -> None:
     assert all(any(part in name for e in plan.entries for name in e.names if e.scheme == "keep") for part in kept)
 
 
-def test_qwen3_moe_keeps_routers_and_names_the_experts() -> None:
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_experts_are_quantized_and_routers_kept(name: str) -> None:
     config = transformers.Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-    plan = Plan.of(Policy.load("qwen3"), meta_model("Qwen3MoeForCausalLM", config))
+    plan = Plan.of(Policy.load(name), meta_model("Qwen3MoeForCausalLM", config))
     by_name = {e.names[0]: e for e in plan.entries}
-    assert by_name["model.layers.0.mlp.gate"].decision.reason == "kept by convention: MoE router gate"
+    reason = by_name["model.layers.0.mlp.gate"].decision.reason
+    assert reason == "kept by convention: MoE router gate" if name == "qwen3" else reason.endswith(": router")
     experts = by_name["model.layers.0.mlp.experts.gate_up_proj"]
     assert experts.kind == "moe" and experts.block == "model.layers.0.mlp.experts"
     assert experts.decision.scheme is not None and not experts.decision.refused
