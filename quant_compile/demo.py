@@ -29,10 +29,10 @@ from quant_compile.policy import Policy
 
 POLICIES = ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16")
 MOE_POLICIES = ("FP8_DYNAMIC",)
-MOE_WINDOWS = 6
+MOE_WINDOWS = 4
 BASELINE = "bf16"
 WINDOW = 448
-NEW_TOKENS = 48
+NEW_TOKENS = 32
 END = "<|end|>"
 WEIGHTS = Path(__file__).resolve().parents[1] / "examples" / "tiny_lm" / "weights"
 FILES = ("tokenizer.json", "heldout.txt")
@@ -322,7 +322,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="presets or policy files")
     parser.add_argument("--moe-policies", nargs="*", default=list(MOE_POLICIES), help="of the MoE; none: leave it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--windows", type=int, default=16, help=f"held-out windows of {WINDOW} tokens")
+    parser.add_argument("--windows", type=int, default=8, help=f"held-out windows of {WINDOW} tokens")
     return parser.parse_args(list(argv))
 
 
