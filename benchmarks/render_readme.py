@@ -316,9 +316,30 @@ def span(found: Sequence[str], targets: Sequence[str]) -> str:
 
 # --- the README ------------------------------------------------------------------------------------------------------
 
+
+def moe(results: Path) -> str:
+    """Expert blocks alone, without their router: the kernel that is chosen against Hugging Face's bf16 experts under Inductor."""
+    result = read("moe", results)
+    if result is None:
+        return ""
+    header = ["model's experts", "scheme", "routing", "tokens", "bf16, µs", "sglquant, µs", "speed", "to the floor"]
+    rows = [
+        [row["shape"], row["scheme"], row["routing"], f"{row['t']}", f"{row['bf16_us']:.0f} ({row['bf16']})"]
+        + [f"{row['dispatch_us']:.0f} ({row['dispatch']})", times(row["speedup"]), times(row["times_floor"])]
+        for row in result["summary"]
+    ]
+    text = (
+        "**Experts alone**: one block's experts without the router, against the faster of Hugging Face's two bf16 "
+        "implementations compiled by Inductor. The floor reads each chosen expert once at the bandwidth of a measured copy, or "
+        f"multiplies at the GPU's peak. {place(result, 'triton', 'transformers')}.\n"
+    )
+    return "\n".join([text, markdown(header, rows)])
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "e2e": e2e,
     "gemm": gemm,
+    "moe": moe,
     "quality": quality,
     "compile_time": compile_time,
     "cpu_decode": cpu_decode,

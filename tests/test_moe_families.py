@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import quant_compile
 from quant_compile.ir.report import Report
 from tests.moe_support import FAMILIES, expert_parameters, moe_reference_of, one_thread, tokens, usual_linears
-from tests.runtime_support import plain_inductor
+from tests.runtime_support import CompileCounter, plain_inductor
 
 __all__ = ["one_thread", "plain_inductor"]
 pytestmark = pytest.mark.usefixtures("one_thread")

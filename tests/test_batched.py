@@ -1,0 +1,172 @@
+"""Experts written by hand, all computed densely: bmm, matmul and einsum over Parameters [E, n, k] are quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+import quant_compile
+from quant_compile.ir.batched import BatchedSite, find_batched
+from quant_compile.ir.family import family_of
+from quant_compile.ir.graph import copy_graph
+from quant_compile.ir.scheme import parse
+from tests.runtime_support import CompileCounter, plain_inductor
+
+__all__ = ["plain_inductor"]
+EXPERTS, HIDDEN, INNER, TOKENS = 3, 32, 48, 5
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class Dense(nn.Module):
+    """Every expert for every token, mixed by a router; ``gate`` is stored [E, n, k], ``up`` [E, k, n]."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        torch.manual_seed(3)
+        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.gate = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) * 0.2)
+        self.up = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) * 0.2)
+        self.down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) * 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        if self.form == "einsum":
+            gate, up = torch.einsum("td,eid->tei", x, self.gate), torch.einsum("td,edi->tei", x, self.up)
+            return (torch.einsum("tei,edi->ted", silu(gate) * up, self.down) * scores.unsqueeze(-1)).sum(1)
+        if self.form == "bmm":
+            rows = x.expand(EXPERTS, *x.shape)
+            gate, up = torch.bmm(rows, self.gate.transpose(1, 2)), torch.bmm(rows, self.up)
+            y = torch.bmm(silu(gate) * up, self.down.transpose(-1, -2))
+        elif self.form == "left":
+            gate, up = (self.gate @ x.t()).mT, x @ self.up
+            y = torch.matmul(silu(gate) * up, self.down.mT)
+        else:
+            y = (silu(x @ self.gate.mT) * (x @ self.up)) @ self.down.mT
+        return (y * scores.t().unsqueeze(-1)).sum(0)
+
+
+def quantized(model: Dense, spec: str, x: Tensor) -> Tensor:
+    """The same block from the scheme's own functions, expert by expert."""
+    scheme = parse(spec)
+    family = family_of(scheme)
+
+    def times(rows: Tensor, weight: Tensor) -> Tensor:
+        planes = (rows,) if scheme.input_activations is None else family.quantize_input(rows, scheme, None)
+        return family.linear(planes, family.quantize_weight(weight, scheme), None, scheme, rows.dtype)
+
+    scores = model.router(x).softmax(-1)  # kept by convention
+    total = torch.zeros_like(x)
+    for e in range(EXPERTS):
+        hidden = silu(times(x, model.gate[e])) * times(x, model.up[e].t().contiguous())
+        total += times(hidden, model.down[e]) * scores[:, e : e + 1]
+    return total
+
+
+@pytest.mark.parametrize("spec", ["FP8_DYNAMIC", "W8A8", "FP8_BLOCK", "W4A16", "W8A16"])
+@pytest.mark.parametrize("form", ["einsum", "bmm", "matmul", "left"])
+def test_products_with_all_experts(form: str, spec: str, plain_inductor: CompileCounter) -> None:
+    model, x = Dense(form).eval(), torch.randn(TOKENS, HIDDEN)
+    with torch.no_grad():
+        quant_compile.compile(model, spec)
+        found, again = model(x), model(x)
+        wanted = quantized(model, spec, x)
+    assert float((found - wanted).norm() / wanted.norm()) <= 1e-3 and torch.equal(found, again)
+    report = quant_compile.report(model).require(1.0)
+    experts = [line for line in report.lines if line.names[0] != "router.weight"]
+    assert [line.scheme for line in experts] == [parse(spec).spec] * 3 and not report.misses
+    assert all(line.bytes_after < line.bytes_before for line in experts)
+    with torch.no_grad():
+        model.down.mul_(-2)
+        assert float((model(x) - quantized(model, spec, x)).norm() / wanted.norm()) <= 2e-3, "an update is seen"
+
+
+def test_a_wrong_expert_is_seen() -> None:
+    """The bound above tells experts apart."""
+    model, x = Dense("bmm").eval(), torch.randn(TOKENS, HIDDEN)
+    with torch.no_grad():
+        wanted = quantized(model, "W8A8", x)
+        model.down[1].mul_(1.05)
+        assert float((quantized(model, "W8A8", x) - wanted).norm() / wanted.norm()) > 5e-3
+
+
+def sites_of(function: Callable[..., Any], *inputs: Tensor) -> list[BatchedSite]:
+    found: list[BatchedSite] = []
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN))
+
+        def forward(self, *values: Tensor) -> Any:
+            return function(self.w, *values)
+
+    def backend(gm: torch.fx.GraphModule, values: list[Any]) -> Any:
+        parameters = {i: v for i, v in enumerate(values) if isinstance(v, nn.Parameter)}
+        found.extend(find_batched(copy_graph(gm), parameters, ()))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Module(), backend=backend, fullgraph=True)(*inputs)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("function", "letters"),
+    [
+        (lambda w, x: torch.einsum("bshd,eid->bhsei", x, w), ("012k", "021en")),
+        (lambda w, x: torch.einsum("eid,bsgd->ebsgi", w, x), ("012k", "e012n")),
+        (lambda w, x: x[0] @ w.mT, ("0k", "e0n")),
+    ],
+)
+def test_letters(function: Callable[..., Any], letters: tuple[str, str]) -> None:
+    x = torch.randn(2, 4, 3, HIDDEN) if "2" in letters[0] else torch.randn(1, 4, HIDDEN)
+    sites = sites_of(function, x)
+    assert [(s.x_letters, s.out_letters) for s in sites] == [letters]
+    assert (sites[0].experts, sites[0].n, sites[0].k, sites[0].transposed) == (EXPERTS, INNER, HIDDEN, False)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, x: torch.einsum("td,eid->ti", x, w),  # summed over experts
+        lambda w, x: torch.einsum("td,eid->te", x, w),  # and over n
+        lambda w, x: torch.einsum("eid,eid->ei", w, w),
+        lambda w, x: torch.einsum("...d,eid->...ei", x, w),
+        lambda w, x: torch.bmm(w, w.mT),
+        lambda w, x: x @ (w * 2).mT,
+    ],
+)
+def test_other_products_are_left_alone(function: Callable[..., Any]) -> None:
+    assert sites_of(function, torch.randn(TOKENS, HIDDEN)) == []
+
+
+def test_kept_by_a_rule_and_refused_products_are_in_the_ledger(plain_inductor: CompileCounter) -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("td,eid->ti", x, self.w)
+
+    with torch.no_grad():
+        model = Summed().eval()
+        quant_compile.compile(model, "W8A8")
+        model(torch.randn(TOKENS, HIDDEN))
+        (name, reason), *_ = quant_compile.report(model).skips
+        assert name == "w" and "einsum" in reason
+        kept = Dense("bmm").eval()
+        policy = {"default": "W8A8", "rules": [{"match": "up", "scheme": "keep"}, {"match": "down", "scheme": "keep"}]}
+        quant_compile.compile(kept, policy)
+        kept(torch.randn(TOKENS, HIDDEN))
+    lines = quant_compile.report(kept).lines
+    assert {line.names[0]: line.scheme for line in lines} == {
+        "gate": "W8A8", "up": None, "down": None, "router.weight": None,
+    }  # fmt: skip
