@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import quant_compile
+from tests.runtime_support import store_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -39,6 +40,14 @@ def clean() -> Iterator[None]:
         yield
     torch._dynamo.reset()
     gc.collect()
+    torch.cuda.empty_cache()
+
+
+def free() -> None:
+    """Give back what is unreachable, and cuBLAS's workspace, which comes and goes."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 
 
@@ -85,17 +94,19 @@ def test_released_experts_give_their_bytes_back(spec: str, share: float) -> None
     experts = [p for name, p in model.named_parameters() if p.dim() == 3]
     size = sum(p.numel() * p.element_size() for p in experts)
     block = size // config.num_hidden_layers
-    torch.cuda.synchronize()
+    free()
     before = torch.cuda.memory_allocated()
     quant_compile.compile(model, spec, tune="off", release_weights=True)
     torch.cuda.reset_peak_memory_stats()
     first = model(ids_of(7)).logits.clone()
     again = model(ids_of(7)).logits
     peak = torch.cuda.max_memory_allocated() - before
-    gc.collect()
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated() - before + size  # of the experts and what replaced the other weights
-    assert held <= share * size + 0.02 * size, f"{held / size:.3f} of the experts' bf16 bytes"
-    assert peak <= block, f"packing took {peak / block:.2f} of a block beside the model"
+    free()
+    linears = sum(line.bytes_before - line.bytes_after for line in quant_compile.report(model).lines if line.scheme)
+    linears -= sum(line.bytes_before - line.bytes_after for line in experts_of(quant_compile.report(model)))
+    held = torch.cuda.memory_allocated() - before + size + linears
+    assert held <= share * size, f"{held / size:.3f} of the experts' bf16 bytes"
+    limit = store_bytes(model) + block
+    assert peak <= limit, f"packing took {peak / limit:.2f} of planes and a block beside the model"
     assert torch.equal(first, again)
     assert all(line.released for line in experts_of(quant_compile.report(model)))
