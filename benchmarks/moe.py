@@ -251,7 +251,7 @@ class Hf:
     """What Hugging Face's experts functions ask of the module they are methods of."""
 
     has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
-    _is_expert_parallel = False  # newer versions of transformers ask
+    _is_expert_parallel = has_post_expert_norm = False  # newer versions of transformers ask
 
     def __init__(self, gate_up_proj: Tensor, down_proj: Tensor) -> None:
         self.num_experts = gate_up_proj.shape[0]
