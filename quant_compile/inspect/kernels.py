@@ -16,8 +16,9 @@ from rich.table import Table
 
 from quant_compile.inspect.plan import Plan, PlanEntry, label_of
 from quant_compile.ir.errors import NoKernelError
+from quant_compile.ir.family import PlaneSpec
 from quant_compile.ir.moe import Activation, MoeProblem
-from quant_compile.lowering.moe import TOKENS, MoeDispatch, choose_moe, moe_fits, moe_layouts
+from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_layouts
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import BUCKETS, Dispatch, Request, choose, fits
 from quant_compile.lowering.target import Target
@@ -83,20 +84,17 @@ def _blocks(plan: Plan) -> dict[MoeProblem, list[PlanEntry]]:
 
 
 def _moe_choice(problem: MoeProblem, entries: Sequence[PlanEntry], target: Target, request: Request) -> KernelChoice:
-    answers = {bucket: moe_fits(problem, target, request, bucket) for bucket in TOKENS}
+    answers = {bucket: moe_fits(problem, target, request, bucket) for bucket in BUCKETS}
     try:
         dispatch = choose_moe(problem, target, request, entries[0].block)
     except NoKernelError:
         dispatch = None
-    refusals, able = _refusals(answers)
-    chosen = {name for _, name in dispatch.table} if dispatch else set[str]()
-    packed = 0
+    planes: Sequence[PlaneSpec] = ()
     if dispatch is not None:
-        planes = moe_layouts()[dispatch.layout].planes
+        specs = moe_layouts()[dispatch.layout].planes
         sizes = ((2 * problem.intermediate, problem.hidden), (problem.hidden, problem.intermediate))
-        packed = len(entries) // 2 * sum(plane.nbytes for size in sizes for plane in planes(problem, *size))
-    losers = tuple(name for name in able if name not in chosen)
-    return KernelChoice(tuple(entries), problem, dispatch, refusals, losers, packed)
+        planes = [plane for size in sizes for plane in specs(problem, *size)]
+    return _made(problem, entries, answers, dispatch, len(entries) // 2, planes)
 
 
 def _choice(problem: Problem, entries: Sequence[PlanEntry], target: Target, request: Request) -> KernelChoice:
@@ -105,11 +103,23 @@ def _choice(problem: Problem, entries: Sequence[PlanEntry], target: Target, requ
         dispatch = choose(problem, target, request, entries[0].names[0])
     except NoKernelError:
         dispatch = None
+    planes = layouts()[dispatch.layout].planes(problem) if dispatch else ()
+    return _made(problem, entries, answers, dispatch, len(entries), planes)
+
+
+def _made(
+    problem: Problem | MoeProblem,
+    entries: Sequence[PlanEntry],
+    answers: Mapping[int, Mapping[str, float | str]],
+    dispatch: Dispatch | MoeDispatch | None,
+    count: int,
+    planes: Sequence[PlaneSpec],
+) -> KernelChoice:
+    """The choice for ``count`` problems alike, each of which packs into ``planes``."""
     refusals, able = _refusals(answers)
     chosen = {name for _, name in dispatch.table} if dispatch else set[str]()
-    planes = layouts()[dispatch.layout].planes(problem) if dispatch else ()
-    packed = len(entries) * sum(plane.nbytes for plane in planes)
     losers = tuple(name for name in able if name not in chosen)
+    packed = count * sum(plane.nbytes for plane in planes)
     return KernelChoice(tuple(entries), problem, dispatch, refusals, losers, packed)
 
 

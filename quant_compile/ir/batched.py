@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from quant_compile.ir.family import Reject
 from quant_compile.ir.probe import CAST_METHODS, KEEPS, SWAPS, name_of, swaps_last, value_of
+from quant_compile.ir.sites import module_class
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -82,7 +83,7 @@ def _match(node: fx.Node, parameters: Mapping[int, Parameter]) -> BatchedSite | 
     left = roots[0] is not None
     weight, flipped = roots[0] if left else roots[1]  # type: ignore[misc]
     x: Any = operands[1 if left else 0]
-    letters = _letters(equation, left, x, node)
+    letters = _letters(equation, left, x)
     return _site(node, x, weight, flipped, letters) if letters is not None else Reject("an equation of another form")
 
 
@@ -103,7 +104,7 @@ def _expert_weight(node: Any, parameters: Mapping[int, Parameter]) -> tuple[fx.N
     return (node, swapped) if fits else None
 
 
-def _letters(equation: str | None, left: bool, x: fx.Node, node: fx.Node) -> tuple[str, str, str] | None:
+def _letters(equation: str | None, left: bool, x: fx.Node) -> tuple[str, str, str] | None:
     """(weight, x, result) as letters; matmul's batch dimensions are those of its bigger operand."""
     value = value_of(x)
     if value is None:
@@ -142,9 +143,7 @@ def _site(
     plain = str.maketrans({expert: "e", sums[0]: "k", keeps[0]: "n"} | {r: str(i) for i, r in enumerate(rows)})
     transposed = stored[1] == sums[0]
     n, k = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
-    stack = node.meta.get("nn_module_stack")
-    entry = list(stack.values())[-1][1] if stack else None
-    name = entry.__name__ if isinstance(entry, type) else None if entry is None else str(entry).rsplit(".", 1)[-1]
     return BatchedSite(
-        node, x, weight, own.translate(plain), out.translate(plain), transposed, int(shape[0]), int(n), int(k), name
-    )
+        node, x, weight, own.translate(plain), out.translate(plain), transposed, int(shape[0]), int(n), int(k),
+        module_class(node),
+    )  # fmt: skip

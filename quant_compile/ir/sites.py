@@ -237,7 +237,7 @@ def _site(
         return Reject("the bias is not a vector of n values")
     if flipped and value.dim() != 2:
         return Reject("weight @ x with an x of more than two dimensions")
-    return LinearSite(node, x, placeholder, bias, int(n), int(k), transposed, flipped, _module_class(node))
+    return LinearSite(node, x, placeholder, bias, int(n), int(k), transposed, flipped, module_class(node))
 
 
 def _dim(operand: Any) -> int:
@@ -277,7 +277,8 @@ def _no_match(node: fx.Node, parameters: Mapping[int, Any]) -> Reject:
     return Reject(f"{name} over a Parameter is not a linear")
 
 
-def _module_class(node: fx.Node) -> str | None:
+def module_class(node: fx.Node) -> str | None:
+    """Class of the innermost module around a node."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None

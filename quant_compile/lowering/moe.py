@@ -6,7 +6,6 @@ Several kernels may read one layout; a block is packed once, so prefill and deco
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,25 +18,19 @@ from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.registry import Rank, _modules
-from quant_compile.lowering.select import Request
+from quant_compile.lowering.select import (
+    BUCKETS,
+    Request,
+    Table,
+    answers_of,
+    best_layout,
+    name_for,
+    parse_table,
+    ranges_text,
+    reasons_of,
+    table_text,
+)
 from quant_compile.lowering.target import Target
-
-# Upper ends of the ranges of token counts that get a kernel of their own, and what each is worth when layouts are compared.
-TOKENS = {
-    1: 4.0,
-    2: 1.0,
-    4: 1.0,
-    8: 1.0,
-    16: 2.0,
-    32: 1.0,
-    64: 1.0,
-    128: 0.5,
-    256: 0.5,
-    512: 1.0,
-    1024: 0.5,
-    2048: 1.0,
-    4096: 1.0,
-}
 
 
 @dataclass(frozen=True)
@@ -107,7 +100,7 @@ class MoeDispatch:
 
     problem: MoeProblem
     layout: str
-    table: tuple[tuple[int, str], ...]
+    table: Table
 
     @property
     def text(self) -> str:
@@ -115,22 +108,16 @@ class MoeDispatch:
         p = self.problem
         fields = (p.scheme.spec, p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text)
         flags = (str(p.dtype).removeprefix("torch."), int(p.has_bias), int(p.has_weights), self.layout)
-        return "|".join(map(str, (*fields, *flags, ";".join(f"{m}={name}" for m, name in self.table))))
+        return "|".join(map(str, (*fields, *flags, table_text(self.table))))
 
     @property
     def ranges(self) -> str:
         """The table for people: ``t<=16: a, t>16: b``."""
-        if len(self.table) == 1:
-            return self.table[0][1]
-        parts = [f"t<={bound}: {name}" for bound, name in self.table[:-1]]
-        return ", ".join([*parts, f"t>{self.table[-2][0]}: {self.table[-1][1]}"])
+        return ranges_text(self.table, "t")
 
     def kernel_for(self, tokens: int) -> MoeKernel:
         """The kernel that serves this many tokens."""
-        for bound, name in self.table:
-            if tokens <= bound:
-                return moe_kernels()[name]
-        return moe_kernels()[self.table[-1][1]]
+        return moe_kernels()[name_for(self.table, tokens)]
 
 
 @lru_cache(maxsize=None)
@@ -141,8 +128,7 @@ def parse_moe_dispatch(text: str) -> MoeDispatch:
         parse(spec), int(experts), int(hidden), int(inner), int(top_k), Activation.parse(activation),
         getattr(torch, dtype), bias == "1", weights == "1",
     )  # fmt: skip
-    pairs = tuple((int(m), name) for m, name in (entry.split("=") for entry in table.split(";")))
-    return MoeDispatch(problem, layout, pairs)
+    return MoeDispatch(problem, layout, parse_table(table))
 
 
 CostOf = Callable[[MoeKernel, MoeProblem, int], float]
@@ -156,16 +142,7 @@ def moe_fits(problem: MoeProblem, target: Target, request: Request, tokens: int)
         pin = None  # a pin of the scheme's linears
     if isinstance(request.kernels, str) and request.kernels == "reference":
         pin = "reference_moe"
-    out: dict[str, float | str] = {}
-    for name, kernel in names.items():
-        if pin is not None and name != pin:
-            out[name] = f"the options pin {problem.scheme.spec} to {pin}"
-        elif kernel.reference and pin is None and target.device != "cpu" and not request.allow_reference:
-            out[name] = "the torch reference on a GPU needs allow_reference: true"
-        else:
-            answer = kernel.fit(problem, tokens, target)
-            out[name] = answer.reason if isinstance(answer, Reject) else answer.cost
-    return out
+    return answers_of(names, pin, problem, target, request, tokens)
 
 
 def choose_moe(
@@ -177,40 +154,16 @@ def choose_moe(
         NoKernelError: some number of tokens has no kernel in any layout; each kernel's reason is given.
     """
     request = request or Request()
-    answers = {tokens: moe_fits(problem, target, request, tokens) for tokens in TOKENS}
-    best: tuple[float, str, dict[int, str]] | None = None
-    for layout in moe_layouts():
-        table: dict[int, str] = {}
-        score = 0.0
-        for tokens, weight in TOKENS.items():
-            costs = {
-                name: value
-                for name, value in answers[tokens].items()
-                if not isinstance(value, str) and moe_kernels()[name].layout == layout
-            }
-            if not costs:
-                break
-            if cost is not None:
-                costs = {name: cost(moe_kernels()[name], problem, tokens) for name in costs}
-            table[tokens] = min(costs, key=lambda name, costs=costs: (costs[name], name))
-            score += weight * math.log(max(costs[table[tokens]], 1e-3))
-        if len(table) == len(TOKENS) and (best is None or score < best[0]):
-            best = (score, layout, table)
+    named = moe_kernels()
+    answers = {tokens: moe_fits(problem, target, request, tokens) for tokens in BUCKETS}
+    best = best_layout(
+        answers, named, moe_layouts(), None if cost is None else lambda name, tokens: cost(named[name], problem, tokens)
+    )
     if best is None:
-        reasons = {n: a for by_kernel in answers.values() for n, a in by_kernel.items() if isinstance(a, str)}
         words = (
             f"{site or 'a MoE block'} ({problem.scheme.spec}, {problem.experts} experts, hidden {problem.hidden}, "
             f"intermediate {problem.intermediate}, {problem.dtype}, {target.label})"
         )
-        raise NoKernelError(words, reasons, "map this block to another scheme in the policy, or to `keep`.")
-    return MoeDispatch(problem, best[1], _ranges(best[2]))
-
-
-def _ranges(table: dict[int, str]) -> tuple[tuple[int, str], ...]:
-    """Adjacent ranges of one kernel merged."""
-    out: list[tuple[int, str]] = []
-    for bound, name in table.items():
-        if out and out[-1][1] == name:
-            out.pop()
-        out.append((bound, name))
-    return tuple(out)
+        fix = "map this block to another scheme in the policy, or to `keep`."
+        raise NoKernelError(words, reasons_of(answers, named), fix)
+    return MoeDispatch(problem, *best)

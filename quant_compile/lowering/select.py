@@ -7,39 +7,53 @@ the best kernel of that layout. Costs are the kernels' own estimates, or measure
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 
 from quant_compile.ir.errors import NoKernelError, OptionError
 from quant_compile.ir.family import Reject
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
+from quant_compile.lowering.registry import Kernel, Problem, Rank, kernels, layouts
 from quant_compile.lowering.target import Target
 
 # Upper ends of the ranges of M that get a kernel of their own, and what each is worth when layouts are compared: decode
 # runs thousands of steps for one prefill, so small M count for more.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 WEIGHTS = {
-    1: 4.0,
-    2: 1.0,
-    4: 1.0,
-    8: 1.0,
-    16: 2.0,
-    32: 1.0,
-    64: 1.0,
-    128: 0.5,
-    256: 0.5,
-    512: 1.0,
-    1024: 0.5,
-    2048: 1.0,
-    4096: 1.0,
-}
+    1: 4.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 2.0, 32: 1.0, 64: 1.0, 128: 0.5, 256: 0.5, 512: 1.0, 1024: 0.5, 2048: 1.0, 4096: 1.0,
+}  # fmt: skip
+BUCKETS = tuple(WEIGHTS)
 NOT_FITTING = 1e12
 
 CostOf = Callable[[Kernel, Problem, int], float]
+Table = tuple[tuple[int, str], ...]
+"""(largest m, kernel name), ascending; the last is unbounded."""
+
+
+def name_for(table: Table, m: int) -> str:
+    """Name of the kernel that serves m rows."""
+    return next((name for bound, name in table if m <= bound), table[-1][1])
+
+
+def ranges_text(table: Table, letter: str) -> str:
+    """A table for people: ``m<=16: a, m>16: b``."""
+    if len(table) == 1:
+        return table[0][1]
+    parts = [f"{letter}<={bound}: {name}" for bound, name in table[:-1]]
+    return ", ".join([*parts, f"{letter}>{table[-2][0]}: {table[-1][1]}"])
+
+
+def table_text(table: Table) -> str:
+    """A table as one word."""
+    return ";".join(f"{m}={name}" for m, name in table)
+
+
+def parse_table(text: str) -> Table:
+    """Inverse of ``table_text``."""
+    return tuple((int(m), name) for m, name in (entry.split("=") for entry in text.split(";")))
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Dispatch:
 
     problem: Problem
     layout: str
-    table: tuple[tuple[int, str], ...]
+    table: Table
     column_scales: bool = False
 
     @property
@@ -57,22 +71,16 @@ class Dispatch:
         p = self.problem
         dtype = str(p.dtype).removeprefix("torch.")
         head = f"{p.scheme.spec}|{p.n}|{p.k}|{dtype}|{int(p.has_bias)}|{self.layout}|{int(self.column_scales)}"
-        return f"{head}|{';'.join(f'{m}={name}' for m, name in self.table)}"
+        return f"{head}|{table_text(self.table)}"
 
     @property
     def ranges(self) -> str:
         """The table for people: ``m<=16: triton_gemv, m>16: sgl_fp8``."""
-        if len(self.table) == 1:
-            return self.table[0][1]
-        parts = [f"m<={bound}: {name}" for bound, name in self.table[:-1]]
-        return ", ".join([*parts, f"m>{self.table[-2][0]}: {self.table[-1][1]}"])
+        return ranges_text(self.table, "m")
 
     def kernel_for(self, m: int) -> Kernel:
         """The kernel that serves m rows."""
-        for bound, name in self.table:
-            if m <= bound:
-                return kernels()[name]
-        return kernels()[self.table[-1][1]]
+        return kernels()[name_for(self.table, m)]
 
 
 @lru_cache(maxsize=None)
@@ -80,8 +88,7 @@ def parse_dispatch(text: str) -> Dispatch:
     """Inverse of ``Dispatch.text``."""
     spec, n, k, dtype, bias, layout, column, table = text.split("|")
     problem = Problem(parse(spec), int(n), int(k), getattr(torch, dtype), bias == "1")
-    pairs = tuple((int(m), name) for m, name in (entry.split("=") for entry in table.split(";")))
-    return Dispatch(problem, layout, pairs, column == "1")
+    return Dispatch(problem, layout, parse_table(table), column == "1")
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,26 @@ def fits(problem: Problem, target: Target, request: Request, bucket: int) -> dic
     pin = request.pin_for(problem.scheme.spec)
     if pin is not None and pin not in kernels():
         raise OptionError(f"no kernel is called {pin!r}; kernels: {', '.join(sorted(kernels()))}")
+    return answers_of(kernels(), pin, problem, target, request, bucket)
+
+
+class _Fitting(Protocol):
+    """What selection asks of a kernel, of linears or of expert blocks."""
+
+    @property
+    def layout(self) -> str: ...
+    @property
+    def reference(self) -> bool: ...
+    @property
+    def fit(self) -> Callable[[Any, int, Target], Rank | Reject]: ...
+
+
+def answers_of(
+    named: Mapping[str, _Fitting], pin: str | None, problem: Any, target: Target, request: Request, bucket: int
+) -> dict[str, float | str]:
+    """Every kernel's estimated cost, or its reason why not; ``pin`` refuses all others."""
     out: dict[str, float | str] = {}
-    for name, kernel in kernels().items():
+    for name, kernel in named.items():
         if pin is not None and name != pin:
             out[name] = f"the options pin {problem.scheme.spec} to {pin}"
         elif kernel.reference and pin is None and target.device != "cpu" and not request.allow_reference:
@@ -146,9 +171,33 @@ def choose(
     """
     request = request or Request()
     answers = {bucket: fits(problem, target, request, bucket) for bucket in BUCKETS}
+    best = best_layout(
+        answers,
+        kernels(),
+        layouts() if only is None else (only,),
+        None if cost is None else lambda name, m: cost(kernels()[name], problem, m),
+    )
+    if best is None:
+        raise _no_kernel(problem, target, answers, site)
+    layout, table = best
+    return Dispatch(problem, layout, table, any(kernels()[name].column_scales for _, name in table))
+
+
+def best_layout(
+    answers: Mapping[int, Mapping[str, float | str]],
+    named: Mapping[str, _Fitting],
+    candidates: Iterable[str],
+    cost: Callable[[str, int], float] | None,
+) -> tuple[str, Table] | None:
+    """The layout whose best kernels cost least over all buckets, and its table; None where no layout serves them all.
+
+    Args:
+        answers: bucket -> what each kernel said of it.
+        cost: measured cost of a kernel at a bucket instead of its estimate; asked only of layouts that serve every bucket.
+    """
     best: tuple[float, str, dict[int, str]] | None = None
-    for layout in layouts() if only is None else (only,):
-        estimates = {bucket: _of_layout(answers[bucket], layout) for bucket in BUCKETS}
+    for layout in candidates:
+        estimates = {bucket: _of_layout(answers[bucket], named, layout) for bucket in WEIGHTS}
         if not all(estimates.values()):
             continue  # some m would have no kernel; nothing of this layout needs measuring
         table: dict[int, str] = {}
@@ -156,28 +205,20 @@ def choose(
         for bucket, weight in WEIGHTS.items():
             costs = estimates[bucket]
             if cost is not None:
-                costs = {name: cost(kernels()[name], problem, bucket) for name in costs}
+                costs = {name: cost(name, bucket) for name in costs}
             table[bucket] = min(costs, key=lambda name, costs=costs: (costs[name], name))
             score += weight * math.log(max(costs[table[bucket]], 1e-3))
         if best is None or score < best[0]:
             best = (score, layout, table)
-    if best is None:
-        raise _no_kernel(problem, target, answers, site)
-    return Dispatch(problem, best[1], _ranges(best[2]), _column_scales(best[2]))
+    return None if best is None else (best[1], _ranges(best[2]))
 
 
-def _of_layout(answers: Mapping[str, float | str], layout: str) -> dict[str, float]:
+def _of_layout(answers: Mapping[str, float | str], named: Mapping[str, _Fitting], layout: str) -> dict[str, float]:
     """Estimated costs of the kernels of one layout that fit."""
-    return {
-        name: cost for name, cost in answers.items() if not isinstance(cost, str) and kernels()[name].layout == layout
-    }
+    return {name: cost for name, cost in answers.items() if not isinstance(cost, str) and named[name].layout == layout}
 
 
-def _column_scales(table: Mapping[int, str]) -> bool:
-    return any(kernels()[name].column_scales for name in table.values())
-
-
-def _ranges(table: Mapping[int, str]) -> tuple[tuple[int, str], ...]:
+def _ranges(table: Mapping[int, str]) -> Table:
     """Adjacent buckets of one kernel merged."""
     out: list[tuple[int, str]] = []
     for bound, name in table.items():
@@ -190,18 +231,23 @@ def _ranges(table: Mapping[int, str]) -> tuple[tuple[int, str], ...]:
 def _no_kernel(
     problem: Problem, target: Target, answers: Mapping[int, Mapping[str, float | str]], site: str
 ) -> NoKernelError:
+    words = (
+        f"{site or 'a linear'} ({problem.scheme.spec}, n={problem.n} k={problem.k}, {problem.dtype}, {target.label})"
+    )
+    fix = "map this weight to another scheme in the policy (W8A8 or `keep`), or set allow_reference: true."
+    return NoKernelError(words, reasons_of(answers, kernels()), fix)
+
+
+def reasons_of(answers: Mapping[int, Mapping[str, float | str]], named: Mapping[str, _Fitting]) -> dict[str, str]:
+    """Each kernel's first reason, for an error."""
     reasons: dict[str, str] = {}
     for bucket, by_kernel in answers.items():
         for name, answer in by_kernel.items():
             if isinstance(answer, str):
                 reasons.setdefault(name, answer)
             elif bucket == BUCKETS[0]:
-                reasons.setdefault(name, f"its layout {kernels()[name].layout} has no kernel for every m")
-    words = (
-        f"{site or 'a linear'} ({problem.scheme.spec}, n={problem.n} k={problem.k}, {problem.dtype}, {target.label})"
-    )
-    fix = "map this weight to another scheme in the policy (W8A8 or `keep`), or set allow_reference: true."
-    return NoKernelError(words, reasons, fix)
+                reasons.setdefault(name, f"its layout {named[name].layout} has no kernel for every m")
+    return reasons
 
 
 def bucket_of(m: int) -> int:
