@@ -7,7 +7,7 @@ Placeholders of a rewritten graph are either arguments of Dynamo's graph (``meta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,6 +134,32 @@ def add_plane(graph: fx.Graph, ref: Ref, spec: PlaneSpec, like: fx.Node, name: s
     node.meta["plane"] = ref
     node.meta["tensor_dict"] = dict(STATIC_INPUT)
     return node
+
+
+def add_named_plane(
+    graph: fx.Graph, ref: Ref, spec: PlaneSpec, like: fx.Node, parameter: str, label: str = ""
+) -> fx.Node:
+    """``add_plane`` for the weight called ``parameter``, which stands in the node's name and in printed graphs."""
+    node = add_plane(graph, ref, spec, like, plane_name(parameter, label or spec.name))
+    node.meta["parameter"] = parameter
+    return node
+
+
+def add_input_scale(graph: fx.Graph, slot: int, like: fx.Node, parameter: str) -> fx.Node:
+    """A placeholder for the calibrated input scale [1] of the weight in ``slot``."""
+    return add_named_plane(graph, ScaleRef((slot,)), PlaneSpec("input_scale", (1,), torch.float32), like, parameter)
+
+
+def add_expert_planes(
+    graph: fx.Graph, ref: ExpertRef, specs: Iterable[PlaneSpec], experts: int, like: fx.Node, parameter: str
+) -> list[fx.Node]:
+    """Placeholders of all planes [E, ...] of a weight whose single experts have planes ``specs``."""
+    return [
+        add_named_plane(
+            graph, replace(ref, index=i), PlaneSpec(spec.name, (experts, *spec.shape), spec.dtype), like, parameter
+        )
+        for i, spec in enumerate(specs)
+    ]
 
 
 def plane_name(parameter: str, plane: str) -> str:

@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,9 @@ FAILED = 1e12
 NOT_MEASURED = 10.0  # an estimate counts less than any measurement
 _CALLS, _REPLAYS = 12, 5
 _LIBRARIES = ("torch", "triton", "sglang-kernel", "sgl-kernel", "humming-kernels", "sgl-deep-gemm")
+
+
+Measure = Callable[[str, Any, Target, tuple[int, ...], "Timings", float], dict[str, float]]
 
 
 class Timings:
@@ -95,6 +98,11 @@ def _environment_key(gpu: str) -> str:
 
 def measured(target: Target, level: str) -> CostOf | None:
     """Costs that are measured on first need; None where there is nothing to measure (no GPU, ``off``, or inside a capture)."""
+    return measured_by(_measure_layout, target, level)
+
+
+def measured_by(measure: Measure, target: Target, level: str) -> Callable[[Any, Any, int], float] | None:
+    """``measured`` for any kind of kernel: ``measure`` gives the missing times of a layout's kernels."""
     if level not in POINTS or target.device != "cuda" or target.ops is not None:
         return None
     if torch.cuda.is_current_stream_capturing():
@@ -102,34 +110,47 @@ def measured(target: Target, level: str) -> CostOf | None:
     known = timings(target.name, level)
     points = POINTS[level]
 
-    def cost(kernel: Kernel, problem: Problem, m: int) -> float:
+    def cost(kernel: Any, problem: Any, m: int) -> float:
         if any(known.get(problem, kernel.name, point) is None for point in points):
             try:
-                known.put(problem, _measure_layout(kernel.layout, problem, target, points, known, WORTH[level]))
+                known.put(problem, measure(kernel.layout, problem, target, points, known, WORTH[level]))
             except torch.OutOfMemoryError:
-                return NOT_MEASURED * _own_estimate(
+                return NOT_MEASURED * own_estimate(
                     kernel, problem, m, target
                 )  # no room to measure in: estimates decide
-        return _estimate(kernel, problem, m, target, points, known)
+        times = {p: t for p in points if (t := known.get(problem, kernel.name, p)) is not None and t < FAILED}
+        return interpolate(times, m, lambda at: own_estimate(kernel, problem, at, target))
 
     return cost
 
 
-def _own_estimate(kernel: Kernel, problem: Problem, m: int, target: Target) -> float:
+def own_estimate(kernel: Any, problem: Any, m: int, target: Target) -> float:
+    """The kernel's estimate; FAILED where it refuses."""
     answer = kernel.fit(problem, m, target)
     return FAILED if isinstance(answer, Reject) else answer.cost
 
 
-def _estimate(
-    kernel: Kernel, problem: Problem, m: int, target: Target, points: tuple[int, ...], known: Timings
-) -> float:
-    """Measured time at m, or between measured points: interpolated, or scaled by the kernel's own estimate at one end."""
-    times = {
-        point: time
-        for point in points
-        if (time := known.get(problem, kernel.name, point)) is not None and time < FAILED
-    }
-    return interpolate(times, m, lambda at: _own_estimate(kernel, problem, at, target))
+def missing_jobs(
+    named: Mapping[str, Any],
+    layout: str,
+    problem: Any,
+    target: Target,
+    points: Sequence[int],
+    known: Timings,
+    worth: float,
+) -> tuple[dict[str, float], list[tuple[Any, int]]]:
+    """FAILED for every time of a layout's kernels that is not known, and the kernels and sizes that are worth measuring.
+
+    Worth it is a kernel that fits and whose estimate is within ``worth`` times the best kernel's of any layout.
+    """
+    wanted = [kernel for kernel in named.values() if kernel.layout == layout and not kernel.reference]
+    missing = [(kernel, m) for kernel in wanted for m in points if known.get(problem, kernel.name, m) is None]
+    jobs: list[tuple[Any, int]] = []
+    for kernel, m in missing:
+        own = own_estimate(kernel, problem, m, target)
+        if own < FAILED and own <= worth * min(own_estimate(other, problem, m, target) for other in named.values()):
+            jobs.append((kernel, m))
+    return {f"{kernel.name}@{m}": FAILED for kernel, m in missing}, jobs
 
 
 def interpolate(times: Mapping[int, float], m: int, own: Callable[[int], float]) -> float:
@@ -150,10 +171,7 @@ def _measure_layout(
     layout: str, problem: Problem, target: Target, points: tuple[int, ...], known: Timings, worth: float
 ) -> dict[str, float]:
     """Times of all kernels of a layout, missing ones only; FAILED for one that does not fit, fails or is not worth it."""
-    wanted = [k for k in kernels().values() if k.layout == layout and not k.reference]
-    missing = [(kernel, m) for kernel in wanted for m in points if known.get(problem, kernel.name, m) is None]
-    out = {f"{kernel.name}@{m}": FAILED for kernel, m in missing}
-    jobs = [(kernel, m) for kernel, m in missing if _is_worth(kernel, problem, m, target, worth)]
+    out, jobs = missing_jobs(kernels(), layout, problem, target, points, known, worth)
     if not jobs:
         return out
     device = torch.device("cuda", torch.cuda.current_device())
@@ -173,15 +191,6 @@ def _measure_layout(
 def _prepare(kernel: Kernel, m: int, problem: Problem, device: torch.device) -> None:
     if kernel.prepare is not None:
         kernel.prepare(problem, m, device)
-
-
-def _is_worth(kernel: Kernel, problem: Problem, m: int, target: Target, worth: float) -> bool:
-    """Whether a kernel's own estimate is within ``worth`` times the best kernel's at this m."""
-    own = kernel.fit(problem, m, target)
-    if isinstance(own, Reject):
-        return False
-    answers = [other.fit(problem, m, target) for other in kernels().values()]
-    return own.cost <= worth * min(answer.cost for answer in answers if not isinstance(answer, Reject))
 
 
 def _weights(layout: str, problem: Problem) -> list[Planes]:

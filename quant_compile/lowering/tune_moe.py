@@ -6,60 +6,28 @@ quantized block. Where that does not fit, estimates decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
+from quant_compile.ir.family import Planes, PlaneSpec, family_of
 from quant_compile.ir.moe import MoeProblem
-from quant_compile.lowering.moe import MoeKernel, moe_kernels, moe_layouts
+from quant_compile.lowering.moe import CostOf, MoeKernel, moe_kernels, moe_layouts
 from quant_compile.lowering.target import Target
-from quant_compile.lowering.tune import FAILED, NOT_MEASURED, POINTS, WORTH, Timings, graph_time, interpolate, timings
+from quant_compile.lowering.tune import FAILED, Timings, graph_time, measured_by, missing_jobs
 
 CALLS = 4
 
-MoeCostOf = Callable[[MoeKernel, MoeProblem, int], float]
 
-
-def measured_moe(target: Target, level: str) -> MoeCostOf | None:
+def measured_moe(target: Target, level: str) -> CostOf | None:
     """Costs that are measured on first need; None where there is nothing to measure (no GPU, ``off``, inside a capture)."""
-    if level not in POINTS or target.device != "cuda" or target.ops is not None:
-        return None
-    if torch.cuda.is_current_stream_capturing():
-        return None
-    known = timings(target.name, level)
-    points = POINTS[level]
-
-    def cost(kernel: MoeKernel, problem: MoeProblem, tokens: int) -> float:
-        if any(known.get(problem, kernel.name, point) is None for point in points):
-            try:
-                known.put(problem, _measure_layout(kernel.layout, problem, target, points, known, WORTH[level]))
-            except torch.OutOfMemoryError:
-                return NOT_MEASURED * _own(kernel, problem, tokens, target)
-        times = {p: t for p in points if (t := known.get(problem, kernel.name, p)) is not None and t < FAILED}
-        return interpolate(times, tokens, lambda at: _own(kernel, problem, at, target))
-
-    return cost
-
-
-def _own(kernel: MoeKernel, problem: MoeProblem, tokens: int, target: Target) -> float:
-    answer = kernel.fit(problem, tokens, target)
-    return FAILED if isinstance(answer, Reject) else answer.cost
+    return measured_by(_measure_layout, target, level)
 
 
 def _measure_layout(
     layout: str, problem: MoeProblem, target: Target, points: tuple[int, ...], known: Timings, worth: float
 ) -> dict[str, float]:
     """Times of all kernels of a layout, missing ones only; FAILED for one that does not fit, fails or is not worth it."""
-    wanted = [k for k in moe_kernels().values() if k.layout == layout and not k.reference]
-    missing = [(k, p) for k in wanted for p in points if known.get(problem, k.name, p) is None]
-    out = {f"{kernel.name}@{point}": FAILED for kernel, point in missing}
-    jobs: list[tuple[MoeKernel, int]] = []
-    for kernel, point in missing:
-        best = min(_own(other, problem, point, target) for other in moe_kernels().values())
-        if _own(kernel, problem, point, target) <= worth * best:
-            jobs.append((kernel, point))
+    out, jobs = missing_jobs(moe_kernels(), layout, problem, target, points, known, worth)
     if not jobs:
         return out
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):

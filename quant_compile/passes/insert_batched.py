@@ -13,8 +13,15 @@ from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.batched import BatchedSite
-from quant_compile.ir.family import PlaneSpec, family_of
-from quant_compile.ir.graph import ExpertRef, ScaleRef, add_plane, erase_with_inputs, fake_mode_of, plane_name, verify
+from quant_compile.ir.family import family_of
+from quant_compile.ir.graph import (
+    ExpertRef,
+    add_expert_planes,
+    add_input_scale,
+    erase_with_inputs,
+    fake_mode_of,
+    verify,
+)
 from quant_compile.ir.scheme import Scheme
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 
@@ -34,12 +41,10 @@ def insert_batched(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pass
 
 def _replace(graph: fx.Graph, site: BatchedSite, decision: SiteDecision, scheme: Scheme, plan: Plan) -> fx.Node:
     name, node = decision.name, site.node
-    w = _weight_planes(graph, site, scheme, name)
-    scale: list[fx.Node] = []
-    if scheme.static:
-        spec = PlaneSpec("input_scale", (1,), torch.float32)
-        scale = [add_plane(graph, ScaleRef((site.slot,)), spec, site.weight, plane_name(name, spec.name))]
-        scale[0].meta["parameter"] = name
+    specs = family_of(scheme).weight_planes(scheme, site.n, site.k, site.dtype)
+    ref = ExpertRef(site.slot, site.transposed, False, scheme.spec, "experts", site.dtype, 0)
+    w = add_expert_planes(graph, ref, specs, site.experts, site.weight, name)
+    scale = [add_input_scale(graph, site.slot, site.weight, name)] if scheme.static else []
     with graph.inserting_before(node):
         x = plan.replaced.get(site.x, site.x)
         rows = [letter for letter in site.x_letters if letter not in "ek"]
@@ -78,13 +83,3 @@ def _fake(site: BatchedSite) -> torch.Tensor:
             moved = value.permute(site.x_letters.index("e"), *order, site.x_letters.index("k"))
             return moved.reshape(site.experts, -1, site.k)
         return value.permute(*order, site.x_letters.index("k")).reshape(-1, site.k)
-
-
-def _weight_planes(graph: fx.Graph, site: BatchedSite, scheme: Scheme, name: str) -> list[fx.Node]:
-    nodes: list[fx.Node] = []
-    for i, spec in enumerate(family_of(scheme).weight_planes(scheme, site.n, site.k, site.dtype)):
-        ref = ExpertRef(site.slot, site.transposed, False, scheme.spec, "experts", site.dtype, i)
-        stacked = PlaneSpec(spec.name, (site.experts, *spec.shape), spec.dtype)
-        nodes.append(add_plane(graph, ref, stacked, site.weight, plane_name(name, spec.name)))
-        nodes[-1].meta["parameter"] = name
-    return nodes

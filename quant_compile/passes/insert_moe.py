@@ -17,7 +17,7 @@ from torch import fx
 from quant_compile.ir import ops
 from quant_compile.ir.experts import MoeSite, leading_sizes
 from quant_compile.ir.family import PlaneSpec, family_of
-from quant_compile.ir.graph import ExpertBiasRef, ExpertRef, Ref, ScaleRef, add_plane, plane_name, verify
+from quant_compile.ir.graph import ExpertBiasRef, ExpertRef, add_expert_planes, add_input_scale, add_named_plane, verify
 from quant_compile.ir.moe import NONE
 from quant_compile.ir.scheme import Scheme
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
@@ -52,7 +52,8 @@ def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision, schem
     w2 = _weight_planes(graph, block, 1, scheme, dtype, names[1])
     b13, b2 = _bias(graph, block, 0, dtype, names[0]), _bias(graph, block, 1, dtype, names[1])
     static = scheme is not None and scheme.static
-    scales = [_scale(graph, block, i, names[i]) for i in (0, 1)] if static else []
+    weights = zip(block.slots, (block.w13, block.w2), names, strict=True)
+    scales = [add_input_scale(graph, *weight) for weight in weights] if static else []
     with graph.inserting_before(block.node):
         x = _rows(graph, block.x, block.hidden)
         planes: Any = [x]
@@ -132,20 +133,10 @@ def _weight_planes(
     specs = (PlaneSpec("data", (n, k), dtype),)
     if scheme is not None:
         specs = family_of(scheme).weight_planes(scheme, n, k, dtype)
-    nodes: list[fx.Node] = []
-    for i, spec in enumerate(specs):
-        ref = ExpertRef(
-            block.slots[which],
-            block.transposed[which],
-            which == 0 and block.interleaved,
-            NONE if scheme is None else scheme.spec,
-            "experts",
-            dtype,
-            i,
-        )
-        stacked = PlaneSpec(spec.name, (block.experts, *spec.shape), spec.dtype)
-        nodes.append(_plane(graph, ref, stacked, weight, name, spec.name))
-    return nodes
+    spec = NONE if scheme is None else scheme.spec
+    interleaved = which == 0 and block.interleaved
+    ref = ExpertRef(block.slots[which], block.transposed[which], interleaved, spec, "experts", dtype, 0)
+    return add_expert_planes(graph, ref, specs, block.experts, weight, name)
 
 
 def _bias(graph: fx.Graph, block: MoeSite, which: int, dtype: torch.dtype, name: str) -> fx.Node | None:
@@ -154,15 +145,4 @@ def _bias(graph: fx.Graph, block: MoeSite, which: int, dtype: torch.dtype, name:
         return None
     ref = ExpertBiasRef(bias.meta["argument"], which == 0 and block.interleaved, dtype)
     shape = tuple(bias.meta["example_value"].shape)
-    return _plane(graph, ref, PlaneSpec("bias", shape, dtype), bias, name, "bias")
-
-
-def _scale(graph: fx.Graph, block: MoeSite, which: int, name: str) -> fx.Node:
-    spec = PlaneSpec("input_scale", (1,), torch.float32)
-    return _plane(graph, ScaleRef((block.slots[which],)), spec, (block.w13, block.w2)[which], name, spec.name)
-
-
-def _plane(graph: fx.Graph, ref: Ref, spec: PlaneSpec, like: fx.Node, name: str, plane: str) -> fx.Node:
-    node = add_plane(graph, ref, spec, like, plane_name(name, plane))
-    node.meta["parameter"] = name
-    return node
+    return add_named_plane(graph, ref, PlaneSpec("bias", shape, dtype), bias, name)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from quant_compile.ir import ops
-from quant_compile.ir.family import PlaneSpec, family_of
-from quant_compile.ir.graph import PlaneRef, ScaleRef, add_plane, erase_with_inputs, plane_name, verify
+from quant_compile.ir.family import family_of
+from quant_compile.ir.graph import PlaneRef, add_input_scale, add_named_plane, erase_with_inputs, verify
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite
 from quant_compile.ir.writes import Writes
@@ -40,7 +39,7 @@ def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: 
     with graph.inserting_before(node):
         planes: Any = [x]
         if scheme.input_activations is not None:
-            scale = [_scale(graph, site, decision.name)] if scheme.static else []
+            scale = [add_input_scale(graph, site.slot, site.weight, decision.name)] if scheme.static else []
             planes = graph.call_function(ops.quantize, (x, spec, *scale))
             planes.meta["site"] = f"input of {decision.name}"
         bias = site.bias
@@ -80,17 +79,8 @@ def _weight_planes(graph: fx.Graph, site: LinearSite, scheme: Scheme, name: str)
     nodes: list[fx.Node] = []
     for i, spec in enumerate(family_of(scheme).weight_planes(scheme, site.n, site.k, site.dtype)):
         ref = PlaneRef((site.slot,), (site.transposed,), scheme.spec, "rows", site.dtype, i)
-        plane = add_plane(graph, ref, spec, site.weight, plane_name(name, spec.name))
-        plane.meta["parameter"] = name
-        nodes.append(plane)
+        nodes.append(add_named_plane(graph, ref, spec, site.weight, name))
     return nodes
-
-
-def _scale(graph: fx.Graph, site: LinearSite, name: str) -> fx.Node:
-    spec = PlaneSpec("input_scale", (1,), torch.float32)
-    node = add_plane(graph, ScaleRef((site.slot,)), spec, site.weight, plane_name(name, spec.name))
-    node.meta["parameter"] = name
-    return node
 
 
 class _Prepared:

@@ -15,7 +15,17 @@ from quant_compile.ir import ops
 from quant_compile.ir.batched import BatchedSite
 from quant_compile.ir.experts import MoeSite
 from quant_compile.ir.family import Planes, family_of
-from quant_compile.ir.graph import ExpertRef, PlaneRef, add_plane, erase_with_inputs, inline, plane_name, trace, verify
+from quant_compile.ir.graph import (
+    ExpertRef,
+    PlaneRef,
+    add_named_plane,
+    add_plane,
+    erase_with_inputs,
+    inline,
+    plane_name,
+    trace,
+    verify,
+)
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import ops as kernel_ops
@@ -115,11 +125,9 @@ def _moved(graph: fx.Graph, planes: Any, dispatch: MoeDispatch, shape: tuple[int
             plane.meta["plane"] = replace(ref, index=i)
         return planes
     out: list[fx.Node] = []
-    name = planes[0].meta["parameter"]
     for i, spec in enumerate(moe_layouts()[dispatch.layout].planes(dispatch.problem, *shape)):
-        moved = replace(ref, layout=dispatch.layout, index=i)
-        out.append(add_plane(graph, moved, spec, planes[0], plane_name(name, f"{dispatch.layout}_{spec.name}")))
-        out[-1].meta["parameter"] = name
+        moved, label = replace(ref, layout=dispatch.layout, index=i), f"{dispatch.layout}_{spec.name}"
+        out.append(add_named_plane(graph, moved, spec, planes[0], planes[0].meta["parameter"], label))
     return out
 
 
