@@ -37,6 +37,7 @@ SHAPES = (
     ("FP8_DYNAMIC", 8, 2, 4096, 14336),
     ("FP8_BLOCK", 256, 8, 7168, 2048),
     ("W4A16", 128, 8, 2048, 768),
+    ("W8A8", 128, 8, 2048, 768),
 )
 TOKENS = (1, 16, 64, 512, 2048, 4096)
 TOLERANCE = 5e-3
@@ -80,7 +81,7 @@ def rows_of(problem: MoeProblem, target: Target) -> Iterator[moe.DecodePlan]:
             moe.Rows(block_n, max(128, int(rows.block_k * grow)), max(1, min(8, int(rows.warps * warps))))
             for rows in (default.first, default.second)
         )
-        yield moe.DecodePlan(first, second)
+        yield moe.DecodePlan(first, second, default.early)
 
 
 def plans_of(problem: MoeProblem, tokens: int, target: Target) -> list[Plan]:
@@ -303,10 +304,15 @@ def whole(block: Block, tokens: Tokens, count: int, plans: Sequence[Plan]) -> di
     calls: dict[str, Callable[[int], object]] = {}
     grouped = next(plan for plan in plans if isinstance(plan, moe.Plan))
     calls["block/tiles"] = lambda i: launch(block, tokens, grouped, i)
-    for plan in plans:
-        if isinstance(plan, moe.DecodePlan):
-            calls["block/rows"] = lambda i, plan=plan: launch(block, tokens, plan, i)
-            break
+    rows = [plan for plan in plans if isinstance(plan, moe.DecodePlan)]
+    if rows:
+        calls["block/rows"] = lambda i: launch(block, tokens, rows[0], i)
+    if rows and count == 1:
+        late = replace(rows[0], early=False)
+        calls["block/rows late"] = lambda i: launch(block, tokens, late, i)
+        for second in {plan.second for plan in rows}:  # what overlaps cannot be timed apart
+            whole_plan = replace(rows[0], second=second)
+            calls[f"both/{label_of(second)}"] = lambda i, plan=whole_plan: launch(block, tokens, plan, i)
     calls["step/align"] = lambda i: moe.align(tokens.ids[i % CHOICES], p.experts, grouped.first.block_m)
     hidden = torch.randn(count * p.top_k, p.intermediate, device=tokens.ids[0].device, dtype=p.dtype)
     if p.scheme.input_activations is not None:
@@ -372,7 +378,7 @@ def measure_cell(
     configs = {label: asdict(tiles) for label, (tiles, _) in good.items()}
     return {
         "scheme": p.scheme.spec, "experts": p.experts, "top_k": p.top_k, "hidden": p.hidden, "inner": p.intermediate,
-        "tokens": count, "best": {step: label for step, label in best.items() if step not in ("block", "step")},
+        "tokens": count, "best": {step: label for step, label in best.items() if step not in ("block", "step", "both")},
         "us": us, "configs": configs, "error": errors, "failed": bad,
     }  # fmt: skip
 
@@ -383,7 +389,7 @@ def show(row: dict[str, Any]) -> None:
     name = f"{row['scheme']} E{row['experts']} k{row['top_k']} {row['hidden']}x{row['inner']} T={row['tokens']}"
     print(f"{name}: " + "  ".join(f"{x} {us[x]:.1f}" for x in us if x.startswith(("block", "step"))), flush=True)
     print("    error " + "  ".join(f"{k} {v:.1e}" for k, v in row["error"].items()), flush=True)
-    for step in sorted(row["best"]):
+    for step in (*sorted(row["best"]), "both"):
         leaders = sorted((us[x], x) for x in us if x.startswith(step))[:4]
         print(f"    {step}: " + "  ".join(f"{x.split('/')[1]} {t:.1f}" for t, x in leaders), flush=True)
     for label, why in list(row["failed"].items())[:3]:

@@ -32,6 +32,8 @@ CONFIGS: dict[str, Any] = {
 }
 # Random models in bf16: how far FP8 and INT8 may move logits; an unquantized or mixed-up block would be at 0 or near 1.
 FAR = {"FP8_DYNAMIC": 0.25, "W8A8": 0.15, "W4A16": 0.6, "FP8_BLOCK": 0.25}
+# What seven tokens may need at once beside weights.
+ACTIVATIONS = 1 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -96,17 +98,19 @@ def test_released_experts_give_their_bytes_back(spec: str, share: float) -> None
     block = size // config.num_hidden_layers
     free()
     before = torch.cuda.memory_allocated()
+    model(ids_of(7))  # cuBLAS's workspace, which is none of packing's
+    warm = torch.cuda.memory_allocated()
     quant_compile.compile(model, spec, tune="off", release_weights=True)
     torch.cuda.reset_peak_memory_stats()
     first = model(ids_of(7)).logits.clone()
     again = model(ids_of(7)).logits
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - warm
     free()
     linears = sum(line.bytes_before - line.bytes_after for line in quant_compile.report(model).lines if line.scheme)
     linears -= sum(line.bytes_before - line.bytes_after for line in experts_of(quant_compile.report(model)))
     held = torch.cuda.memory_allocated() - before + size + linears
     assert held <= share * size, f"{held / size:.3f} of the experts' bf16 bytes"
-    limit = store_bytes(model) + block
+    limit = store_bytes(model) + block + ACTIVATIONS
     assert peak <= limit, f"packing took {peak / limit:.2f} of planes and a block beside the model"
     assert torch.equal(first, again)
     assert all(line.released for line in experts_of(quant_compile.report(model)))

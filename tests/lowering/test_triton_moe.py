@@ -340,7 +340,7 @@ def build(function: Any, arguments: dict[str, Any], arch: int) -> Any:
     """The cubin of one noted launch."""
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in arguments}
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             types[name] = f"*{TYPES[value.dtype]}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -545,11 +546,15 @@ def gated_rows_kernel(
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
     OUT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Hidden values [BLOCK_N] at program_id(0) of pair program_id(1): y [pairs, n], and their largest magnitude.
 
     w and 8-bit x are read in units (see _add_products), ``width`` to a row; BLOCK counts units. BLOCK_N divides n and GROUP_N.
+    EARLY: the next kernel may start as soon as every program of this one has.
     """
+    if EARLY:
+        gdc_launch_dependents()
     pair = tl.program_id(1)
     expert = tl.load(ids_ptr + pair)
     if (expert < 0) | (expert >= experts):
@@ -681,11 +686,13 @@ def down_rows_kernel(
     QUANTIZE: tl.constexpr,
     CODE: tl.constexpr,
     OUT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y[token, BLOCK_N rows]: all experts of token program_id(1) at once, weighted and added.
 
     Hidden rows h [pairs, k] are quantized on the way in (QUANTIZE: the largest code, or 0). A step holds TOP_K experts,
     with rows of w in registers last, so that a thread meets few hidden values. BLOCK_N divides n and GROUP_N.
+    EARLY: this may start while gated_rows_kernel runs, which itself started after ids were written; its results are waited for.
     """
     first = tl.program_id(0) * BLOCK_N
     rows = first + tl.arange(0, BLOCK_N)
@@ -698,6 +705,8 @@ def down_rows_kernel(
     cols = tl.arange(0, BLOCK)
     w_at = w_ptr + (expert[None, :, None] * n + rows[:, None, None]) * width + cols[None, None, :]
     w = _stream(w_at, cols, width, legal, EVEN)
+    if EARLY:
+        gdc_wait()
     sw_at = sw_ptr + expert * sw_expert
     zero_first = (expert * zero_expert)[None, :, None]
     ACC: tl.constexpr = tl.int32 if CODE.is_int() and QUANTIZE > 0 else tl.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -21,7 +22,15 @@ SCALE_ALIGNMENT = 4
 
 @lru_cache(maxsize=None)
 def _gemm() -> Callable[..., None]:
-    return importlib.import_module("deep_gemm").fp8_gemm_nt
+    """The GEMM, after the library's own start.
+
+    It starts with a lasting allocation of 32 MiB for cuBLAS, which would break the memory pool of a CUDA graph if that is
+    being recorded; it has a switch to allocate at each call of cuBLAS instead, which is never called here.
+    """
+    os.environ.setdefault("DG_USE_TEMP_CUBLASLT_WORKSPACE", "1")
+    library = importlib.import_module("deep_gemm")
+    library.get_num_sms()
+    return library.fp8_gemm_nt
 
 
 def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
@@ -37,6 +46,11 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return refusal
     if not target.has("deep_gemm"):
         return Reject("deep_gemm cannot be imported here")
+    if target.ops is None:
+        try:
+            _gemm()  # now, while no CUDA graph is being recorded
+        except Exception as error:  # whatever a library does when it starts, another kernel serves
+            return Reject(f"deep_gemm does not start here: {type(error).__name__}: {error}")
     transposes = 0 if m % SCALE_ALIGNMENT == 0 else 1
     return Rank(estimate(problem, m, target, 0.62, 8, bandwidth_efficiency=0.8, tile_m=64, launches=1 + transposes))
 

@@ -85,10 +85,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Both products of the decode form."""
+    """Both products of the decode form.
+
+    Attributes:
+        early: the second kernel starts while the first runs and fetches its first weights (programmatic dependent launch,
+            sm90 and newer).
+    """
 
     first: Rows
     second: Rows
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,15 +149,16 @@ def align(ids: Tensor, experts: int, block_m: int) -> Pairs:
     most = most_blocks(pairs, experts, block_m)
     order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
     blocks = torch.empty((3, most), dtype=torch.int32, device=ids.device)
-    chunk = min(4096, max(128, _pow2(pairs)))
+    chunk = min(16384, max(128, _pow2(pairs)))
+    warps = min(32, max(4, chunk // 512))
     counts = None
     if pairs > COUNT_PAIRS:
         counts = torch.empty(experts, dtype=torch.int32, device=ids.device)
-        _source().count_kernel[(experts,)](ids, counts, pairs, CHUNK=chunk, num_warps=8)
+        _source().count_kernel[(experts,)](ids, counts, pairs, CHUNK=chunk, num_warps=warps)
     columns = max(16, _pow2(experts))
     _source().align_kernel[(experts,)](
         ids, counts, order, blocks, pairs, most, experts,
-        EXPERTS=columns, BLOCK_M=block_m, CHUNK=chunk, ROWS=max(1, 8192 // columns), num_warps=8 if counts is not None else 4,
+        EXPERTS=columns, BLOCK_M=block_m, CHUNK=chunk, ROWS=max(1, 8192 // columns), num_warps=warps,
     )  # fmt: skip
     return Pairs(order, blocks)
 
@@ -286,10 +293,12 @@ def _descriptor(data: Tensor, tiles: Tiles) -> Any:
 # --- steps of the decode form ---
 
 
-def gated_rows(x: Planes, ids: Tensor, w13: Planes, b13: Tensor | None, problem: MoeProblem, rows: Rows) -> Planes:
+def gated_rows(
+    x: Planes, ids: Tensor, w13: Planes, b13: Tensor | None, problem: MoeProblem, rows: Rows, early: bool = False
+) -> Planes:
     """Hidden layer of each pair, unsorted: ([T k, I],), then the largest magnitude of each ``rows.block_n`` values
-    [T k, I / block_n] f32 where the scheme needs one scale per row."""
-    p = problem
+    [T k, I / block_n] f32 where the scheme needs one scale per row. ``early``: the next kernel may start at once."""
+    p, early = problem, early and not _interpreted()
     pairs, parts = ids.numel(), p.intermediate // rows.block_n
     y = torch.empty((pairs, p.intermediate), dtype=p.dtype, device=ids.device)
     amax = torch.empty((pairs, parts), dtype=torch.float32, device=ids.device) if _needs_amax(p.scheme) else None
@@ -298,17 +307,20 @@ def gated_rows(x: Planes, ids: Tensor, w13: Planes, b13: Tensor | None, problem:
     _source().gated_rows_kernel[(parts, pairs)](
         data, _units(w13[0], unit), x[1] if len(x) > 1 else None, w13[1], zero, b13, ids, y, amax,
         p.intermediate, p.hidden, p.hidden // unit, p.top_k, p.experts, *_scale_strides(x), *strides, MAGIC,
-        **constants, **_activation(p.activation), OUT=_type(p.dtype), num_warps=rows.warps,
+        **constants, **_activation(p.activation), OUT=_type(p.dtype), EARLY=early, num_warps=rows.warps,
     )  # fmt: skip
     return (y,) if amax is None else (y, amax)
 
 
 def down_rows(
     hidden: Planes, ids: Tensor, weights: Tensor | None, w2: Planes, b2: Tensor | None, scale2: Tensor | None,
-    problem: MoeProblem, rows: Rows,
+    problem: MoeProblem, rows: Rows, early: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Quantizes the result of ``gated_rows`` and multiplies, weights and adds it -> [T, H] of the problem's dtype."""
-    p = problem
+    """Quantizes the result of ``gated_rows`` and multiplies, weights and adds it -> [T, H] of the problem's dtype.
+
+    ``early``: only straight after ``gated_rows`` with the same; anything older than that is complete, hidden rows are waited for.
+    """
+    p, early = problem, early and not _interpreted()
     y = torch.empty((ids.shape[0], p.hidden), dtype=p.dtype, device=ids.device)
     amax = hidden[1] if len(hidden) > 1 else None
     parts = amax.shape[1] if amax is not None else 1
@@ -319,7 +331,7 @@ def down_rows(
         hidden[0], amax, scale2 if p.scheme.static else None, _units(w2[0], unit), w2[1], zero, b2, ids, weights, y,
         p.hidden, p.intermediate, p.intermediate // unit, p.top_k, p.experts, parts, *strides, MAGIC,
         TOP_K=_pow2(p.top_k), PARTS=_pow2(parts), QUANTIZE=limit if quantized else 0.0, CODE=_type(code), **constants,
-        OUT=_type(p.dtype), num_warps=rows.warps,
+        OUT=_type(p.dtype), EARLY=early, num_warps=rows.warps, launch_pdl=early,
     )  # fmt: skip
     return y
 
@@ -377,33 +389,61 @@ def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
     return Plan(_tiles(problem, block_m, True, target), _tiles(problem, block_m, False, target))
 
 
+# Measured on a H200 (benchmarks/tune_moe.py): block_m -> block_n, warps, stages, descriptors; by (scales of groups, gated).
+HOPPER: dict[tuple[bool, bool], dict[int, tuple[int, int, int, bool]]] = {
+    (False, True): {16: (64, 4, 5, False), 32: (64, 4, 5, False), 64: (64, 4, 3, True), 128: (128, 8, 4, True)},
+    (False, False): {16: (64, 4, 5, False), 32: (128, 8, 4, False), 64: (128, 4, 3, True), 128: (128, 4, 3, True)},
+    (True, True): {16: (128, 4, 3, True), 32: (128, 4, 3, True), 64: (128, 8, 4, True)},
+    (True, False): {16: (64, 4, 5, False), 32: (128, 4, 3, True), 64: (128, 4, 3, True)},
+}
+
+
 def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Tiles:
     scheme = problem.scheme
     block_k = min(128, groups(scheme)[1] or 128)
-    wide = block_m >= 64 and target.arch >= 90
-    block_n = 128 if wide else 64
-    group = scheme.input_activations.group_size if scheme.input_activations is not None else None
+    a = scheme.input_activations
+    group = a.group_size if a is not None else None
+    tma = False
+    if 90 <= target.arch < 120 and a is not None:
+        block_n, warps, deepest, tma = HOPPER[group is not None, gated][block_m]
+        if not gated and not group and problem.intermediate > IMPRECISE_K:
+            warps, deepest = 8, 4  # sums that are promoted need the registers of 8 warps
+    else:
+        block_n = 128 if block_m >= 64 and target.arch >= 90 else 64
+        warps, deepest = 0, 4 if block_n == 128 else 5
     if gated and group in (64, 128):
         block_n = group
-    x_bits = 16 if scheme.input_activations is None else 8
     rows = (2 if gated else 1) * block_n
-    step = block_k * (rows * scheme.weights.num_bits + block_m * x_bits) // 8
+    step = block_k * (rows * scheme.weights.num_bits + block_m * (16 if a is None else 8)) // 8
     memory = {80: 160, 89: 96, 120: 96}.get(target.arch, 208) * 1024
-    stages = max(2, min(4 if wide else 5, memory // step))
-    return Tiles(block_m, block_n, block_k, 8 if rows * block_m >= 128 * 64 else 4, stages)
+    stages = max(2, min(deepest, memory // step))
+    return Tiles(block_m, block_n, block_k, warps or (8 if rows * block_m >= 128 * 64 else 4), stages, tma=tma)
 
 
 def decode_plan(problem: MoeProblem, target: Target) -> DecodePlan:
     """How ``triton_moe_decode`` runs, without measurement: 16 bytes per thread and row."""
     group_n, group_k = groups(problem.scheme)
-    block_n = gcd(4, group_n) if group_n > 1 else 4
-    bits = problem.scheme.weights.num_bits
+    bits, experts = problem.scheme.weights.num_bits, _pow2(problem.top_k)
     least = max(128, group_k)
     first = _step(problem.hidden, 4 * 32 * 128 // bits, least)
-    second = _step(problem.intermediate, 4 * 32 * 128 // bits // _pow2(problem.top_k), least)
+    second = _step(problem.intermediate, 4 * 32 * 128 // bits // experts, least)
+    # Eight bits: two loads of a row per thread before the first multiplication; more rows where that is the whole sum.
+    wide = bits == 8
+    one_step = wide and first >= problem.hidden
     return DecodePlan(
-        Rows(block_n, first, _warps(first * bits)), Rows(block_n, second, _warps(second * bits * _pow2(problem.top_k)))
+        Rows(_rows(8 if one_step else 4, group_n), first, _warps(first * bits // (2 if wide else 1))),
+        Rows(
+            _rows(8 if wide and not group_k else 4, group_n),
+            second,
+            _warps(second * bits * experts * (2 if wide else 1)),
+        ),
+        early=target.arch >= 90,
     )
+
+
+def _rows(most: int, group_n: int) -> int:
+    """``most`` rows of a weight, or as many as share a scale."""
+    return gcd(most, group_n) if group_n > 1 else most
 
 
 def _step(k: int, most: int, least: int) -> int:
@@ -434,8 +474,8 @@ def launch_decode(
     """Run one plan of the decode form; arguments and result as for ``run_decode``."""
     ids = ids.contiguous()
     weights = weights if weights is None else weights.contiguous()
-    hidden = gated_rows(x, ids, w13, b13, problem, chosen.first)
-    return down_rows(hidden, ids, weights, w2, b2, scale2, problem, chosen.second)
+    hidden = gated_rows(x, ids, w13, b13, problem, chosen.first, chosen.early)
+    return down_rows(hidden, ids, weights, w2, b2, scale2, problem, chosen.second, chosen.early)
 
 
 def run(
@@ -525,7 +565,9 @@ def fit_decode(problem: MoeProblem, tokens: int, target: Target) -> Rank | Rejec
     if pairs > DECODE_PAIRS:
         return Reject(f"serves at most {DECODE_PAIRS} pairs of a token and an expert, got {pairs}")
     limits, cells = roof(target), 3.0 * p.hidden * p.intermediate
-    memory = active_experts(p, tokens) * cells * p.scheme.bits_per_weight / 8 / (limits.bandwidth * 0.85)
+    # Scales of groups in the second product cost it half of the bandwidth (measured).
+    efficiency = 0.6 if groups(p.scheme)[1] and p.scheme.input_activations is not None else 0.85
+    memory = active_experts(p, tokens) * cells * p.scheme.bits_per_weight / 8 / (limits.bandwidth * efficiency)
     # Bound by converting and multiplying on ordinary cores: about a sixtieth of the tensor cores' 8-bit rate.
     math = 2.0 * pairs * cells / (limits.math8 / 60)
     return Rank(limits.launch * 2 + max(memory, math))
