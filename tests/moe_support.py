@@ -288,8 +288,8 @@ class ReferenceExperts(nn.Module):
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         if ids is None:
             count = len(self.planes[0])
-            ids = torch.arange(count).repeat_interleave(x.shape[0] // count).unsqueeze(1)
-        out = torch.zeros(x.shape, dtype=torch.float32)
+            ids = torch.arange(count, device=x.device).repeat_interleave(x.shape[0] // count).unsqueeze(1)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for token in range(x.shape[0]):
             for j in range(ids.shape[1]):
                 expert = int(ids[token, j])

@@ -149,8 +149,8 @@ def align(ids: Tensor, experts: int, block_m: int) -> Pairs:
     most = most_blocks(pairs, experts, block_m)
     order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
     blocks = torch.empty((3, most), dtype=torch.int32, device=ids.device)
-    chunk = min(16384, max(128, _pow2(pairs)))
-    warps = min(32, max(4, chunk // 512))
+    chunk = min(4096, max(128, _pow2(pairs)))
+    warps = 8 if pairs > COUNT_PAIRS else 4
     counts = None
     if pairs > COUNT_PAIRS:
         counts = torch.empty(experts, dtype=torch.int32, device=ids.device)
@@ -382,39 +382,49 @@ def _rows_arguments(
 
 def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
     """How ``triton_moe`` runs this many tokens on ``target``, without measurement."""
-    # An expert with more pairs than a block is read again: leave room above the mean.
-    mean = 1.25 * tokens * problem.top_k / problem.experts
-    most = 64 if groups(problem.scheme)[1] else 128
+    # An expert with more pairs than a block is read again: leave room above the mean, less where weights are decoded.
+    few = _form(problem.scheme) == "weights"
+    mean = (0.75 if few else 1.25) * tokens * problem.top_k / problem.experts
+    most = 64 if few or groups(problem.scheme)[1] else 128
     block_m = min(most, max(16, _pow2(int(mean))))
     return Plan(_tiles(problem, block_m, True, target), _tiles(problem, block_m, False, target))
 
 
-# Measured on a H200 (benchmarks/tune_moe.py): block_m -> block_n, warps, stages, descriptors; by (scales of groups, gated).
-HOPPER: dict[tuple[bool, bool], dict[int, tuple[int, int, int, bool]]] = {
-    (False, True): {16: (64, 4, 5, False), 32: (64, 4, 5, False), 64: (64, 4, 3, True), 128: (128, 8, 4, True)},
-    (False, False): {16: (64, 4, 5, False), 32: (128, 8, 4, False), 64: (128, 4, 3, True), 128: (128, 4, 3, True)},
-    (True, True): {16: (128, 4, 3, True), 32: (128, 4, 3, True), 64: (128, 8, 4, True)},
-    (True, False): {16: (64, 4, 5, False), 32: (128, 4, 3, True), 64: (128, 4, 3, True)},
+# Measured on a H200 (benchmarks/tune_moe.py): block_m -> block_n, warps, stages, descriptors; by form and whether gated.
+HOPPER: dict[tuple[str, bool], dict[int, tuple[int, int, int, bool]]] = {
+    ("rows", True): {16: (64, 4, 5, False), 32: (64, 4, 5, False), 64: (64, 4, 3, True), 128: (128, 8, 4, True)},
+    ("rows", False): {16: (64, 4, 5, False), 32: (128, 8, 4, False), 64: (128, 4, 3, True), 128: (128, 4, 3, True)},
+    ("groups", True): {16: (128, 4, 3, True), 32: (128, 4, 3, True), 64: (128, 8, 4, True)},
+    ("groups", False): {16: (64, 4, 5, False), 32: (128, 4, 3, True), 64: (128, 4, 3, True)},
+    ("weights", True): {16: (64, 4, 3, True), 32: (64, 4, 3, True), 64: (64, 4, 3, True)},
+    ("weights", False): {16: (128, 4, 3, True), 32: (128, 4, 3, True), 64: (128, 4, 3, True)},
 }
 
 
-def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Tiles:
-    scheme = problem.scheme
-    block_k = min(128, groups(scheme)[1] or 128)
+def _form(scheme: Scheme) -> str:
+    """Quantized inputs with scales of whole rows, or of groups; or 16-bit inputs."""
     a = scheme.input_activations
-    group = a.group_size if a is not None else None
+    if a is None:
+        return "weights"
+    return "rows" if a.group_size is None else "groups"
+
+
+def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Tiles:
+    scheme, form = problem.scheme, _form(problem.scheme)
+    block_k = min(128, groups(scheme)[1] or 128)
     tma = False
-    if 90 <= target.arch < 120 and a is not None:
-        block_n, warps, deepest, tma = HOPPER[group is not None, gated][block_m]
-        if not gated and not group and problem.intermediate > IMPRECISE_K:
+    if 90 <= target.arch < 120:
+        block_n, warps, deepest, tma = HOPPER[form, gated][block_m]
+        if form == "rows" and not gated and problem.intermediate > IMPRECISE_K:
             warps, deepest = 8, 4  # sums that are promoted need the registers of 8 warps
     else:
-        block_n = 128 if block_m >= 64 and target.arch >= 90 else 64
-        warps, deepest = 0, 4 if block_n == 128 else 5
+        block_n = 64
+        warps, deepest = 0, 5
+    group = scheme.input_activations.group_size if scheme.input_activations is not None else None
     if gated and group in (64, 128):
         block_n = group
     rows = (2 if gated else 1) * block_n
-    step = block_k * (rows * scheme.weights.num_bits + block_m * (16 if a is None else 8)) // 8
+    step = block_k * (rows * scheme.weights.num_bits + block_m * (16 if form == "weights" else 8)) // 8
     memory = {80: 160, 89: 96, 120: 96}.get(target.arch, 208) * 1024
     stages = max(2, min(deepest, memory // step))
     return Tiles(block_m, block_n, block_k, warps or (8 if rows * block_m >= 128 * 64 else 4), stages, tma=tma)
