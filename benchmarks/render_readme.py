@@ -317,28 +317,83 @@ def span(found: Sequence[str], targets: Sequence[str]) -> str:
 # --- the README ------------------------------------------------------------------------------------------------------
 
 
+MOE_CELLS = ("block T=1", "block T=16", "block T=2048", "decode B=1", "decode B=16", "prefill 1x2048")
+HF_STACKS = {"inductor-grouped_mm": "Inductor bf16, grouped_mm", "inductor-batched_mm": "Inductor bf16, batched_mm"}
+
+
+def moe_e2e(results: Path) -> str:
+    """Whole models with experts, and their MoE modules alone: times and speed-up over the faster Inductor stack of the same run."""
+    found = [r for name in ("moe_e2e", "moe_e2e_mixtral", "moe_e2e_stacks") if (r := read(name, results))]
+    if not found:
+        return ""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for result in found:
+        for row in result["rows"]:
+            name = HF_STACKS.get(row["stack"], row["stack"])
+            cells = [moe_cell(row.get(cell)) for cell in MOE_CELLS]
+            rows.setdefault((row["model"], row["stack"]), [row["model"], name, *cells])
+    layers = {name: count for result in found for name, count in result["settings"]["layers"].items()}
+    shapes = ", ".join(f"{name} ({count} layers)" for name, count in layers.items())
+    text = (
+        f"**Models with experts**: {shapes}, seeded random weights, CUDA graphs. A block is a MoE module with its router, in "
+        "microseconds; models in milliseconds. Speed is relative to the faster of Hugging Face's two bf16 implementations under "
+        f"Inductor in the same run; {NONE}: not run. {place(found[0], 'triton', 'transformers')}.\n"
+    )
+    ordered = sorted(
+        rows.values(), key=lambda row: (list(layers).index(row[0]), not row[1].startswith("Inductor"), row[1])
+    )
+    return "\n".join([text, markdown(["model", "stack", *MOE_CELLS], ordered)])
+
+
+def moe_cell(cell: Result | None) -> str:
+    """Time and speed-up of one cell."""
+    time = (cell.get("ms") or cell.get("us")) if cell else None
+    if cell is None or time is None:
+        return NONE
+    return f"{time:.2f} ({times(cell['speedup'])})" if "ms" in cell else f"{time:.0f} ({times(cell['speedup'])})"
+
+
 def moe(results: Path) -> str:
     """Expert blocks alone, without their router: the kernel that is chosen against Hugging Face's bf16 experts under Inductor."""
     result = read("moe", results)
     if result is None:
         return ""
-    header = ["model's experts", "scheme", "routing", "tokens", "bf16, µs", "sglquant, µs", "speed", "to the floor"]
-    rows = [
-        [row["shape"], row["scheme"], row["routing"], f"{row['t']}", f"{row['bf16_us']:.0f} ({row['bf16']})"]
-        + [f"{row['dispatch_us']:.0f} ({row['dispatch']})", times(row["speedup"]), times(row["times_floor"])]
-        for row in result["summary"]
+    columns = list(dict.fromkeys((row["routing"], row["t"]) for row in result["summary"]))
+    found = {(row["shape"], row["scheme"], row["routing"], row["t"]): row for row in result["summary"]}
+    rows: list[list[str]] = []
+    for shape, scheme in dict.fromkeys(key[:2] for key in found):
+        cells = [found.get((shape, scheme, *column)) for column in columns]
+        rows.append([shape, scheme, *(f"{c['dispatch_us']:.0f} ({times(c['speedup'])})" if c else NONE for c in cells)])
+    header = [
+        "experts of",
+        "scheme",
+        *(f"T={t}" + ("" if routing == "even" else f" {routing}") for routing, t in columns),
     ]
+    floors = [row["times_floor"] for row in result["summary"] if row["times_floor"] and row["t"] in (16, 64)]
     text = (
-        "**Experts alone**: one block's experts without the router, against the faster of Hugging Face's two bf16 "
-        "implementations compiled by Inductor. The floor reads each chosen expert once at the bandwidth of a measured copy, or "
-        f"multiplies at the GPU's peak. {place(result, 'triton', 'transformers')}.\n"
+        "**Experts alone**: one block's experts without the router, in microseconds of the kernel that is chosen, and its speed "
+        "over the faster of Hugging Face's two bf16 implementations compiled by Inductor. "
+        f"{place(result, 'triton', 'transformers', 'sgl_kernel', 'humming')}.\n"
     )
-    return "\n".join([text, markdown(header, rows)])
+    slower = [row for row in result["summary"] if (row["dispatch_over_best"] or 0) > 1.05]
+    best = {"W4A16": "humming's grouped GEMM, whose layout no decode kernel reads"}
+    note = (
+        f"At 16 and 64 tokens the chosen kernel takes {min(floors):.2f} to {max(floors):.2f} times what reading the chosen experts "
+        "once takes at the vendor's bandwidth. "
+        + "".join(
+            f"{scheme}: up to {max(r['dispatch_over_best'] for r in slower if r['scheme'] == scheme):.2f} times the best contender"
+            f"{f', {best[scheme]}' if scheme in best else ''}. "
+            for scheme in dict.fromkeys(r["scheme"] for r in slower)
+        )
+        + "[Every contender](benchmarks/results/moe.json)."
+    )
+    return "\n".join([text, markdown(header, rows), "", note])
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "e2e": e2e,
     "gemm": gemm,
+    "moe_e2e": moe_e2e,
     "moe": moe,
     "quality": quality,
     "compile_time": compile_time,

@@ -120,7 +120,8 @@ def test_every_rule_decides_and_the_layers_are_quantized(case: str) -> None:
     assert plan.problems == ()
     quantized = [e for e in plan.entries if e.decision.scheme is not None]
     assert len(quantized) == 2 * per_layer
-    assert {e.decision.scheme for e in quantized} == {policy.default}
+    special = {rule.scheme for rule in policy.rules} - {None}
+    assert {e.decision.scheme for e in quantized} == {policy.default, *special}
     # What is not in a layer is kept, and each kept weight is one that the case names.
     for entry in plan.entries:
         if entry.decision.scheme is None:

@@ -47,8 +47,9 @@ def test_w8a8_is_the_textbook_scheme(example: ModuleType) -> None:
     ]
 
 
-def test_w8a8_with_16_bit_inputs_for_the_value_projections(example: ModuleType) -> None:
-    result = example.compare(example.MIXED)
+def test_the_policy_for_bert_keeps_embeddings(example: ModuleType) -> None:
+    """W8A8 with 16-bit inputs for the value projections."""
+    result = example.compare("bert")
     result.report.require(coverage=1.0)
     schemes = {line.names[0].split(".")[-2]: line.scheme for line in result.report.lines if line.scheme}
     assert schemes["value"] == "W8A16"
