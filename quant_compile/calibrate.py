@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from quant_compile.inspect import naming
-from quant_compile.inspect.weights import expert_site, linear_weights, unwrap
+from quant_compile.inspect.weights import linear_weights, possible_weights
 from quant_compile.ir.errors import MissingScalesError, OptionError
 from quant_compile.ir.numerics import FLOAT_MAX, SMALLEST_AMAX
 from quant_compile.ir.scheme import Scheme
-from quant_compile.policy import Policy, SiteInfo
+from quant_compile.policy import Policy
 
 _SAMPLE = 1 << 20
 # operand positions (input, weight) by function name; the last three multiply by the experts of a block
@@ -181,23 +180,13 @@ class _Watched:
 
 
 def _static_weights(model: nn.Module, policy: Policy) -> dict[str, _Watched]:
-    """Static weights by name: linears and experts, and other 3-D Parameters, which are experts only if a product reads them."""
+    """Static weights by name: linears and experts, and other Parameters, which are weights only if a product reads them."""
     out: dict[str, _Watched] = {}
-
-    def watch(parameter: nn.Parameter, site: SiteInfo, required: bool) -> None:
-        scheme = policy.decide(site).scheme
-        if scheme is not None and scheme.static:
-            out[site.names[0]] = _Watched(parameter.data_ptr(), scheme, required)
-
-    weights = linear_weights(unwrap(model))
-    for weight in weights:
-        watch(weight.parameter, weight.site, required=True)
-    listed = {id(weight.parameter) for weight in weights}
-    names = naming.names_in(unwrap(model))
-    for parameter in model.parameters():
-        if parameter.dim() == 3 and parameter.is_floating_point() and id(parameter) not in listed:
-            known = names[id(parameter)]
-            watch(parameter, expert_site(known.full, known.module_class, parameter), required=False)
+    for required, weights in ((True, linear_weights(model)), (False, possible_weights(model))):
+        for weight in weights:
+            scheme = policy.decide(weight.site).scheme
+            if scheme is not None and scheme.static:
+                out[weight.site.names[0]] = _Watched(weight.parameter.data_ptr(), scheme, required)
     if not out:
         raise OptionError(
             f"policy {policy.name} has no static scheme for this model; dynamic schemes need no calibration"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quant_compile.ir.errors import OptionError, PolicyError, SchemeError
 from quant_compile.ir.scheme import parse
+from quant_compile.lowering.moe import moe_kernels
 from quant_compile.lowering.registry import kernels as known_kernels
 from quant_compile.lowering.select import Request
 from quant_compile.policy import Policy
@@ -30,7 +31,7 @@ class Options:
         policy: preset name, shipped policy, YAML path, dict or Policy; None: the device's default preset.
         mode: an Inductor mode (torch.compile refuses its own ``mode`` beside options).
         release_weights: free the original weights after packing.
-        kernels: ``auto``, ``reference``, or {scheme or ``*``: kernel name}.
+        kernels: ``auto``, ``reference``, or {scheme or ``*``: kernel name, or a list of one of linears and one of expert blocks}.
         tune: ``off`` (cost estimates), ``quick`` or ``full`` (measure on this GPU, cached on disk).
         inductor: Inductor config patches.
     """
@@ -38,7 +39,7 @@ class Options:
     policy: Any = None
     mode: str = "default"
     release_weights: bool | None = None
-    kernels: str | Mapping[str, str] = "auto"
+    kernels: str | Mapping[str, str | Sequence[str]] = "auto"
     tune: str = "quick"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -66,25 +67,34 @@ class Options:
         elif not isinstance(made.kernels, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"kernels must be auto, reference or a dict {{scheme: kernel}}, got {made.kernels!r}")
         else:
-            for key, name in made.kernels.items():
-                _one_of("kernels", name, tuple(known_kernels()))
-                _pin(key)
+            _pins(made.kernels)
         if not isinstance(made.inductor, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"inductor must be a dict of Inductor config patches, got {type(made.inductor).__name__}")
         return made
 
     def request(self, policy: Policy) -> Request:
         """What the user wants of kernels."""
-        pins = (
-            self.kernels
-            if isinstance(self.kernels, str)
-            else tuple(sorted((_pin(key), name) for key, name in self.kernels.items()))
-        )
+        pins = self.kernels if isinstance(self.kernels, str) else _pins(self.kernels)
         return Request(pins, policy.allow_reference or pins == "reference", self.tune)
 
     def releases(self, policy: Policy) -> bool:
         """Whether original weights are freed; the option wins over the policy."""
         return bool(policy.release_weights if self.release_weights is None else self.release_weights)
+
+
+def _pins(given: Mapping[str, str | Sequence[str]]) -> tuple[tuple[str, str], ...]:
+    """(scheme spec or ``*``, kernel) of every pin, sorted; a kernel holds for what it serves, linears or expert blocks."""
+    out: list[tuple[str, str]] = []
+    for key, value in given.items():
+        names = [value] if isinstance(value, str) else list(value)
+        for name in names:
+            _one_of("kernels", name, (*known_kernels(), *moe_kernels()))
+        if sum(name in known_kernels() for name in names) > 1 or sum(name in moe_kernels() for name in names) > 1:
+            raise OptionError(
+                f"kernels: {key!r} is pinned to {', '.join(names)}. Fix: at most one kernel of linears and one of expert blocks."
+            )
+        out += [(_pin(key), name) for name in names]
+    return tuple(sorted(out))
 
 
 def _pin(key: str) -> str:

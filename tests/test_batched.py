@@ -170,3 +170,29 @@ def test_kept_by_a_rule_and_refused_products_are_in_the_ledger(plain_inductor: C
     assert {line.names[0]: line.scheme for line in lines} == {
         "gate": "W8A8", "up": None, "down": None, "router.weight": None,
     }  # fmt: skip
+
+
+def test_a_strict_policy_may_name_weights_that_only_tracing_finds(plain_inductor: CompileCounter) -> None:
+    """Parameters that a product reads need no module named like experts, and no name that ends in weight."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed = Dense("matmul")
+            self.turn = nn.Parameter(torch.randn(HIDDEN, HIDDEN) * 0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mixed(x @ self.turn)
+
+    policy = {
+        "strict": True,
+        "default": "keep",
+        "rules": [{"match": "mixed.down", "scheme": "W8A16"}, {"match": "turn", "scheme": "W8A8"}],
+    }
+    model, x = Model(), torch.randn(TOKENS, HIDDEN)
+    with torch.no_grad():
+        quant_compile.compile(model, policy, kernels="reference")(x)
+    schemes = {line.names[0]: line.scheme for line in quant_compile.report(model).lines}
+    assert schemes == {
+        "mixed.router.weight": None, "mixed.gate": None, "mixed.up": None, "mixed.down": "W8A16", "turn": "W8A8",
+    }  # fmt: skip

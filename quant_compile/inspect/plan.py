@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from quant_compile.inspect.weights import Weight, dtype_name, linear_weights, unwrap
+from quant_compile.inspect.weights import Weight, dtype_name, linear_weights, possible_weights, unwrap
 from quant_compile.ir.errors import PolicyError, PolicyWarning
 from quant_compile.ir.family import family_of
 from quant_compile.policy import Decision, Policy, Rule
@@ -110,7 +110,7 @@ class Plan:
         total = sum(p.nbytes for p in unwrap(model).parameters())
         entries = tuple(_entry(policy, weight) for weight in weights)
         other = total - sum(entry.bytes_before for entry in entries)
-        return Plan(policy, entries, tuple(_unused(policy, weights)), other)
+        return Plan(policy, entries, tuple(_unused(policy, [*weights, *possible_weights(model)])), other)
 
     @property
     def problems(self) -> tuple[str, ...]:

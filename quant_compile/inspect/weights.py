@@ -63,6 +63,28 @@ def linear_weights(model: nn.Module) -> list[Weight]:
     return [found for owners in _owners(model) if (found := _weight(owners, heads)) is not None]
 
 
+def possible_weights(model: nn.Module) -> list[Weight]:
+    """Parameters outside of ``linear_weights`` that a product may turn out to read when the model is traced.
+
+    Other 2-D and 3-D ones of floats that no embedding holds; 2-D ones are taken to be [n, k], 3-D ones to be experts [E, n, k].
+    """
+    model = unwrap(model)
+    listed = {id(weight.parameter) for weight in linear_weights(model)}
+    out: list[Weight] = []
+    for owners in _owners(model):
+        owner = owners[0]
+        parameter = getattr(owner.module, owner.attribute)
+        if id(parameter) in listed or parameter.dim() not in (2, 3) or not parameter.is_floating_point():
+            continue
+        if any(_is_embedding(o.module) for o in owners):
+            continue
+        names, module = tuple(dict.fromkeys(o.qualified for o in owners)), type(owner.module).__name__
+        linear = SiteInfo(names, "linear", module, *parameter.shape[-2:])
+        site = linear if parameter.dim() == 2 else expert_site(names, module, parameter)
+        out.append(Weight(site, parameter, False, False))
+    return out
+
+
 def expert_site(
     names: Iterable[str], module_class: str | None, parameter: nn.Parameter, transposed: bool = False
 ) -> SiteInfo:

@@ -136,12 +136,8 @@ CostOf = Callable[[MoeKernel, MoeProblem, int], float]
 
 def moe_fits(problem: MoeProblem, target: Target, request: Request, tokens: int) -> dict[str, float | str]:
     """Kernel name -> its estimated cost for this many tokens, or its reason why not."""
-    pin = request.pin_for(problem.scheme.spec)
     names = moe_kernels()
-    if pin is not None and pin not in names:
-        pin = None  # a pin of the scheme's linears
-    if isinstance(request.kernels, str) and request.kernels == "reference":
-        pin = "reference_moe"
+    pin = request.pin_for(problem.scheme.spec, names, "reference_moe")
     return answers_of(names, pin, problem, target, request, tokens)
 
 

@@ -7,14 +7,14 @@ the best kernel of that layout. Costs are the kernels' own estimates, or measure
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 
-from quant_compile.ir.errors import NoKernelError, OptionError
+from quant_compile.ir.errors import NoKernelError
 from quant_compile.ir.family import Reject
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.registry import Kernel, Problem, Rank, kernels, layouts
@@ -96,7 +96,8 @@ class Request:
     """What the user wants of kernels.
 
     Attributes:
-        kernels: ``auto``, ``reference``, or (scheme spec or ``*``, kernel name) pins.
+        kernels: ``auto``, ``reference``, or (scheme spec or ``*``, kernel name) pins, each for what its kernel serves: linears
+            or expert blocks.
         allow_reference: the reference kernel may serve on a GPU.
         tune: ``off`` (estimates), ``quick`` or ``full`` (measure on the GPU).
     """
@@ -105,19 +106,17 @@ class Request:
     allow_reference: bool = False
     tune: str = "off"
 
-    def pin_for(self, spec: str) -> str | None:
-        """The kernel that this scheme is pinned to."""
+    def pin_for(self, spec: str, named: Collection[str], reference: str = "reference") -> str | None:
+        """Which of the kernels ``named`` this scheme is pinned to; ``reference`` is their reference kernel."""
         if isinstance(self.kernels, str):
-            return "reference" if self.kernels == "reference" else None
-        pins = dict(self.kernels)
-        return pins.get(spec, pins.get("*"))
+            return reference if self.kernels == "reference" else None
+        own = {key: name for key, name in self.kernels if name in named}
+        return own.get(spec, own.get("*"))
 
 
 def fits(problem: Problem, target: Target, request: Request, bucket: int) -> dict[str, float | str]:
     """Kernel name -> its estimated cost at m = bucket, or its reason why not."""
-    pin = request.pin_for(problem.scheme.spec)
-    if pin is not None and pin not in kernels():
-        raise OptionError(f"no kernel is called {pin!r}; kernels: {', '.join(sorted(kernels()))}")
+    pin = request.pin_for(problem.scheme.spec, kernels())
     return answers_of(kernels(), pin, problem, target, request, bucket)
 
 

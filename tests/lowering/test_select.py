@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,14 @@ from hypothesis import strategies as st
 import quant_compile  # noqa: F401  (registers the schemes)
 from quant_compile.ir.errors import NoKernelError, OptionError
 from quant_compile.ir.family import Reject
+from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import PRESETS, parse
+from quant_compile.lowering.moe import choose_moe
 from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, Dispatch, Request, bucket_of, choose, fits, parse_dispatch
 from quant_compile.lowering.target import FAKE_OPS, FAKE_SM_COUNT, Target, default_policy
+from quant_compile.options import Options
+from quant_compile.policy import Policy
 
 GPUS = tuple(f"sm{arch}" for arch in FAKE_SM_COUNT)
 SIZES = ((6144, 4096), (33, 51), (1, 1), (128, 200))
@@ -163,7 +168,28 @@ def test_pins_hold_for_their_scheme_only() -> None:
 
 def test_pin_of_everything_yields_to_a_pin_of_one_scheme() -> None:
     request = Request(kernels=(("*", "triton_scaled_mm"), ("W8A8", "sgl_int8")))
-    assert request.pin_for("W8A8") == "sgl_int8" and request.pin_for("FP8_DYNAMIC") == "triton_scaled_mm"
+    pins = {spec: request.pin_for(spec, kernels()) for spec in ("W8A8", "FP8_DYNAMIC")}
+    assert pins == {"W8A8": "sgl_int8", "FP8_DYNAMIC": "triton_scaled_mm"}
+
+
+def test_pins_hold_for_what_their_kernels_serve() -> None:
+    """One of linears leaves expert blocks alone and the other way round; a list pins both."""
+    device = Target.fake("sm90")
+    block = MoeProblem(parse("FP8_DYNAMIC"), 8, 256, 128, 2, Activation("silu"), torch.bfloat16)
+    policy = Policy.load("FP8_DYNAMIC")
+
+    def chosen(pins: Any) -> tuple[set[str], set[str]]:
+        request = Options.of({"kernels": pins, "tune": "off"}).request(policy)
+        linear, moe = choose(problem("FP8_DYNAMIC"), device, request), choose_moe(block, device, request)
+        return {name for _, name in linear.table}, {name for _, name in moe.table}
+
+    free = chosen("auto")
+    assert chosen({"FP8_DYNAMIC": "triton_scaled_mm"}) == ({"triton_scaled_mm"}, free[1])
+    assert chosen({"*": "triton_moe"}) == (free[0], {"triton_moe"}) and free[1] != {"triton_moe"}
+    assert chosen({"FP8_DYNAMIC": ["triton_scaled_mm", "triton_moe"]}) == ({"triton_scaled_mm"}, {"triton_moe"})
+    assert chosen({"*": "triton_moe", "FP8_DYNAMIC": "triton_scaled_mm"}) == ({"triton_scaled_mm"}, {"triton_moe"})
+    with pytest.raises(OptionError, match="at most one kernel of linears"):
+        chosen({"FP8_DYNAMIC": ["triton_scaled_mm", "sgl_fp8"]})
 
 
 def test_pin_that_cannot_serve_is_an_error_with_its_own_reason() -> None:
@@ -174,8 +200,8 @@ def test_pin_that_cannot_serve_is_an_error_with_its_own_reason() -> None:
 
 
 def test_unknown_pin_lists_the_kernels() -> None:
-    with pytest.raises(OptionError, match="triton_scaled_mm"):
-        choose(problem("FP8_DYNAMIC"), Target.fake("sm90"), Request(kernels=(("*", "magic"),)))
+    with pytest.raises(OptionError, match=r"triton_scaled_mm.*triton_moe"):
+        Options.of({"kernels": {"*": ["magic"]}})
 
 
 @given(
