@@ -15,7 +15,7 @@ from quant_compile.inspect import naming
 from quant_compile.inspect.ledger import LEDGER
 from quant_compile.ir.errors import GradModeError, GraphError, OptionError, RecompileLimitWarning
 from quant_compile.ir.moe import MoeProblem
-from quant_compile.lowering.moe import MoeDispatch, choose_moe
+from quant_compile.lowering.moe import MoeDispatch, choose_moe, serves
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target, default_policy
@@ -50,7 +50,10 @@ def sglquant(
     target = Target.of(_device_of(example_inputs))
     source = PolicySource(parsed.policy, default_policy(target))
     choosers = Choosers(
-        _chooser(parsed, source, target), _moe_chooser(parsed, source, target), _chooser(parsed, source, target, "rows")
+        _chooser(parsed, source, target),
+        _moe_chooser(parsed, source, target),
+        _chooser(parsed, source, target, "rows"),
+        lambda problem: serves(problem, target, parsed.request(source.policy)),
     )
     runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target.label)
     runner.prepare()

@@ -19,7 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from quant_compile.inspect.weights import linear_weights, possible_weights
 from quant_compile.ir.errors import MissingScalesError, OptionError
-from quant_compile.ir.numerics import FLOAT_MAX, SMALLEST_AMAX
+from quant_compile.ir.family import family_of
+from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import Scheme
 from quant_compile.policy import Policy
 
@@ -205,9 +206,7 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 def _scale(largest: Tensor, scheme: Scheme) -> Tensor:
     """amax over the largest code, [1] f32."""
-    inputs = scheme.input_activations
-    assert inputs is not None
-    limit = FLOAT_MAX[inputs.format] if inputs.format else 127.0
+    limit = family_of(scheme).largest_input(scheme)
     return (largest.cpu().clamp_min(SMALLEST_AMAX) * (1.0 / limit)).reshape(1)
 
 

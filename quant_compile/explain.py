@@ -20,7 +20,7 @@ from quant_compile.inspect.weights import unwrap
 from quant_compile.ir.graph import lines
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.report import Report, WeightLine
-from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_layouts
+from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_layouts, serves
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import Dispatch, choose, fits
 from quant_compile.lowering.target import Target, default_policy
@@ -89,7 +89,13 @@ class _Collector:
         self.rejections: dict[str, Mapping[str, float | str]] = {}
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        choosers = Choosers(self._pick, self._pick_moe, lambda problem, name: self._pick(problem, name, "rows"))
+        request = self.options.request(self.source.policy)
+        choosers = Choosers(
+            self._pick,
+            self._pick_moe,
+            lambda problem, name: self._pick(problem, name, "rows"),
+            lambda problem: serves(problem, self.target, request),
+        )
         runner = GraphRunner(gm, inputs, self.source, self.options, _uncompiled, choosers, self.target.label)
         variant = runner.prepare()
         self.before += ["graph:", *lines(runner.pristine)]

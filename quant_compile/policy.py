@@ -47,7 +47,10 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
     "%": lambda value, number: value % number == 0,
 }
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
-_POLICY_KEYS = ("version", "name", "default", "rules", "strict", "allow_reference", "fuse", "release_weights", "scales")
+_POLICY_KEYS = (
+    "version", "name", "default", "rules", "strict", "allow_reference", "fallback", "fuse", "release_weights", "scales",
+)  # fmt: skip
+_FALLBACKS = ("weight_only",)
 _RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason")
 _SCHEME_KEYS = ("weights", "input_activations")
 _ARG_TYPES: dict[str, tuple[type, str]] = {
@@ -214,6 +217,8 @@ class Policy:
         rules: the user's rules; the first that matches decides.
         strict: a rule without effect or a weight that cannot have its scheme is an error instead of a warning.
         allow_reference: the slow torch reference may serve on a GPU.
+        fallback: ``weight_only``: where no kernel of the device multiplies a scheme's quantized inputs, its weights serve under
+            16-bit inputs; None: that is an error.
         fuse: rewrites that fuse.
         release_weights: free the original weights after packing; None leaves it to the backend's option.
         scales: safetensors file of calibrated input scales; in a policy file, relative to that file's folder.
@@ -226,6 +231,7 @@ class Policy:
     rules: tuple[Rule, ...] = ()
     strict: bool = False
     allow_reference: bool = False
+    fallback: str | None = None
     fuse: Fuse = field(default_factory=Fuse)
     release_weights: bool | None = None
     scales: Path | None = None
@@ -278,6 +284,8 @@ class Policy:
         for key in ("strict", "allow_reference"):
             if getattr(self, key):
                 out[key] = True
+        if self.fallback is not None:
+            out["fallback"] = self.fallback
         if self.fuse != Fuse():
             out["fuse"] = {f.name: getattr(self.fuse, f.name) for f in fields(Fuse)}
         if self.release_weights is not None:
@@ -418,12 +426,18 @@ class _Reader:
             rules=self._rules(data.get("rules")),
             strict=self._boolean(("strict",), data.get("strict", False)),
             allow_reference=self._boolean(("allow_reference",), data.get("allow_reference", False)),
+            fallback=self._fallback(data.get("fallback")),
             fuse=self._fuse(data.get("fuse")),
             release_weights=self._optional_boolean(("release_weights",), data.get("release_weights")),
             scales=self._scales(data.get("scales")),
             name=self._text(("name",), data.get("name")) or self.name,
             source=self.source,
         )
+
+    def _fallback(self, value: Any) -> str | None:
+        if value is not None and value not in _FALLBACKS:
+            self.fail(("fallback",), f"fallback must be {' or '.join(_FALLBACKS)}, got {_shown(value)}")
+        return value
 
     def _rules(self, value: Any) -> tuple[Rule, ...]:
         if value is None:

@@ -12,7 +12,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -46,6 +47,7 @@ from quant_compile.ir.graph import (
     prepare_for_inductor,
 )
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite, Miss, find_sites
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
@@ -55,7 +57,7 @@ from quant_compile.options import Options, PolicySource
 from quant_compile.passes import PIPELINE
 from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
-from quant_compile.policy import SiteInfo
+from quant_compile.policy import Decision, SiteInfo
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 _VERSION = attrgetter("_version")
@@ -64,11 +66,15 @@ ALSO_PLAIN = "also read unquantized (tied embedding or another use)"
 
 @dataclass(frozen=True)
 class Choosers:
-    """How kernels are chosen: ``(problem, name) -> dispatch`` for linears, expert blocks, and products over row-form planes."""
+    """How kernels are chosen: ``(problem, name) -> dispatch`` for linears, expert blocks, and products over row-form planes.
+
+    ``serves`` tells, without measuring, whether a device has kernels for a linear or a block.
+    """
 
     linear: Callable[[Problem, str], Dispatch]
     moe: Callable[[MoeProblem, str], MoeDispatch]
     rows: Callable[[Problem, str], Dispatch]
+    serves: Callable[[Problem | MoeProblem], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +276,7 @@ class GraphRunner:
                 site.k,
                 known.is_output_embedding if known else False,
             )
-            decision = policy.decide(info)
+            decision = self._served(policy.decide(info), partial(_linear_problem, site))
             decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0])
             if decision.scheme is not None and decision.scheme.static:
                 self._load_scale(parameter, full)
@@ -278,7 +284,12 @@ class GraphRunner:
             decisions[block.node.name] = self._decide_block(block, parameters, names)
         for site in self.batched:
             decisions[site.node.name] = self._decide_experts(
-                site.weight, parameters[site.slot], site.transposed, names, site.module_class
+                site.weight,
+                parameters[site.slot],
+                site.transposed,
+                names,
+                site.module_class,
+                partial(_rows_problem, site),
             )
         for miss in self.misses:
             for slot in miss.slots:
@@ -292,7 +303,9 @@ class GraphRunner:
         """One scheme for both weights of a block, each of which rules may name."""
         parts = zip((block.w13, block.w2), block.slots, block.transposed, strict=True)
         found = [
-            self._decide_experts(node, parameters[slot], transposed, names, block.module_class)
+            self._decide_experts(
+                node, parameters[slot], transposed, names, block.module_class, partial(_block_problem, block)
+            )
             for node, slot, transposed in parts
         ]
         first, second = found
@@ -309,14 +322,26 @@ class GraphRunner:
         transposed: bool,
         names: Mapping[int, naming.Names],
         module_class: str | None,
+        problem: Callable[[Scheme], Problem | MoeProblem],
     ) -> SiteDecision:
         known = names.get(id(parameter))
         full = known.full if known else (_source_name(node),)
         info = expert_site(full, known.module_class if known else module_class, parameter, transposed)
-        decision = self.source.policy.decide(info)
+        decision = self._served(self.source.policy.decide(info), problem)
         if decision.scheme is not None and decision.scheme.static:
             self._load_scale(parameter, full)
         return SiteDecision(decision.scheme, decision.reason, full[0])
+
+    def _served(self, decision: Decision, problem: Callable[[Scheme], Problem | MoeProblem]) -> Decision:
+        """The decision, or its weights under 16-bit inputs where the policy allows that and only that has kernels here."""
+        scheme = decision.scheme
+        if self.source.policy.fallback is None or scheme is None or scheme.input_activations is None:
+            return decision
+        alone = Scheme(scheme.weights)
+        if self._choosers.serves(problem(scheme)) or not self._choosers.serves(problem(alone)):
+            return decision
+        reason = f"{decision.reason}; {alone.spec} by the policy's fallback: no kernel here multiplies {scheme.spec}"
+        return replace(decision, scheme=alone, reason=reason)
 
     def _record_miss(self, parameter: Parameter, known: naming.Names | None, reason: str, session: Session) -> None:
         record = LEDGER.record(parameter)
@@ -586,6 +611,21 @@ def _expert_bias(ref: ExpertBiasRef, parameters: Mapping[int, Parameter]) -> Ten
         if ref.interleaved:
             bias = torch.cat((bias[:, 0::2], bias[:, 1::2]), 1)
         return bias.to(ref.dtype).contiguous()
+
+
+def _linear_problem(site: LinearSite, scheme: Scheme) -> Problem:
+    return Problem(scheme, site.n, site.k, site.dtype, site.bias is not None)
+
+
+def _rows_problem(site: BatchedSite, scheme: Scheme) -> Problem:
+    return Problem(scheme, site.n, site.k, site.weight.meta["example_value"].dtype)
+
+
+def _block_problem(block: MoeSite, scheme: Scheme) -> MoeProblem:
+    sizes = (block.experts, block.hidden, block.intermediate, block.top_k)
+    has_bias = block.b13 is not None or block.b2 is not None
+    dtype = block.x.meta["example_value"].dtype
+    return MoeProblem(scheme, *sizes, block.activation, dtype, has_bias, block.weights is not None)
 
 
 def _guard_count(gm: fx.GraphModule) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.errors import SchemeError
+from quant_compile.ir.numerics import FLOAT_MAX
 from quant_compile.ir.scheme import Scheme, add_presets
 
 Planes = tuple[Tensor, ...]
@@ -46,6 +47,11 @@ class PlaneSpec:
         return count * self.dtype.itemsize
 
 
+def _largest_code(scheme: Scheme) -> float:
+    a = scheme.input_activations
+    return FLOAT_MAX[a.format] if a is not None and a.format is not None else 127.0
+
+
 @dataclass(frozen=True)
 class Family:
     """The functions of a scheme family.
@@ -58,6 +64,7 @@ class Family:
         quantize_input: ``(x [..., k], scheme, scale | None) -> planes``; plain torch calls, traced into graphs.
         linear: ``(x planes, w planes, bias | None, scheme, dtype) -> [..., n] dtype``.
         row_block: rows that share a scale; a row range that is a multiple of it can be cut from the planes.
+        largest_input: the magnitude that an input has under a calibrated scale of 1; calibration divides by it.
     """
 
     name: str
@@ -69,6 +76,7 @@ class Family:
     quantize_input: Callable[[Tensor, Scheme, Tensor | None], Planes]
     linear: Callable[[Planes, Planes, Tensor | None, Scheme, torch.dtype], Tensor]
     row_block: Callable[[Scheme], int] = lambda scheme: 1
+    largest_input: Callable[[Scheme], float] = _largest_code
 
 
 FAMILIES: list[Family] = []
@@ -79,6 +87,7 @@ def register_family(family: Family) -> Family:
     FAMILIES.append(family)
     add_presets(family.presets)
     family_of.cache_clear()
+    stored_bits.cache_clear()
     return family
 
 
@@ -96,3 +105,11 @@ def family_of(scheme: Scheme) -> Family:
             return family
         reasons.append(f"  {family.name}: {answer.reason}")
     raise SchemeError("\n".join([f"no scheme family implements {scheme.spec}", *reasons, "Fix: use a preset."]))
+
+
+@lru_cache(maxsize=None)
+def stored_bits(scheme: Scheme) -> float:
+    """Bits of a large bf16 weight's planes for each of its elements; scales per row are too few to show."""
+    size = 1 << 20
+    planes = family_of(scheme).weight_planes(scheme, size, size, torch.bfloat16)
+    return round(8 * sum(plane.nbytes for plane in planes) / size**2, 4)

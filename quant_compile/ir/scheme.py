@@ -136,16 +136,14 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits stored per weight: codes plus group or block scales (16-bit for int4, 32-bit else) and zero points.
+        """Bits stored per weight of a large bf16 weight, by its family's planes: codes, scales of groups or blocks, zero points.
 
-        Scales per row or per tensor vanish for real sizes and are left out.
+        Raises:
+            SchemeError: no family implements the scheme.
         """
-        w = self.weights
-        if w.group_size is not None:
-            return w.num_bits + (16 + (0 if w.symmetric else w.num_bits)) / w.group_size
-        if w.block_structure is not None:
-            return w.num_bits + 32 / (w.block_structure[0] * w.block_structure[1])
-        return float(w.num_bits)
+        from quant_compile.ir.family import stored_bits  # families are made of schemes
+
+        return stored_bits(self)
 
     @staticmethod
     def from_fields(data: Mapping[str, Any], where: str = "scheme") -> Scheme:

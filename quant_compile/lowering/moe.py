@@ -13,17 +13,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quant_compile.ir.errors import NoKernelError
+from quant_compile.ir.errors import NoKernelError, SchemeError
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.registry import Rank, _modules
+from quant_compile.lowering.registry import Problem, Rank, _modules
 from quant_compile.lowering.select import (
     BUCKETS,
     Request,
     Table,
     answers_of,
     best_layout,
+    choose,
     name_for,
     parse_table,
     ranges_text,
@@ -163,3 +164,16 @@ def choose_moe(
         fix = "map this block to another scheme in the policy, or to `keep`."
         raise NoKernelError(words, reasons_of(answers, named), fix)
     return MoeDispatch(problem, *best)
+
+
+@lru_cache(maxsize=None)
+def serves(problem: Problem | MoeProblem, target: Target, request: Request) -> bool:
+    """Whether the device has kernels for a linear or a block at every size; by estimates, nothing is measured."""
+    try:
+        if isinstance(problem, MoeProblem):
+            choose_moe(problem, target, request)
+        else:
+            choose(problem, target, request)
+    except (NoKernelError, SchemeError):
+        return False
+    return True

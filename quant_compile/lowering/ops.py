@@ -26,7 +26,8 @@ def _linear(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str
     problem = chosen.problem
     data = x[0]
     lead = data.shape[:-1]
-    rows = data.reshape(-1, problem.k)
+    # Not by k: several codes may share an element.
+    rows = data.flatten(0, -2) if len(lead) > 1 else data
     m = rows.shape[0]
     if m == 0 or problem.n == 0:
         return data.new_empty((*lead, problem.n), dtype=problem.dtype)
