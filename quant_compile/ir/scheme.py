@@ -15,7 +15,8 @@ from typing import Any, cast
 from quant_compile.ir.errors import SchemeError
 
 TYPES = ("int", "float")
-STRATEGIES = ("tensor", "channel", "token", "group", "block", "tensor_group")
+STRATEGIES = ("tensor", "channel", "token", "group", "block", "tensor_group", "channel_group")
+GROUPED = ("group", "tensor_group", "channel_group")
 FORMATS = ("e4m3", "e5m2", "e2m1")
 
 
@@ -28,7 +29,7 @@ class QuantArgs:
         type: ``int`` or ``float``.
         strategy: what shares one scale: tensor, channel (a weight's row), token (an activation's row), group
             (``group_size`` consecutive k), block (``block_structure`` = rows x columns), tensor_group (group scales
-            below a tensor scale).
+            below a tensor scale), channel_group (small integer scales of groups below a channel scale).
         symmetric: no zero point.
         dynamic: the scale is computed from the data at run time; else it is fixed beforehand.
         format: float codes only: e4m3 or e5m2 at 8 bits, e2m1 at 4.
@@ -55,7 +56,7 @@ class QuantArgs:
         if self.block_structure is not None:
             rows, columns = self.block_structure
             object.__setattr__(self, "block_structure", (int(rows), int(columns)))
-        if (self.strategy in ("group", "tensor_group")) != (self.group_size is not None):
+        if (self.strategy in GROUPED) != (self.group_size is not None):
             raise SchemeError(f"strategy {self.strategy} and group_size {self.group_size} contradict each other")
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"group_size must be positive, got {self.group_size}")
@@ -105,7 +106,7 @@ class QuantArgs:
             data |= {"type": "float", "num_bits": int(bits), "format": kind[2 + len(bits) :]}
         else:
             data |= {"type": "int", "num_bits": int(kind[3:])}
-        name = strategy.rstrip("0123456789x") if strategy.startswith(("group", "tensor_group", "block")) else strategy
+        name = strategy.rstrip("0123456789x") if strategy.startswith((*GROUPED, "block")) else strategy
         size = strategy[len(name) :]
         if name == "block":
             data["block_structure"] = tuple(int(part) for part in size.split("x"))
