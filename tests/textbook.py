@@ -13,6 +13,15 @@ Definitions, for a weight W [n, k] and an input X [..., k]; amax is the largest 
     INT4    symmetric: scale = amax / 7.5, codes -8 .. 7 (compressed-tensors). Asymmetric: scale = (max - min) / 15 over
             a range that holds 0, zero = round(-min / scale), codes 0 .. 15, W = scale * (code - zero).
             The scale is stored in the weight's dtype and codes are rounded under the stored scale.
+    NVFP4   e2m1 values (0, 0.5, 1, 1.5, 2, 3, 4, 6) under an e4m3 scale for each 16 of k below one f32 scale: whole = amax of
+            the tensor / (448 * 6), local = amax of the 16 / 6 / whole rounded to e4m3 (2**-9 at least). A static scheme
+            calibrates the amax that ``whole`` is made of.
+    MXFP4   e2m1 values under a power of two for each 32 of k: 2**(e - 2) for an amax of m * 2**e, 1 <= m < 2, and twice that
+            from m = 1.75 on.
+    W4A8    INT4 weights (symmetric, groups of 128), INT8 inputs per token; W4AFP8: FP8 inputs per token.
+    QSERVE  INT8 inputs per token; weights in INT4 with a zero point, per row with scales in f16 (CHANNEL), or (GROUP) in INT8
+            per row, scale = amax / 119 in f16, and those integers in groups of 128 in INT4 with a zero point and a whole
+            number as scale.
 
 A static input scale is amax / largest code over the calibration batches of the model as it was; amax 0 gives zeros.
 
@@ -32,11 +41,12 @@ from torch import Tensor, nn
 
 E4M3 = (3, -6, 448.0)
 E5M2 = (2, -14, 57344.0)
+E2M1 = (1, 0, 6.0)
 """(mantissa bits, smallest normal exponent, largest finite value)."""
 
 
 def round_float(x: Tensor, kind: tuple[int, int, float]) -> Tensor:
-    """f32 ``x`` rounded to the nearest value of an 8-bit float, ties to even, saturating."""
+    """f32 ``x`` rounded to the nearest value of a small float, ties to even, saturating."""
     mantissa, smallest, largest = kind
     exponent = torch.frexp(x).exponent - 1  # x = m * 2**exponent, 1 <= m < 2
     step = torch.exp2((exponent.clamp(min=smallest) - mantissa).float())
@@ -101,6 +111,22 @@ def _fake_int4_part(w: Tensor, symmetric: bool, stored: torch.dtype) -> Tensor:
     return (torch.round(w / scale + zero).clamp(0, 15) - zero) * scale
 
 
+def fake_nvfp4(x: Tensor, amax: Tensor) -> Tensor:
+    """``x`` after NVFP4 and back; ``amax`` of the whole tensor."""
+    whole = _scale(amax, E4M3[2] * E2M1[2])
+    step = round_float(by_group(x, 16) / E2M1[2] / whole, E4M3).clamp(min=2.0**-9) * whole
+    return round_float(x / step, E2M1) * step
+
+
+def fake_mxfp4(x: Tensor) -> Tensor:
+    """``x`` after MXFP4 and back."""
+    amax = by_group(x, 32)
+    significand, exponent = torch.frexp(amax)  # amax = significand * 2**exponent, 0.5 <= significand < 1
+    power = exponent - 3 + (significand >= 0.875).to(torch.int32)
+    step = torch.where(amax > 0, torch.exp2(power.float()), torch.ones_like(amax))
+    return round_float(x / step, E2M1) * step
+
+
 WeightRule = Callable[[Tensor, torch.dtype], Tensor]
 InputRule = Callable[[Tensor, Tensor], Tensor]
 
@@ -148,6 +174,13 @@ SCHEMES: Mapping[str, Textbook] = {
     "W4A16_G32": _int4(32),
     "W4A16_CHANNEL": _int4(None),
     "W4A16_ASYM": _int4(128, symmetric=False),
+    "W4A8": Textbook(lambda w, dtype: fake_int4(w, 128, True, dtype), lambda x, _: fake_int8(x, by_row(x))),
+    "W4AFP8": Textbook(lambda w, dtype: fake_int4(w, 128, True, dtype), lambda x, _: fake_float(x, by_row(x), E4M3)),
+    "NVFP4": Textbook(lambda w, _: fake_nvfp4(w, by_tensor(w)), lambda x, _: fake_nvfp4(x, by_tensor(x))),
+    "NVFP4_STATIC": Textbook(lambda w, _: fake_nvfp4(w, by_tensor(w)), fake_nvfp4, True),
+    "NVFP4A16": Textbook(lambda w, _: fake_nvfp4(w, by_tensor(w))),
+    "MXFP4": Textbook(lambda w, _: fake_mxfp4(w), lambda x, _: fake_mxfp4(x)),
+    "MXFP4A16": Textbook(lambda w, _: fake_mxfp4(w)),
 }
 
 

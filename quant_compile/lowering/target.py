@@ -24,6 +24,7 @@ FAKE_OPS = frozenset(
         "sgl_kernel::fp8_blockwise_scaled_grouped_mm",
         "sgl_kernel::es_fp8_blockwise_scaled_grouped_mm",
         "aten::_scaled_grouped_mm",
+        "aten::_scaled_mm_v2",
         "triton",
         "humming",
         "deep_gemm",

@@ -69,7 +69,7 @@ def estimate(
     Args:
         efficiency: share of the device's peak math rate that the kernel reaches on large problems.
         weight_bits: bits read per weight, scales included.
-        math_bits: width of the multiplied operands, 8 or 16.
+        math_bits: width of the multiplied operands: 4 (twice the 8-bit rate), 8 or 16.
         input_bits: bits read per element of x; ``math_bits`` when None.
         bandwidth_efficiency: share of the copy bandwidth that the kernel reaches when it is bound by memory.
         tile_m: rows that the kernel computes at a time; m is rounded up to it for the math.
@@ -81,6 +81,6 @@ def estimate(
     bits = problem.n * problem.k * weight_bits + m * problem.k * (input_bits or math_bits) + m * problem.n * out_bits
     memory = (bits / 8 + extra_bytes) / (limits.bandwidth * bandwidth_efficiency)
     rows = -(-m // tile_m) * tile_m
-    peak = limits.math8 if math_bits <= 8 else limits.math16
+    peak = limits.math16 if math_bits > 8 else limits.math8 * (2 if math_bits <= 4 else 1)
     math = 2.0 * rows * problem.n * problem.k / (peak * efficiency)
     return limits.launch * launches + max(memory, math)
