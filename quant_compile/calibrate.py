@@ -204,10 +204,12 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 def _scale(largest: Tensor, scheme: Scheme) -> Tensor:
-    """amax over the largest code, [1] f32."""
+    """amax over the largest code (of a tensor_group: times the largest e4m3 scale of a group), [1] f32."""
     inputs = scheme.input_activations
     assert inputs is not None
     limit = FLOAT_MAX[inputs.format] if inputs.format else 127.0
+    if inputs.strategy == "tensor_group":
+        limit *= FLOAT_MAX["e4m3"]
     return (largest.cpu().clamp_min(SMALLEST_AMAX) * (1.0 / limit)).reshape(1)
 
 

@@ -16,7 +16,8 @@ from quant_compile.ir.errors import SchemeError
 
 TYPES = ("int", "float")
 STRATEGIES = ("tensor", "channel", "token", "group", "block", "tensor_group")
-FORMATS = ("e4m3", "e5m2", "e2m1")
+FORMAT_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4}
+FORMATS = tuple(FORMAT_BITS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class QuantArgs:
             object.__setattr__(self, "format", {8: "e4m3", 4: "e2m1"}.get(self.num_bits))
         if self.format is not None and (self.type != "float" or self.format not in FORMATS):
             raise SchemeError(f"format {self.format!r} needs type float and one of {', '.join(FORMATS)}")
+        if self.format is not None and FORMAT_BITS[self.format] != self.num_bits:
+            raise SchemeError(f"format {self.format} has {FORMAT_BITS[self.format]} bits, not {self.num_bits}")
         if self.block_structure is not None:
             rows, columns = self.block_structure
             object.__setattr__(self, "block_structure", (int(rows), int(columns)))
@@ -136,13 +139,14 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits stored per weight: codes plus group or block scales (16-bit for int4, 32-bit else) and zero points.
+        """Bits stored per weight: codes plus scales of groups (16-bit for int4, 8-bit for e2m1) or blocks (32-bit), and zero points.
 
         Scales per row or per tensor vanish for real sizes and are left out.
         """
         w = self.weights
         if w.group_size is not None:
-            return w.num_bits + (16 + (0 if w.symmetric else w.num_bits)) / w.group_size
+            scale = 8 if w.format == "e2m1" else 16
+            return w.num_bits + (scale + (0 if w.symmetric else w.num_bits)) / w.group_size
         if w.block_structure is not None:
             return w.num_bits + 32 / (w.block_structure[0] * w.block_structure[1])
         return float(w.num_bits)

@@ -26,7 +26,7 @@ def _linear(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str
     problem = chosen.problem
     data = x[0]
     lead = data.shape[:-1]
-    rows = data.reshape(-1, problem.k)
+    rows = data.reshape(-1, data.shape[-1])  # 4-bit codes come two a byte
     m = rows.shape[0]
     if m == 0 or problem.n == 0:
         return data.new_empty((*lead, problem.n), dtype=problem.dtype)
