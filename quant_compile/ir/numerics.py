@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 FLOAT_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-FLOAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0}
+FLOAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
 # Rows whose largest value is below this become zeros. Large enough that scale and 1/scale are normal f32 numbers.
 SMALLEST_AMAX = 2.0**-100
 CHUNK_ELEMENTS = 1 << 21

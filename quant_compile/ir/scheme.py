@@ -17,7 +17,8 @@ from quant_compile.ir.errors import SchemeError
 TYPES = ("int", "float")
 STRATEGIES = ("tensor", "channel", "token", "group", "block", "tensor_group", "channel_group")
 GROUPED = ("group", "tensor_group", "channel_group")
-FORMATS = ("e4m3", "e5m2", "e2m1")
+FORMAT_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4}
+FORMATS = tuple(FORMAT_BITS)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class QuantArgs:
             object.__setattr__(self, "format", {8: "e4m3", 4: "e2m1"}.get(self.num_bits))
         if self.format is not None and (self.type != "float" or self.format not in FORMATS):
             raise SchemeError(f"format {self.format!r} needs type float and one of {', '.join(FORMATS)}")
+        if self.format is not None and FORMAT_BITS[self.format] != self.num_bits:
+            raise SchemeError(f"format {self.format} has {FORMAT_BITS[self.format]} bits, not {self.num_bits}")
         if self.block_structure is not None:
             rows, columns = self.block_structure
             object.__setattr__(self, "block_structure", (int(rows), int(columns)))

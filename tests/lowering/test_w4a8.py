@@ -61,8 +61,7 @@ def test_channel_group_is_a_strategy_with_a_group_size() -> None:
     assert "channel_group" in STRATEGIES
     args = QuantArgs(4, "int", "channel_group", symmetric=False, group_size=128)
     assert args.spec == "int4.channel_group128.asym" and QuantArgs.from_spec(args.spec) == args
-    assert Scheme(args).bits_per_weight == 4 + 16 / 128
-    assert Scheme(QuantArgs(4, "int", "channel_group", group_size=64)).bits_per_weight == 4 + 8 / 64
+    assert parse("QSERVE_W4A8_GROUP").weights == args and parse("QSERVE_W4A8_GROUP").bits_per_weight == 4 + 16 / 128
     for strategy, size in (("channel_group", None), ("channel", 128)):
         with pytest.raises(SchemeError, match="group_size"):
             QuantArgs(4, "int", strategy, group_size=size)
