@@ -821,3 +821,75 @@ def test_costs() -> None:
     for m in (1, 5, 16, 64, 300, 4096):
         for spec in PRESETS:
             assert isinstance(kernel.fit(Problem(parse(spec), 33, 51, BF16), m, SM90), Rank)
+
+
+# --- inline assembly, which Triton's interpreter cannot run ---
+
+
+def run_asm(text: str, inputs: list[int], outputs: int) -> list[int]:
+    """Run a few PTX integer instructions on 32-bit registers; ``$i`` are the outputs, then the inputs."""
+    words: dict[str, int] = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+
+    def value(name: str) -> int:
+        return words[name] if name in words else int(name, 0)
+
+    for line in text.replace("{ ", "").replace(" }", "").replace("{a, b}", "a:b").replace("\n", " ").split(";"):
+        instruction, _, rest = line.strip().partition(" ")
+        if not instruction or instruction == ".reg":
+            continue
+        target, *arguments = (part.strip() for part in rest.split(","))
+        result = _ptx(instruction, [value(a) for a in arguments])
+        if ":" in target:
+            words |= {name: result >> (32 * i) & 0xFFFFFFFF for i, name in enumerate(target.split(":"))}
+        else:
+            words[target] = result & 0xFFFFFFFF
+    return [words[f"${i}"] for i in range(outputs)]
+
+
+def _ptx(instruction: str, a: list[int]) -> int:
+    match instruction.split(".")[0]:
+        case "and":
+            return a[0] & a[1]
+        case "xor":
+            return a[0] ^ a[1]
+        case "not":
+            return ~a[0]
+        case "shl":
+            return a[0] << a[1]
+        case "shr":
+            return a[0] >> a[1]
+        case "mul":
+            return a[0] * a[1]
+        case "mad":
+            return a[0] * a[1] + a[2]
+        case "mov":
+            return a[0]
+        case "prmt":
+            both = (a[1] << 32 | a[0]).to_bytes(8, "little")
+            return int.from_bytes(bytes(both[a[2] >> (4 * i) & 7] for i in range(4)), "little")
+        case other:
+            raise AssertionError(f"unknown instruction {other}")
+
+
+@needs_triton
+def test_assembly_decodes_every_byte() -> None:
+    """All bytes in all four places, with different neighbours: no carry from one code into the next."""
+    from quant_compile.lowering.kernels import _triton_w4a8 as source
+
+    for first in range(256):
+        four = bytes((first + 67 * i) % 256 for i in range(4))
+        word = int.from_bytes(four, "little")
+        for text, dtype, unit in ((source.INT8_ASM, torch.int8, 16.0), (source.E4M3_ASM, torch.float8_e4m3fn, 2.0**-9)):
+            for shift, out in zip((0, 4), run_asm(text.value, [word], 2), strict=True):
+                got = torch.tensor(list(out.to_bytes(4, "little")), dtype=torch.uint8).view(dtype).float()
+                assert got.tolist() == [((byte >> shift & 15) - 8) * unit for byte in four]
+
+
+@needs_triton
+def test_assembly_splits_pairs_and_words() -> None:
+    from quant_compile.lowering.kernels import _triton_w4a8 as source
+
+    codes = bytes([1, 2, 3, 4, 250, 6, 7, 128])
+    low, high = int.from_bytes(codes[:4], "little"), int.from_bytes(codes[4:], "little")
+    for out in (run_asm(source.PAIR_ASM.value, [low, high], 2), run_asm(source.WORDS_ASM.value, [high << 32 | low], 2)):
+        assert [word.to_bytes(4, "little") for word in out] == [codes[0::2], codes[1::2]]
