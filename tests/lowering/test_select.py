@@ -37,7 +37,8 @@ def problem(
 
 
 def is_fp8(spec: str) -> bool:
-    return parse(spec).weights.type == "float"
+    scheme = parse(spec)
+    return "float" in (scheme.weights.type, scheme.input_activations.type if scheme.input_activations else "")
 
 
 def check(dispatch: Dispatch, asked: Problem, target: Target, request: Request | None = None) -> None:

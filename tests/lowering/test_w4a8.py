@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,12 @@ from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import STRATEGIES, QuantArgs, Scheme, parse
 from quant_compile.lowering.kernels import sgl_qserve
+from quant_compile.lowering.kernels import triton_w4a8 as kernel
 from quant_compile.lowering.registry import Layout, Problem, Rank, kernels, layouts
 from quant_compile.lowering.schemes import fp8, int8, w4a8, weight_only
 from quant_compile.lowering.schemes.weight_only import pack_nibbles, unpack_nibbles
 from quant_compile.lowering.target import FAKE_OPS, Target
+from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 PRESETS = ("W4A8", "W4AFP8", "QSERVE_W4A8_CHANNEL", "QSERVE_W4A8_GROUP")
@@ -579,3 +583,312 @@ def test_cpu_kernel_refuses_others() -> None:
     fit = kernels()["torch_cpu_w4a8"].fit
     assert "CPU only" in fit(Problem(parse("W4A8"), 8, 8, BF16), 1, SM90).reason
     assert "8-bit inputs" in fit(Problem(parse("W4A16"), 8, 8, BF16), 1, Target.fake("cpu")).reason
+
+
+# --- Triton ---
+
+# Sums of integers are exact until f32 adds groups; f32 output, so that only the order of f32 operations differs.
+TOLERANCE = 2e-6
+SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+TRITON = (
+    *PRESETS,
+    "int4.group64+int8.tensor.dynamic",
+    "int4.group256+fp8e4m3.tensor",
+    "int4.channel+int8.token.dynamic",
+)
+
+
+def make(spec: str, m: int, n: int, k: int, dtype: torch.dtype, has_bias: bool) -> tuple[Any, ...]:
+    """(x planes, w planes, bias, problem, reference output) of seeded random data, off centre."""
+    scheme, generator = parse(spec), torch.Generator().manual_seed(1000 * m + n + k)
+    family = family_of(scheme)
+    x = (torch.randn(m, k, generator=generator) + 0.5).to(dtype)
+    w = (torch.randn(n, k, generator=generator) / 8 + 0.02).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype) if has_bias else None
+    x_planes = family.quantize_input(x, scheme, torch.tensor([0.02]) if scheme.static else None)
+    w_planes = family.quantize_weight(w, scheme)
+    problem = Problem(scheme, n, k, dtype, has_bias)
+    return x_planes, w_planes, bias, problem, family.linear(x_planes, w_planes, bias, scheme, dtype)
+
+
+def check(spec: str, m: int, n: int, k: int, has_bias: bool = True, gemv: bool = False, **changes: int) -> None:
+    """One launch in the interpreter against the family; QServe's integers must be equal bit for bit."""
+    x, w, bias, problem, expected = make(spec, m, n, k, F32, has_bias)
+    plan = replace(kernel.config(problem, m, SM90), **changes)
+    actual = kernel.run_gemv(x, w, bias, problem) if gemv else kernel.launch(x, w, bias, problem, plan)
+    error = float((actual - expected).norm() / expected.norm())
+    assert error <= TOLERANCE, f"{spec} {m=} {n=} {k=} {gemv=} {plan}: {error:.1e}"
+    if spec.startswith("QSERVE") and not has_bias and (gemv or plan.split == 1):
+        assert torch.equal(actual, expected), f"{spec} {m=} {n=} {k=} {gemv=} {plan}: integers are not exact"
+
+
+def check_scheme(spec: str) -> None:
+    """Ragged n, k and m, odd k, k below a group, split k, several tiles each way, with and without bias."""
+    check(spec, 1, 37, 300, split=1)
+    check(spec, 3, 5, 7, has_bias=False)
+    check(spec, 5, 70, 512, has_bias=False, split=1)
+    check(spec, 9, 33, 131, split=1, has_bias=False)
+    check(spec, 17, 65, 1100, split=2)
+    check(spec, 2, 64, 1024, split=4, has_bias=False)
+    check(spec, 70, 130, 257, has_bias=False)
+    check(spec, 130, 129, 256)
+    if isinstance(kernel.fit_gemv(Problem(parse(spec), 16, 64, F32), 1, SM90), Rank):
+        for m, k in ((1, 40), (2, 1024), (3, 1032), (4, 4104), (7, 520), (8, 4096)):
+            check(spec, m, 9, k, gemv=True, has_bias=m % 2 == 0)
+
+
+def check_nan_and_dtypes() -> None:
+    """A NaN stays in its row; f16 output is the reference's but for the last bit."""
+    for spec in PRESETS:
+        x, w, bias, problem, expected = make(spec, 3, 40, 256, F16, True)
+        actual = kernel.run(x, w, bias, problem)
+        assert actual.dtype == F16
+        assert float((actual.float() - expected.float()).norm() / expected.float().norm()) <= 5e-4
+        scale = x[1].clone()
+        scale[1] = float("nan")
+        for run in (kernel.run, kernel.run_gemv) if "FP8" not in spec and "GROUP" not in spec else (kernel.run,):
+            clean, spoiled = run(x, w, bias, problem), run((x[0], scale, *x[2:]), w, bias, problem)
+            assert spoiled[1].isnan().all() and torch.equal(spoiled[[0, 2]], clean[[0, 2]])
+
+
+def check_unaligned_inputs() -> None:
+    """Codes that start at an odd byte are copied, not misread."""
+    x, w, bias, problem, expected = make("W4A8", 2, 20, 64, F32, True)
+    moved = torch.zeros(2 * 64 + 1, dtype=torch.int8)[1:].view(2, 64)
+    moved.copy_(x[0])
+    for run in (kernel.run, kernel.run_gemv):
+        actual = run((moved, x[1]), w, bias, problem)
+        assert float((actual - expected).norm() / expected.norm()) <= TOLERANCE
+
+
+def check_every_code() -> None:
+    """All 256 bytes of nibbles through both conversions, against arithmetic; e4m3 in units of 2^-9."""
+    codes = torch.arange(16)
+    for name in ("W4AFP8", "W4A8"):
+        scheme = parse(name)
+        data = ((codes[:, None] << 4) | codes[None, :]).reshape(256, 1).to(torch.uint8)
+        unit = torch.ones(2, 2).to(torch.int8 if name == "W4A8" else torch.float8_e4m3fn)
+        for column in range(2):  # one input at a time is 1: the product is that code
+            x = unit.clone() if name == "W4A8" else unit.float()
+            x[:, 1 - column] = 0
+            x = x.to(unit.dtype)
+            y = kernel.run((x, torch.ones(2, 1)), (data, torch.ones(256, 1)), None, Problem(scheme, 256, 2, F32))
+            wanted = (data.reshape(-1).int() >> (4 * column) & 15) - 8
+            assert torch.equal(y[0], wanted.float())
+
+
+@needs_triton
+@pytest.mark.parametrize("spec", TRITON)
+def test_every_plan_in_interpreter(spec: str) -> None:
+    run_interpreted(__name__, "check_scheme", spec)
+
+
+@needs_triton
+@pytest.mark.parametrize("function", ["check_nan_and_dtypes", "check_unaligned_inputs", "check_every_code"])
+def test_in_interpreter(function: str) -> None:
+    run_interpreted(__name__, function)
+
+
+@needs_triton
+def test_interpreted_check_can_fail() -> None:
+    """A check that raises in the interpreter's process fails here: the tests above are not vacuous."""
+    with pytest.raises(AssertionError, match="no_such_field"):
+        run_interpreted(__name__, "check_with_wrong_plan")
+
+
+def check_with_wrong_plan() -> None:
+    """Raises."""
+    check("W4A8", 1, 8, 32, no_such_field=1)
+
+
+def compile_tile(problem: Problem, plan: kernel.Config, arch: int, even: bool = True) -> Any:
+    """The cubin that a launch of ``plan`` would build on ``arch``."""
+    from quant_compile.lowering.kernels import _triton_w4a8 as source
+
+    scheme = problem.scheme
+    progressive, channel = scheme.weights.strategy == "channel_group", family_of(scheme).name == "qserve"
+    types = {"x_ptr": "*i16", "w_ptr": "*u8", "sx_ptr": "*fp32", "sw_ptr": "*fp16" if channel else "*bf16"}
+    types |= {name: "i32" for name in ("m", "n", "pairs", "groups", "sx_row", "steps")}
+    types |= {"y_ptr": "*fp32"} if plan.split > 1 else {"y_ptr": "*bf16", "bias_ptr": "*bf16"}
+    if progressive:
+        types |= {"group_scale_ptr": "*i8", "zero_ptr": "*u8"}
+    elif channel:
+        types |= {"zero_ptr": "*u8", "sum_ptr": "*fp32"}
+    optional = ("group_scale_ptr", "zero_ptr", "sum_ptr", "bias_ptr")
+    constants: dict[str, Any] = {name: None for name in optional if name not in types}
+    constants |= {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "STEP": kernel.step_pairs(scheme), "EVEN": even}
+    constants |= {"PAIRS_PER_GROUP": (scheme.weights.group_size or 0) // 2, "FLOAT8": kernel.float8(scheme)}
+    constants |= {"PROGRESSIVE": progressive, "SPLIT": plan.split, "ASM": True}
+    options = {"num_warps": plan.warps, "num_stages": plan.stages}
+    return compile_cubin(source.tile_kernel, arch, types, constants, aligned=even, **options)
+
+
+def compile_gemv(problem: Problem, m: int, arch: int, even: bool = True) -> Any:
+    """The cubin that ``triton_w4a8_gemv`` would build on ``arch``."""
+    from quant_compile.lowering.kernels import _triton_w4a8 as source
+
+    block_n, block_k, warps = kernel.gemv_config(problem)
+    qserve = family_of(problem.scheme).name == "qserve"
+    types = {"x_ptr": "*i64", "w_ptr": "*i32", "sx_ptr": "*fp32", "sw_ptr": "*fp16" if qserve else "*bf16"}
+    types |= {"bias_ptr": "*bf16", "y_ptr": "*bf16"} | ({"zero_ptr": "*u8", "sum_ptr": "*fp32"} if qserve else {})
+    types |= {name: "i32" for name in ("m", "n", "words", "groups", "sx_row")}
+    constants: dict[str, Any] = {name: None for name in ("zero_ptr", "sum_ptr") if name not in types}
+    constants |= {"M": m, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN": even, "ASM": True}
+    constants["WORDS_PER_GROUP"] = (problem.scheme.weights.group_size or 0) // 8
+    return compile_cubin(source.gemv_kernel, arch, types, constants, aligned=even, num_warps=warps)
+
+
+ARCHES = [(arch, spec) for arch in (80, 89, 90, 100, 120) for spec in PRESETS if arch != 80 or spec != "W4AFP8"]
+
+
+@needs_triton
+@pytest.mark.parametrize(("arch", "spec"), ARCHES)
+def test_cubins(arch: int, spec: str) -> None:
+    """Every plan of a shape compiles for the arch, within its shared memory, on 8-bit tensor cores and in a pipeline."""
+    target = Target.fake(f"sm{arch}")
+    problem = Problem(parse(spec), 6144, 4096, BF16, True)
+    operands = "e4m3" if spec == "W4AFP8" else "s8"
+    for m in (1, 16, 64, 300):
+        assert isinstance(kernel.fit(problem, m, target), Rank)
+        built = compile_tile(problem, kernel.config(problem, m, target), arch)
+        ptx = built.asm["ptx"]
+        assert built.asm["cubin"] and built.metadata.shared <= SHARED_LIMIT[arch] * 1024
+        assert f".{operands}.{operands}" in ptx or (arch == 100 and "kind::f8f6f4" in ptx), (arch, spec, m)
+        assert "cp.async.cg.shared.global" in ptx, "loads of w are asked for ahead"
+    if arch == 90:
+        assert "wgmma.mma_async" in ptx
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_gemv_cubins(arch: int) -> None:
+    for spec in ("W4A8", "QSERVE_W4A8_CHANNEL", "int4.channel+int8.token.dynamic"):
+        for m in (1, 2, 4):
+            ptx = compile_gemv(Problem(parse(spec), 6144, 4096, BF16, True), m, arch).asm["ptx"]
+            assert "dp4a.s32.s32" in ptx and "v4.b32" in ptx, "16 bytes of w a thread and load"
+
+
+@needs_triton
+def test_cubins_of_ragged_sizes_and_small_groups() -> None:
+    for spec in ("W4A8", "W4AFP8", "QSERVE_W4A8_GROUP", "int4.group64+int8.token.dynamic"):
+        problem = Problem(parse(spec), 70, 301, BF16)
+        for m in (1, 300):
+            assert compile_tile(problem, kernel.config(problem, m, SM90), 90, even=False).asm["cubin"]
+    assert compile_gemv(Problem(parse("W4A8"), 70, 1048, BF16), 1, 90, even=False).asm["cubin"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "target", "words"),
+    [
+        ("W4A8", BF16, Target.fake("cpu"), "needs a CUDA GPU"),
+        ("W4A8", BF16, Target.fake("sm90", frozenset()), "triton is not installed"),
+        ("W4AFP8", BF16, Target.fake("sm80"), "e4m3 inputs need sm89 or newer, this is sm80"),
+        ("W4A8", BF16, Target("cuda", 75, 40, "fake", FAKE_OPS), "int8 inputs need sm80 or newer"),
+        ("W4A16", BF16, SM90, "multiplies 8-bit inputs by 4-bit weights, not W4A16"),
+        ("W8A8", BF16, SM90, "multiplies 8-bit inputs by 4-bit weights, not W8A8"),
+        ("W4A8", torch.float64, SM90, "output dtype must be"),
+    ],
+)
+def test_triton_refusals(spec: str, dtype: torch.dtype, target: Target, words: str) -> None:
+    for fit in (kernel.fit, kernel.fit_gemv):
+        answer = fit(Problem(parse(spec), 64, 128, dtype), 1, target)
+        assert isinstance(answer, Reject) and words in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("fit", "spec", "k", "m", "words"),
+    [
+        (kernel.fit, GROUP32, 128, 1, "groups must have at least 64 columns, got 32"),
+        (kernel.fit, "int4.group32+int8.token.dynamic", 128, 1, "got 32"),
+        (kernel.fit_gemv, "W4A8", 100, 1, "k must be a multiple of 8, got 100"),
+        (kernel.fit_gemv, "W4A8", 128, 9, "serves at most 8 tokens, got 9"),
+        (kernel.fit_gemv, "W4AFP8", 128, 1, "int8 inputs only"),
+        (kernel.fit_gemv, "QSERVE_W4A8_GROUP", 128, 1, "integer scales"),
+    ],
+)
+def test_triton_limits(fit: Callable[..., Rank | Reject], spec: str, k: int, m: int, words: str) -> None:
+    answer = fit(Problem(parse(spec), 64, k, BF16), m, SM90)
+    assert isinstance(answer, Reject) and words in answer.reason
+
+
+def test_costs() -> None:
+    """One token goes to the kernel without tensor cores, and every size has one on every arch."""
+    problem = Problem(parse("W4A8"), 6144, 4096, BF16)
+    one, eight = (kernel.fit_gemv(problem, m, SM90) for m in (1, 8))
+    assert isinstance(one, Rank) and isinstance(eight, Rank) and one.cost <= eight.cost
+    assert one.cost < kernel.fit(problem, 1, SM90).cost
+    for m in (1, 5, 16, 64, 300, 4096):
+        for spec in PRESETS:
+            assert isinstance(kernel.fit(Problem(parse(spec), 33, 51, BF16), m, SM90), Rank)
+
+
+# --- inline assembly, which Triton's interpreter cannot run ---
+
+
+def run_asm(text: str, inputs: list[int], outputs: int) -> list[int]:
+    """Run a few PTX integer instructions on 32-bit registers; ``$i`` are the outputs, then the inputs."""
+    words: dict[str, int] = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+
+    def value(name: str) -> int:
+        return words[name] if name in words else int(name, 0)
+
+    for line in text.replace("{ ", "").replace(" }", "").replace("{a, b}", "a:b").replace("\n", " ").split(";"):
+        instruction, _, rest = line.strip().partition(" ")
+        if not instruction or instruction == ".reg":
+            continue
+        target, *arguments = (part.strip() for part in rest.split(","))
+        result = _ptx(instruction, [value(a) for a in arguments])
+        if ":" in target:
+            words |= {name: result >> (32 * i) & 0xFFFFFFFF for i, name in enumerate(target.split(":"))}
+        else:
+            words[target] = result & 0xFFFFFFFF
+    return [words[f"${i}"] for i in range(outputs)]
+
+
+def _ptx(instruction: str, a: list[int]) -> int:
+    match instruction.split(".")[0]:
+        case "and":
+            return a[0] & a[1]
+        case "xor":
+            return a[0] ^ a[1]
+        case "not":
+            return ~a[0]
+        case "shl":
+            return a[0] << a[1]
+        case "shr":
+            return a[0] >> a[1]
+        case "mul":
+            return a[0] * a[1]
+        case "mad":
+            return a[0] * a[1] + a[2]
+        case "mov":
+            return a[0]
+        case "prmt":
+            both = (a[1] << 32 | a[0]).to_bytes(8, "little")
+            return int.from_bytes(bytes(both[a[2] >> (4 * i) & 7] for i in range(4)), "little")
+        case other:
+            raise AssertionError(f"unknown instruction {other}")
+
+
+@needs_triton
+def test_assembly_decodes_every_byte() -> None:
+    """All bytes in all four places, with different neighbours: no carry from one code into the next."""
+    from quant_compile.lowering.kernels import _triton_w4a8 as source
+
+    for first in range(256):
+        four = bytes((first + 67 * i) % 256 for i in range(4))
+        word = int.from_bytes(four, "little")
+        for text, dtype, unit in ((source.INT8_ASM, torch.int8, 16.0), (source.E4M3_ASM, torch.float8_e4m3fn, 2.0**-9)):
+            for shift, out in zip((0, 4), run_asm(text.value, [word], 2), strict=True):
+                got = torch.tensor(list(out.to_bytes(4, "little")), dtype=torch.uint8).view(dtype).float()
+                assert got.tolist() == [((byte >> shift & 15) - 8) * unit for byte in four]
+
+
+@needs_triton
+def test_assembly_splits_pairs_and_words() -> None:
+    from quant_compile.lowering.kernels import _triton_w4a8 as source
+
+    codes = bytes([1, 2, 3, 4, 250, 6, 7, 128])
+    low, high = int.from_bytes(codes[:4], "little"), int.from_bytes(codes[4:], "little")
+    for out in (run_asm(source.PAIR_ASM.value, [low, high], 2), run_asm(source.WORDS_ASM.value, [high << 32 | low], 2)):
+        assert [word.to_bytes(4, "little") for word in out] == [codes[0::2], codes[1::2]]

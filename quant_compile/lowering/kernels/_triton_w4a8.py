@@ -1,0 +1,290 @@
+"""Triton source of y[m, n] = x[m, k] @ w[n, k].T for 8-bit x and 4-bit w in row form, on 8-bit tensor cores or dp4a.
+
+A byte of w holds an even k in its low nibble and the next k in its high one, so everything counts *pairs*: x is read as
+16-bit words of two codes, and the product is low nibbles times first codes plus high nibbles times second ones. Nothing is
+reordered. Nibbles u = 0..15 become operands that stand for u - 8 in these units:
+
+* int8: the nibble in the upper half of a byte with its top bit flipped is 16 (u - 8) in two's complement.
+* e4m3: bits 0..8 of a byte, read as e4m3, are 0..8 times 2^-9 (the subnormals and the first normal), all exact.
+* progressive (QServe per group): group_scale * (u - zero), an int8 itself.
+
+The conversions work element by element, four to a register where ``ASM`` says that inline assembly may be used.
+Sums are int32 or f32 within a group, f32 across groups, in a fixed order: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quant_compile.lowering.kernels._triton_scaled_mm import _dp4a, _tile_of
+
+# Two words of 8-bit operands out of four bytes of nibbles; ptxas turns each pair of logic steps into one instruction.
+INT8_ASM = tl.constexpr(
+    """{ .reg .b32 t;
+    shl.b32 t, $2, 4; and.b32 t, t, 0xF0F0F0F0; xor.b32 $0, t, 0x80808080;
+    and.b32 t, $2, 0xF0F0F0F0; xor.b32 $1, t, 0x80808080; }"""
+)
+# Negative where bit 3 is clear (n = 1): magnitude (u ^ 7) + 1 and the sign bit, together n * 129; else the low three bits.
+E4M3_ASM = tl.constexpr(
+    """{ .reg .b32 u, n, t;
+    and.b32 u, $2, 0x0F0F0F0F; not.b32 n, u; shr.u32 n, n, 3; and.b32 n, n, 0x01010101;
+    mul.lo.u32 t, n, 7; xor.b32 t, u, t; and.b32 t, t, 0x07070707; mad.lo.u32 $0, n, 129, t;
+    shr.u32 u, $2, 4; and.b32 u, u, 0x0F0F0F0F; not.b32 n, u; shr.u32 n, n, 3; and.b32 n, n, 0x01010101;
+    mul.lo.u32 t, n, 7; xor.b32 t, u, t; and.b32 t, t, 0x07070707; mad.lo.u32 $1, n, 129, t; }"""
+)
+PAIR_ASM = tl.constexpr("prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;")
+WORDS_ASM = tl.constexpr(
+    "{ .reg .b32 a, b; mov.b64 {a, b}, $2; prmt.b32 $0, a, b, 0x6420; prmt.b32 $1, a, b, 0x7531; }"
+)
+
+
+# --- decoding ---
+
+
+@triton.jit
+def _nibble_as_e4m3(u):
+    negative = u < 8
+    return tl.where(negative, (8 - u) | 128, u - 8).to(tl.uint8)
+
+
+@triton.jit
+def _decode(w, FLOAT8: tl.constexpr, ASM: tl.constexpr):
+    """Bytes of nibbles -> (operands of the low nibbles, of the high ones)."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            E4M3_ASM if FLOAT8 else INT8_ASM, "=r,=r,r", [w], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    elif FLOAT8:
+        wide = w.to(tl.int32)
+        low, high = _nibble_as_e4m3(wide & 15), _nibble_as_e4m3(wide >> 4)
+    else:
+        low, high = ((w << 4) ^ 128).to(tl.int8, bitcast=True), ((w & 240) ^ 128).to(tl.int8, bitcast=True)
+    if FLOAT8:
+        low, high = low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _decode_progressive(w, zero, scale):
+    """Bytes of nibbles -> int8 operands scale * (u - zero); zero and scale int32 [rows, 1]."""
+    wide = w.to(tl.int32)
+    return (((wide & 15) - zero) * scale).to(tl.int8), (((wide >> 4) - zero) * scale).to(tl.int8)
+
+
+@triton.jit
+def _pairs(x, FLOAT8: tl.constexpr, ASM: tl.constexpr):
+    """int16 words -> (first codes, second codes)."""
+    if ASM:
+        first, second = tl.inline_asm_elementwise(
+            PAIR_ASM, "=r,=r,r,r", [x], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        first, second = x.to(tl.int8), (x >> 8).to(tl.int8)
+    if FLOAT8:
+        first, second = first.to(tl.float8e4nv, bitcast=True), second.to(tl.float8e4nv, bitcast=True)
+    return first, second
+
+
+# --- tensor cores ---
+
+
+@triton.jit(do_not_specialize=["m", "steps"])
+def tile_kernel(
+    x_ptr, w_ptr, sx_ptr, sw_ptr, group_scale_ptr, zero_ptr, sum_ptr, bias_ptr, y_ptr,
+    m, n, pairs, groups, sx_row, steps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, PAIRS_PER_GROUP: tl.constexpr,
+    FLOAT8: tl.constexpr, PROGRESSIVE: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Rows of w (first operand) by tokens, one tile; program_id(1) is a part of k when SPLIT > 1.
+
+    x int16 [m, pairs], w u8 [n, pairs]. A step is STEP pairs, inside one group. PAIRS_PER_GROUP 0: a scale per row
+    (sw [n]). sum_ptr and zero_ptr [n]: QServe per channel. SPLIT > 1: f32 parts [SPLIT, m, n] without bias.
+    """
+    SUMS: tl.constexpr = tl.float32 if FLOAT8 else tl.int32
+    # A float sum of its own for each group; integers of a row are summed across all of k.
+    GROUPED: tl.constexpr = PAIRS_PER_GROUP > 0 and not PROGRESSIVE
+    UNIT: tl.constexpr = 512.0 if FLOAT8 else 0.0625
+    tile_n, tile_m = _tile_of(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M), 8)
+    part = tl.program_id(1)
+    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, token = tl.minimum(rows, n - 1), tl.minimum(tokens, m - 1)
+    inner = tl.arange(0, STEP)
+    w_at = w_ptr + row.to(tl.int64)[:, None] * pairs + inner[None, :]
+    x_at = x_ptr + token.to(tl.int64)[:, None] * pairs + inner[None, :]
+    first, last = part * steps, tl.minimum((part + 1) * steps, tl.cdiv(pairs, STEP))
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if GROUPED or FLOAT8 else tl.int32)
+    per_row = row.to(tl.int64) * groups
+    scale = tl.zeros((BLOCK_N,), tl.float32)
+    if GROUPED:  # asked for a step ahead: two bytes a row are too few for the pipeline of loads, which takes four
+        scale = tl.load(sw_ptr + per_row + tl.minimum(first * STEP // PAIRS_PER_GROUP, groups - 1)).to(tl.float32)
+    for step in range(first, last):
+        start = step * STEP
+        if EVEN:
+            w = tl.load(w_at + start)
+            x = tl.load(x_at + start)
+        else:
+            inside = (inner < pairs - start)[None, :]
+            w = tl.load(w_at + start, mask=inside, other=0)
+            x = tl.load(x_at + start, mask=inside, other=0)
+        if PROGRESSIVE:
+            group = start // PAIRS_PER_GROUP
+            zero = tl.load(zero_ptr + per_row + group).to(tl.int32)[:, None]
+            low, high = _decode_progressive(w, zero, tl.load(group_scale_ptr + per_row + group).to(tl.int32)[:, None])
+        else:
+            low, high = _decode(w, FLOAT8, ASM)
+        x0, x1 = _pairs(x, FLOAT8, ASM)
+        if GROUPED or FLOAT8:
+            sums = tl.dot(low, tl.trans(x0), out_dtype=SUMS)
+            sums = tl.dot(high, tl.trans(x1), sums, out_dtype=SUMS).to(tl.float32)
+            if GROUPED:
+                total += sums * scale[:, None]
+                ahead = tl.minimum((start + STEP) // PAIRS_PER_GROUP, groups - 1)
+                scale = tl.load(sw_ptr + per_row + ahead).to(tl.float32)
+            else:
+                total += sums
+        else:
+            total = tl.dot(low, tl.trans(x0), total, out_dtype=SUMS)
+            total = tl.dot(high, tl.trans(x1), total, out_dtype=SUMS)
+    if (
+        zero_ptr is not None and not PROGRESSIVE
+    ):  # (total / 16 - (zero - 8) * sum) is exact in int32; once for all parts
+        offset = tl.load(zero_ptr + row).to(tl.int32) - 8
+        sums = tl.load(sum_ptr + token).to(tl.int32)
+        total = (total >> 4) - tl.where(part == 0, offset[:, None] * sums[None, :], 0)
+    y = total.to(tl.float32)
+    if not PROGRESSIVE and zero_ptr is None:
+        y = y * UNIT
+    y = y * tl.load(sx_ptr + token * sx_row)[None, :]
+    if not GROUPED:
+        y = y * tl.load(sw_ptr + row).to(tl.float32)[:, None]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+    place = tokens.to(tl.int64)[None, :] * n + rows[:, None]
+    if SPLIT > 1:
+        place += part * (m.to(tl.int64) * n)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(rows < n)[:, None] & (tokens < m)[None, :])
+
+
+# --- few tokens, int8 inputs ---
+
+
+@triton.jit
+def _four(a, b, total, ASM: tl.constexpr):
+    """total + the dot product of the four int8 in a and in b (uint32), int32."""
+    if ASM:
+        total = _dp4a(a, b, total)
+    else:
+        left, right = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
+        for i in tl.static_range(4):
+            total += ((left << (24 - 8 * i)) >> 24) * ((right << (24 - 8 * i)) >> 24)
+    return total
+
+
+@triton.jit
+def _every_other(x, ASM: tl.constexpr):
+    """uint64 of eight codes -> (uint32 of codes 0, 2, 4, 6, uint32 of codes 1, 3, 5, 7)."""
+    if ASM:
+        even, odd = tl.inline_asm_elementwise(
+            WORDS_ASM, "=r,=r,l", [x], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
+        )
+    else:
+        even = (x & 255) | ((x >> 8) & 0xFF00) | ((x >> 16) & 0xFF0000) | ((x >> 24) & 0xFF000000)
+        x = x >> 8
+        odd = (x & 255) | ((x >> 8) & 0xFF00) | ((x >> 16) & 0xFF0000) | ((x >> 24) & 0xFF000000)
+        even, odd = even.to(tl.uint32), odd.to(tl.uint32)
+    return even, odd
+
+
+@triton.jit
+def _gemv_row(
+    low, high, x_row, at, words, scale, total, EVEN: tl.constexpr, GROUPED: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """total [rows, words] plus one token's products, each word's sum times its scale when GROUPED."""
+    if EVEN:
+        x = tl.load(x_row + at, eviction_policy="evict_last")
+    else:
+        x = tl.load(x_row + at, mask=at < words, other=0)
+    even, odd = _every_other(x.to(tl.uint64, bitcast=True), ASM)
+    even, odd = tl.broadcast_to(even[None, :], low.shape), tl.broadcast_to(odd[None, :], low.shape)
+    if GROUPED:
+        sums = _four(high, odd, _four(low, even, tl.zeros(low.shape, tl.int32), ASM), ASM)
+        total += sums.to(tl.float32) * scale
+    else:
+        total = _four(high, odd, _four(low, even, total, ASM), ASM)
+    return total
+
+
+@triton.jit
+def _gemv_store(
+    total, token, rows, row, m, n, sx_ptr, sx_row, sw_ptr, zero_ptr, sum_ptr, bias_ptr, y_ptr, GROUPED: tl.constexpr
+):  # fmt: skip
+    total = tl.sum(total, 1)
+    at = tl.minimum(token, m - 1)
+    if zero_ptr is not None:
+        total = (total >> 4) - (tl.load(zero_ptr + row).to(tl.int32) - 8) * tl.load(sum_ptr + at).to(tl.int32)
+        y = total.to(tl.float32)
+    else:
+        y = total.to(tl.float32) * 0.0625
+    y = y * tl.load(sx_ptr + at * sx_row)
+    if not GROUPED:
+        y = y * tl.load(sw_ptr + row).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + row).to(tl.float32)
+    tl.store(y_ptr + token.to(tl.int64) * n + rows, y.to(y_ptr.dtype.element_ty), mask=(rows < n) & (token < m))
+
+
+@triton.jit(do_not_specialize=["m"])
+def gemv_kernel(
+    x_ptr, w_ptr, sx_ptr, sw_ptr, zero_ptr, sum_ptr, bias_ptr, y_ptr, m, n, words, groups, sx_row,
+    M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WORDS_PER_GROUP: tl.constexpr,
+    EVEN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows of w times the M (1, 2 or 4) tokens from program_id(1) * M on.
+
+    x int64 [m, words], w int32 [n, words]: a word is eight weights. WORDS_PER_GROUP 0: a scale per row.
+    """
+    GROUPED: tl.constexpr = WORDS_PER_GROUP > 0
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * M
+    row = tl.minimum(rows, n - 1)
+    w_at = w_ptr + row.to(tl.int64)[:, None] * words
+    s_at = sw_ptr + row.to(tl.int64)[:, None] * groups
+    total0 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32 if GROUPED else tl.int32)
+    total1 = total0
+    total2 = total0
+    total3 = total0
+    for start in range(0, words, BLOCK_K):
+        at = start + tl.arange(0, BLOCK_K)
+        if EVEN:
+            w = tl.load(w_at + at[None, :], eviction_policy="evict_first")
+        else:
+            w = tl.load(w_at + at[None, :], mask=(at < words)[None, :], other=0)
+        w = w.to(tl.uint32, bitcast=True)
+        low, high = ((w << 4) & 0xF0F0F0F0) ^ 0x80808080, (w & 0xF0F0F0F0) ^ 0x80808080
+        scale = 1.0
+        if GROUPED:
+            scale = tl.load(s_at + tl.minimum(at // WORDS_PER_GROUP, groups - 1)[None, :]).to(tl.float32)
+        x_at = x_ptr + first.to(tl.int64) * words
+        total0 = _gemv_row(low, high, x_at, at, words, scale, total0, EVEN, GROUPED, ASM)
+        if M > 1:
+            x_row = x_ptr + tl.minimum(first + 1, m - 1).to(tl.int64) * words
+            total1 = _gemv_row(low, high, x_row, at, words, scale, total1, EVEN, GROUPED, ASM)
+        if M > 2:
+            x_row = x_ptr + tl.minimum(first + 2, m - 1).to(tl.int64) * words
+            total2 = _gemv_row(low, high, x_row, at, words, scale, total2, EVEN, GROUPED, ASM)
+            x_row = x_ptr + tl.minimum(first + 3, m - 1).to(tl.int64) * words
+            total3 = _gemv_row(low, high, x_row, at, words, scale, total3, EVEN, GROUPED, ASM)
+    _gemv_store(total0, first, rows, row, m, n, sx_ptr, sx_row, sw_ptr, zero_ptr, sum_ptr, bias_ptr, y_ptr, GROUPED)
+    if M > 1:
+        _gemv_store(
+            total1, first + 1, rows, row, m, n, sx_ptr, sx_row, sw_ptr, zero_ptr, sum_ptr, bias_ptr, y_ptr, GROUPED
+        )  # fmt: skip
+    if M > 2:
+        _gemv_store(
+            total2, first + 2, rows, row, m, n, sx_ptr, sx_row, sw_ptr, zero_ptr, sum_ptr, bias_ptr, y_ptr, GROUPED
+        )  # fmt: skip
+        _gemv_store(
+            total3, first + 3, rows, row, m, n, sx_ptr, sx_row, sw_ptr, zero_ptr, sum_ptr, bias_ptr, y_ptr, GROUPED
+        )  # fmt: skip
