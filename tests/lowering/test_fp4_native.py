@@ -48,7 +48,9 @@ def product(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, factor: Tensor) -> Ten
         codes = codes.view(torch.uint8)
         scale = unswizzle(flat, codes.shape[0], codes.shape[1] * 2 // fp4_native.GROUP)
         ones = torch.ones(codes.shape[0], 1)
-        sides.append(family_of(parse("NVFP4")).dequantize_weight((codes, scale, ones), parse("NVFP4"), codes.shape[1] * 2))
+        sides.append(
+            family_of(parse("NVFP4")).dequantize_weight((codes, scale, ones), parse("NVFP4"), codes.shape[1] * 2)
+        )
     return (sides[0] @ sides[1].t()) * factor
 
 
@@ -99,7 +101,9 @@ def test_a_wrong_order_of_scales_is_seen() -> None:
     _, x, w, _ = operands(130, 256, 512)
     good = product(x[0], fp4_native.swizzle(x[1]), w[0], fp4_native.swizzle(w[1]), x[2])
     plain = torch.cat((x[1].flatten().view(torch.uint8), torch.full((1 << 14,), 56, dtype=torch.uint8)))
-    wrong = product(x[0], plain[: fp4_native.swizzle(x[1]).numel()].view(torch.float8_e4m3fn), w[0], fp4_native.swizzle(w[1]), x[2])
+    wrong = product(
+        x[0], plain[: fp4_native.swizzle(x[1]).numel()].view(torch.float8_e4m3fn), w[0], fp4_native.swizzle(w[1]), x[2]
+    )
     assert relative(wrong, good) > 0.05
 
 
@@ -108,7 +112,9 @@ def test_a_wrong_order_of_scales_is_seen() -> None:
 def test_packing_is_undone(size: tuple[int, int], merged: bool) -> None:
     problem, _, w, _ = operands(1, *size, merged=merged and size[0] > 1)
     packed = fp4_native.pack(w, problem)
-    assert [(s.shape, s.dtype) for s in fp4_native.layout_planes(problem)] == [(tuple(p.shape), p.dtype) for p in packed]
+    assert [(s.shape, s.dtype) for s in fp4_native.layout_planes(problem)] == [
+        (tuple(p.shape), p.dtype) for p in packed
+    ]
     data, scale, whole = fp4_native.unpack(packed, problem)
     assert torch.equal(data, w[0]) and torch.equal(scale.view(torch.uint8), w[1].view(torch.uint8))
     assert torch.allclose(whole, w[2], rtol=1e-6, atol=0)
@@ -129,7 +135,9 @@ def test_libraries_serve_where_they_are() -> None:
     sgl_alone = Target.fake("sm100", frozenset({"sgl_kernel::cutlass_scaled_fp4_mm"}))
     assert {name for _, name in choose(problem, sgl_alone).table} == {"sgl_nvfp4"}
     odd = Problem(parse("NVFP4"), 6144, 4100, BF16)
-    assert isinstance(fp4_native.fit_sgl(odd, 1, SGL), Reject) and isinstance(fp4_native.fit_torch(odd, 1, SM100), Reject)
+    assert isinstance(fp4_native.fit_sgl(odd, 1, SGL), Reject) and isinstance(
+        fp4_native.fit_torch(odd, 1, SM100), Reject
+    )
 
 
 @pytest.mark.parametrize("target", ["sm80", "sm90"])
@@ -174,7 +182,7 @@ def test_a_policy_may_fall_back_to_weights_alone(fallback: str | None) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).to(BF16)
-    example = {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device="meta")}
+    example = {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device="meta"), "use_cache": False}
     policy = {"default": "NVFP4", **({"fallback": fallback} if fallback else {})}
     if fallback is None:
         with pytest.raises(BackendCompilerFailed, match="needs sm100 or newer"):

@@ -77,7 +77,9 @@ def test_costs_follow_the_rows(spec: str) -> None:
     assert best == {1: gemv, 4: gemv, 16: matmul, 64: matmul, 4096: dequant}
 
 
-@pytest.mark.parametrize(("k", "words"), [(4096, 512), (28672, 512), (2048, 256), (7168, 512), (100, 128), (11008, 512)])
+@pytest.mark.parametrize(
+    ("k", "words"), [(4096, 512), (28672, 512), (2048, 256), (7168, 512), (100, 128), (11008, 512)]
+)
 def test_steps_of_the_gemv(k: int, words: int) -> None:
     """Steps divide rows where 256 or 512 words can; a row of a few words takes one step."""
     plan = a16.gemv_plan(problem_of("NVFP4A16", 4096, k), 1, 132)
@@ -136,8 +138,9 @@ def check_special() -> None:
         assert torch.allclose(got, wanted, rtol=2e-7, atol=0, equal_nan=True)
         x = torch.randn(1, 32)
         x[0, 3] = float("inf")
-        y, reference = a16.run_gemv((x,), planes, None, problem), family.linear(
-            (x,), planes, None, problem.scheme, torch.float32
+        y, reference = (
+            a16.run_gemv((x,), planes, None, problem),
+            family.linear((x,), planes, None, problem.scheme, torch.float32),
         )
         assert torch.equal(torch.isfinite(y), torch.isfinite(reference)) and not torch.isfinite(y).any()
 
@@ -168,7 +171,9 @@ def types_of(kernel, e8m0: bool, **pointers: str) -> dict[str, str]:
 
 
 @needs_triton
-@pytest.mark.parametrize(("arch", "e8m0"), [*((arch, False) for arch in (80, 89, 90, 100, 120)), (80, True), (90, True)])
+@pytest.mark.parametrize(
+    ("arch", "e8m0"), [*((arch, False) for arch in (80, 89, 90, 100, 120)), (80, True), (90, True)]
+)
 def test_cubins(arch: int, e8m0: bool) -> None:
     import triton.language as tl
 
