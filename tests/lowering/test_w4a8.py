@@ -637,6 +637,13 @@ def check_scheme(spec: str) -> None:
             check(spec, m, 9, k, gemv=True, has_bias=m % 2 == 0)
 
 
+def check_small_groups() -> None:
+    """Groups that only dp4a serves: fewer words than a thread holds neighbours, and as many; k of an odd block size."""
+    for spec in ("int4.group16+int8.token.dynamic", "int4.group32+int8.tensor.dynamic"):
+        for m, k in ((1, 72), (3, 1040), (2, 1792)):
+            check(spec, m, 9, k, gemv=True)
+
+
 def check_nan_and_dtypes() -> None:
     """A NaN stays in its row; f16 output is the reference's but for the last bit."""
     for spec in PRESETS:
@@ -684,7 +691,9 @@ def test_every_plan_in_interpreter(spec: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("function", ["check_nan_and_dtypes", "check_unaligned_inputs", "check_every_code"])
+@pytest.mark.parametrize(
+    "function", ["check_small_groups", "check_nan_and_dtypes", "check_unaligned_inputs", "check_every_code"]
+)
 def test_in_interpreter(function: str) -> None:
     run_interpreted(__name__, function)
 
@@ -800,6 +809,8 @@ def test_triton_refusals(spec: str, dtype: torch.dtype, target: Target, words: s
     [
         (kernel.fit, GROUP32, 128, 1, "groups must have at least 64 columns, got 32"),
         (kernel.fit, "int4.group32+int8.token.dynamic", 128, 1, "got 32"),
+        (kernel.fit, "QSERVE_W4A8_CHANNEL", 1 << 18, 1, "at most 131072 for sums in int32, got 262144"),
+        (sgl_qserve.fit_channel, "QSERVE_W4A8_CHANNEL", 1 << 18, 1, "at most 131072"),
         (kernel.fit_gemv, "W4A8", 100, 1, "k must be a multiple of 8, got 100"),
         (kernel.fit_gemv, "W4A8", 128, 9, "serves at most 8 tokens, got 9"),
         (kernel.fit_gemv, "W4AFP8", 128, 1, "int8 inputs only"),

@@ -199,9 +199,13 @@ def _every_other(x, ASM: tl.constexpr):
 
 @triton.jit
 def _gemv_row(
-    low, high, x_row, at, words, scale, total, EVEN: tl.constexpr, GROUPED: tl.constexpr, ASM: tl.constexpr
+    low, high, x_row, at, words, scale, total,
+    VECTOR: tl.constexpr, EVEN: tl.constexpr, GROUPED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """total [rows, words] plus one token's products, each word's sum times its scale when GROUPED."""
+    """total [rows, words] plus one token's products; GROUPED: [rows, words / VECTOR], sums of one group times its scale.
+
+    VECTOR neighbours lie in one thread and in one group.
+    """
     if EVEN:
         x = tl.load(x_row + at, eviction_policy="evict_last")
     else:
@@ -210,7 +214,7 @@ def _gemv_row(
     even, odd = tl.broadcast_to(even[None, :], low.shape), tl.broadcast_to(odd[None, :], low.shape)
     if GROUPED:
         sums = _four(high, odd, _four(low, even, tl.zeros(low.shape, tl.int32), ASM), ASM)
-        total += sums.to(tl.float32) * scale
+        total += tl.sum(tl.reshape(sums, (sums.shape[0], sums.shape[1] // VECTOR, VECTOR)), 2).to(tl.float32) * scale
     else:
         total = _four(high, odd, _four(low, even, total, ASM), ASM)
     return total
@@ -251,7 +255,8 @@ def gemv_kernel(
     row = tl.minimum(rows, n - 1)
     w_at = w_ptr + row.to(tl.int64)[:, None] * words
     s_at = sw_ptr + row.to(tl.int64)[:, None] * groups
-    total0 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32 if GROUPED else tl.int32)
+    VECTOR: tl.constexpr = min(4, WORDS_PER_GROUP) if GROUPED else 1
+    total0 = tl.zeros((BLOCK_N, BLOCK_K // VECTOR), tl.float32 if GROUPED else tl.int32)
     total1 = total0
     total2 = total0
     total3 = total0
@@ -265,17 +270,18 @@ def gemv_kernel(
         low, high = ((w << 4) & 0xF0F0F0F0) ^ 0x80808080, (w & 0xF0F0F0F0) ^ 0x80808080
         scale = 1.0
         if GROUPED:
-            scale = tl.load(s_at + tl.minimum(at // WORDS_PER_GROUP, groups - 1)[None, :]).to(tl.float32)
+            group = (start + tl.arange(0, BLOCK_K // VECTOR) * VECTOR) // WORDS_PER_GROUP
+            scale = tl.load(s_at + tl.minimum(group, groups - 1)[None, :]).to(tl.float32)
         x_at = x_ptr + first.to(tl.int64) * words
-        total0 = _gemv_row(low, high, x_at, at, words, scale, total0, EVEN, GROUPED, ASM)
+        total0 = _gemv_row(low, high, x_at, at, words, scale, total0, VECTOR, EVEN, GROUPED, ASM)
         if M > 1:
             x_row = x_ptr + tl.minimum(first + 1, m - 1).to(tl.int64) * words
-            total1 = _gemv_row(low, high, x_row, at, words, scale, total1, EVEN, GROUPED, ASM)
+            total1 = _gemv_row(low, high, x_row, at, words, scale, total1, VECTOR, EVEN, GROUPED, ASM)
         if M > 2:
             x_row = x_ptr + tl.minimum(first + 2, m - 1).to(tl.int64) * words
-            total2 = _gemv_row(low, high, x_row, at, words, scale, total2, EVEN, GROUPED, ASM)
+            total2 = _gemv_row(low, high, x_row, at, words, scale, total2, VECTOR, EVEN, GROUPED, ASM)
             x_row = x_ptr + tl.minimum(first + 3, m - 1).to(tl.int64) * words
-            total3 = _gemv_row(low, high, x_row, at, words, scale, total3, EVEN, GROUPED, ASM)
+            total3 = _gemv_row(low, high, x_row, at, words, scale, total3, VECTOR, EVEN, GROUPED, ASM)
     _gemv_store(total0, first, rows, row, m, n, sx_ptr, sx_row, sw_ptr, zero_ptr, sum_ptr, bias_ptr, y_ptr, GROUPED)
     if M > 1:
         _gemv_store(

@@ -38,6 +38,7 @@ GROUP = 128
 # Rows of a program's tile; the kernels drop rows beyond the last whole one. The channel kernel's widest tile has 128.
 CHANNEL_ROWS, GROUP_ROWS = 128, 64
 F16_MAX = 65504.0
+LARGEST_K = 131072  # 127 * 127 * k must stay within int32
 
 # --- layouts ---
 
@@ -143,6 +144,8 @@ def _refuse(problem: Problem, target: Target, strategy: str, op: str, rows: int)
         return Reject(f"serves QServe's uint4 weights per {strategy} with int8 inputs")
     if weights.group_size not in (None, GROUP):
         return Reject(f"group_size must be {GROUP}, got {weights.group_size}")
+    if problem.k > LARGEST_K:
+        return Reject(f"k must be at most {LARGEST_K} for sums in int32, got {problem.k}")
     refusal = (
         arch_from(target, 80)
         or output_dtype(problem, torch.bfloat16, torch.float16)

@@ -26,6 +26,7 @@ GEMV_ROWS = 8
 GEMV_TOKENS = 4  # tokens of one program
 LEAST_GROUP = 64  # tensor cores take 32 codes at a time, and a step is half a group: its first or its second codes
 STEP_PAIRS = 64
+LARGEST_K = 131072  # 16 * 8 * 127 * k must stay within int32 where one sum runs over all of k
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -95,6 +96,8 @@ def _reject(problem: Problem, target: Target) -> Reject | None:
         return Reject(f"{'e4m3' if oldest == 89 else 'int8'} inputs need sm{oldest} or newer, this is {target.label}")
     if problem.dtype not in DTYPES:
         return Reject(f"output dtype must be bfloat16, float16 or float32, got {problem.dtype}")
+    if problem.k > LARGEST_K:
+        return Reject(f"k must be at most {LARGEST_K} for sums in int32, got {problem.k}")
     return None
 
 
@@ -220,8 +223,10 @@ def _sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
 
 def gemv_config(problem: Problem) -> tuple[int, int, int]:
     """(rows of w, words of eight codes, warps) of a program of ``triton_w4a8_gemv``: 16 bytes a thread, row and load."""
-    words = min(512, max(128, _pow2(problem.k // 8)))
-    return 4, words, words // 128
+    words = problem.k // 8
+    fitting = min(512, max(128, _pow2(words)))
+    block = next((size for size in (512, 256, 128) if size <= fitting and words % size == 0), fitting)
+    return 4, block, block // 128
 
 
 def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
