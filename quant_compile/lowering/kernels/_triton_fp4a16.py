@@ -17,6 +17,12 @@ FROM_E4M3 = tl.constexpr(2.0**120)
 # Bits that stay, as int32: sign and three (e2m1) or seven (e4m3) bits from the position that an arithmetic shift left them.
 E2M1_BITS = tl.constexpr(0x81C00000 - (1 << 32))
 E4M3_BITS = tl.constexpr(0x87F00000 - (1 << 32))
+# The same for four codes as bytes of e5m2, whose bytes are the high ones of f16; and masks of bytes and halves.
+FROM_F16 = tl.constexpr(2.0**14)
+HIGH_SIGNS = tl.constexpr(0x80808080 - (1 << 32))
+HIGH_CODES = tl.constexpr(0x0E0E0E0E)
+ODD_BYTES = tl.constexpr(0xFF00FF00 - (1 << 32))
+HIGH_HALF = tl.constexpr(0xFFFF0000 - (1 << 32))
 
 
 @triton.jit
@@ -41,66 +47,126 @@ def _scale(byte, E8M0: tl.constexpr):
 
 
 @triton.jit
-def _eighths(x):
-    """x [M, 8 words] -> eight [M, words], of which the j-th belongs to the j-th code of each word."""
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 2, 2, 2)))
-    x04, x26 = tl.split(even)
-    x15, x37 = tl.split(odd)
-    x0, x4 = tl.split(x04)
-    x2, x6 = tl.split(x26)
-    x1, x5 = tl.split(x15)
-    x3, x7 = tl.split(x37)
+def _pair(word, BF16: tl.constexpr):
+    """int32 that holds two 16-bit floats -> both as f32."""
+    if BF16:
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & HIGH_HALF).to(tl.float32, bitcast=True)
+    else:
+        low = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _codes(word):
+    """int32 of eight codes -> eight f32 in order, each the value times 2**-14.
+
+    Four codes at a time become the high bytes of four f16 (sign, lowest two exponent bits, first of the mantissa; 0.5 is a
+    subnormal there too), then pairs of them become words of two f16.
+    """
+    low = ((word << 4) & HIGH_SIGNS) | ((word << 1) & HIGH_CODES)
+    high = (word & HIGH_SIGNS) | ((word >> 3) & HIGH_CODES)
+    c0, c4 = _pair((low << 8) & ODD_BYTES, False)
+    c2, c6 = _pair(low & ODD_BYTES, False)
+    c1, c5 = _pair((high << 8) & ODD_BYTES, False)
+    c3, c7 = _pair(high & ODD_BYTES, False)
+    return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@triton.jit
+def _inputs(x_at, first, words, k, EVEN: tl.constexpr, X64: tl.constexpr, BF16: tl.constexpr):
+    """The eight inputs of each word from word ``first`` on, as eight f32 [words]."""
+    if X64:
+        # Two loads of four inputs: the threads that hold the words of w load what they multiply.
+        at = (first + words) * 2
+        if EVEN:
+            near = tl.load(x_at + at, eviction_policy="evict_last")
+            far = tl.load(x_at + at + 1, eviction_policy="evict_last")
+        else:
+            near = tl.load(x_at + at, mask=at < k, other=0)
+            far = tl.load(x_at + at + 1, mask=at + 1 < k, other=0)
+        x0, x1 = _pair(near.to(tl.int32), BF16)
+        x2, x3 = _pair((near >> 32).to(tl.int32), BF16)
+        x4, x5 = _pair(far.to(tl.int32), BF16)
+        x6, x7 = _pair((far >> 32).to(tl.int32), BF16)
+    else:
+        at = (first + words) * 8
+        x0 = tl.load(x_at + at, mask=at < k, other=0.0).to(tl.float32)
+        x1 = tl.load(x_at + at + 1, mask=at + 1 < k, other=0.0).to(tl.float32)
+        x2 = tl.load(x_at + at + 2, mask=at + 2 < k, other=0.0).to(tl.float32)
+        x3 = tl.load(x_at + at + 3, mask=at + 3 < k, other=0.0).to(tl.float32)
+        x4 = tl.load(x_at + at + 4, mask=at + 4 < k, other=0.0).to(tl.float32)
+        x5 = tl.load(x_at + at + 5, mask=at + 5 < k, other=0.0).to(tl.float32)
+        x6 = tl.load(x_at + at + 6, mask=at + 6 < k, other=0.0).to(tl.float32)
+        x7 = tl.load(x_at + at + 7, mask=at + 7 < k, other=0.0).to(tl.float32)
     return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _dot(codes, x, scale, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+    """Products of the words [GROUPS * VECTOR] with their inputs, summed by group and scaled: [GROUPS]."""
+    total = codes[0] * x[0]
+    for j in tl.static_range(1, 8):
+        total += codes[j] * x[j]
+    return tl.sum(tl.reshape(total, (GROUPS, VECTOR)), 1) * scale
 
 
 @triton.jit(do_not_specialize=["m"])
 def gemv_fp4_kernel(
     x_ptr, w_ptr, s_ptr, global_ptr, bias_ptr, y_ptr, m, n, k, units,
     M: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    EVEN: tl.constexpr, E8M0: tl.constexpr, OUT: tl.constexpr,
+    EVEN: tl.constexpr, E8M0: tl.constexpr, X64: tl.constexpr, BF16: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """Rows [pid * BN, +BN) of w times the m <= M rows of x -> y [m, n]; products stay in their thread until the end.
 
     w is read as int32 words of eight codes, ``units * LANES`` to a row, so that a row starts at a multiple of LANES words
-    (LANES 4: 16-byte loads). VECTOR words share a scale.
+    (LANES 4: 16-byte loads). VECTOR words share a scale. X64: x is int64 words of four inputs, and k counts those.
+    Rows of w and of x are separate tensors of one shape: Triton then gives all loads the same threads.
     """
+    GROUPS: tl.constexpr = WORDS // VECTOR
     width = units * LANES
-    first = tl.program_id(0) * BN
-    rows = tl.minimum(first + tl.arange(0, BN), n - 1).to(tl.int64)
-    tokens = tl.minimum(tl.arange(0, M), m - 1).to(tl.int64)
+    first_row = tl.program_id(0) * BN
     words = tl.arange(0, WORDS)
-    vectors = tl.arange(0, WORDS // VECTOR)
-    inputs = tl.arange(0, WORDS * 8)
-    w_at = w_ptr + (rows * width)[None, :, None] + words[None, None, :]
-    s_at = s_ptr + (rows * (width // VECTOR))[None, :, None] + vectors[None, None, :]
-    x_at = x_ptr + (tokens * k)[:, None] + inputs[None, :]
-    total = tl.zeros((M, BN, WORDS // VECTOR), tl.float32)
+    vectors = tl.arange(0, GROUPS)
+    totals = ()
+    for _ in tl.static_range(M * BN):
+        totals = totals + (tl.zeros((GROUPS,), tl.float32),)
     for start in range(0, width, WORDS):
-        if EVEN:
-            w = tl.load(w_at + start, eviction_policy="evict_first")
-            s = tl.load(s_at + start // VECTOR)
-            x = tl.load(x_at + start * 8, eviction_policy="evict_last")
-        else:
-            w = tl.load(w_at + start, mask=(start + words < width)[None, None, :], other=0)
-            inside = start + vectors * VECTOR < width
-            s = tl.load(s_at + start // VECTOR, mask=inside[None, None, :], other=0)
-            x = tl.load(x_at + start * 8, mask=(start * 8 + inputs < k)[None, :], other=0.0)
-        parts = _eighths(x)
-        product = tl.zeros((M, BN, WORDS), tl.float32)
-        for j in tl.static_range(8):
-            product += _e2m1(w << (28 - 4 * j)) * parts[j].to(tl.float32)[:, None, :]
-        grouped = tl.sum(tl.reshape(product, (M, BN, WORDS // VECTOR, VECTOR)), 3)
-        total += grouped * _scale(s, E8M0)
-    y = tl.sum(total, 2)
-    out_rows = first + tl.arange(0, BN)
-    live = out_rows < n
-    if global_ptr is not None:
-        y = y * tl.load(global_ptr + out_rows, mask=live, other=0.0)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + out_rows, mask=live, other=0.0).to(tl.float32)[None, :]
-    out_tokens = tl.arange(0, M)
-    place = out_tokens[:, None].to(tl.int64) * n + out_rows[None, :]
-    tl.store(y_ptr + place, y.to(OUT), mask=(out_tokens < m)[:, None] & live[None, :])
+        codes = ()
+        scales = ()
+        for r in tl.static_range(BN):
+            row = tl.minimum(first_row + r, n - 1).to(tl.int64)
+            w_at = w_ptr + row * width + start + words
+            s_at = s_ptr + row * (width // VECTOR) + start // VECTOR + vectors
+            if EVEN:
+                codes = codes + (tl.load(w_at, eviction_policy="evict_first"),)
+                scales = scales + (tl.load(s_at),)
+            else:
+                codes = codes + (tl.load(w_at, mask=start + words < width, other=0),)
+                scales = scales + (tl.load(s_at, mask=start + vectors * VECTOR < width, other=0),)
+        inputs = ()
+        for t in tl.static_range(M):
+            x_at = x_ptr + tl.minimum(t, m - 1).to(tl.int64) * k
+            inputs = inputs + (_inputs(x_at, start, words, k, EVEN, X64, BF16),)
+        new = ()
+        for r in tl.static_range(BN):
+            decoded = _codes(codes[r])
+            scale = _scale(scales[r], E8M0)
+            for t in tl.static_range(M):
+                new = new + (totals[r * M + t] + _dot(decoded, inputs[t], scale, GROUPS, VECTOR),)
+        totals = new
+    for r in tl.static_range(BN):
+        row = first_row + r
+        whole = FROM_F16
+        bias = 0.0
+        if global_ptr is not None:
+            whole = FROM_F16 * tl.load(global_ptr + row, mask=row < n, other=0.0)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + row, mask=row < n, other=0.0).to(tl.float32)
+        for t in tl.static_range(M):
+            y = tl.sum(totals[r * M + t], 0) * whole + bias
+            tl.store(y_ptr + tl.cast(t, tl.int64) * n + row, y.to(OUT), mask=(row < n) & (t < m))
 
 
 # --- more rows: decoded weights as matrices ---

@@ -149,12 +149,14 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: 
     plan = plan or gemv_plan(problem, m, _sm_count(rows.device))
     width = data.shape[1] // 4
     lanes = 4 if width % 4 == 0 else 2
+    wide = problem.dtype != torch.float32 and problem.k % 4 == 0 and rows.data_ptr() % 8 == 0
     y = rows.new_empty(m, problem.n)
     _source().gemv_fp4_kernel[(-(-problem.n // plan.rows),)](
-        rows, data.view(torch.int32), scale, whole, bias, y, m, problem.n, problem.k, width // lanes,
+        rows.view(torch.int64) if wide else rows, data.view(torch.int32), scale, whole, bias, y,
+        m, problem.n, problem.k // 4 if wide else problem.k, width // lanes,
         M=1 << (m - 1).bit_length(), BN=plan.rows, WORDS=plan.words, LANES=lanes, VECTOR=_group_bytes(problem) // 4,
-        EVEN=width % plan.words == 0 and problem.k == width * 8, E8M0=whole is None, OUT=_type(problem.dtype),
-        num_warps=plan.warps,
+        EVEN=width % plan.words == 0 and problem.k == width * 8, E8M0=whole is None, X64=wide,
+        BF16=problem.dtype == torch.bfloat16, OUT=_type(problem.dtype), num_warps=plan.warps,
     )  # fmt: skip
     return y
 
