@@ -37,11 +37,19 @@ LENGTH, WINDOWS, CALIBRATION = 384, 6, 2
 # Product and textbook differ by the order of f32 sums, by where bf16 rounds between fused nodes, and by codes that fall
 # on the other side of a tie because of either: far below this.
 SAME = 0.005
+# Inputs of 4 bits: moving every bf16 input of the textbook's own linears to the next float moves its perplexity on these six
+# windows by up to 0.9 % (MoE, NVFP4; 0.3 % for W8A8), since a code that flips is a third of its value away.
+SAME_FP4_INPUTS = 0.015
 CLOSE_TO_BF16 = {"FP8_DYNAMIC": 0.01, "FP8_BLOCK": 0.01, "W8A8": 0.01}
 
 
 # Of the MoE. All schemes run as lowered graphs without Inductor, which takes seconds; two also as users run them.
 MOE_WHOLE = ("FP8_DYNAMIC", "W8A8")
+
+
+def same(name: str) -> float:
+    """How far product and textbook may be apart, relatively."""
+    return SAME_FP4_INPUTS if name in ("NVFP4", "NVFP4_STATIC", "MXFP4") else SAME
 
 
 def forward_of(model: Any) -> Callable[[Tensor], Tensor]:
@@ -90,7 +98,7 @@ def test_whole_model_has_the_textbook_perplexity(
     quant_compile.compile(model, policy=policy_of(name, model, batches, tmp_path))
     measured = demo.perplexity(forward_of(model), heldout[:WINDOWS])
     quant_compile.report(model).require(coverage=1.0)
-    assert measured == pytest.approx(textbook_perplexity(name, heldout, amax), rel=SAME)
+    assert measured == pytest.approx(textbook_perplexity(name, heldout, amax), rel=same(name))
     assert measured != bf16  # not a single scheme is exact: equality would mean that nothing was quantized
     if name in CLOSE_TO_BF16:
         assert measured == pytest.approx(bf16, rel=CLOSE_TO_BF16[name])
@@ -108,7 +116,7 @@ def test_layers_have_the_textbook_perplexity(
     report = quant_compile.report(model)
     layers = sum(p.numel() * p.element_size() for p in model.model.layers.parameters() if p.dim() == 2)
     assert sum(line.bytes_before for line in report.lines if line.scheme) == layers
-    assert measured == pytest.approx(textbook_perplexity(name, heldout, amax), rel=SAME)
+    assert measured == pytest.approx(textbook_perplexity(name, heldout, amax), rel=same(name))
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ def test_moe_has_the_textbook_perplexity(name: str, moe: Moe, tmp_path: Path, pl
     measured = demo.perplexity(forward_of(model), moe.windows)
     check_moe_report(model)
     assert len(plain_inductor) > 0
-    assert measured == pytest.approx(moe.textbook(name), rel=SAME)
+    assert measured == pytest.approx(moe.textbook(name), rel=same(name))
     assert measured != moe.bf16
 
 
@@ -161,7 +169,7 @@ def test_whole_moe_is_close_to_bf16(name: str, moe: Moe) -> None:
     quant_compile.compile(model, policy=name)
     measured = demo.perplexity(forward_of(model), moe.windows)
     check_moe_report(model)
-    assert measured == pytest.approx(moe.textbook(name), rel=SAME)
+    assert measured == pytest.approx(moe.textbook(name), rel=same(name))
     assert measured == pytest.approx(moe.bf16, rel=0.01)
     assert measured != moe.bf16
 
