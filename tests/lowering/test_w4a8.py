@@ -567,20 +567,20 @@ def test_the_double_can_fail() -> None:
 @pytest.mark.parametrize("name", [*PRESETS, *SYMMETRIC, GROUP32])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 7), (3, 33, 130), (9, 64, 512)])
 def test_cpu_kernel(name: str, m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quant_compile.lowering.kernels import torch_cpu_w4a8
+    from quant_compile.lowering.kernels import torch_cpu_4bit
 
-    monkeypatch.setattr(torch_cpu_w4a8, "CHUNK_ELEMENTS", 7 * k)
+    monkeypatch.setattr(torch_cpu_4bit, "CHUNK_ELEMENTS", 7 * k)
     scheme = parse(name)
     family, problem = family_of(scheme), Problem(scheme, n, k, F32, True)
     x = family.quantize_input(torch.randn(m, k), scheme, torch.tensor([0.03]) if scheme.static else None)
     w, bias = family.quantize_weight(torch.randn(n, k), scheme), torch.randn(n)
-    assert isinstance(torch_cpu_w4a8.fit(problem, m, Target.fake("cpu")), Rank)
-    got, wanted = torch_cpu_w4a8.run(x, w, bias, problem), family.linear(x, w, bias, scheme, F32)
+    assert isinstance(torch_cpu_4bit.fit(problem, m, Target.fake("cpu")), Rank)
+    got, wanted = torch_cpu_4bit.run(x, w, bias, problem), family.linear(x, w, bias, scheme, F32)
     assert float((got - wanted).norm() / wanted.norm()) <= 2e-6
 
 
 def test_cpu_kernel_refuses_others() -> None:
-    fit = kernels()["torch_cpu_w4a8"].fit
+    fit = kernels()["torch_cpu_4bit"].fit
     assert "CPU only" in fit(Problem(parse("W4A8"), 8, 8, BF16), 1, SM90).reason
     assert "8-bit inputs" in fit(Problem(parse("W4A16"), 8, 8, BF16), 1, Target.fake("cpu")).reason
 
