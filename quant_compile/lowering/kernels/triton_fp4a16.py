@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject
 from quant_compile.lowering.kernels._roofline import estimate
+from quant_compile.lowering.kernels.triton_w4a16 import sm_count_of, triton_type
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.schemes.fp4 import MXFP4, NVFP4
 from quant_compile.lowering.target import Target
@@ -101,18 +102,6 @@ def _source() -> Any:
     return import_module("quant_compile.lowering.kernels._triton_fp4a16")
 
 
-@lru_cache(maxsize=None)
-def _type(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
-
-
-@lru_cache(maxsize=None)
-def _sm_count(device: torch.device) -> int:
-    return Target.of(device).sm_count if device.type == "cuda" else 1
-
-
 def _planes(w: Planes) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes and scales as bytes, and the global scale of each row (NVFP4)."""
     return w[0], w[1].view(torch.uint8), w[2] if len(w) == 3 else None
@@ -146,7 +135,7 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: 
     """x [m, k], m at most four, times FP4 rows -> [m, n], f32 sums rounded once. Source: the family's ``linear``."""
     rows, (data, scale, whole) = x[0], _planes(w)
     m = rows.shape[0]
-    plan = plan or gemv_plan(problem, m, _sm_count(rows.device))
+    plan = plan or gemv_plan(problem, m, sm_count_of(rows.device))
     width = data.shape[1] // 4
     lanes = 4 if width % 4 == 0 else 2
     wide = problem.dtype != torch.float32 and problem.k % 4 == 0 and rows.data_ptr() % 8 == 0
@@ -156,7 +145,7 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: 
         m, problem.n, problem.k // 4 if wide else problem.k, width // lanes,
         M=1 << (m - 1).bit_length(), BN=plan.rows, WORDS=plan.words, LANES=lanes, VECTOR=_group_bytes(problem) // 4,
         EVEN=width % plan.words == 0 and problem.k == width * 8, E8M0=whole is None, X64=wide,
-        BF16=problem.dtype == torch.bfloat16, OUT=_type(problem.dtype), num_warps=plan.warps,
+        BF16=problem.dtype == torch.bfloat16, OUT=triton_type(problem.dtype), num_warps=plan.warps,
     )  # fmt: skip
     return y
 
@@ -191,7 +180,7 @@ def run_matmul(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan
     """
     rows, (data, scale, whole) = x[0], _planes(w)
     m, n, width = rows.shape[0], problem.n, data.shape[1]
-    plan = plan or matmul_plan(problem, m, _sm_count(rows.device))
+    plan = plan or matmul_plan(problem, m, sm_count_of(rows.device))
     per_split = math.ceil(width / plan.block_bytes / plan.splits) * plan.block_bytes
     splits = -(-width // per_split)
     y = rows.new_empty(m, n)
@@ -200,12 +189,12 @@ def run_matmul(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan
         rows, data, scale, whole, bias if splits == 1 else None, parts, m, n, problem.k, width, per_split,
         BM=plan.block_m, BN=plan.block_n, BYTES=plan.block_bytes, GROUP=_group_bytes(problem),
         EVEN=width % plan.block_bytes == 0 and problem.k == width * 2, E8M0=whole is None, SPLIT=splits > 1,
-        OUT=_type(problem.dtype), num_warps=plan.warps, num_stages=plan.stages,
+        OUT=triton_type(problem.dtype), num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     if splits > 1:
         block = 1024
         import_module("quant_compile.lowering.kernels._triton_w4a16").sum_parts_kernel[(-(-m * n // block),)](
-            parts, whole, bias, y, m * n, n, splits, BLOCK=block, OUT=_type(problem.dtype), num_warps=4
+            parts, whole, bias, y, m * n, n, splits, BLOCK=block, OUT=triton_type(problem.dtype), num_warps=4
         )
     return y
 
@@ -218,7 +207,7 @@ def dequantize(w: Planes, problem: Problem) -> Tensor:
     rows, bytes_ = 8, 256
     _source().dequantize_fp4_kernel[(-(-width // bytes_), -(-n // rows))](
         data, scale, whole, out, n, k, width, BN=rows, BYTES=bytes_, GROUP=_group_bytes(problem),
-        EVEN=width % bytes_ == 0, E8M0=whole is None, OUT=_type(problem.dtype), num_warps=4,
+        EVEN=width % bytes_ == 0, E8M0=whole is None, OUT=triton_type(problem.dtype), num_warps=4,
     )  # fmt: skip
     return out
 

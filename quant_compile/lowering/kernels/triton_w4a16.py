@@ -181,14 +181,14 @@ def _kernels() -> Any:
 
 
 @lru_cache(maxsize=None)
-def _type(dtype: torch.dtype) -> Any:
+def triton_type(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
 @lru_cache(maxsize=None)
-def _sm_count(device: torch.device) -> int:
+def sm_count_of(device: torch.device) -> int:
     return Target.of(device).sm_count if device.type == "cuda" else 1
 
 
@@ -228,7 +228,7 @@ def run_gemv(
     padded_n, padded_k = padded(problem)
     channel = _per_channel(scheme)
     group = 128 if channel else group_of(scheme, problem.k)
-    settings = config or gemv_config(problem.n, problem.k, group, _sm_count(row.device))
+    settings = config or gemv_config(problem.n, problem.k, group, sm_count_of(row.device))
     j = _blocks_per_chunk(group)
     chunks = -(-padded_k // (16 * j))
     in_flight = max(1, settings["W"] * 8 // settings["Q"])
@@ -261,7 +261,7 @@ def run_gemv(
         G=in_flight,
         UNROLL=settings["UNROLL"],
         STAGES=settings["STAGES"],
-        OUT=_type(problem.dtype),
+        OUT=triton_type(problem.dtype),
         num_warps=settings["W"],
     )
     return y
@@ -281,7 +281,7 @@ def _decode_arguments(w: Planes, problem: Problem, blocks_per_step: int) -> tupl
         "CHANNEL": channel,
         "EVEN": blocks % blocks_per_step == 0,
         "BF16": problem.dtype == torch.bfloat16,
-        "OUT": _type(problem.dtype),
+        "OUT": triton_type(problem.dtype),
     }
     return (*planes, zero, blocks, padded_n, 1 if channel else w[1].shape[0]), constants
 
@@ -333,7 +333,7 @@ def run_matmul(
     m = rows.shape[0]
     settings = config or matmul_config(m)
     (data, scale, zero, blocks, padded_n, groups), constants = _decode_arguments(w, problem, settings["RB"])
-    splits = settings.get("SPLITS") or _splits(problem, m, _sm_count(rows.device), settings)
+    splits = settings.get("SPLITS") or _splits(problem, m, sm_count_of(rows.device), settings)
     per_split = math.ceil(blocks / settings["RB"] / splits) * settings["RB"]
     splits = -(-blocks // per_split)
     y = rows.new_empty(m, problem.n)
@@ -352,7 +352,7 @@ def _sum_parts(parts: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tens
     """f32 parts [splits, m, n] -> y [m, n]."""
     block = 1024
     _kernels().sum_parts_kernel[(-(-y.numel() // block),)](
-        parts, scale, bias, y, y.numel(), y.shape[1], parts.shape[0], BLOCK=block, OUT=_type(y.dtype), num_warps=4
+        parts, scale, bias, y, y.numel(), y.shape[1], parts.shape[0], BLOCK=block, OUT=triton_type(y.dtype), num_warps=4
     )
     return y
 
@@ -367,7 +367,7 @@ def run_gemv8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Te
     y = x[0].new_empty(1, n)
     even = n % rows == 0 and k % columns == 0
     _kernels().gemv_w8_kernel[(-(-n // rows),)](
-        x[0], w[0], w[1], bias, y, n, k, EVEN=even, BN=rows, BK=columns, OUT=_type(problem.dtype), num_warps=warps
+        x[0], w[0], w[1], bias, y, n, k, EVEN=even, BN=rows, BK=columns, OUT=triton_type(problem.dtype), num_warps=warps
     )
     return y
 
@@ -378,14 +378,14 @@ def run_matmul8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> 
     m = rows.shape[0]
     bm, bn, bk = (16, 64, 128) if m <= 16 else (64, 64, 64) if m <= 64 else (128, 128, 64)
     programs = -(-n // bn) * -(-m // bm)
-    splits = min(max(1, 2 * _sm_count(rows.device) // programs), max(1, k // 512), 16)
+    splits = min(max(1, 2 * sm_count_of(rows.device) // programs), max(1, k // 512), 16)
     per_split = math.ceil(k / bk / splits) * bk
     splits = -(-k // per_split)
     y = rows.new_empty(m, n)
     parts = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=rows.device)
     _kernels().matmul_w8_kernel[(-(-n // bn), -(-m // bm), splits)](
         rows, w[0], w[1], bias, parts, m, n, k, per_split,
-        EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk, SPLIT=splits > 1, OUT=_type(problem.dtype),
+        EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk, SPLIT=splits > 1, OUT=triton_type(problem.dtype),
         num_warps=8 if bm == 128 else 4, num_stages=3,
     )  # fmt: skip
     return y if splits == 1 else _sum_parts(parts, w[1], bias, y)
@@ -396,7 +396,7 @@ def run_dequant8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) ->
     n, k = problem.n, problem.k
     dense = torch.empty(n, k, dtype=problem.dtype, device=w[0].device)
     _kernels().dequantize_w8_kernel[(-(-k // 512), -(-n // 16))](
-        w[0], w[1], dense, n, k, BN=16, BK=512, OUT=_type(problem.dtype), num_warps=4
+        w[0], w[1], dense, n, k, BN=16, BK=512, OUT=triton_type(problem.dtype), num_warps=4
     )
     return torch.mm(x[0], dense.t()) if bias is None else torch.addmm(bias, x[0], dense.t())
 
