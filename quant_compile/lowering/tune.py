@@ -210,8 +210,8 @@ def _inputs(problem: Problem, m: int, column_scales: bool) -> Planes:
     if problem.scheme.input_activations is None:
         return (x,)
     scale = torch.full((1,), 0.02, device="cuda") if problem.scheme.static else None
-    data, scales = family.quantize_input(x, problem.scheme, scale)
-    return (data, scales.t().contiguous().t() if column_scales else scales)
+    data, scales, *rest = family.quantize_input(x, problem.scheme, scale)
+    return data, scales.t().contiguous().t() if column_scales else scales, *rest
 
 
 def _time(kernel: Kernel, problem: Problem, m: int, copies: list[Planes]) -> float:

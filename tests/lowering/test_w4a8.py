@@ -736,7 +736,7 @@ def compile_gemv(problem: Problem, m: int, arch: int, even: bool = True) -> Any:
     """The cubin that ``triton_w4a8_gemv`` would build on ``arch``."""
     from quant_compile.lowering.kernels import _triton_w4a8 as source
 
-    block_n, block_k, warps = kernel.gemv_config(problem)
+    block_n, block_k, warps = kernel.gemv_config(problem, m)
     qserve = family_of(problem.scheme).name == "qserve"
     types = {"x_ptr": "*i64", "w_ptr": "*i32", "sx_ptr": "*fp32", "sw_ptr": "*fp16" if qserve else "*bf16"}
     types |= {"bias_ptr": "*bf16", "y_ptr": "*bf16"} | ({"zero_ptr": "*u8", "sum_ptr": "*fp32"} if qserve else {})

@@ -1,6 +1,6 @@
 """Triton kernels for FP4 weights (NVFP4, MXFP4) under 16-bit or f32 inputs, from row-form planes, sm80 and newer.
 
-``triton_fp4a16_gemv`` streams rows of w through plain cores for up to four rows of x, ``triton_fp4a16`` decodes in registers
+``triton_fp4a16_gemv`` streams rows of w through plain cores for one or two rows of x, ``triton_fp4a16`` decodes in registers
 and multiplies on tensor cores, ``triton_fp4a16_dequant`` makes a copy in x's dtype for cuBLAS. Only x's dtype limits what a
 weight may be: one that does not fit float16 becomes inf there (or, in the copy, a subnormal).
 """
@@ -24,11 +24,11 @@ from quant_compile.lowering.schemes.fp4 import MXFP4, NVFP4
 from quant_compile.lowering.target import Target
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-GEMV_ROWS = 4
-MATMUL_ROWS = 512  # beyond this many rows decoding the weight once per row tile costs more than one dequantized copy
+GEMV_ROWS = 2
+MATMUL_ROWS = 128  # beyond this many rows a dequantized copy and cuBLAS are faster by far (measured on an H200)
 
 
-# --- fit; shares of the roofs are those of the int4 kernels of the same form, until these are measured ---
+# --- fit; shares of the roofs as measured on an H200 ---
 
 
 def refuse(problem: Problem, target: Target) -> Reject | None:
@@ -51,14 +51,14 @@ def refuse(problem: Problem, target: Target) -> Reject | None:
 
 
 def fit_gemv(problem: Problem, m: int, target: Target) -> Rank | Reject:
-    """Up to four rows of x."""
+    """One or two rows of x."""
     reject = refuse(problem, target)
     if reject is not None:
         return reject
     if m > GEMV_ROWS:
         return Reject(f"runs at most {GEMV_ROWS} rows of x, got {m}")
     bits = problem.scheme.bits_per_weight
-    return Rank(estimate(problem, m, target, 0.05, bits, math_bits=16, bandwidth_efficiency=0.65))
+    return Rank(estimate(problem, m, target, 0.05, bits, math_bits=16, bandwidth_efficiency=0.45))
 
 
 def fit_matmul(problem: Problem, m: int, target: Target) -> Rank | Reject:
@@ -72,7 +72,7 @@ def fit_matmul(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return Reject(f"runs at most {MATMUL_ROWS} rows of x, got {m}")
     plan = matmul_plan(problem, m, target.sm_count)
     cost = estimate(
-        problem, m, target, 0.25, problem.scheme.bits_per_weight, math_bits=16, bandwidth_efficiency=0.3,
+        problem, m, target, 0.1, problem.scheme.bits_per_weight, math_bits=16, bandwidth_efficiency=0.17,
         tile_m=plan.block_m, launches=2 if plan.splits > 1 else 1,
         extra_bytes=8.0 * plan.splits * m * problem.n if plan.splits > 1 else 0.0,
     )  # fmt: skip
@@ -122,17 +122,14 @@ class GemvPlan:
 
 
 def gemv_plan(problem: Problem, m: int, sm_count: int) -> GemvPlan:
-    """16 bytes of each row per thread and step, and enough rows in flight to cover a load's latency."""
+    """As measured on an H200: 16 bytes of each row per thread and step; two rows of x leave registers for one warp."""
     width = -(-problem.k // (2 * _group_bytes(problem))) * _group_bytes(problem) // 4
-    words = next((words for words in (512, 256) if width % words == 0), 0)
-    if not words:
-        words = min(512, max(128, 1 << (width - 1).bit_length()))
-    rows = 4 if m <= 2 and problem.n >= 8 * sm_count else 2
-    return GemvPlan(rows, words, words // 128)
+    words = 256 if m == 1 and (width % 256 == 0 or width > 1024) else 128
+    return GemvPlan(4 if problem.n >= 8 * sm_count else 2, words, words // 128)
 
 
 def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: GemvPlan | None = None) -> Tensor:
-    """x [m, k], m at most four, times FP4 rows -> [m, n], f32 sums rounded once. Source: the family's ``linear``."""
+    """x [m, k], m at most two, times FP4 rows -> [m, n], f32 sums rounded once. Source: the family's ``linear``."""
     rows, (data, scale, whole) = x[0], _planes(w)
     m = rows.shape[0]
     plan = plan or gemv_plan(problem, m, sm_count_of(rows.device))
@@ -163,13 +160,14 @@ class MatmulPlan:
 
 
 def matmul_plan(problem: Problem, m: int, sm_count: int) -> MatmulPlan:
-    """Parts of k so that every SM has about two programs, each part of at least 512 columns."""
+    """Parts of k so that SMs have programs enough (measured on an H200), each part of at least 512 columns."""
     if m <= 64:
-        tile = (16 if m <= 16 else 32 if m <= 32 else 64, 64, 64 if m <= 32 else 32, 4, 4)
+        tile = (16, 64, 32, 4, 4) if m <= 16 else (32, 64, 32, 4, 4) if m <= 32 else (64, 128, 32, 4, 3)
     else:
         tile = (128, 128, 32, 8, 3)
     programs = -(-problem.n // tile[1]) * -(-m // tile[0])
-    splits = min(max(1, 2 * sm_count // programs), max(1, problem.k // 512), 16)
+    per_sm = 12 if m <= 32 else 3 if m <= 64 else 2
+    splits = min(max(1, per_sm * sm_count // programs), max(1, problem.k // 512), 8)
     return MatmulPlan(*tile, splits)
 
 

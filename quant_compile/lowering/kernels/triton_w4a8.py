@@ -68,17 +68,20 @@ def step_pairs(scheme: Scheme) -> int:
 
 
 def config(problem: Problem, m: int, target: Target) -> Config:
-    """How ``triton_w4a8`` runs m tokens on ``target``, without measurement."""
+    """How ``triton_w4a8`` runs m tokens on ``target``, without measurement; tiles as measured on an H200."""
     if m > 64:
         warps = 8 if target.arch >= 90 else 4
-        return Config(128, 128, warps, 3) if m > 128 and target.arch >= 90 else Config(64, 128, warps, 3)
+        wide = m > 128 and target.arch >= 90 and float8(problem.scheme)
+        return Config(128 if wide else 64, 128, warps, 3)
     # Below 16 columns sm90 and sm100 would multiply e4m3 as f16 on the older tensor core instruction.
     block_m = max(16 if float8(problem.scheme) else 8, _pow2(m))
-    tiles, steps = _blocks(problem.n, 64), _blocks(problem.k, 2 * step_pairs(problem.scheme))
+    few = block_m <= 32
+    block_n = 64 if few else 128
+    tiles, steps = _blocks(problem.n, block_n), _blocks(problem.k, 2 * step_pairs(problem.scheme))
     split = 1
-    while tiles * split < 2 * target.sm_count and steps >= 16 * split:
+    while tiles * split < (2.0 if few else 1.5) * target.sm_count and steps >= 16 * split:
         split *= 2
-    return Config(block_m, 64, 4, 5 if block_m <= 32 else 4, split)
+    return Config(block_m, block_n, 4, 4 if few else 3, split)
 
 
 # --- fit ---
@@ -114,7 +117,7 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
     bits = problem.scheme.bits_per_weight
     return Rank(
         estimate(
-            problem, m, target, 0.3, bits, bandwidth_efficiency=0.6, tile_m=plan.block_m,
+            problem, m, target, 0.3, bits, bandwidth_efficiency=0.55, tile_m=plan.block_m,
             launches=2 if plan.split > 1 else 1, extra_bytes=extra,
         )
     )  # fmt: skip
@@ -134,7 +137,7 @@ def fit_gemv(problem: Problem, m: int, target: Target) -> Rank | Reject:
     if problem.k % 8:
         return Reject(f"k must be a multiple of 8, got {problem.k}")
     # Bound by ordinary cores: about an instruction a weight, four codes multiplied by one more for each token.
-    cost = estimate(problem, m, target, 1 / 40, problem.scheme.bits_per_weight, bandwidth_efficiency=0.7)
+    cost = estimate(problem, m, target, 1 / 50, problem.scheme.bits_per_weight, bandwidth_efficiency=0.85)
     return Rank(cost)
 
 
@@ -221,12 +224,11 @@ def _sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     return y
 
 
-def gemv_config(problem: Problem) -> tuple[int, int, int]:
-    """(rows of w, words of eight codes, warps) of a program of ``triton_w4a8_gemv``: 16 bytes a thread, row and load."""
+def gemv_config(problem: Problem, tokens: int) -> tuple[int, int, int]:
+    """(rows of w, words of eight codes, warps) of a program of ``triton_w4a8_gemv``, as measured on an H200."""
     words = problem.k // 8
-    fitting = min(512, max(128, _pow2(words)))
-    block = next((size for size in (512, 256, 128) if size <= fitting and words % size == 0), fitting)
-    return 4, block, block // 128
+    block = 256 if words % 256 == 0 or words > 1024 else 128
+    return 4, block, block // 128 if tokens == 1 else 1
 
 
 def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -236,8 +238,8 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Ten
     words = weights.shape[1]
     zero, total = _channel_zero(x, w, scheme)
     y = torch.empty((m, n), dtype=problem.dtype, device=codes.device)
-    block_n, block_k, warps = gemv_config(problem)
     tokens = min(GEMV_TOKENS, _pow2(m))
+    block_n, block_k, warps = gemv_config(problem, tokens)
     _source().gemv_kernel[(_blocks(n, block_n), _blocks(m, tokens))](
         codes, weights, x[1], w[1], zero, total, bias, y, m, n, words, w[1].shape[1], _sx_row(x),
         M=tokens, BLOCK_N=block_n, BLOCK_K=block_k, WORDS_PER_GROUP=(scheme.weights.group_size or 0) // 8,
