@@ -37,7 +37,11 @@ H200 = DeviceProperties(
 )
 # On a GPU the backend turns split reductions off itself (see backend.py); here it believes that it is on a CPU.
 INDUCTOR = {"cpu_backend": "triton", "split_reductions": False, "force_disable_caches": True}
-DYNAMIC, STATIC = ("FP8_DYNAMIC", "W8A8"), ("FP8", "W8A8_STATIC")
+DYNAMIC = ("FP8_DYNAMIC", "W8A8", "W4A8", "W4AFP8", "QSERVE_W4A8_CHANNEL")
+STATIC = ("FP8", "W8A8_STATIC")
+# Kernels of norm and quantize, and of activation and quantize. A norm has sums of a row and FP4 has maxima of a group, which
+# Inductor does not put into one kernel; a dynamic global scale needs all rows first.
+FP4 = {"NVFP4_STATIC": (2, 1), "MXFP4": (2, 1), "NVFP4": (3, 3)}
 
 
 class FakeDriver:
@@ -144,7 +148,7 @@ def bf16(*shape: int) -> Tensor:
 
 def policy_of(spec: str, model: nn.Module, folder: Path) -> Any:
     """A policy; for static schemes with one scale for every linear of the model."""
-    if spec in DYNAMIC:
+    if spec in DYNAMIC or spec in ("NVFP4", "MXFP4"):
         return spec
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     path = folder / "scales.safetensors"
@@ -177,6 +181,16 @@ def test_mlp_is_two_kernels_and_two_gemms(sm90: None, tmp_path: Path, spec: str)
     code = generated(model, policy_of(spec, model, tmp_path), bf16(16, 512))
     assert len(kernels(code)) == 2, kernels(code)
     assert gemms(code) == 2
+
+
+@pytest.mark.parametrize("spec", FP4)
+def test_fp4_groups_scales_and_codes_are_one_kernel(sm90: None, tmp_path: Path, spec: str) -> None:
+    """Packing is a sum over the group as its amax is a maximum, or it would be a kernel of its own."""
+    norm, act = Attention(512), Activation(1024, 64)
+    first = generated(norm, policy_of(spec, norm, tmp_path), bf16(16, 512), bf16(16, 512))
+    second = generated(act, policy_of(spec, act, tmp_path), bf16(16, 1024), bf16(16, 1024))
+    assert (len(kernels(first)), len(kernels(second))) == FP4[spec], (kernels(first), kernels(second))
+    assert gemms(first) == gemms(second) == 1
 
 
 def test_without_sharing_the_count_is_higher(sm90: None) -> None:
