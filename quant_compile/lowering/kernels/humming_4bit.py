@@ -22,6 +22,7 @@ humming multiplies a scale per row into sums already rounded to the output's dty
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -354,25 +355,21 @@ def layer_config(problem: Problem) -> dict[str, Any]:
     return fields
 
 
-def order_of(problem: Problem, device: torch.device) -> str:
-    """The order in which humming's GEMM should read codes: that of the layout that ``fit`` allows on the device."""
-    x = problem.scheme.input_activations
-    if x is not None and x.type == "int":
-        return "flat"
-    wide = x is not None and problem.scheme.weights.group_size == 128
-    return "wide" if wide and torch.cuda.get_device_capability(device) == (9, 0) else "tiles"
-
-
 @lru_cache(maxsize=None)
-def _gemm(problem: Problem, top: int, device: torch.device) -> Tensor:
-    order, fields = order_of(problem, device), layer_config(problem)
-    fields["use_packed_k_layout"] = order == "wide"
+def _gemm(problem: Problem, order: str, top: int, device: torch.device) -> Tensor:
+    fields = layer_config(problem) | {"use_packed_k_layout": order == "wide"}
     return _humming.compile_gemm(fields, device, _humming.heuristic_tuning(fields, top, device), order)
 
 
-def prepare(problem: Problem, m: int, device: torch.device) -> Tensor:
-    """Compile the GEMM that serves m rows; humming's compiler is a process of its own, so threads run it side by side."""
-    return _gemm(problem, range_of(m), device)
+def _preparer(order: str) -> Callable[[Problem, int, torch.device], Tensor]:
+    def prepare(problem: Problem, m: int, device: torch.device) -> Tensor:
+        """Compile the GEMM that serves m rows; humming's compiler is a process of its own, so threads run it side by side."""
+        return _gemm(problem, order, range_of(m), device)
+
+    return prepare
+
+
+PREPARE = {order: _preparer(order) for order in ("flat", "tiles", "wide")}
 
 
 def run_int8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -382,17 +379,26 @@ def run_int8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Ten
     must not run on two streams at once, and they add in the order in which they finish, so two calls may differ in bits.
     Source: humming_kernels' dense GEMM.
     """
-    gemm = prepare(problem, x[0].shape[0], x[0].device)
+    gemm = PREPARE["flat"](problem, x[0].shape[0], x[0].device)
     y = _humming.launch(gemm, x[0], w[0], w[1], w[2], x_scale=x[1])
     return y if bias is None else y.add_(bias)
 
 
 def run_fp8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
-    """[m, k] e4m3 with scale [m, 1] or [1] f32 times 4-bit weights in ``w4_tiles8`` or ``w4_wide8`` -> [m, n].
+    """[m, k] e4m3 with scale [m, 1] or [1] f32 times 4-bit weights in ``w4_tiles8`` -> [m, n].
 
     As ``run_int8``, with sums of a group as the tensor cores make them. Source: humming_kernels' dense GEMM.
     """
-    gemm = prepare(problem, x[0].shape[0], x[0].device)
+    return _run_fp8(x, w, bias, problem, "tiles")
+
+
+def run_fp8_wide(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
+    """``run_fp8`` on weights in ``w4_wide8``."""
+    return _run_fp8(x, w, bias, problem, "wide")
+
+
+def _run_fp8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, order: str) -> Tensor:
+    gemm = PREPARE[order](problem, x[0].shape[0], x[0].device)
     y = _humming.launch(gemm, x[0], w[0], w[1], w[3], whole=w[2], x_scale=x[1])
     return y if bias is None else y.add_(bias)
 
@@ -402,7 +408,7 @@ def run_fp4(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tens
 
     As for ``run_int8``, two calls may differ in bits. Source: humming_kernels' dense GEMM.
     """
-    gemm = prepare(problem, x[0].shape[0], x[0].device)
+    gemm = PREPARE["tiles"](problem, x[0].shape[0], x[0].device)
     if not _nv(problem):
         y = _humming.launch(gemm, x[0], w[0], w[1].view(torch.float8_e8m0fnu), w[2])
         return y if bias is None else y.add_(bias)
@@ -411,8 +417,8 @@ def run_fp4(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tens
 
 
 KERNELS = (
-    Kernel("humming_w4a8", "w4_flat", fit_int8, run_int8, prepare=prepare),
-    Kernel("humming_w4afp8", "w4_tiles8", fit_fp8, run_fp8, prepare=prepare),
-    Kernel("humming_w4afp8_wide", "w4_wide8", fit_fp8_wide, run_fp8, prepare=prepare),
-    Kernel("humming_fp4a16", "fp4_tiles", fit_fp4, run_fp4, prepare=prepare),
+    Kernel("humming_w4a8", "w4_flat", fit_int8, run_int8, prepare=PREPARE["flat"]),
+    Kernel("humming_w4afp8", "w4_tiles8", fit_fp8, run_fp8, prepare=PREPARE["tiles"]),
+    Kernel("humming_w4afp8_wide", "w4_wide8", fit_fp8_wide, run_fp8_wide, prepare=PREPARE["wide"]),
+    Kernel("humming_fp4a16", "fp4_tiles", fit_fp4, run_fp4, prepare=PREPARE["tiles"]),
 )
