@@ -185,6 +185,31 @@ def humming_mxfp4(problem: Problem) -> Contender:
     return _humming(problem, weight, None, tensors)
 
 
+def sgl_qserve(problem: Problem) -> Contender:
+    """QServe's GEMMs as sgl-kernel exposes them: f16 input scales and sums, f16 out, weights in the kernels' own order."""
+    import sgl_kernel
+
+    from quant_compile.lowering.kernels import sgl_qserve as ours
+
+    if problem.scheme.weights.group_size is None:
+
+        def call(x: Planes, w: Planes) -> Tensor:
+            return sgl_kernel.qserve_w4a8_per_chn_gemm(x[0], w[0], w[1], x[1], w[2], x[2])
+
+        return Contender(
+            "sgl qserve", "peer", "qserve", lambda w: ours.pack_channel(w, problem),
+            lambda x: (x[0], x[1].reshape(-1).half(), (x[1] * x[2]).reshape(-1).half()), call,
+        )  # fmt: skip
+
+    def call_group(x: Planes, w: Planes) -> Tensor:
+        return sgl_kernel.qserve_w4a8_per_group_gemm(x[0], w[0], w[3], w[2], w[1], x[1])
+
+    return Contender(
+        "sgl qserve", "peer", "qserve", lambda w: ours.pack_group(w, problem),
+        lambda x: (x[0], x[1].reshape(-1).half()), call_group,
+    )  # fmt: skip
+
+
 def tinygemm(problem: Problem) -> Contender:
     """torch's ``_weight_int4pack_mm``, the kernel below torchao's int4: even k in the high nibble, zero point 8."""
     group = problem.scheme.weights.group_size or problem.k
@@ -209,6 +234,8 @@ PEERS: Mapping[str, Sequence[Callable[[Problem], Contender]]] = {
     "W4AFP8": (humming_int4,),
     "NVFP4A16": (humming_nvfp4,),
     "MXFP4A16": (humming_mxfp4,),
+    "QSERVE_W4A8_CHANNEL": (sgl_qserve,),
+    "QSERVE_W4A8_GROUP": (sgl_qserve,),
 }
 
 

@@ -32,8 +32,11 @@ OTHERS = (
     "int4.channel+fp8e4m3.token.dynamic",
 )
 ROWS_OF_X = (1, 5, 16, 64, 300, 4096)
-# bf16: up to two roundings of the output, and sums of e4m3 products that tensor cores keep to about 14 bits.
+# Programs that share an output add their parts to it in its own dtype, which is rounded each time; sums of e4m3 products are
+# kept to about 14 bits by tensor cores.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
+# One rounding more, of the result times a ratio or of each group's scale.
+SIBLINGS = {torch.bfloat16: 6e-3, torch.float16: 2e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -123,18 +126,21 @@ def test_f16(spec: str) -> None:
 def test_siblings_keep_their_own_global_scale(dtype: torch.dtype) -> None:
     """Three merged weights of different sizes, each held to the reference for itself."""
     scheme = parse("NVFP4A16")
-    part, problem = Problem(scheme, 256, 1024, dtype), Problem(scheme, 768, 1024, dtype)
+    part, problem = Problem(scheme, 256, 1024, dtype), Problem(scheme, 768, 1024, dtype, siblings=3)
     factors = (1.0, 37.0, 0.02)
     parts = [(q[0], q[1], q[2] * factor) for q, factor in zip((weights(part) for _ in factors), factors, strict=True)]
     rows = tuple(torch.cat(planes) for planes in zip(*parts, strict=True))
-    kernel = kernel_of(problem)
-    packed = LAYOUTS[kernel.layout].pack(rows, problem)
-    for m in (1, 64):
-        x = inputs(problem, m)
-        y = kernel.run(x, packed, None, problem)
-        for index, planes in enumerate(parts):
-            reference = family_of(scheme).linear(x, planes, None, scheme, torch.float32)
-            assert error(y[:, 256 * index : 256 * (index + 1)], reference) <= TOLERANCE[dtype], (index, m)
+    served = [k for k in humming.KERNELS if not isinstance(k.fit(problem, 16, Target.of(DEVICE)), Reject)]
+    assert len(served) == (2 if dtype == torch.bfloat16 else 1)
+    for kernel in served:
+        packed = LAYOUTS[kernel.layout].pack(rows, problem)
+        for m in (1, 64):
+            x = inputs(problem, m)
+            y = kernel.run(x, packed, None, problem)
+            for index, planes in enumerate(parts):
+                reference = family_of(scheme).linear(x, planes, None, scheme, torch.float32)
+                got = error(y[:, 256 * index : 256 * (index + 1)], reference)
+                assert got <= SIBLINGS[dtype], (kernel.name, index, m, got)
 
 
 @pytest.mark.parametrize("spec", [*PRESETS, *OTHERS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,7 +84,11 @@ def test_int4_unpacks_to_what_was_packed(spec: str, layout: str, n: int, k: int,
 )
 def test_fp4_unpacks_to_what_was_packed(spec: str, n: int, k: int, seed: int) -> None:
     problem = problem_of(spec, n, k)
-    check_inverse("fp4_tiles", problem, weights(problem, seed))
+    rows = weights(problem, seed)
+    check_inverse("fp4_tiles", problem, rows)
+    if spec == "NVFP4A16":
+        _, scale, _, _ = check_inverse("fp4_folded", problem, rows)
+        assert scale.dtype == BF16
 
 
 def test_many_rows_are_packed_in_chunks() -> None:
@@ -214,6 +219,9 @@ REFUSALS = [
     ("humming_fp4a16", problem_of("W4A16"), H200, "FP4 weights"),
     ("humming_fp4a16", problem_of("NVFP4A16"), Target.fake("sm100"), "sm99"),
     ("humming_fp4a16", problem_of("MXFP4A16", dtype=F16), H200, "range of e8m0"),
+    ("humming_fp4a16_folded", problem_of("NVFP4A16"), H200, "siblings of NVFP4"),
+    ("humming_fp4a16_folded", problem_of("MXFP4A16"), H200, "siblings of NVFP4"),
+    ("humming_fp4a16_folded", replace(problem_of("NVFP4A16", dtype=F16), siblings=2), H200, "float16"),
     ("humming_fp4a16", problem_of("NVFP4A16"), NO_HUMMING, "humming is not installed"),
 ]
 
@@ -222,6 +230,12 @@ REFUSALS = [
 def test_refusals(kernel: str, problem: Problem, target: Target, words: str) -> None:
     answer = KERNELS[kernel].fit(problem, 16, target)
     assert isinstance(answer, Reject) and words in answer.reason, answer
+
+
+def test_siblings_of_nvfp4_have_two_ways() -> None:
+    problem = replace(problem_of("NVFP4A16"), siblings=2)
+    served = [k.name for k in humming.KERNELS if isinstance(k.fit(problem, 16, H200), Rank)]
+    assert served == ["humming_fp4a16", "humming_fp4a16_folded"]
 
 
 # --- what humming is told ---
@@ -245,6 +259,8 @@ def test_layer_config() -> None:
     nv = humming.layer_config(problem_of("NVFP4A16", dtype=F16))
     assert (nv["a_dtype"], nv["b_dtype"], nv["bs_dtype"]) == ("float16", "float4e2m1", "float8e4m3")
     assert (nv["weight_scale_group_size"], nv["weight_scale_2_type"]) == (16, "tensor")
+    folded = humming.layer_config(problem_of("NVFP4A16"), folded=True)
+    assert folded["bs_dtype"] == "bfloat16" and "weight_scale_2_type" not in folded
     mx = humming.layer_config(problem_of("MXFP4A16"))
     assert (mx["bs_dtype"], mx["weight_scale_group_size"]) == ("float8e8m0", 32) and "weight_scale_2_type" not in mx
 
@@ -274,29 +290,32 @@ def test_orders_of_humming(flags: tuple[str, ...], order: str) -> None:
 # --- run, with humming's op replaced by the reference over what it was given ---
 
 
-@pytest.mark.parametrize("siblings", [False, True])
-@pytest.mark.parametrize("spec", ["W4A8", "W4AFP8", "NVFP4A16", "MXFP4A16"])
+RUNS = [(kernel, spec, 1) for spec in ("W4A8", "W4AFP8", "NVFP4A16", "MXFP4A16") for kernel in KERNELS]
+RUNS += [("humming_fp4a16", "NVFP4A16", 2), ("humming_fp4a16_folded", "NVFP4A16", 2)]
+
+
+@pytest.mark.parametrize(("name", "spec", "siblings"), RUNS)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_run_gives_humming_all_that_the_product_needs(
-    spec: str, siblings: bool, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, spec: str, siblings: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = problem_of(spec, 128, 128)
-    parts = [weights(Problem(problem.scheme, 64, 128, BF16), seed) for seed in (1, 2)]
+    kernel, problem = KERNELS[name], Problem(parse(spec), 128, 128, BF16, has_bias, siblings)
+    arch = "sm89" if name == "humming_w4afp8" else "sm90"
+    if isinstance(kernel.fit(problem, 4, Target.fake(arch)), Reject):
+        return
+    parts = [weights(problem_of(spec, 128 // siblings, 128), seed) for seed in range(siblings)]
     rows = tuple(torch.cat(planes) for planes in zip(*parts, strict=True))
-    if siblings and spec == "NVFP4A16":
+    if siblings > 1:
         rows = (*rows[:2], rows[2] * torch.tensor([1.0, 3.7]).repeat_interleave(64)[:, None])
-    kernel = next(k for k in humming.KERNELS if isinstance(k.fit(problem, 4, H200), Rank))
-    layout = LAYOUTS[kernel.layout]
-    scheme, family = problem.scheme, family_of(problem.scheme)
+    layout, scheme, family = LAYOUTS[kernel.layout], problem.scheme, family_of(problem.scheme)
 
     def launch(gemm, x, data, scale, locks, *, whole=None, x_scale=None):
-        """What humming computes: all global scales are ``whole``."""
+        """What humming computes: one scale of all rows, or none where ``scale`` holds it."""
+        assert torch.equal(data, packed[0]) and locks.dtype == torch.int32 and locks.numel() == 2048
         plain = layout.unpack(packed, problem)
-        assert torch.equal(data, packed[0]) and torch.equal(bits(scale), bits(packed[1]))
-        assert locks.dtype == torch.int32 and locks.numel() == 2048 and not locks.any()
-        if spec == "NVFP4A16":
+        if whole is not None and spec == "NVFP4A16":
             plain = (*plain[:2], whole.expand(problem.n, 1))
-        return family.linear(x if x_scale is None else (x, x_scale), plain, None, scheme, BF16)
+        return family.linear((x,) if x_scale is None else (x, x_scale), plain, None, scheme, BF16)
 
     for order in humming.PREPARE:
         monkeypatch.setitem(humming.PREPARE, order, lambda *args: None)
@@ -304,17 +323,11 @@ def test_run_gives_humming_all_that_the_product_needs(
     packed = layout.pack(rows, problem)
     x = torch.randn(4, 128).to(BF16)
     planes = (x,) if scheme.input_activations is None else family.quantize_input(x, scheme, None)
-    if scheme.input_activations is None:
-        original = launch
-
-        def launch_plain(gemm, x, *args, **kwargs):
-            return original(gemm, (x,), *args, **kwargs)
-
-        monkeypatch.setattr(humming._humming, "launch", launch_plain)
     bias = torch.randn(128).to(BF16) if has_bias else None
     expected = family.linear(planes, rows, bias, scheme, torch.float32)
-    error = (kernel.run(planes, packed, bias, problem).float() - expected).norm() / expected.norm()
-    assert error <= 5e-3, error  # two roundings to bf16 at most
+    got = kernel.run(planes, packed, bias, problem)
+    assert got.dtype == BF16
+    assert (got.float() - expected).norm() / expected.norm() <= 5e-3  # three roundings to bf16 at most
 
 
 def test_all_kernels_compile_ahead() -> None:
