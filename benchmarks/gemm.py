@@ -30,7 +30,7 @@ from quant_compile.ir.scheme import parse
 from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
 from quant_compile.lowering.target import Target
 
-SCHEMES = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16")
+SCHEMES = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16", "W4A8", "W4AFP8", "NVFP4A16")
 SHAPES = ((6144, 4096), (28672, 4096), (8192, 28672))
 LLAMA_SHAPES = ((4096, 4096), (4096, 14336))
 MS = (1, 16, 64, 512, 4096)
@@ -133,24 +133,81 @@ def sgl_int8(problem: Problem) -> Contender:
     return Contender("sgl int8_scaled_mm", "peer", "k", lambda w: (w[0].t(), w[1]), _same, call)
 
 
-def humming_w4a16(problem: Problem) -> Contender:
-    """humming's layer with int4 groups; its packed fields are our nibbles read as little-endian int32."""
+def _humming(
+    problem: Problem, weight: dict[str, Any], inputs: str | None, tensors: Callable[[Planes], dict[str, Tensor]]
+) -> Contender:
+    """humming's layer, given the input's codes and scale where it is quantized, so that only the GEMM is timed."""
     from humming.layer import HummingLayer
-
-    group = problem.scheme.weights.group_size
 
     def pack(w: Planes) -> Any:
         layer = HummingLayer(
             shape_n=problem.n,
             shape_k=problem.k,
-            weight_config={"dtype": "int4", "group_size": group},
+            weight_config=dict(weight),
+            input_config=None if inputs is None else {"dtype": inputs},
             torch_dtype=problem.dtype,
         ).cuda()
-        layer.load_from_tensors({"weight": w[0].view(torch.int32), "weight_scale": w[1]})
+        layer.load_from_tensors(tensors(w))
         layer.transform()
         return layer
 
-    return Contender("humming", "peer", "humming layer", pack, _same, lambda x, layer: layer(x[0]))
+    def call(x: Planes, layer: Any) -> Tensor:
+        return layer(x[0], input_scale=x[1] if len(x) > 1 else None)
+
+    return Contender("humming", "peer", "humming layer", pack, _same, call)
+
+
+def humming_int4(problem: Problem) -> Contender:
+    """int4 groups; humming's packed fields are our nibbles read as little-endian int32."""
+    x = problem.scheme.input_activations
+    inputs = None if x is None else "int8" if x.type == "int" else "float8e4m3"
+    weight = {"dtype": "int4", "group_size": problem.scheme.weights.group_size}
+    return _humming(problem, weight, inputs, lambda w: {"weight": w[0].view(torch.int32), "weight_scale": w[1]})
+
+
+def humming_nvfp4(problem: Problem) -> Contender:
+    """e2m1 under e4m3 scales and one f32 scale of the tensor."""
+    weight = {"dtype": "float4e2m1", "group_size": 16, "scale_dtype": "float8e4m3", "scale_2_type": "tensor"}
+
+    def tensors(w: Planes) -> dict[str, Tensor]:
+        return {"weight": w[0].view(torch.int32), "weight_scale": w[1], "weight_scale_2": w[2][:1, 0].clone()}
+
+    return _humming(problem, weight, None, tensors)
+
+
+def humming_mxfp4(problem: Problem) -> Contender:
+    """e2m1 under e8m0 scales."""
+    weight = {"dtype": "float4e2m1", "group_size": 32, "scale_dtype": "float8e8m0"}
+
+    def tensors(w: Planes) -> dict[str, Tensor]:
+        return {"weight": w[0].view(torch.int32), "weight_scale": w[1].view(torch.float8_e8m0fnu)}
+
+    return _humming(problem, weight, None, tensors)
+
+
+def sgl_qserve(problem: Problem) -> Contender:
+    """QServe's GEMMs as sgl-kernel exposes them: f16 input scales and sums, f16 out, weights in the kernels' own order."""
+    import sgl_kernel
+
+    from quant_compile.lowering.kernels import sgl_qserve as ours
+
+    if problem.scheme.weights.group_size is None:
+
+        def call(x: Planes, w: Planes) -> Tensor:
+            return sgl_kernel.qserve_w4a8_per_chn_gemm(x[0], w[0], w[1], x[1], w[2], x[2])
+
+        return Contender(
+            "sgl qserve", "peer", "qserve", lambda w: ours.pack_channel(w, problem),
+            lambda x: (x[0], x[1].reshape(-1).half(), (x[1] * x[2]).reshape(-1).half()), call,
+        )  # fmt: skip
+
+    def call_group(x: Planes, w: Planes) -> Tensor:
+        return sgl_kernel.qserve_w4a8_per_group_gemm(x[0], w[0], w[3], w[2], w[1], x[1])
+
+    return Contender(
+        "sgl qserve", "peer", "qserve", lambda w: ours.pack_group(w, problem),
+        lambda x: (x[0], x[1].reshape(-1).half()), call_group,
+    )  # fmt: skip
 
 
 def tinygemm(problem: Problem) -> Contender:
@@ -172,7 +229,13 @@ PEERS: Mapping[str, Sequence[Callable[[Problem], Contender]]] = {
     "FP8_DYNAMIC": (torch_fp8_row, sgl_fp8),
     "FP8_BLOCK": (sgl_fp8_block, deep_gemm_block),
     "W8A8": (sgl_int8,),
-    "W4A16": (humming_w4a16, tinygemm),
+    "W4A16": (humming_int4, tinygemm),
+    "W4A8": (humming_int4,),
+    "W4AFP8": (humming_int4,),
+    "NVFP4A16": (humming_nvfp4,),
+    "MXFP4A16": (humming_mxfp4,),
+    "QSERVE_W4A8_CHANNEL": (sgl_qserve,),
+    "QSERVE_W4A8_GROUP": (sgl_qserve,),
 }
 
 

@@ -31,6 +31,7 @@ class Problem:
         k: input features.
         dtype: dtype of the 16-bit (or f32) input and of y.
         has_bias: a bias [n] of ``dtype`` is added.
+        siblings: weights that are merged into w. A scale of a whole tensor is one number where there is one, else each has its own.
     """
 
     scheme: Scheme
@@ -38,6 +39,7 @@ class Problem:
     k: int
     dtype: torch.dtype
     has_bias: bool = False
+    siblings: int = 1
 
 
 @dataclass(frozen=True)

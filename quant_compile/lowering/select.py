@@ -70,7 +70,8 @@ class Dispatch:
         """Everything about the dispatch as one word: it is an argument of the kernel op and part of Inductor's cache key."""
         p = self.problem
         dtype = str(p.dtype).removeprefix("torch.")
-        head = f"{p.scheme.spec}|{p.n}|{p.k}|{dtype}|{int(p.has_bias)}|{self.layout}|{int(self.column_scales)}"
+        rows = str(p.n) if p.siblings == 1 else f"{p.n}/{p.siblings}"
+        head = f"{p.scheme.spec}|{rows}|{p.k}|{dtype}|{int(p.has_bias)}|{self.layout}|{int(self.column_scales)}"
         return f"{head}|{table_text(self.table)}"
 
     @property
@@ -86,8 +87,9 @@ class Dispatch:
 @lru_cache(maxsize=None)
 def parse_dispatch(text: str) -> Dispatch:
     """Inverse of ``Dispatch.text``."""
-    spec, n, k, dtype, bias, layout, column, table = text.split("|")
-    problem = Problem(parse(spec), int(n), int(k), getattr(torch, dtype), bias == "1")
+    spec, rows, k, dtype, bias, layout, column, table = text.split("|")
+    n, _, siblings = rows.partition("/")
+    problem = Problem(parse(spec), int(n), int(k), getattr(torch, dtype), bias == "1", int(siblings or 1))
     return Dispatch(problem, layout, parse_table(table), column == "1")
 
 

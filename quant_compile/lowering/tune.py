@@ -74,7 +74,7 @@ def problem_key(problem: Problem | MoeProblem) -> str:
     if isinstance(p, MoeProblem):
         sizes = (p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text, int(p.has_bias), int(p.has_weights))
         return "|".join(map(str, ("moe", p.scheme.spec, *sizes, str(p.dtype).removeprefix("torch."))))
-    return f"{p.scheme.spec}|{p.n}|{p.k}|{str(p.dtype).removeprefix('torch.')}|{int(p.has_bias)}"
+    return f"{p.scheme.spec}|{p.n}/{p.siblings}|{p.k}|{str(p.dtype).removeprefix('torch.')}|{int(p.has_bias)}"
 
 
 @lru_cache(maxsize=None)

@@ -67,7 +67,8 @@ def _lower_linear(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
     source = x if isinstance(x, fx.Node) else x[0]  # type: ignore[index]
     value = (source.args[0] if source.target is ops.quantize else source).meta["example_value"]  # type: ignore[union-attr]
     n = w[0].meta["example_value"].shape[0]  # type: ignore[index, union-attr]
-    problem = Problem(parse(str(spec)), int(n), int(value.shape[-1]), dtype, bias is not None)  # type: ignore[arg-type]
+    k, siblings = int(value.shape[-1]), len(ref.slots)
+    problem = Problem(parse(str(spec)), int(n), k, dtype, bias is not None, siblings)  # type: ignore[arg-type]
     dispatch = plan.choose(problem, " + ".join(node.meta["names"]))
     planes = list(w)  # type: ignore[arg-type]
     if dispatch.layout != ref.layout:

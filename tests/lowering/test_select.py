@@ -223,13 +223,14 @@ def test_unknown_pin_lists_the_kernels() -> None:
     st.booleans(),
     st.lists(st.sampled_from(sorted(kernels())), min_size=1, max_size=6),
     st.booleans(),
+    st.integers(1, 4),
 )
 @settings(deadline=None, derandomize=True)
 def test_text_round_trip(
-    spec: str, n: int, k: int, dtype: torch.dtype, bias: bool, names: list[str], columns: bool
+    spec: str, n: int, k: int, dtype: torch.dtype, bias: bool, names: list[str], columns: bool, siblings: int
 ) -> None:
     table = tuple(zip(BUCKETS, names, strict=False))
-    dispatch = Dispatch(problem(spec, n, k, dtype, bias), "rows", table, columns)
+    dispatch = Dispatch(replace(problem(spec, n, k, dtype, bias), siblings=siblings), "rows", table, columns)
     assert parse_dispatch(dispatch.text) == dispatch
     assert " " not in dispatch.text
 

@@ -66,7 +66,7 @@ def test_graph() -> None:
         "  clamp = clamp(round_1, -127.0, 127.0)",
         "  to_1 = to(clamp, i8)",
         "* linear_default_4: f32[2, 3, 40] = sglq_kernels.linear([to_1, mul], [q__data_joined, q__scale_joined], "
-        "l_self_parameters_bias__joined, 'W8A8|40|40|float32|1|rows|0|4096=reference')  # q + k + v W8A8",
+        "l_self_parameters_bias__joined, 'W8A8|40/3|40|float32|1|rows|0|4096=reference')  # q + k + v W8A8",
         "  narrow: f32[2, 3, 24] = narrow(linear_default_4, -1, 0, 24)",
         "  narrow_1: f32[2, 3, 8] = narrow(linear_default_4, -1, 24, 8)",
         "  narrow_2: f32[2, 3, 8] = narrow(linear_default_4, -1, 32, 8)",

@@ -1,7 +1,6 @@
 """4-bit weights under 16-bit inputs by humming's just-in-time GEMMs, which read the layout ``w4_tiles``.
 
-Reads humming_kernels (optional). A GEMM is compiled at the first call of a shape and range of m; afterwards a call
-is one op. humming's own heuristics pick the tiles; they are asked once per range of m.
+Reads humming_kernels (optional), as ``_humming`` describes: a GEMM is compiled at the first call of a shape and range of m.
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject
+from quant_compile.lowering.kernels import _humming
+from quant_compile.lowering.kernels._humming import DTYPES, range_of
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels._weight_only import refuse
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
 
 GROUPS = (None, 32, 64, 128)
-# Largest m of each range that gets a GEMM of its own; beyond the last, humming's choice no longer changes.
-RANGES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
@@ -37,11 +35,6 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
             return Reject(f"{name} must be a multiple of 128, got {size}")
     bits = problem.scheme.bits_per_weight
     return Rank(estimate(problem, m, target, 0.67, bits, math_bits=16, bandwidth_efficiency=0.6, tile_m=8))
-
-
-def range_of(m: int) -> int:
-    """The m that stands for all m that share one compiled GEMM."""
-    return next((top for top in RANGES if m <= top), RANGES[-1])
 
 
 def layer_config(problem: Problem) -> dict[str, Any]:
@@ -61,22 +54,12 @@ def layer_config(problem: Problem) -> dict[str, Any]:
 
 def compile_gemm(problem: Problem, device: torch.device, tuning: Mapping[str, Any]) -> Tensor:
     """Compile one GEMM with these tiles; the answer [4] int64 on CPU is what the launch op takes."""
-    from humming.config import LayerConfig
-    from humming.kernel.humming import HummingKernel
-
-    with torch.cuda.device(device):
-        layer = LayerConfig(**layer_config(problem)).to_str()
-        return HummingKernel.prepare_kernels(layer, None, dict(tuning), device)
+    return _humming.compile_gemm(layer_config(problem), device, tuning)
 
 
 def heuristic_tuning(problem: Problem, m: int, device: torch.device) -> dict[str, Any]:
     """humming's own choice of tiles for m rows."""
-    from humming.config import LayerConfig
-    from humming.tune import get_heuristics_config
-
-    with torch.cuda.device(device):
-        layer = LayerConfig(**layer_config(problem))
-        return dict(get_heuristics_config(layer, shape_m=m, device=device))
+    return _humming.heuristic_tuning(layer_config(problem), m, device)
 
 
 @lru_cache(maxsize=None)
@@ -86,10 +69,7 @@ def _gemm(problem: Problem, top: int, device: torch.device) -> Tensor:
 
 def launch(gemm: Tensor, x: Tensor, w: Planes) -> Tensor:
     """Run a compiled GEMM: x [m, k], planes of ``w4_tiles`` -> [m, n]."""
-    zero = w[2] if len(w) == 4 else None
-    return torch.ops.humming.launch_kernel.default(
-        gemm, x, w[0], w[1], None, None, None, zero, None, None, None, None, None, None, w[-1], 1, 0
-    )
+    return _humming.launch(gemm, x, w[0], w[1], w[-1], zero=w[2] if len(w) == 4 else None)
 
 
 def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:

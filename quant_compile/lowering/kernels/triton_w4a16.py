@@ -67,12 +67,12 @@ def pack_tiles(planes: Planes, problem: Problem) -> Planes:
         chunk = _pack_rows(planes[0][start : start + CHUNK_ROWS], min(CHUNK_ROWS, n - start), k, problem.k)
         data[:, 2 * start : 2 * (start + CHUNK_ROWS)] = chunk
     scale = pad(planes[1], (0, 0, 0, n - problem.n)).t()
-    scale = _channel_order(scale) if _per_channel(problem.scheme) else _group_order(scale)
+    scale = channel_order(scale) if _per_channel(problem.scheme) else group_order(scale)
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=data.device)
     if problem.scheme.weights.symmetric:
         return data, scale, locks
     zero = pad(unpack_nibbles(planes[2], planes[1].shape[1]), (0, 0, 0, n - problem.n)).t()
-    return data, scale, pack_nibbles(_group_order(zero)).view(torch.int32), locks
+    return data, scale, pack_nibbles(group_order(zero)).view(torch.int32), locks
 
 
 def _pack_rows(packed: Tensor, rows: int, columns: int, k: int) -> Tensor:
@@ -89,11 +89,11 @@ def unpack_tiles(planes: Planes, problem: Problem) -> Planes:
     low_high = planes[0].contiguous().view(torch.uint8).reshape(k // 16, n // 64, 8, 4, 4, 2, 2)
     codes = torch.stack((low_high & 15, low_high >> 4), -1).permute(1, 4, 6, 2, 0, 7, 3, 5).reshape(n, k)
     data = pack_nibbles(codes[: problem.n, : problem.k])
-    scale = _channel_order_inv(planes[1]) if _per_channel(problem.scheme) else _group_order_inv(planes[1])
+    scale = channel_order_inv(planes[1]) if _per_channel(problem.scheme) else group_order_inv(planes[1])
     scale = scale.t()[: problem.n].contiguous()
     if problem.scheme.weights.symmetric:
         return data, scale
-    zero = _group_order_inv(unpack_nibbles(planes[2].contiguous().view(torch.uint8), n))
+    zero = group_order_inv(unpack_nibbles(planes[2].contiguous().view(torch.uint8), n))
     return data, scale, pack_nibbles(zero.t()[: problem.n])
 
 
@@ -101,20 +101,20 @@ def _per_channel(scheme: Scheme) -> bool:
     return scheme.weights.group_size is None
 
 
-def _group_order(rows: Tensor) -> Tensor:
+def group_order(rows: Tensor) -> Tensor:
     """[g, n] in row order -> within 64 rows [row % 8][row / 8]."""
     return rows.reshape(rows.shape[0], -1, 8, 8).transpose(2, 3).reshape(rows.shape[0], -1)
 
 
-_group_order_inv = _group_order  # a transposition of 8 x 8 undoes itself
+group_order_inv = group_order  # a transposition of 8 x 8 undoes itself
 
 
-def _channel_order(rows: Tensor) -> Tensor:
+def channel_order(rows: Tensor) -> Tensor:
     """[g, n] in row order -> within 32 rows [row/2 % 4][row/8][row % 2]."""
     return rows.reshape(rows.shape[0], -1, 4, 4, 2).transpose(2, 3).reshape(rows.shape[0], -1)
 
 
-_channel_order_inv = _channel_order  # likewise
+channel_order_inv = channel_order  # likewise
 
 
 W4_TILES = Layout("w4_tiles", pack_tiles, unpack_tiles, tile_planes, row_block=lambda problem: 0)
