@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,13 @@ import torch
 from torch import Tensor
 
 import quant_compile.lowering.schemes  # noqa: F401
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels import triton_fp4_moe as kernel
 from quant_compile.lowering.kernels import triton_moe
-from quant_compile.lowering.moe import choose_moe
-from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.schemes.fp4 import decode_e2m1, decode_e8m0
-from quant_compile.lowering.target import FAKE_OPS, Target
+from quant_compile.lowering.target import Target
 from tests.lowering.test_triton_moe import Case, mend_float8, relative
 from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
 
@@ -134,7 +131,9 @@ def check_quantizer() -> None:
         g = torch.Generator().manual_seed(1)
         rows = torch.randn(40, 96, generator=g) * torch.logspace(-8, 3, 40)[:, None]
         rows[3] = 0
-        rows[4, :16] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5, -6])
+        rows[4, :16] = torch.tensor(
+            [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5, -6]
+        )
         ids = (torch.arange(40) >= 30).long()[:, None]
         if spec != "NVFP4_STATIC":
             rows[35, 50], rows[36, 3] = float("nan"), float("inf")
