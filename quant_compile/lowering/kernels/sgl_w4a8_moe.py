@@ -120,9 +120,10 @@ def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     refusal = refusal or present(target, OP, "triton") or trial(NAME, problem, target)
     if refusal is not None:
         return refusal
+    # As measured on an H200 for 128 experts of 768 x 2048.
     return Rank(
         estimate_moe(
-            problem, tokens, target, 0.4, bandwidth_efficiency=0.6, tile_m=32, launches=LAUNCHES + 12,
+            problem, tokens, target, 0.12, bandwidth_efficiency=0.4, tile_m=16, launches=LAUNCHES + 12,
             extra_bytes=copies(problem, tokens),
         )
     )  # fmt: skip
