@@ -20,9 +20,10 @@ LLAMA = transformers.LlamaConfig(
 )  # fmt: skip
 QWEN = transformers.Qwen3MoeConfig(
     vocab_size=151936, num_hidden_layers=48, hidden_size=2048, moe_intermediate_size=768, num_experts=128,
-    num_experts_per_tok=8, num_attention_heads=32, num_key_value_heads=4, head_dim=128, intermediate_size=6144,
+    num_experts_per_tok=8, num_attention_heads=32, num_key_value_heads=4, intermediate_size=6144,
     architectures=["Qwen3MoeForCausalLM"], dtype="bfloat16",
 )  # fmt: skip
+QWEN.head_dim = 128
 SITES = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "qwen": ("q_proj", "k_proj", "v_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj"),

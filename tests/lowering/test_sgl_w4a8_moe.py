@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant_compile.ir.family import Planes
 from quant_compile.ir.moe import Activation, MoeProblem
-from quant_compile.lowering import schemes as _schemes  # noqa: F401  (registers the families)
 from quant_compile.lowering.kernels import library_moe, sgl_w4a8_moe
 from quant_compile.lowering.moe import moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Rank, Reject
@@ -120,20 +120,17 @@ def test_one_product_is_exact_but_for_its_rounding() -> None:
 
 @pytest.mark.usefixtures("doubles")
 def test_a_wrong_order_of_scales_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the emulation: groups of a row one after the other."""
     block = Block(sized(hidden=1024, intermediate=1024), 20)
-    monkeypatch.setattr(sgl_w4a8_moe, "_unit", lambda k: 1)
+    kernel = moe_kernels()["sgl_w4a8_moe"]
 
-    def plain(planes: Any, problem: MoeProblem, n: int, k: int) -> Any:
-        return (planes[0] ^ 0x88).view(torch.int8), planes[1].reshape(k // 512, n * 4)
+    def plain(planes: Planes, problem: MoeProblem, n: int, k: int) -> Planes:
+        data, scale = sgl_w4a8_moe.pack(planes, problem, n, k)
+        return data, planes[1].reshape(scale.shape)
 
-    right = moe_kernels()["sgl_w4a8_moe"]
-    monkeypatch.setitem(moe_layouts(), "experts_w4a8_cutlass", type(moe_layouts()[right.layout])(
-        right.layout, lambda p, n, k: tuple(
-            type(s)(s.name, s.shape if s.name == "data" else (p.experts, k // 512, n * 4), s.dtype)
-            for s in sgl_w4a8_moe.layout_planes(p, n, k)
-        ), plain, plain,
-    ))  # fmt: skip
-    assert relative(block.got(right), block.expected()) > 0.05
+    right = moe_layouts()[kernel.layout]
+    monkeypatch.setitem(moe_layouts(), kernel.layout, replace(right, pack=plain))
+    assert relative(block.got(kernel), block.expected()) > 0.05
 
 
 @pytest.mark.parametrize("size", [(256, 512), (48, 128), (130, 1536), (1, 384)])
@@ -152,7 +149,12 @@ def test_the_trial_measures_this_kernel(monkeypatch: pytest.MonkeyPatch, doubles
     kernel = moe_kernels()["sgl_w4a8_moe"]
     problem = sized(experts=4, intermediate=256)
     assert library_moe._error(kernel, problem, torch.device("cpu")) <= library_moe.TRIAL_TOLERANCE
-    monkeypatch.setattr(sgl_w4a8_moe, "_op", lambda: lambda d, *rest: (double(d, *rest), d.mul_(1.1)))
+
+    def wrong(d: Tensor, *rest: Any) -> None:
+        double(d, *rest)
+        d.mul_(1.1)
+
+    monkeypatch.setattr(sgl_w4a8_moe, "_op", lambda: wrong)
     assert library_moe._error(kernel, problem, torch.device("cpu")) > library_moe.TRIAL_TOLERANCE
 
 
