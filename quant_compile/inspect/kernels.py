@@ -47,6 +47,11 @@ class KernelChoice:
     bytes_packed: int
 
     @property
+    def kind(self) -> str:
+        """What the weights are: ``linears`` or ``experts``."""
+        return "linears" if isinstance(self.problem, Problem) else "experts"
+
+    @property
     def size(self) -> str:
         """Sizes for people: ``n x k``, or ``experts x hidden x intermediate``."""
         p = self.problem
@@ -179,17 +184,19 @@ def kernels_table(choices: Sequence[KernelChoice], target: Target) -> Table:
 
 def refusals_table(choices: Sequence[KernelChoice]) -> Table:
     """What does not run and why: kernels that give one reason for the same problems share a row."""
-    shapes: dict[str, set[str]] = {}
-    rows: dict[tuple[str, str, str], set[str]] = {}
+    shapes: dict[tuple[str, str], set[str]] = {}
+    rows: dict[tuple[str, str, str, str], set[str]] = {}
     for choice in choices:
-        spec, shape = choice.problem.scheme.spec, choice.size
-        shapes.setdefault(spec, set()).add(shape)
+        spec, shape, kind = choice.problem.scheme.spec, choice.size, choice.kind
+        shapes.setdefault((spec, kind), set()).add(shape)
         reasons = dict.fromkeys(choice.losers, "can run; estimated slower, or reads another layout")
         for kernel, reason in (reasons | dict(choice.refusals)).items():
-            rows.setdefault((spec, kernel, reason), set()).add(shape)
+            rows.setdefault((spec, kind, kernel, reason), set()).add(shape)
     joined: dict[tuple[str, str, str], list[str]] = {}
-    for (spec, kernel, reason), where in rows.items():
-        text = "all" if where == shapes[spec] else "\n".join(sorted(where))
+    for (spec, kind, kernel, reason), where in rows.items():
+        both = {other for known, other in shapes if known == spec}
+        every = "all" if len(both) == 1 else f"all {kind}"
+        text = every if where == shapes[spec, kind] else "\n".join(sorted(where))
         joined.setdefault((spec, text, reason), []).append(kernel)
     table = Table(title="kernels not chosen", title_justify="left")
     for column in ("scheme", "size", "kernels", "reason"):

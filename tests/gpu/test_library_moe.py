@@ -13,7 +13,7 @@ from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering import schemes as _schemes  # noqa: F401  (registers the families)
-from quant_compile.lowering.kernels import library_moe
+from quant_compile.lowering.kernels import library_moe, sgl_w4a8_moe
 from quant_compile.lowering.kernels._moe import Groups, group_pairs, weigh_and_sum
 from quant_compile.lowering.moe import MoeKernel, moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Rank, Reject
@@ -23,23 +23,27 @@ from tests.moe_support import nudged
 pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
-SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A8", "W8A16", "W4A16", "W4A16_ASYM", "int4.group32+16")
+SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A8", "W8A16", "W4A16", "W4A16_ASYM", "int4.group32+16", "W4AFP8")
 KERNELS = moe_kernels() | {kernel.name: kernel for kernel in library_moe.PEERS}
 LIBRARY = {
     "torch_grouped_fp8_moe": "FP8_DYNAMIC",
     "sgl_grouped_fp8_moe": "FP8_BLOCK",
     "sgl_expert_fp8_moe": "FP8_BLOCK",
     "humming_grouped_w4a16_moe": "W4A16",
+    "sgl_w4a8_moe": "W4AFP8",
 }
 # (experts, hidden, intermediate, top k) -> tokens tried.
 SHAPES = {(16, 1024, 768, 4): (1, 3, 16, 100, 700), (128, 512, 256, 8): (1, 33, 1024)}
 # One product: rounding to bf16 (1.7e-3) and FP8 tensor cores, which keep fewer bits than f32 while they add.
 STAGE_TOLERANCE = 5e-3
+# Scales of tokens multiply rounded products here, and a second rounding flips codes of the hidden layer again.
+ROUNDED_TWICE = {"sgl_w4a8_moe": 1e-2}
 PRODUCTS = {
     "torch_grouped_fp8_moe": library_moe.torch_grouped,
     "sgl_grouped_fp8_moe": library_moe.sgl_grouped,
     "sgl_expert_fp8_moe": library_moe.sgl_expert_grouped,
     "humming_grouped_w4a16_moe": library_moe.humming_grouped,
+    "sgl_w4a8_moe": sgl_w4a8_moe.w4a8_grouped,
 }
 
 
@@ -187,12 +191,13 @@ def test_kernels_match_the_reference(scheme: str, shape: tuple[int, int, int, in
             except Exception as failure:
                 failures.append(f"{kernel.name} T={tokens}: {type(failure).__name__} {str(failure).splitlines()[:1]}")
                 continue
-            if not error <= block.limit(x, ids, weights):  # NaN fails too
+            limit = block.limit(x, ids, weights) + ROUNDED_TWICE.get(kernel.name, 0.0)
+            if not error <= limit:  # NaN fails too
                 failures.append(f"{kernel.name} T={tokens}: error {error:.2e}")
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16"])
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4A16", "W4AFP8"])
 def test_kernels_replay_in_cuda_graphs(scheme: str) -> None:
     """A replay reads tokens, ids and weights as they are then: nothing of the routing is baked in or asked of the host."""
     problem = problem_of(scheme, (16, 1024, 768, 4))
@@ -216,6 +221,6 @@ def test_kernels_replay_in_cuda_graphs(scheme: str) -> None:
             plane.copy_(new)
         graph.replay()
         error = relative_error(y, block.expected(*second))
-        if not error <= block.limit(*second):
+        if not error <= block.limit(*second) + ROUNDED_TWICE.get(kernel.name, 0.0):
             failures.append(f"{kernel.name}: error {error:.2e}")
     assert not failures, "\n".join(failures)

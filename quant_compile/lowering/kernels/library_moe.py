@@ -26,7 +26,7 @@ from quant_compile.lowering.kernels import humming_w4a16
 from quant_compile.lowering.kernels._moe import Groups, estimate_moe, group_pairs, weigh_and_sum
 from quant_compile.lowering.kernels.torch_cuda import arch_from, fp8_blocks, fp8_rows, multiple, row_scale
 from quant_compile.lowering.kernels.triton_w4a16 import LOCKS, pack_tiles, tile_planes, unpack_tiles
-from quant_compile.lowering.moe import MoeKernel, MoeLayout
+from quant_compile.lowering.moe import MoeKernel, MoeLayout, moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Problem, Rank
 from quant_compile.lowering.target import Target
 
@@ -181,23 +181,23 @@ def fit_torch(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject
     """FP8 per row with inputs per token or a calibrated scale, bf16, sm90; H and I multiples of 16."""
     refusal = (
         fp8_rows(problem.scheme)
-        or _no_dynamic_tensor(problem)
-        or _no_bias(problem)
+        or no_dynamic_tensor(problem)
+        or no_bias(problem)
         or arch_from(target, 90, 90)
-        or _sizes(problem, 16, torch.bfloat16)
-        or _present(target, "aten::_scaled_grouped_mm", "triton")
-        or _trial("torch_grouped_fp8_moe", problem, target)
+        or sizes(problem, 16, torch.bfloat16)
+        or present(target, "aten::_scaled_grouped_mm", "triton")
+        or trial("torch_grouped_fp8_moe", problem, target)
     )
-    return refusal or Rank(_cost(problem, tokens, target, 0.6, tile_m=64))
+    return refusal or Rank(cost(problem, tokens, target, 0.6, tile_m=64))
 
 
-def _no_bias(problem: MoeProblem) -> Reject | None:
+def no_bias(problem: MoeProblem) -> Reject | None:
     if problem.has_bias:
         return Reject("adds biases to rounded products, which moves codes of the hidden layer")
     return None
 
 
-def _no_dynamic_tensor(problem: MoeProblem) -> Reject | None:
+def no_dynamic_tensor(problem: MoeProblem) -> Reject | None:
     a = problem.scheme.input_activations
     if a is not None and a.strategy == "tensor" and a.dynamic:
         return Reject("a dynamic scale of the whole hidden layer would need all rows before the first is written")
@@ -274,25 +274,25 @@ def _refuse_sgl(problem: MoeProblem, target: Target, op: str, high: int) -> Reje
         return Reject(f"serves up to {SGL_EXPERTS} experts, got {problem.experts}")
     return (
         fp8_blocks(problem.scheme)
-        or _no_bias(problem)
+        or no_bias(problem)
         or arch_from(target, 90, high)
-        or _sizes(problem, 128, torch.bfloat16, torch.float16)
-        or _present(target, f"sgl_kernel::{op}", "triton")
+        or sizes(problem, 128, torch.bfloat16, torch.float16)
+        or present(target, f"sgl_kernel::{op}", "triton")
     )
 
 
 def fit_sgl(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     """FP8 in 128x128 blocks, bf16 or f16, sm90 and sm100; H and I multiples of 128."""
     refusal = _refuse_sgl(problem, target, "fp8_blockwise_scaled_grouped_mm", 100)
-    refusal = refusal or _trial("sgl_grouped_fp8_moe", problem, target)
-    return refusal or Rank(_cost(problem, tokens, target, 0.5, tile_m=32 if tokens * problem.top_k <= 2048 else 128))
+    refusal = refusal or trial("sgl_grouped_fp8_moe", problem, target)
+    return refusal or Rank(cost(problem, tokens, target, 0.5, tile_m=32 if tokens * problem.top_k <= 2048 else 128))
 
 
 def fit_sgl_expert(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     """FP8 in 128x128 blocks, bf16 or f16, sm90; H and I multiples of 128."""
     refusal = _refuse_sgl(problem, target, "es_fp8_blockwise_scaled_grouped_mm", 90)
-    refusal = refusal or _trial("sgl_expert_fp8_moe", problem, target)
-    return refusal or Rank(_cost(problem, tokens, target, 0.5, tile_m=32, launches=LAUNCHES + 24))
+    refusal = refusal or trial("sgl_expert_fp8_moe", problem, target)
+    return refusal or Rank(cost(problem, tokens, target, 0.5, tile_m=32, launches=LAUNCHES + 24))
 
 
 # ---- humming: 4-bit weights under 16-bit inputs
@@ -343,11 +343,11 @@ def fit_humming(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reje
         answer = humming_w4a16.fit(_dense(product), max(1, tokens * problem.top_k // problem.experts), target)
         if isinstance(answer, Reject):
             return Reject(f"[{product.n}, {product.k}]: {answer.reason}")
-    refusal = _present(target, "triton") or _trial("humming_grouped_w4a16_moe", problem, target)
+    refusal = present(target, "triton") or trial("humming_grouped_w4a16_moe", problem, target)
     return refusal or Rank(
         estimate_moe(
             problem, tokens, target, 0.6, math_bits=16, bandwidth_efficiency=0.55, tile_m=16, launches=LAUNCHES + 4,
-            extra_bytes=_copies(problem, tokens),
+            extra_bytes=copies(problem, tokens),
         )
     )  # fmt: skip
 
@@ -370,10 +370,10 @@ def _pack(planes: Planes, problem: MoeProblem, n: int, k: int) -> Planes:
 # ---- shared by fit
 
 
-def _cost(
+def cost(
     problem: MoeProblem, tokens: int, target: Target, efficiency: float, tile_m: int, launches: int = LAUNCHES + 8
 ) -> float:
-    extra = _copies(problem, tokens)
+    extra = copies(problem, tokens)
     return estimate_moe(
         problem,
         tokens,
@@ -386,13 +386,13 @@ def _cost(
     )
 
 
-def _copies(problem: MoeProblem, tokens: int) -> float:
+def copies(problem: MoeProblem, tokens: int) -> float:
     """Bytes of gathered rows and of the activated hidden layer, written and read."""
     width = 1 if problem.scheme.input_activations is not None else problem.dtype.itemsize
     return 2.0 * width * tokens * problem.top_k * (problem.hidden + problem.intermediate)
 
 
-def _sizes(problem: MoeProblem, of: int, *dtypes: torch.dtype) -> Reject | None:
+def sizes(problem: MoeProblem, of: int, *dtypes: torch.dtype) -> Reject | None:
     if problem.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return Reject(f"writes {names}, not {str(problem.dtype).removeprefix('torch.')}")
@@ -401,12 +401,12 @@ def _sizes(problem: MoeProblem, of: int, *dtypes: torch.dtype) -> Reject | None:
     )
 
 
-def _present(target: Target, *names: str) -> Reject | None:
+def present(target: Target, *names: str) -> Reject | None:
     missing = next((name for name in names if not target.has(name)), None)
     return None if missing is None else Reject(f"{missing} is not here")
 
 
-def _trial(name: str, problem: MoeProblem, target: Target) -> Reject | None:
+def trial(name: str, problem: MoeProblem, target: Target) -> Reject | None:
     """Whether a kernel gives right results on this GPU; targets that are not this machine are believed."""
     if target.ops is not None or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
         return None
@@ -419,8 +419,8 @@ def try_small(name: str, spec: str, dtype: torch.dtype, device: int) -> str | No
     """Run a kernel on a block of four experts; None when it agrees with the reference, else what went wrong."""
     from quant_compile.ir.scheme import parse
 
-    problem = MoeProblem(parse(spec), 4, 256, 256, 2, Activation("silu"), dtype)
-    kernel = next(kernel for kernel in MOE_KERNELS + PEERS if kernel.name == name)
+    problem = MoeProblem(parse(spec), 4, 512, 256, 2, Activation("silu"), dtype)
+    kernel = (moe_kernels() | {peer.name: peer for peer in PEERS})[name]
     try:
         with torch.inference_mode(False), torch.no_grad():
             error = _error(kernel, problem, torch.device("cuda", device))
@@ -447,18 +447,17 @@ def _error(kernel: MoeKernel, problem: MoeProblem, device: torch.device, tokens:
     ids = random(tokens, p.experts).float().topk(p.top_k).indices
     weights = torch.rand((tokens, p.top_k), generator=generator, device=device)
     expected = moe_reference(planes, ids, weights, w13, None, w2, None, p.scheme, p.activation, p.dtype, scale).float()
-    layout = next((layout for layout in MOE_LAYOUTS if layout.name == kernel.layout), None)
-    if layout is not None:
-        w13, w2 = (
-            stack_planes([layout.pack(tuple(q[e] for q in planes), p, n, k) for e in range(p.experts)])
-            for planes, n, k in ((w13, 2 * p.intermediate, p.hidden), (w2, p.hidden, p.intermediate))
-        )
+    pack = moe_layouts()[kernel.layout].pack
+    w13, w2 = (
+        stack_planes([pack(tuple(q[e] for q in planes), p, n, k) for e in range(p.experts)])
+        for planes, n, k in ((w13, 2 * p.intermediate, p.hidden), (w2, p.hidden, p.intermediate))
+    )
     got = kernel.run(planes, ids, weights, w13, None, w2, None, scale, p).float()
     error = float((got - expected).norm() / expected.norm())
     return error if error == error else float("inf")
 
 
-def _runner(product: GroupedMm) -> Callable[..., Tensor]:
+def runner(product: GroupedMm) -> Callable[..., Tensor]:
     def run(
         x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
         scale2: Tensor | None, problem: MoeProblem,
@@ -478,10 +477,10 @@ MOE_LAYOUTS = (
     ),
 )
 MOE_KERNELS = (
-    MoeKernel("torch_grouped_fp8_moe", "experts", fit_torch, _runner(torch_grouped)),
-    MoeKernel("sgl_grouped_fp8_moe", "experts", fit_sgl, _runner(sgl_grouped)),
-    MoeKernel("sgl_expert_fp8_moe", "experts", fit_sgl_expert, _runner(sgl_expert_grouped)),
+    MoeKernel("torch_grouped_fp8_moe", "experts", fit_torch, runner(torch_grouped)),
+    MoeKernel("sgl_grouped_fp8_moe", "experts", fit_sgl, runner(sgl_grouped)),
+    MoeKernel("sgl_expert_fp8_moe", "experts", fit_sgl_expert, runner(sgl_expert_grouped)),
 )
 # Not chosen by itself: no decode kernel reads its layout, so the layout loses as a whole, and measuring that would compile
 # several GEMMs of seconds each in every process that has humming. The benchmark shows where it would win.
-PEERS = (MoeKernel("humming_grouped_w4a16_moe", "experts_w4_tiles", fit_humming, _runner(humming_grouped)),)
+PEERS = (MoeKernel("humming_grouped_w4a16_moe", "experts_w4_tiles", fit_humming, runner(humming_grouped)),)

@@ -142,7 +142,7 @@ def _grouped(x: Tensor, group: int) -> Tensor:
 # --- quantization, of weights and inputs alike ---
 
 
-def _quantize_nv(x: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_nv(x: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """[..., k] under the global scale ``whole`` [1] -> ``data`` and ``scale``."""
     grouped = _grouped(x, NV_GROUP)
     amax = grouped.abs().amax(-1, keepdim=True)
@@ -189,7 +189,7 @@ def nvfp4_weight(w: Tensor, scheme: Scheme) -> Planes:
     whole = (tensor_amax(w) / torch.full((), NV_RANGE, device=w.device)).reshape(1)
 
     def chunk(rows: Tensor) -> Planes:
-        return *_quantize_nv(rows, whole), whole.expand(rows.shape[0], 1).contiguous()
+        return *quantize_nv(rows, whole), whole.expand(rows.shape[0], 1).contiguous()
 
     return by_row_chunks(w, 1, chunk)
 
@@ -204,7 +204,7 @@ def nvfp4_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Planes:
     if scale is None:
         amax = safe_amax(x, None)
         scale = (amax / torch.full_like(amax, NV_RANGE)).reshape(1)
-    return *_quantize_nv(x, scale), scale
+    return *quantize_nv(x, scale), scale
 
 
 def mxfp4_input(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Planes:
