@@ -35,6 +35,8 @@ import quant_compile
 from quant_compile import demo
 from tests import textbook
 
+# Taken before anything is measured: files may change while a process goes on with what it has imported.
+SOURCE = source_hash()
 LENGTH = 448
 CALIBRATION = 4
 DRAWS = 8
@@ -95,7 +97,7 @@ class Row:
     mean_to_textbook: float | None = None
     mean_error: float | None = None
     mean_to_bf16: float | None = None
-    source: str = field(default_factory=source_hash)
+    source: str = SOURCE
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d", time.gmtime()))
     error: str | None = None
 
@@ -278,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, deadline = torch.device(args.device), Deadline(args.seconds)
     out = args.out or RESULTS / f"quality_{device.type}.json"
     settings = [setting(name, device, args.windows) for name in args.models]
-    meta: dict[str, Any] = {"benchmark": "quality", "machine": machine(device)}
+    meta: dict[str, Any] = {"benchmark": "quality", "machine": machine(device) | {"source": SOURCE}}
     meta |= {f"tokens_{at.name}": at.windows.shape[0] * LENGTH for at in settings}
     cells = [(at, scheme) for at in settings for scheme in args.schemes]
     try:

@@ -132,7 +132,7 @@ def test_weights_of_any_magnitude(spec: str, power: int, plain_inductor: Compile
     assert_same(y, reference_of(nn.Sequential(model), spec)(x))
     if spec.startswith("QSERVE") and power == 100:
         assert not y.isfinite().any(), "a scale beyond f16 is inf, and shows"
-    elif spec.startswith("QSERVE") and power < -14 or power < -100:
+    elif (spec.startswith("QSERVE") and power < -14) or power < -100:
         # Steps are too coarse, but 0 is among the codes: rounding to the nearest moves no weight by more than itself.
         assert ((y.float() - model(x).float()) * 2.0**-power).norm() <= 1.1 * plain.float().norm()
     else:  # powers of two change no code
