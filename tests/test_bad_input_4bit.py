@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import quant_compile
 from quant_compile import MissingScalesError, PolicyError, WeightError
 from quant_compile.ir.scheme import PRESETS, Scheme
+from tests.moe_support import ReferenceExperts, Routed
 from tests.runtime_support import CompileCounter, Mlp, bf16, inner_error, plain_inductor, reference_of
 
 __all__ = ["plain_inductor"]
@@ -33,13 +34,13 @@ def no_grad() -> Any:
         yield
 
 
-def compiled(model: nn.Module, policy: Any) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module, policy: Any) -> Callable[..., Tensor]:
     """With the kernels that a user would get, and every weight quantized or an error. Siblings apart: as eager code does it."""
     full = policy if isinstance(policy, dict) else {"default": policy}
     run = torch.compile(model, backend="sglquant", options={"policy": {"fuse": {"merge_siblings": False}, **full}})
 
-    def call(x: Tensor) -> Tensor:
-        y = run(x)
+    def call(*inputs: Tensor) -> Tensor:
+        y = run(*inputs)
         quant_compile.report(model).require(coverage=1.0)
         return y
 
@@ -245,3 +246,39 @@ def test_other_groups_of_integers(spec: str, size: int, plain_inductor: CompileC
 def test_groups_that_no_family_has_are_refused(spec: str, size: int, words: str) -> None:
     with pytest.raises(PolicyError, match=words):
         quant_compile.compile(linear(9, 200), {"default": grouped(spec, size)})
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def routed(experts: int, hidden: int, count: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, the experts of each, and their weights."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.rand(count, experts, generator=generator).topk(top_k, -1).indices
+    return torch.randn(count, hidden, generator=generator), ids, torch.rand(count, top_k, generator=generator)
+
+
+@every_scheme
+@pytest.mark.parametrize(("hidden", "inner"), [(40, 20), (136, 72), (33, 17)])
+def test_experts_of_any_size(spec: str, hidden: int, inner: int, plain_inductor: CompileCounter) -> None:
+    """Groups that are ragged or wider than a row, odd rows, an expert of zeros, zeros beside others."""
+    model = Routed(experts=3, hidden=hidden, inner=inner)
+    model.experts.gate_up_proj[1] = 0
+    model.experts.down_proj[2, :, : inner // 2] = 0
+    run, reference = compiled(model, spec), ReferenceExperts(model.experts, None, spec)
+    # NVFP4 has one global scale for all tokens; the reference goes token by token.
+    given = routed(3, hidden, *((1, 1) if spec == "NVFP4" else (7, 2)))
+    got, wanted = run(*given), reference(*given)
+    assert (got - wanted).norm() <= 5e-3 * wanted.norm() and wanted.norm() > 0
+    x, ids, weights = given
+    assert (run(x, torch.ones_like(ids), weights) == 0).all()
+
+
+@every_scheme
+def test_nan_in_one_expert_is_named(spec: str, plain_inductor: CompileCounter) -> None:
+    model = Routed(experts=3, hidden=40, inner=20)
+    model.experts.down_proj[2, 3, 4] = float("nan")
+    with pytest.raises(Exception) as caught:
+        compiled(model, spec)(*routed(3, 40, 4, 2))
+    error = inner_error(caught.value)
+    assert isinstance(error, WeightError) and "experts.down_proj has NaN or inf values (expert 2)" in str(error)
