@@ -180,20 +180,22 @@ def quality(results: Path) -> str:
     found = [result for name in ("quality_cuda", "quality_cpu") if (result := read(name, results)) is not None]
     if not found:
         return ""
-    header = ["scheme", "bits a weight", "textbook"]
+    header = ["scheme", "bits a weight", "coverage", "textbook"]
     for result in found:
         header += [f"compiled, {short_device(result)}", "to bf16", "to textbook"]
     keys = list(dict.fromkeys((row["model"], row["scheme"]) for result in found for row in result["rows"]))
     rows: list[list[str]] = []
     for model in dict.fromkeys(model for model, _ in keys):
         mine = [row for result in found for row in result["rows"] if row["model"] == model]
-        rows.append([f"{model} bf16", "16", number(mine[0]["bf16"], 4), *[NONE] * (3 * len(found))])
+        rows.append([f"{model} bf16", "16", NONE, number(mine[0]["bf16"], 4), *[NONE] * (3 * len(found))])
         rows += [quality_row(found, model, scheme) for of, scheme in keys if of == model]
     tokens = {name.removeprefix("tokens_"): count for name, count in found[0].items() if name.startswith("tokens_")}
     text = (
         "**Quality**: perplexity of the bundled models on held-out text "
         f"({', '.join(f'{name}: {count} tokens' for name, count in tokens.items())}). The textbook column is plain "
-        "round-to-nearest in eager f32, written apart from the product. "
+        "round-to-nearest in eager f32, written apart from the product. Coverage: quantized bytes over those that the policy "
+        "names. Under 4-bit inputs a single perplexity says little, since codes that flip make others flip: there the mean over "
+        "several models is given too, whose embeddings differ in their last bits, with its standard error. "
         f"{'; '.join(place(result, 'triton', 'sgl_kernel', 'humming') for result in found)}.\n"
     )
     return "\n".join([text, markdown(header, rows)])
@@ -204,10 +206,14 @@ def quality_row(found: Sequence[Result], model: str, scheme: str) -> list[str]:
     rows = [next((r for r in f["rows"] if (r["model"], r["scheme"]) == (model, scheme)), {}) for f in found]
     known = next(row for row in rows if row)
     textbook = next((row["textbook"] for row in rows if row.get("textbook") is not None), None)
-    out = [f"{model} {scheme}", f"{known['bits_per_weight']:.3g}", number(textbook, 4)]
+    covered = next((f"{row['coverage']:.0%}" for row in rows if row.get("coverage") is not None), NONE)
+    out = [f"{model} {scheme}", f"{known['bits_per_weight']:.3g}", covered, number(textbook, 4)]
     for row in rows:
         shown = row["error"][:80] if row.get("error") else number(row.get("product"), 4)
-        out += [shown, percent(row.get("product_to_bf16")), percent(row.get("product_to_textbook"))]
+        apart = percent(row.get("product_to_textbook"))
+        if row.get("mean_to_textbook") is not None:
+            apart += f" (mean of {row['draws']}: {percent(row['mean_to_textbook'])} ± {row['mean_error']:.2%})"
+        out += [shown, percent(row.get("product_to_bf16")), apart]
     return out
 
 

@@ -363,6 +363,12 @@ class GraphRunner:
         for name in names:
             value = self.source.scales.get(f"{name.removesuffix('.weight')}.input_scale")
             if value is not None:
+                if value.numel() != 1 or not 0 < float(value) < float("inf"):
+                    shown = float(value) if value.numel() == 1 else f"{value.numel()} numbers"
+                    raise MissingScalesError(
+                        f"the input scale of {name} in {self.source.policy.scales} is {shown}, not a positive number.\n"
+                        "Fix: policy = quant_compile.calibrate(model, batches, policy) with inputs that are not all zeros or NaN."
+                    )
                 if entry.input_scale is None or not torch.equal(entry.input_scale.cpu(), value.reshape(1)):
                     entry.input_scale = value.reshape(1).to(torch.float32)
                 return

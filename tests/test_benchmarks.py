@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from quant_compile.ir.scheme import PRESETS
+from quant_compile.policy import Policy
+from tests import textbook
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -155,3 +159,79 @@ def test_kernel_sums_leave_lm_head_out(module: Any) -> None:
     sums = module("e2e").classify(step * 3, 3)
     assert (sums["linears_us"], sums["lm_head_us"], sums["other_us"]) == (30.0, 100.0, 5.0)
     assert sums["top"][0] == {"name": "gemm_head", "us": 100.0, "calls": 1.0, "linear": True}
+
+
+# --- quality ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_scheme_has_the_quality_of_its_textbook() -> None:
+    """The committed table: all schemes, both models, everything quantized, within 0.5 % of the textbook.
+
+    Under 4-bit inputs one perplexity is a draw from a distribution wider than that (benchmarks/README.md), so means are
+    compared, whose standard error must leave a verdict possible.
+    """
+    result = json.loads((BENCHMARKS / "results" / "quality_cpu.json").read_text(encoding="utf-8"))
+    rows = {(row["model"], row["scheme"]): row for row in result["rows"]}
+    assert set(rows) == {(model, scheme) for model in ("dense", "moe") for scheme in textbook.SCHEMES}
+    assert set(PRESETS) <= set(textbook.SCHEMES)
+    for key, row in rows.items():
+        assert row["error"] is None and row["coverage"] == 1.0, key
+        policy = Policy.load(textbook.POLICIES[row["scheme"]])
+        assert policy.default is not None and row["bits_per_weight"] == policy.default.bits_per_weight, key
+        inputs = policy.default.input_activations
+        if inputs is not None and inputs.num_bits == 4:
+            assert row["draws"] >= 8 and row["mean_error"] <= 0.005 / 2, key
+            assert abs(row["mean_to_textbook"]) <= 0.005, key
+        else:
+            assert abs(row["product_to_textbook"]) <= 0.005, key
+
+
+def test_neighbours_are_one_bf16_away(module: Any) -> None:
+    x = torch.randn(400).bfloat16()
+    x[:3] = 0
+    moved = module("quality").neighbours(x, 1)
+    assert torch.equal(moved[:3], x[:3]) and (moved[3:] != x[3:]).all()
+    assert (moved.view(torch.int16).int() - x.view(torch.int16).int())[3:].abs().max() == 1
+    up = (moved.abs() > x.abs())[3:].float().mean()
+    assert 0.4 < up < 0.6 and torch.equal(moved, module("quality").neighbours(x, 1))
+    assert not torch.equal(moved, module("quality").neighbours(x, 2))
+
+
+def test_draws_are_for_inputs_of_four_bits_and_leave_the_model_as_it_was(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality = module("quality")
+    several = {scheme for scheme in textbook.SCHEMES if quality.draws_of(scheme) > 1}
+    assert several == {"NVFP4", "NVFP4_STATIC", "MXFP4"}
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4, dtype=torch.bfloat16))
+    model.get_input_embeddings = lambda: model[0]  # type: ignore[assignment]
+    before, seen = model[0].weight.detach().clone(), []
+
+    def measured(given: Any, windows: Any) -> float:
+        seen.append(given[0].weight.detach().clone())
+        return 2.0
+
+    monkeypatch.setattr(quality, "forward_perplexity", measured)
+    assert quality.log_perplexities(model, torch.zeros(1), 3) == [pytest.approx(0.6931, rel=1e-3)] * 3
+    assert torch.equal(seen[0], before) and len({tuple(w.flatten().tolist()) for w in seen}) == 3
+    assert torch.equal(model[0].weight, before)
+
+
+def test_rows_of_other_files_are_kept_only_where_they_are_comparable(module: Any, tmp_path: Path) -> None:
+    quality = module("quality")
+    meta = {"machine": {"cpu": "a", "versions": {"torch": "2"}, "source": "new"}, "tokens_dense": 9}
+    rows = [{"model": "dense", "scheme": name, "bf16": 5.0} for name in ("W8A8", "MXFP4")]
+    old = {**meta, "machine": meta["machine"] | {"source": "old"}, "tokens_moe": 7, "date": "2026-01-02", "rows": rows}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(old))
+    (kept,) = quality.kept_rows(path, meta, {("dense", "MXFP4")})
+    assert kept == {**rows[0], "source": "old", "date": "2026-01-02"}
+    path.write_text(json.dumps({**old, "rows": [{**rows[0], "source": "older"}]}))
+    assert quality.kept_rows(path, meta, set())[0]["source"] == "older", "a row says itself what it measured"
+    for change in ({"tokens_dense": 8}, {"machine": meta["machine"] | {"cpu": "b"}}, {"machine": {"versions": {}}}):
+        path.write_text(json.dumps({**old, **change, "machine": {"source": "x", **change.get("machine", {})}}))
+        with pytest.raises(ValueError, match="cannot be added to"):
+            quality.kept_rows(path, {**meta, "machine": {**meta["machine"]}}, set())
+    quality.check_bf16([*rows, {"model": "moe", "bf16": 4.0}])
+    with pytest.raises(ValueError, match="Measure all anew"):
+        quality.check_bf16([*rows, {"model": "dense", "bf16": 5.001}])

@@ -7,8 +7,8 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,46 +154,56 @@ def test_there_is_quoted_output() -> None:
 
 # --- the walk-through of CONTRIBUTING.md -----------------------------------------------------------------------------
 
-CHECK = """
-import torch
-from quant_compile.ir.family import family_of
-from quant_compile.lowering.registry import Kernel
-
-scheme = parse("W8A16_GROUP")
-family = family_of(scheme)
-assert family.name == "int8_group"
-torch.manual_seed(0)
-for n, k, dtype, has_bias in ((64, 256, torch.bfloat16, True), (5, 384, torch.float32, False), (7, 300, torch.float32, False)):
-    w, x, bias = torch.randn(n, k).to(dtype), torch.randn(9, k).to(dtype), torch.randn(n).to(dtype) if has_bias else None
-    planes = family.quantize_weight(w, scheme)
-    specs = family.weight_planes(scheme, n, k, dtype)
-    assert [(tuple(p.shape), p.dtype) for p in planes] == [(s.shape, s.dtype) for s in specs]
-    back = family.dequantize_weight(planes, scheme, k)
-    # half a code and, as scales are stored in the weight's dtype, a rounding of each of up to 127 codes
-    assert ((back - w.float()).abs() <= planes[1].float().max() * (0.51 + 127 * torch.finfo(dtype).eps)).all()
-    wanted = family.linear((x,), planes, bias, scheme, dtype)
-    problem = Problem(scheme, n, k, dtype, has_bias)
-    (kernel,) = KERNELS
-    assert isinstance(kernel, Kernel)
-    answer = kernel.fit(problem, 9, Target.fake("cpu"))
-    if k % 128:
-        assert "multiple of 128" in answer.reason
-        continue
-    assert answer.cost > 0
-    y = kernel.run((x,), planes, bias, problem)
-    assert y.dtype == dtype
-    assert (y.float() - wanted.float()).norm() <= (5e-3 if dtype == torch.bfloat16 else 1e-5) * wanted.float().norm()
-assert "reference" in fits(Problem(scheme, 64, 256, torch.bfloat16), Target.fake("cpu"), Request(), 1)
-print("all right")
-"""
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 
-def test_the_example_scheme_and_kernel_work() -> None:
-    """In a process of its own, since a scheme is registered for good."""
-    scheme, ask, kernel = blocks(ROOT / "CONTRIBUTING.md", "python")
-    code = "\n".join(text.replace("from __future__ import annotations", "") for text in (scheme, kernel, ask, CHECK))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.endswith("all right\n"), done.stdout + done.stderr
+def quoted_sources() -> list[tuple[str, str]]:
+    """(path, text) of the snippets of CONTRIBUTING that begin with the path of a file."""
+    found = [re.match(r"# (quant_compile/\S+\.py)\n", text) for text in blocks(CONTRIBUTING, "python")]
+    return [(match[1], match.string) for match in found if match is not None]
+
+
+def test_quoted_code_is_the_code() -> None:
+    """Statement by statement, as the files have it now."""
+    quoted = quoted_sources()
+    assert [Path(path).name for path, _ in quoted] == ["fp4.py", "torch_cpu_4bit.py"]
+    for path, text in quoted:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        real = {ast.get_source_segment(source, node) for node in ast.parse(source).body}
+        statements = [ast.get_source_segment(text, node) or "" for node in ast.parse(text).body]
+        assert len(statements) >= 3
+        for statement in statements:
+            assert statement in real, f"CONTRIBUTING.md is not what {path} says; copy it anew: {statement[:80]}"
+
+
+def test_the_example_asks_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    """The kernel that is quoted answers on a CPU, and below sm100 no other does."""
+    (ask,) = [text for text in blocks(CONTRIBUTING, "python") if text.startswith("import")]
+    exec(ask, {})
+    cpu, hopper, blackwell = capsys.readouterr().out.splitlines()
+    assert re.search(r"'torch_cpu_4bit': [\d.]+", cpu)
+    assert "'triton_fp4': 'needs sm100 or newer" in hopper and "'torch_cpu_4bit': 'runs on CPU only'" in hopper
+    assert re.search(r"'triton_fp4': [\d.]+", blackwell)
+
+
+def test_the_story_of_mxfp4_is_the_history() -> None:
+    """Each commit that is named changed the files beside it; the merge is compared with its first parent."""
+    rows = re.findall(
+        r"^\| ([0-9a-f]{7}(?:, [0-9a-f]{7})*) \| (.*?) \|", CONTRIBUTING.read_text(encoding="utf-8"), re.M
+    )
+    assert len(rows) >= 8
+    for commits, files in rows:
+        changed: set[str] = set()
+        for commit in commits.split(", "):
+            command = ["git", "diff", "--name-only", f"{commit}^", commit]
+            if shutil.which("git") is None:
+                pytest.skip("no git")
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"the history before {commit} is not here")
+            changed |= set(done.stdout.split())
+        for name in re.findall(r"`([^`]+)`", files):
+            assert any(path.endswith(name) for path in changed), (commits, name)
 
 
 # --- the README's tables ---------------------------------------------------------------------------------------------
@@ -260,6 +270,22 @@ RESULTS: dict[str, dict[str, Any]] = {
                 "product": 5.02,
                 "product_to_textbook": 0.002,
                 "product_to_bf16": 0.004,
+                "coverage": 0.99,
+                "error": None,
+            },
+            {
+                "model": "dense",
+                "scheme": "MXFP4",
+                "bits_per_weight": 4.25,
+                "bf16": 5.0,
+                "textbook": 5.5,
+                "product": 5.6,
+                "product_to_textbook": 0.01,
+                "product_to_bf16": 0.12,
+                "coverage": 1.0,
+                "draws": 8,
+                "mean_to_textbook": -0.001,
+                "mean_error": 0.0012,
                 "error": None,
             },
             {"model": "dense", "scheme": "FP8", "bits_per_weight": 8.0, "bf16": 5.0, "error": "no kernel"},
@@ -287,10 +313,11 @@ EXPECTED = {
     ],
     "gemm": ["| W8A8 | 2.00× | 0.80× (16×32 M=1) | 2.00× |", "| W4A16 | – | – | – |"],
     "quality": [
-        "| scheme | bits a weight | textbook | compiled, H200 | to bf16 | to textbook |",
-        "| dense bf16 | 16 | 5.0000 | – | – | – |",
-        "| dense W8A8 | 8 | 5.0100 | 5.0200 | +0.40% | +0.20% |",
-        "| dense FP8 | 8 | – | no kernel | – | – |",
+        "| scheme | bits a weight | coverage | textbook | compiled, H200 | to bf16 | to textbook |",
+        "| dense bf16 | 16 | – | 5.0000 | – | – | – |",
+        "| dense W8A8 | 8 | 99% | 5.0100 | 5.0200 | +0.40% | +0.20% |",
+        "| dense MXFP4 | 4.25 | 100% | 5.5000 | 5.6000 | +12.00% | +1.00% (mean of 8: -0.10% ± 0.12%) |",
+        "| dense FP8 | 8 | – | – | no kernel | – | – |",
     ],
     "compile_time": [
         "| Inductor bf16 | 20.0 | 0.0 | 1.00× | 3 |",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import yaml
 
 from quant_compile.inspect.plan import Plan
+from quant_compile.ir.scheme import PRESETS
 from quant_compile.policy import SHIPPED, Policy, shipped_policies
 
 TINY = {
@@ -34,6 +38,10 @@ def gemma3_multimodal() -> transformers.PretrainedConfig:
         vision_config={**VISION, "patch_size": 14, "model_type": "siglip_vision_model"},
         mm_tokens_per_image=4,
     )
+
+
+def qwen3_moe() -> transformers.PretrainedConfig:
+    return transformers.Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 
 def deepseek() -> transformers.PretrainedConfig:
@@ -81,7 +89,7 @@ CASES = {
     "qwen3_moe": (
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        lambda: transformers.Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+        qwen3_moe,
         {"lm_head", "mlp.gate"},
         6,
     ),
@@ -102,7 +110,14 @@ CASES = {
         {"pooler", "classifier"},
         6,
     ),
+    "nvfp4_experts": ("nvfp4_experts", "Qwen3MoeForCausalLM", qwen3_moe, {"lm_head", "mlp.gate"}, 6),
+    "nvfp4_experts-shared": ("nvfp4_experts", "DeepseekV3ForCausalLM", deepseek, {"lm_head", "mlp.gate"}, 10),
 }
+# Policies of a format, for any model: no rules, so that conventions alone keep weights.
+FORMATS = ("w4a8", "w4afp8", "nvfp4", "nvfp4a16", "mxfp4")
+for _name in FORMATS:
+    CASES[_name] = (_name, "LlamaForCausalLM", lambda: transformers.LlamaConfig(**TINY), {"lm_head"}, 7)
+    CASES[f"{_name}-moe"] = (_name, "Qwen3MoeForCausalLM", qwen3_moe, {"lm_head", "mlp.gate"}, 6)
 
 
 def meta_model(class_name: str, config: transformers.PretrainedConfig) -> torch.nn.Module:
@@ -131,8 +146,7 @@ def test_every_rule_decides_and_the_layers_are_quantized(case: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
 def test_experts_are_quantized_and_routers_kept(name: str) -> None:
-    config = transformers.Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-    plan = Plan.of(Policy.load(name), meta_model("Qwen3MoeForCausalLM", config))
+    plan = Plan.of(Policy.load(name), meta_model("Qwen3MoeForCausalLM", qwen3_moe()))
     by_name = {e.names[0]: e for e in plan.entries}
     reason = by_name["model.layers.0.mlp.gate"].decision.reason
     assert reason == "kept by convention: MoE router gate" if name == "qwen3" else reason.endswith(": router")
@@ -140,6 +154,50 @@ def test_experts_are_quantized_and_routers_kept(name: str) -> None:
     assert experts.kind == "moe" and experts.block == "model.layers.0.mlp.experts"
     assert experts.decision.scheme is not None and not experts.decision.refused
     assert not plan.unmatched_rules
+
+
+def test_the_mixed_policy_gives_fp4_to_experts_alone() -> None:
+    """Shared experts and attention are linears: FP8."""
+    plan = Plan.of(Policy.load("nvfp4_experts"), meta_model("DeepseekV3ForCausalLM", deepseek()))
+    given = {e.names[0].removeprefix("model.layers.0."): e.scheme for e in plan.entries if ".layers.0." in e.names[0]}
+    experts = {name for name in given if name.startswith("mlp.experts.")}
+    assert len(experts) == 2 and {given[name] for name in experts} == {"NVFP4"}
+    assert given.pop("mlp.gate") == "keep"
+    assert "mlp.shared_experts.up_proj" in given and "self_attn.o_proj" in given
+    assert {scheme for name, scheme in given.items() if name not in experts} == {"FP8_DYNAMIC"}
+
+
+def test_a_file_named_like_a_preset_says_what_the_preset_says() -> None:
+    """Names of presets are tried first, so a file of that name must not mean anything else."""
+    alike = [name for name in shipped_policies() if name.upper() in PRESETS]
+    assert sorted(alike) == sorted(FORMATS)
+    for name in alike:
+        from_file, preset = Policy.load(shipped_policies()[name]), Policy.load(name)
+        assert preset.source is None and from_file == preset == Policy(PRESETS[name.upper()])
+        assert from_file.content_hash == preset.content_hash
+
+
+def test_names_win_over_files_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("nvfp4", "nvfp4.yaml", "llama3"):
+        Path(name).write_text("default: W8A16", encoding="utf-8")
+    for name in ("nvfp4", "NVFP4"):
+        assert Policy.load(name).default == PRESETS["NVFP4"]
+    assert Policy.load("llama3").source == str(SHIPPED / "llama3.yaml")
+    for name in ("./nvfp4", "nvfp4.yaml", Path("nvfp4"), "./llama3"):
+        assert Policy.load(name).default == PRESETS["W8A16"]
+
+
+def test_no_shipped_policy_falls_back_by_itself() -> None:
+    """What was asked for is served or is an error; the files tell which line changes that, and for whom."""
+    for name, path in shipped_policies().items():
+        policy = Policy.load(path)
+        assert policy.fallback is None, name
+        text, line = path.read_text(encoding="utf-8"), "# fallback: weight_only\n"
+        assert (line in text) == (name in ("w4afp8", "nvfp4", "mxfp4", "nvfp4_experts"))
+        if line in text:
+            allowed = Policy.load(dict(yaml.safe_load(text.replace(line, line[2:]))))
+            assert allowed == replace(policy, fallback="weight_only")
 
 
 def test_every_shipped_file_is_covered_and_commented() -> None:

@@ -28,7 +28,7 @@ def test_every_yaml_example_is_a_policy(index: int, tmp_path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 def rows_of(heading: str) -> dict[str, list[str]]:
@@ -50,6 +50,17 @@ def test_the_table_of_presets_is_complete_and_its_bits_are_right() -> None:
     assert set(rows) == set(PRESETS)
     for name, row in rows.items():
         assert row[-1] == f"{PRESETS[name].bits_per_weight:.3g}", name
+
+
+def test_the_table_of_shipped_policies_is_complete() -> None:
+    table = re.search(r"^\| shipped policy \|.*\n\|[-|]+\n((?:\|.*\n)+)", TEXT, flags=re.M)
+    assert table is not None
+    rows = [line.split("|")[1:4] for line in table[1].splitlines()]
+    found = {name: gives for names, _, gives in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(found) == set(policy_module.shipped_policies())
+    for name, gives in found.items():
+        default = Policy.load(name).default
+        assert default is not None and (default.spec in gives or default == PRESETS.get(name.upper()))
 
 
 def test_every_convention_is_named() -> None:

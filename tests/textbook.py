@@ -19,9 +19,10 @@ Definitions, for a weight W [n, k] and an input X [..., k]; amax is the largest 
     MXFP4   e2m1 values under a power of two for each 32 of k: 2**(e - 2) for an amax of m * 2**e, 1 <= m < 2, and twice that
             from m = 1.75 on.
     W4A8    INT4 weights (symmetric, groups of 128), INT8 inputs per token; W4AFP8: FP8 inputs per token.
-    QSERVE  INT8 inputs per token; weights in INT4 with a zero point, per row with scales in f16 (CHANNEL), or (GROUP) in INT8
-            per row, scale = amax / 119 in f16, and those integers in groups of 128 in INT4 with a zero point and a whole
-            number as scale.
+    QSERVE  INT8 inputs per token; weights in INT4 with a zero point over a range that holds 0, per row (CHANNEL), scale =
+            (max - min) / 15, or (GROUP) in INT8 per row, scale = amax / 119, and those integers in groups of 128 in INT4 with
+            a zero point, scale = the whole number that is at least (max - min) / 15 and 1. A row's scale is the smallest
+            f16 that is not below it, so that nothing is clipped.
 
 A static input scale is amax / largest code over the calibration batches of the model as it was; amax 0 gives zeros.
 
@@ -111,6 +112,37 @@ def _fake_int4_part(w: Tensor, symmetric: bool, stored: torch.dtype) -> Tensor:
     return (torch.round(w / scale + zero).clamp(0, 15) - zero) * scale
 
 
+def f16_from_above(x: Tensor) -> Tensor:
+    """The smallest f16 (11 significant bits, 2**-14 the smallest normal) that is at least x > 0, as f32."""
+    exponent = torch.frexp(x).exponent - 1
+    step = torch.exp2((exponent.clamp(min=-14) - 10).float())
+    return torch.ceil(x / step) * step
+
+
+def fake_uint4(x: Tensor, step: Tensor) -> Tensor:
+    """[n, k] after 4 bits with a zero point and back, under ``step`` [n, 1], a fifteenth of the row's range at least."""
+    zero = torch.round(-x.amin(1, keepdim=True).clamp(max=0) / step)
+    return ((torch.round(x / step) + zero).clamp(0, 15) - zero) * step
+
+
+def spread(x: Tensor) -> Tensor:
+    """Width [n, 1] of the smallest range that holds a row and 0."""
+    return x.amax(1, keepdim=True).clamp(min=0) - x.amin(1, keepdim=True).clamp(max=0)
+
+
+def fake_qserve_channel(w: Tensor) -> Tensor:
+    """[n, k] f32 after QServe's per-channel form and back."""
+    return fake_uint4(w, f16_from_above(_scale(spread(w), 15.0)))
+
+
+def fake_qserve_group(w: Tensor, group: int) -> Tensor:
+    """[n, k] f32 after QServe's two levels and back."""
+    scale = f16_from_above(_scale(by_row(w), 119.0))
+    whole = torch.round(w / scale)
+    parts = whole.split(group, dim=1)
+    return torch.cat([fake_uint4(part, torch.ceil(spread(part) / 15).clamp(min=1)) for part in parts], dim=1) * scale
+
+
 def fake_nvfp4(x: Tensor, amax: Tensor) -> Tensor:
     """``x`` after NVFP4 and back; ``amax`` of the whole tensor."""
     whole = _scale(amax, E4M3[2] * E2M1[2])
@@ -176,6 +208,8 @@ SCHEMES: Mapping[str, Textbook] = {
     "W4A16_ASYM": _int4(128, symmetric=False),
     "W4A8": Textbook(lambda w, dtype: fake_int4(w, 128, True, dtype), lambda x, _: fake_int8(x, by_row(x))),
     "W4AFP8": Textbook(lambda w, dtype: fake_int4(w, 128, True, dtype), lambda x, _: fake_float(x, by_row(x), E4M3)),
+    "QSERVE_W4A8_CHANNEL": Textbook(lambda w, _: fake_qserve_channel(w), lambda x, _: fake_int8(x, by_row(x))),
+    "QSERVE_W4A8_GROUP": Textbook(lambda w, _: fake_qserve_group(w, 128), lambda x, _: fake_int8(x, by_row(x))),
     "NVFP4": Textbook(lambda w, _: fake_nvfp4(w, by_tensor(w)), lambda x, _: fake_nvfp4(x, by_tensor(x))),
     "NVFP4_STATIC": Textbook(lambda w, _: fake_nvfp4(w, by_tensor(w)), fake_nvfp4, True),
     "NVFP4A16": Textbook(lambda w, _: fake_nvfp4(w, by_tensor(w))),

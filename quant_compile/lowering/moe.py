@@ -25,6 +25,7 @@ from quant_compile.lowering.select import (
     answers_of,
     best_layout,
     choose,
+    fallback_fix,
     name_for,
     parse_table,
     ranges_text,
@@ -162,6 +163,7 @@ def choose_moe(
             f"intermediate {problem.intermediate}, {problem.dtype}, {target.label})"
         )
         fix = "map this block to another scheme in the policy, or to `keep`."
+        fix = fallback_fix(problem, target, request, choose_moe) + fix
         raise NoKernelError(words, reasons_of(answers, named), fix)
     return MoeDispatch(problem, *best)
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from quant_compile.ir.errors import NoKernelError
+from quant_compile.ir.errors import NoKernelError, SchemeError
 from quant_compile.ir.family import Reject
-from quant_compile.ir.scheme import parse
+from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.registry import Kernel, Problem, Rank, kernels, layouts
 from quant_compile.lowering.target import Target
 
@@ -179,7 +180,7 @@ def choose(
         None if cost is None else lambda name, m: cost(kernels()[name], problem, m),
     )
     if best is None:
-        raise _no_kernel(problem, target, answers, site)
+        raise _no_kernel(problem, target, request, answers, site)
     layout, table = best
     return Dispatch(problem, layout, table, any(kernels()[name].column_scales for _, name in table))
 
@@ -230,13 +231,30 @@ def _ranges(table: Mapping[int, str]) -> Table:
 
 
 def _no_kernel(
-    problem: Problem, target: Target, answers: Mapping[int, Mapping[str, float | str]], site: str
+    problem: Problem, target: Target, request: Request, answers: Mapping[int, Mapping[str, float | str]], site: str
 ) -> NoKernelError:
     words = (
         f"{site or 'a linear'} ({problem.scheme.spec}, n={problem.n} k={problem.k}, {problem.dtype}, {target.label})"
     )
     fix = "map this weight to another scheme in the policy (W8A8 or `keep`), or set allow_reference: true."
-    return NoKernelError(words, reasons_of(answers, kernels()), fix)
+    return NoKernelError(words, reasons_of(answers, kernels()), fallback_fix(problem, target, request, choose) + fix)
+
+
+AnyProblem = TypeVar("AnyProblem", Problem, MoeProblem)
+
+
+def fallback_fix(
+    problem: AnyProblem, target: Target, request: Request, chooser: Callable[[AnyProblem, Target, Request], object]
+) -> str:
+    """The beginning of a fix: inputs in 16 bits, where only they stand in the way; else nothing."""
+    if problem.scheme.input_activations is None:
+        return ""
+    alone = replace(problem, scheme=Scheme(problem.scheme.weights))
+    try:
+        chooser(alone, target, request)
+    except (NoKernelError, SchemeError):
+        return ""
+    return f"set `fallback: weight_only` in the policy, which serves it as {alone.scheme.spec} here; or "
 
 
 def reasons_of(answers: Mapping[int, Mapping[str, float | str]], named: Mapping[str, _Fitting]) -> dict[str, str]:

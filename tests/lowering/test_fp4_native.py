@@ -185,8 +185,11 @@ def test_a_policy_may_fall_back_to_weights_alone(fallback: str | None) -> None:
     example = {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device="meta"), "use_cache": False}
     policy = {"default": "NVFP4", **({"fallback": fallback} if fallback else {})}
     if fallback is None:
-        with pytest.raises(BackendCompilerFailed, match="needs sm100 or newer"):
+        with pytest.raises(BackendCompilerFailed, match="needs sm100 or newer") as caught:
             explain(model, example, policy, Target.fake("sm90"))
+        assert "Fix: set `fallback: weight_only` in the policy, which serves it as NVFP4A16 here; or" in str(
+            caught.value
+        )
         return
     lines = [line for line in explain(model, example, policy, Target.fake("sm90")).report.lines if line.scheme]
     assert {line.scheme for line in lines} == {"NVFP4A16"} and len(lines) == 7

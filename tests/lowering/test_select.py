@@ -95,6 +95,28 @@ def test_error_names_the_weight_the_problem_and_the_fix() -> None:
     assert "Fix: " in text.splitlines()[-1] and "allow_reference" in text.splitlines()[-1]
 
 
+def test_the_fix_is_to_leave_inputs_alone_where_only_they_have_no_kernel() -> None:
+    """Told where `fallback: weight_only` would help, for linears and blocks, and nowhere else."""
+    words = "Fix: set `fallback: weight_only` in the policy, which serves it as {} here; or map"
+    for spec, target, alone in (
+        ("NVFP4", "sm90", "NVFP4A16"),
+        ("MXFP4", "sm80", "MXFP4A16"),
+        ("W4AFP8", "sm80", "W4A16"),
+    ):
+        with pytest.raises(NoKernelError) as caught:
+            choose(Problem(parse(spec), 256, 512, torch.bfloat16), Target.fake(target))
+        assert words.format(alone) in str(caught.value)
+    block = MoeProblem(parse("W4AFP8"), 8, 256, 512, 2, Activation("silu"), torch.bfloat16)
+    with pytest.raises(NoKernelError) as caught:
+        choose_moe(block, Target.fake("sm80"))
+    assert words.format("W4A16") in str(caught.value)
+    for spec, target in (("FP8_DYNAMIC", "sm80"), ("NVFP4A16", "cpu")):
+        request = Request(((spec, "sgl_fp8"),)) if target == "cpu" else Request()
+        with pytest.raises(NoKernelError) as caught:
+            choose(Problem(parse(spec), 256, 512, torch.bfloat16), Target.fake(target), request)
+        assert "fallback" not in str(caught.value)
+
+
 @pytest.mark.parametrize("target", ["sm89", "sm90", "sm100", "sm120"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_triton_serves_where_libraries_are_missing(target: str, spec: str) -> None:
