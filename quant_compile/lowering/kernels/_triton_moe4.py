@@ -3,9 +3,11 @@
 For int4 under int8 or e4m3 inputs and for FP4 under 16-bit inputs, where ``_triton_moe`` has all other formats. The block,
 its two forms and its promises are those of ``_triton_moe``, which sorts pairs and adds experts for these kernels as well.
 
-A byte of a weight holds an even column in its low nibble and the next in its high one. The grouped form multiplies low
-nibbles by even columns and high ones by odd columns, so it takes inputs in *split order*: a row's even columns, then its odd
-ones. ``split_kernel`` brings tokens into it, and hidden rows are written in it. The decode form reads rows as they are.
+Codes are never reordered: what a step decodes from one place of all bytes or words is an operand of its own, and inputs are
+taken apart in the same way. The grouped form therefore takes inputs in *split order*: of int4, whose bytes hold an even
+column in the low nibble and the next in the high one, a row's even columns, then its odd ones (PARTS 2); of FP4, read as
+32-bit words of eight codes, its columns 0, 8, 16.., then 1, 9, 17.. and so on (PARTS 8). ``split_kernel`` brings tokens into
+that order, and hidden rows are written in it. The decode form reads rows as they are.
 
 FORMAT: ``int8`` and ``float8`` (int4 weights under such inputs; a scale per group or row, and one per input row) or ``fp4``
 (a scale byte per group and, NVFP4, a global scale per row). Scales of groups are applied in f32 to the sums of int4 codes,
@@ -18,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quant_compile.lowering.kernels._triton_fp4a16 import FROM_F16, _e2m1, _scale
+from quant_compile.lowering.kernels._triton_fp4a16 import FROM_F16, _scale
 from quant_compile.lowering.kernels._triton_fp4a16 import _codes as _fp4_codes
 from quant_compile.lowering.kernels._triton_moe import (
     _activate,
@@ -34,50 +36,47 @@ from quant_compile.lowering.kernels._triton_moe import (
 )
 from quant_compile.lowering.kernels._triton_w4a8 import _decode, _every_other, _four
 
-# Four bytes of e2m1 codes ($4) under bf16 scales ($5, $6: of bytes 0 and 1, 2 and 3) -> low nibbles as bf16 ($0, $1), high
-# ones ($2, $3). A byte is doubled to 16 bits; sign and three bits of a nibble go to the sign bit and to the lowest exponent
-# bits and first mantissa bit, which is the value times 2**-126. The scale is times 2**118 (448 of e4m3 still fits).
-NVFP4_ASM = tl.constexpr(
-    """{ .reg .b32 t, s, none; mov.b32 none, 0x80008000;
-    prmt.b32 t, $4, $4, 0x1100;
-    shl.b32 s, t, 4; and.b32 s, s, 0x80008000; shr.u32 $0, t, 2; and.b32 $0, $0, 0x01C001C0; or.b32 $0, $0, s;
-    and.b32 s, t, 0x80008000; shl.b32 $2, t, 2; and.b32 $2, $2, 0x01C001C0; or.b32 $2, $2, s;
-    fma.rn.bf16x2 $0, $0, $5, none; fma.rn.bf16x2 $2, $2, $5, none;
-    prmt.b32 t, $4, $4, 0x3322;
-    shl.b32 s, t, 4; and.b32 s, s, 0x80008000; shr.u32 $1, t, 2; and.b32 $1, $1, 0x01C001C0; or.b32 $1, $1, s;
-    and.b32 s, t, 0x80008000; shl.b32 $3, t, 2; and.b32 $3, $3, 0x01C001C0; or.b32 $3, $3, s;
-    fma.rn.bf16x2 $1, $1, $6, none; fma.rn.bf16x2 $3, $3, $6, none; }"""
+# Words of eight e2m1 codes ($8, $9) of one group under its scale, twice ($10) -> eight pairs of bf16 ($0..$7), a code of each.
+# Halves of both words are put together; then sign and three bits of a nibble go to the sign bit and to the lowest exponent
+# bits and first mantissa bit of 16, which is the value times 2**-126, exactly (0.5 is a subnormal).
+_HALF_ASM = """prmt.b32 t, $8, $9, {halves};
+    shl.b32 s, t, 12; and.b32 s, s, sign; shl.b32 {o0}, t, 6; and.b32 {o0}, {o0}, rest; or.b32 {o0}, {o0}, s;
+    shl.b32 s, t, 8; and.b32 s, s, sign; shl.b32 {o1}, t, 2; and.b32 {o1}, {o1}, rest; or.b32 {o1}, {o1}, s;
+    shl.b32 s, t, 4; and.b32 s, s, sign; shr.u32 {o2}, t, 2; and.b32 {o2}, {o2}, rest; or.b32 {o2}, {o2}, s;
+    and.b32 s, t, sign; shr.u32 {o3}, t, 6; and.b32 {o3}, {o3}, rest; or.b32 {o3}, {o3}, s;"""
+_CODES_ASM = (
+    "{ .reg .b32 t, s, sign, rest, up; mov.b32 sign, 0x80008000; mov.b32 rest, 0x01C001C0; mov.b32 up, 0x7E807E80;"
+    + _HALF_ASM.format(halves="0x5410", o0="$0", o1="$1", o2="$2", o3="$3")
+    + _HALF_ASM.format(halves="0x7632", o0="$4", o1="$5", o2="$6", o3="$7")
 )
-# The same under scales from 2**-127 to 2**127 as they are: codes are multiplied by 2**126 first.
+# Multiplications by adding -0 after them, as sm80 has it. NVFP4's scales come times 2**118 (448 still fits); those of MXFP4,
+# 2**-127 to 2**127, as they are, so that codes are brought to 0..6 first.
+NVFP4_ASM = tl.constexpr(_CODES_ASM + "".join(f"fma.rn.bf16x2 ${i}, ${i}, $10, sign;" for i in range(8)) + "}")
 MXFP4_ASM = tl.constexpr(
-    """{ .reg .b32 t, s, none, up; mov.b32 none, 0x80008000; mov.b32 up, 0x7E807E80;
-    prmt.b32 t, $4, $4, 0x1100;
-    shl.b32 s, t, 4; and.b32 s, s, 0x80008000; shr.u32 $0, t, 2; and.b32 $0, $0, 0x01C001C0; or.b32 $0, $0, s;
-    and.b32 s, t, 0x80008000; shl.b32 $2, t, 2; and.b32 $2, $2, 0x01C001C0; or.b32 $2, $2, s;
-    fma.rn.bf16x2 $0, $0, up, none; fma.rn.bf16x2 $2, $2, up, none;
-    fma.rn.bf16x2 $0, $0, $5, none; fma.rn.bf16x2 $2, $2, $5, none;
-    prmt.b32 t, $4, $4, 0x3322;
-    shl.b32 s, t, 4; and.b32 s, s, 0x80008000; shr.u32 $1, t, 2; and.b32 $1, $1, 0x01C001C0; or.b32 $1, $1, s;
-    and.b32 s, t, 0x80008000; shl.b32 $3, t, 2; and.b32 $3, $3, 0x01C001C0; or.b32 $3, $3, s;
-    fma.rn.bf16x2 $1, $1, up, none; fma.rn.bf16x2 $3, $3, up, none;
-    fma.rn.bf16x2 $1, $1, $6, none; fma.rn.bf16x2 $3, $3, $6, none; }"""
+    _CODES_ASM
+    + "".join(f"fma.rn.bf16x2 ${i}, ${i}, up, sign; fma.rn.bf16x2 ${i}, ${i}, $10, sign;" for i in range(8))
+    + "}"
 )
+EIGHT = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r")
 TO_NVFP4_ASM = tl.constexpr(2.0**118)
 FROM_NVFP4_ASM = tl.constexpr(2.0**8)
+TO_F16 = tl.constexpr(2.0**14)
 
 # --- rows in split order ---
 
 
 @triton.jit
-def split_kernel(x_ptr, y_ptr, half, BLOCK: tl.constexpr):
-    """Rows of ``half`` words x, each of two columns -> rows y of 2 ``half`` columns: the first ones, then the second ones."""
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    words = tl.load(x_ptr + row * half + at, mask=at < half, other=0)
-    CODE: tl.constexpr = y_ptr.dtype.element_ty
-    y_at = y_ptr + row * 2 * half + at
-    tl.store(y_at, words.to(CODE), mask=at < half)
-    tl.store(y_at + half, (words >> CODE.primitive_bitwidth).to(CODE), mask=at < half)
+def split_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Rows x of PARTS * ``size`` columns -> rows y in split order; program (i, row) moves BLOCK columns of each part."""
+    row = tl.program_id(1).to(tl.int64) * size * PARTS
+    first = tl.program_id(0) * BLOCK
+    cols = first * PARTS + tl.arange(0, BLOCK * PARTS)
+    x = tl.load(x_ptr + row + cols, mask=cols < size * PARTS, other=0)
+    at = first + tl.arange(0, BLOCK)
+    y_at = y_ptr + row + at
+    parts = tl.split(tl.reshape(x, (BLOCK, 2))) if PARTS == 2 else _eight(x, 1, BLOCK)
+    for j in tl.static_range(PARTS):
+        tl.store(y_at + j * size, tl.reshape(parts[j], (BLOCK,)), mask=at < size)
 
 
 @triton.jit
@@ -102,8 +101,8 @@ def quantize_split_kernel(h_ptr, scale2_ptr, q_ptr, scale_ptr, half, BLOCK: tl.c
 
 
 @triton.jit
-def _bytes(w_ptr, w_at, line, start, spots, width, TMA: tl.constexpr, EVEN: tl.constexpr):
-    """Bytes [BLOCK_N, STEP] of one step."""
+def _units(w_ptr, w_at, line, start, spots, width, TMA: tl.constexpr, EVEN: tl.constexpr):
+    """Bytes or words [BLOCK_N, STEP] of one step."""
     if TMA:
         w = w_ptr.load([line, start])
     elif EVEN:
@@ -114,15 +113,14 @@ def _bytes(w_ptr, w_at, line, start, spots, width, TMA: tl.constexpr, EVEN: tl.c
 
 
 @triton.jit
-def _step_scales(sw_at, rows, start, groups, sw_row, STEP: tl.constexpr, GROUP: tl.constexpr, FP4: tl.constexpr):
+def _step_scales(sw_at, rows, start, groups, STEP: tl.constexpr, GROUP: tl.constexpr, FP4: tl.constexpr):
     """Scales of one step: bytes [BLOCK_N, STEP / GROUP] of FP4; f32 [BLOCK_N] of int4, all 1 where scales are per row."""
     if FP4:
         group = start // GROUP + tl.arange(0, STEP // GROUP)
-        near = tl.minimum(group, groups - 1)
-        scale = tl.load(sw_at + rows[:, None] * sw_row + near[None, :])
+        scale = tl.load(sw_at + rows[:, None] * groups + group[None, :], mask=(group < groups)[None, :], other=0)
     elif GROUP > 0:
         near = tl.minimum(start // GROUP, groups - 1)
-        scale = tl.load(sw_at + rows * sw_row + near).to(tl.float32)
+        scale = tl.load(sw_at + rows * groups + near).to(tl.float32)
     else:
         scale = tl.full(rows.shape, 1.0, tl.float32)
     return scale
@@ -130,43 +128,47 @@ def _step_scales(sw_at, rows, start, groups, sw_row, STEP: tl.constexpr, GROUP: 
 
 @triton.jit
 def _fp4_weights(w, scale, OUT: tl.constexpr, GROUP: tl.constexpr, E8M0: tl.constexpr, ASM: tl.constexpr):
-    """Bytes w [rows, STEP] under scale bytes [rows, STEP / GROUP] -> weights of even and of odd columns, as OUT.
+    """Words w [rows, STEP] under scale bytes [rows, STEP / GROUP] -> eight matrices of weights, one for each place, as OUT.
 
-    ASM (bf16 only): NVFP4's are FROM_NVFP4_ASM times too small.
+    ASM (bf16 only): NVFP4's are FROM_NVFP4_ASM times too small. Otherwise weights are rounded to OUT.
     """
-    GROUPED: tl.constexpr = (w.shape[0], w.shape[1] // GROUP, GROUP)
+    factor = _scale(scale, E8M0)
     if ASM:
-        factor = _scale(scale, E8M0)
-        if not E8M0:
-            factor = factor * TO_NVFP4_ASM
-        factor = tl.reshape(tl.broadcast_to(factor.to(tl.bfloat16)[:, :, None], GROUPED), w.shape)
-        low, high = tl.inline_asm_elementwise(
-            MXFP4_ASM if E8M0 else NVFP4_ASM, "=&r,=&r,=&r,=&r,r,r,r", [w, factor],
-            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        factor = (factor if E8M0 else factor * TO_NVFP4_ASM).to(tl.bfloat16)
+    else:
+        factor = factor * TO_F16
+    factor = tl.broadcast_to(factor[:, :, None], (w.shape[0], w.shape[1] // GROUP, GROUP))
+    factor = tl.reshape(factor, w.shape)
+    if ASM:
+        weights = tl.inline_asm_elementwise(
+            MXFP4_ASM if E8M0 else NVFP4_ASM, EIGHT, [w, factor],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        factor = _scale(scale, E8M0)[:, :, None]
-        codes = tl.reshape(w.to(tl.int32), GROUPED)
-        low = tl.reshape(_e2m1(codes << 28) * factor, w.shape).to(OUT)
-        high = tl.reshape(_e2m1(codes << 24) * factor, w.shape).to(OUT)
-    return low, high
+        c = _fp4_codes(w)
+        weights = (
+            (c[0] * factor).to(OUT), (c[1] * factor).to(OUT), (c[2] * factor).to(OUT), (c[3] * factor).to(OUT),
+            (c[4] * factor).to(OUT), (c[5] * factor).to(OUT), (c[6] * factor).to(OUT), (c[7] * factor).to(OUT),
+        )  # fmt: skip
+    return weights
 
 
 @triton.jit
 def _add_step(
-    total, w, scale, x0, x1, FORMAT: tl.constexpr, GROUP: tl.constexpr, E8M0: tl.constexpr, ASM: tl.constexpr
+    total, w, scale, x, FORMAT: tl.constexpr, GROUP: tl.constexpr, E8M0: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
-    """total [BLOCK_N, BLOCK_M] + bytes w [BLOCK_N, STEP] times even columns x0 and odd ones x1 [STEP, BLOCK_M]."""
+    """total [BLOCK_N, BLOCK_M] + units w [BLOCK_N, STEP] times the parts x of the inputs, [STEP, BLOCK_M] each."""
     if FORMAT == "fp4":
-        low, high = _fp4_weights(w, scale, x0.dtype, GROUP, E8M0, ASM and x0.dtype == tl.bfloat16)
-        total = tl.dot(low, x0, total)
-        total = tl.dot(high, x1, total)
+        weights = _fp4_weights(w, scale, x[0].dtype, GROUP, E8M0, ASM and x[0].dtype == tl.bfloat16)
+        for j in tl.static_range(8):
+            total = tl.dot(weights[j], x[j], total)
     else:
         FLOAT8: tl.constexpr = FORMAT == "float8"
         SUMS: tl.constexpr = tl.float32 if FLOAT8 else tl.int32
         low, high = _decode(w, FLOAT8, ASM)
-        sums = tl.dot(low, x0, out_dtype=SUMS)
-        sums = tl.dot(high, x1, sums, out_dtype=SUMS).to(tl.float32)
+        sums = tl.dot(low, x[0], out_dtype=SUMS)
+        sums = tl.dot(high, x[1], sums, out_dtype=SUMS).to(tl.float32)
         if GROUP > 0:
             sums = sums * scale[:, None]
         total += sums
@@ -223,9 +225,10 @@ def grouped4_kernel(
 ):
     """One block of pairs times BLOCK_N rows (GATED: as many gate and as many up rows) of its expert's weight.
 
-    GATED: x are tokens [T, 2 width] in split order, gathered; y is the hidden layer [pairs, n] in the order of ``sorted``,
+    GATED: x are tokens [T, PARTS width] in split order, gathered; y is the hidden layer [pairs, n] in the order of ``sorted``,
     FP4's in split order. Otherwise x is the hidden layer in that order, and split; y [pairs, n] is in the order of the pairs.
-    w [E, rows, width] bytes, a step is STEP of them; scales sw [E, rows, groups], GROUP bytes share one (0: a whole row).
+    w [E, rows, width] units (bytes, or of FP4 words), a step is STEP of them; scales sw [E, rows, groups], GROUP units share
+    one (0: a whole row does).
     whole_ptr: NVFP4's global scale [E, rows]. TMA: w_ptr is a descriptor of [E * rows, width].
     """
     FP4: tl.constexpr = FORMAT == "fp4"
@@ -252,34 +255,28 @@ def grouped4_kernel(
     if not TMA:
         w_at = w_ptr + own * width + near[:, None] * width + spots[None, :]
         up_at = w_at + n.to(tl.int64) * width
-    x_at = x_ptr + x_row.to(tl.int64)[None, :] * (2 * width) + spots[:, None]
+    PARTS: tl.constexpr = 8 if FP4 else 2
+    x_at = x_ptr + x_row.to(tl.int64)[None, :] * (PARTS * width) + spots[:, None]
     sw_at = sw_ptr + own * groups
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     total_up = total
-    # int4's scales are asked for a step ahead: two bytes a row are too few for the pipeline of loads, which takes four.
-    scale = _step_scales(sw_at, near, 0, groups, groups, STEP, GROUP, FP4)
-    scale_up = _step_scales(sw_at, near + n, 0, groups, groups, STEP, GROUP, FP4) if GATED else scale
+    # Scales are asked for a step ahead: they are too few bytes a row for the pipeline of loads.
+    scale = _step_scales(sw_at, near, 0, groups, STEP, GROUP, FP4)
+    scale_up = _step_scales(sw_at, near + n, 0, groups, STEP, GROUP, FP4) if GATED else scale
     for start in range(0, width, STEP):
-        if EVEN:
-            x0 = tl.load(x_at + start)
-            x1 = tl.load(x_at + width + start)
-        else:
-            inside = (spots < width - start)[:, None]
-            x0 = tl.load(x_at + start, mask=inside, other=0.0)
-            x1 = tl.load(x_at + width + start, mask=inside, other=0.0)
-        if FP4:
-            scale = _step_scales(sw_at, near, start, groups, groups, STEP, GROUP, FP4)
-        w = _bytes(w_ptr, w_at, line, start, spots, width, TMA, EVEN)
-        total = _add_step(total, w, scale, x0, x1, FORMAT, GROUP, E8M0, ASM)
-        if not FP4:
-            scale = _step_scales(sw_at, near, start + STEP, groups, groups, STEP, GROUP, FP4)
+        x = ()
+        for j in tl.static_range(PARTS):
+            if EVEN:
+                x = x + (tl.load(x_at + j * width + start),)
+            else:
+                x = x + (tl.load(x_at + j * width + start, mask=(spots < width - start)[:, None], other=0.0),)
+        w = _units(w_ptr, w_at, line, start, spots, width, TMA, EVEN)
+        total = _add_step(total, w, scale, x, FORMAT, GROUP, E8M0, ASM)
+        scale = _step_scales(sw_at, near, start + STEP, groups, STEP, GROUP, FP4)
         if GATED:
-            if FP4:
-                scale_up = _step_scales(sw_at, near + n, start, groups, groups, STEP, GROUP, FP4)
-            w = _bytes(w_ptr, up_at, line + n, start, spots, width, TMA, EVEN)
-            total_up = _add_step(total_up, w, scale_up, x0, x1, FORMAT, GROUP, E8M0, ASM)
-            if not FP4:
-                scale_up = _step_scales(sw_at, near + n, start + STEP, groups, groups, STEP, GROUP, FP4)
+            w = _units(w_ptr, up_at, line + n, start, spots, width, TMA, EVEN)
+            total_up = _add_step(total_up, w, scale_up, x, FORMAT, GROUP, E8M0, ASM)
+            scale_up = _step_scales(sw_at, near + n, start + STEP, groups, STEP, GROUP, FP4)
     PACKED: tl.constexpr = FP4 and ASM and x_ptr.dtype.element_ty == tl.bfloat16 and not E8M0
     UNIT: tl.constexpr = FROM_NVFP4_ASM if PACKED else 1.0 if FP4 else 512.0 if FORMAT == "float8" else 0.0625
     CHANNEL: tl.constexpr = GROUP == 0
@@ -296,7 +293,7 @@ def grouped4_kernel(
         y = _activate(y, up, KIND, ALPHA, LIMIT, SHIFT, OUT)
         y_row = first + lanes
         if FP4:
-            column = rows % 2 * (n // 2) + rows // 2
+            column = rows % PARTS * (n // PARTS) + rows // PARTS
     else:
         y_row = tl.load(sorted_ptr + place)
     inside = (rows < n)[:, None] & (lanes < count)[None, :]

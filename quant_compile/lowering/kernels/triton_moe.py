@@ -511,6 +511,11 @@ def launch(
     return add(parts, ids, weights if weights is None else weights.contiguous(), problem)
 
 
+def serves(scheme: Scheme) -> bool:
+    """Whether a scheme's family is one of this file's."""
+    return family_of(scheme).name in OLDEST
+
+
 def reject_block(problem: MoeProblem, target: Target, oldest: int) -> Reject | None:
     """What Triton's blocks refuse of any scheme; ``oldest`` is the first arch that multiplies it."""
     if target.device != "cuda":
@@ -529,7 +534,7 @@ def reject_block(problem: MoeProblem, target: Target, oldest: int) -> Reject | N
 
 def _reject(problem: MoeProblem, target: Target) -> Reject | None:
     family = family_of(problem.scheme).name
-    if family not in OLDEST:
+    if not serves(problem.scheme):
         return Reject(f"multiplies 8-bit weights, or int4 weights under 16-bit inputs, not {problem.scheme.spec}")
     return reject_block(problem, target, OLDEST[family]) or _reject_scheme(problem.scheme, family)
 

@@ -2,8 +2,8 @@
 16-bit inputs (NVFP4A16, MXFP4A16).
 
 ``triton_moe4_decode`` for few (token, expert) pairs and ``triton_moe4`` for any number of tokens, from planes in row form
-("experts"); sorting of pairs and the sum over experts are ``triton_moe``'s. Steps can be called apart: ``split``, ``first``,
-``quantize``, ``second``; ``gated_rows``, ``down_rows``. The Triton source, in ``_triton_moe4``, is imported at the first launch.
+("experts"). Sorting of pairs and the sum over experts are ``triton_moe``'s, and steps can be called apart as there. The Triton
+source, in ``_triton_moe4``, is imported at the first launch.
 """
 
 from __future__ import annotations
@@ -77,27 +77,46 @@ def _bytes(planes: Planes) -> tuple[Tensor, Tensor, Tensor | None]:
 # --- steps of the grouped form ---
 
 
-def split(x: Tensor) -> Tensor:
-    """[T, k] -> the same rows in split order: even columns, then odd ones."""
+def parts_of(scheme: Scheme) -> int:
+    """Parts of a row in split order, which is the number of codes in a unit that the grouped form reads."""
+    return 8 if format_of(scheme) == "fp4" else 2
+
+
+def split(x: Tensor, parts: int) -> Tensor:
+    """[T, k] -> the same rows in split order: columns 0, parts, 2 parts.., then 1, parts + 1.."""
     y = torch.empty_like(x)
-    small = x.dtype.itemsize == 1
-    words = (x.view(torch.int8) if small else x).view(torch.int16 if small else torch.int32)
-    codes = y.view(torch.int8 if small else torch.int16)
-    tokens, half = words.shape
-    block = min(1024, _pow2(half))
-    _source().split_kernel[(_ceil(half, block), tokens)](words, codes, half, BLOCK=block, num_warps=4)
+    tokens, size = x.shape[0], x.shape[1] // parts
+    block = min(1024 // parts, _pow2(size))
+    codes = torch.int8 if x.dtype.itemsize == 1 else torch.int16
+    _source().split_kernel[(_ceil(size, block), tokens)](
+        x.view(codes), y.view(codes), size, BLOCK=block, PARTS=parts, num_warps=4
+    )
     return y
 
 
-def first(x: Planes, pairs: Pairs, w13: Planes, b13: Tensor | None, problem: MoeProblem, tiles: Tiles) -> Tensor:
-    """Hidden layer act(x[token] @ w13[e].T + b13[e]) [T k, I] of the problem's dtype, in the order of ``pairs``; data of x,
-    and FP4's result, in split order."""
+def first(
+    x: Planes, pairs: Pairs, w13: Planes, b13: Tensor | None, scale2: Tensor | None, problem: MoeProblem, tiles: Tiles
+) -> Planes:
+    """Hidden layer act(x[token] @ w13[e].T + b13[e]) in the order of ``pairs``, quantized where the scheme says so.
+
+    Returns:
+        What ``second`` takes: data [T k, I] in split order (the problem's dtype or codes), then the scale of codes.
+    """
+    hidden = product(x, pairs, w13, b13, problem, tiles)
+    if problem.scheme.input_activations is None:
+        return (hidden,)
+    return quantize(hidden, problem, scale2 if problem.scheme.static else None)
+
+
+def product(x: Planes, pairs: Pairs, w13: Planes, b13: Tensor | None, problem: MoeProblem, tiles: Tiles) -> Tensor:
+    """``first`` before it is quantized: [T k, I] of the problem's dtype; FP4's in split order, others' as columns come."""
     y = torch.empty((pairs.order.numel(), problem.intermediate), dtype=problem.dtype, device=x[0].device)
-    _launch(x, pairs, w13, b13, y, problem, tiles, gated=True)
+    tokens = split(x[0], parts_of(problem.scheme))
+    _launch((tokens, *x[1:]), pairs, w13, b13, y, problem, tiles, gated=True)
     return y
 
 
-def quantize(hidden: Tensor, scale2: Tensor | None, problem: MoeProblem) -> Planes:
+def quantize(hidden: Tensor, problem: MoeProblem, scale2: Tensor | None = None) -> Planes:
     """[rows, I] -> codes in split order and scale ([rows, 1], or the calibrated ``scale2`` [1] as it is)."""
     limit, code = code_of(problem.scheme)
     rows, n = hidden.shape
@@ -122,14 +141,15 @@ def _launch(
 ) -> None:
     """One product of the grouped form."""
     data, scale, whole = _bytes(w)
-    n, width, step = y.shape[1], data.shape[-1], tiles.block_k // 2
-    most = pairs.blocks.shape[1]
-    tma = tiles.tma and width % 16 == 0
+    parts, most = parts_of(problem.scheme), pairs.blocks.shape[1]
+    data = data.view(torch.int32) if parts == 8 else data
+    n, width, step = y.shape[1], data.shape[-1], tiles.block_k // parts
+    tma = tiles.tma and width * data.itemsize % 16 == 0
     _source().grouped4_kernel[(most * _ceil(n, tiles.block_n),)](
         x[0], _descriptor(data, tiles.block_n, step) if tma else data, x[1] if len(x) > 1 else None, scale, whole, bias, y,
         pairs.order, pairs.blocks, most, n, width, scale.shape[-1], problem.top_k, _scale_strides(x)[0],
         GATED=gated, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STEP=step, BAND=tiles.band, EVEN=width % step == 0,
-        TMA=tma, FORMAT=format_of(problem.scheme), GROUP=(problem.scheme.weights.group_size or 0) // 2,
+        TMA=tma, FORMAT=format_of(problem.scheme), GROUP=(problem.scheme.weights.group_size or 0) // parts,
         **_activation(problem.activation), OUT=_type(problem.dtype), ASM=not _interpreted(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -215,7 +235,7 @@ def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
 def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Tiles:
     scheme = problem.scheme
     fp4 = format_of(scheme) == "fp4"
-    block_k = 128 if fp4 else min(128, scheme.weights.group_size or 128)
+    block_k = 256 if fp4 else min(128, scheme.weights.group_size or 128)
     block_n, warps = (64, 4) if gated or block_m > 32 else (128, 4)
     rows = (2 if gated else 1) * block_n
     step = block_k * (rows * 4 + block_m * (16 if fp4 else 8)) // 8
@@ -271,9 +291,7 @@ def launch(
     """Run one plan; arguments and result as for ``run``."""
     ids = ids.contiguous()
     pairs = align(ids, problem.experts, chosen.first.block_m)
-    hidden: Planes = (first((split(x[0]), *x[1:]), pairs, w13, b13, problem, chosen.first),)
-    if problem.scheme.input_activations is not None:
-        hidden = quantize(hidden[0], scale2 if problem.scheme.static else None, problem)
+    hidden = first(x, pairs, w13, b13, scale2, problem, chosen.first)
     parts = second(hidden, pairs, w2, b2, problem, chosen.second)
     return add(parts, ids, weights if weights is None else weights.contiguous(), problem)
 
