@@ -155,14 +155,25 @@ def _fp4_weights(w, scale, OUT: tl.constexpr, GROUP: tl.constexpr, E8M0: tl.cons
 
 
 @triton.jit
+def _joined(w):
+    """Eight matrices [rows, STEP], the columns of each word -> one of all columns in order [rows, STEP * 8]."""
+    even = tl.join(tl.join(w[0], w[4]), tl.join(w[2], w[6]))
+    odd = tl.join(tl.join(w[1], w[5]), tl.join(w[3], w[7]))
+    return tl.reshape(tl.join(even, odd), (w[0].shape[0], w[0].shape[1] * 8))
+
+
+@triton.jit
 def _add_step(
-    total, w, scale, x, FORMAT: tl.constexpr, GROUP: tl.constexpr, E8M0: tl.constexpr, ASM: tl.constexpr
+    total, w, scale, x, FORMAT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, E8M0: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
-    """total [BLOCK_N, BLOCK_M] + units w [BLOCK_N, STEP] times the parts x of the inputs, [STEP, BLOCK_M] each."""
+    """total [BLOCK_N, BLOCK_M] + units w [BLOCK_N, STEP] times the PARTS of the inputs x."""
     if FORMAT == "fp4":
         weights = _fp4_weights(w, scale, x[0].dtype, GROUP, E8M0, ASM and x[0].dtype == tl.bfloat16)
-        for j in tl.static_range(8):
-            total = tl.dot(weights[j], x[j], total)
+        if PARTS == 1:
+            total = tl.dot(_joined(weights), x[0], total)
+        else:
+            for j in tl.static_range(PARTS):
+                total = tl.dot(weights[j], x[j], total)
     else:
         FLOAT8: tl.constexpr = FORMAT == "float8"
         SUMS: tl.constexpr = tl.float32 if FLOAT8 else tl.int32
@@ -215,6 +226,7 @@ def grouped4_kernel(
     EVEN: tl.constexpr,
     TMA: tl.constexpr,
     FORMAT: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -225,11 +237,11 @@ def grouped4_kernel(
 ):
     """One block of pairs times BLOCK_N rows (GATED: as many gate and as many up rows) of its expert's weight.
 
-    GATED: x are tokens [T, PARTS width] in split order, gathered; y is the hidden layer [pairs, n] in the order of ``sorted``,
-    FP4's in split order. Otherwise x is the hidden layer in that order, and split; y [pairs, n] is in the order of the pairs.
-    w [E, rows, width] units (bytes, or of FP4 words), a step is STEP of them; scales sw [E, rows, groups], GROUP units share
-    one (0: a whole row does).
-    whole_ptr: NVFP4's global scale [E, rows]. TMA: w_ptr is a descriptor of [E * rows, width].
+    GATED: x are tokens [T, k] in split order (PARTS 1: in plain order), gathered; y is the hidden layer [pairs, n] in the
+    order of ``sorted``, its columns of FP4 in x's order. Otherwise x is the hidden layer in that order; y [pairs, n] is in the
+    order of the pairs. w [E, rows, width] units (bytes, or of FP4 words), a step is STEP of them; scales sw [E, rows, groups],
+    GROUP units share one (0: a whole row does). whole_ptr: NVFP4's global scale [E, rows]. TMA: w_ptr is a descriptor of
+    [E * rows, width].
     """
     FP4: tl.constexpr = FORMAT == "fp4"
     E8M0: tl.constexpr = whole_ptr is None
@@ -255,8 +267,10 @@ def grouped4_kernel(
     if not TMA:
         w_at = w_ptr + own * width + near[:, None] * width + spots[None, :]
         up_at = w_at + n.to(tl.int64) * width
-    PARTS: tl.constexpr = 8 if FP4 else 2
-    x_at = x_ptr + x_row.to(tl.int64)[None, :] * (PARTS * width) + spots[:, None]
+    CODES: tl.constexpr = 8 if FP4 else 2
+    STRIDE: tl.constexpr = CODES // PARTS
+    columns = tl.arange(0, STEP * STRIDE)
+    x_at = x_ptr + x_row.to(tl.int64)[None, :] * (CODES * width) + columns[:, None]
     sw_at = sw_ptr + own * groups
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     total_up = total
@@ -266,16 +280,17 @@ def grouped4_kernel(
     for start in range(0, width, STEP):
         x = ()
         for j in tl.static_range(PARTS):
+            here = x_at + j * width + start * STRIDE
             if EVEN:
-                x = x + (tl.load(x_at + j * width + start),)
+                x = x + (tl.load(here),)
             else:
-                x = x + (tl.load(x_at + j * width + start, mask=(spots < width - start)[:, None], other=0.0),)
+                x = x + (tl.load(here, mask=(columns < (width - start) * STRIDE)[:, None], other=0.0),)
         w = _units(w_ptr, w_at, line, start, spots, width, TMA, EVEN)
-        total = _add_step(total, w, scale, x, FORMAT, GROUP, E8M0, ASM)
+        total = _add_step(total, w, scale, x, FORMAT, PARTS, GROUP, E8M0, ASM)
         scale = _step_scales(sw_at, near, start + STEP, groups, STEP, GROUP, FP4)
         if GATED:
             w = _units(w_ptr, up_at, line + n, start, spots, width, TMA, EVEN)
-            total_up = _add_step(total_up, w, scale_up, x, FORMAT, GROUP, E8M0, ASM)
+            total_up = _add_step(total_up, w, scale_up, x, FORMAT, PARTS, GROUP, E8M0, ASM)
             scale_up = _step_scales(sw_at, near + n, start + STEP, groups, STEP, GROUP, FP4)
     PACKED: tl.constexpr = FP4 and ASM and x_ptr.dtype.element_ty == tl.bfloat16 and not E8M0
     UNIT: tl.constexpr = FROM_NVFP4_ASM if PACKED else 1.0 if FP4 else 512.0 if FORMAT == "float8" else 0.0625

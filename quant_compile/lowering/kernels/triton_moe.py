@@ -49,6 +49,8 @@ class Tiles:
         stages: depth of the load pipeline.
         band: blocks of pairs that are walked together, tile by tile.
         tma: load weights through tensor descriptors (sm90 and newer), where their rows are a multiple of 16 bytes.
+        joined: FP4 (``triton_moe4``): one product over all columns of a step instead of one for each place in a word, the same
+            in both products.
     """
 
     block_m: int
@@ -58,6 +60,7 @@ class Tiles:
     stages: int
     band: int = 8
     tma: bool = False
+    joined: bool = False
 
 
 @dataclass(frozen=True)

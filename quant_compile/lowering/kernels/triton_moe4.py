@@ -77,13 +77,20 @@ def _bytes(planes: Planes) -> tuple[Tensor, Tensor, Tensor | None]:
 # --- steps of the grouped form ---
 
 
-def parts_of(scheme: Scheme) -> int:
-    """Parts of a row in split order, which is the number of codes in a unit that the grouped form reads."""
+def codes_of(scheme: Scheme) -> int:
+    """Codes in a unit that the grouped form reads: words of FP4, bytes of int4."""
     return 8 if format_of(scheme) == "fp4" else 2
+
+
+def parts_of(scheme: Scheme, tiles: Tiles) -> int:
+    """Parts of a row in split order; 1 is the plain order."""
+    return 1 if tiles.joined else codes_of(scheme)
 
 
 def split(x: Tensor, parts: int) -> Tensor:
     """[T, k] -> the same rows in split order: columns 0, parts, 2 parts.., then 1, parts + 1.."""
+    if parts == 1:
+        return x
     y = torch.empty_like(x)
     tokens, size = x.shape[0], x.shape[1] // parts
     block = min(1024 // parts, _pow2(size))
@@ -111,7 +118,7 @@ def first(
 def product(x: Planes, pairs: Pairs, w13: Planes, b13: Tensor | None, problem: MoeProblem, tiles: Tiles) -> Tensor:
     """``first`` before it is quantized: [T k, I] of the problem's dtype; FP4's in split order, others' as columns come."""
     y = torch.empty((pairs.order.numel(), problem.intermediate), dtype=problem.dtype, device=x[0].device)
-    tokens = split(x[0], parts_of(problem.scheme))
+    tokens = split(x[0], parts_of(problem.scheme, tiles))
     _launch((tokens, *x[1:]), pairs, w13, b13, y, problem, tiles, gated=True)
     return y
 
@@ -141,15 +148,16 @@ def _launch(
 ) -> None:
     """One product of the grouped form."""
     data, scale, whole = _bytes(w)
-    parts, most = parts_of(problem.scheme), pairs.blocks.shape[1]
-    data = data.view(torch.int32) if parts == 8 else data
-    n, width, step = y.shape[1], data.shape[-1], tiles.block_k // parts
+    codes, most = codes_of(problem.scheme), pairs.blocks.shape[1]
+    data = data.view(torch.int32) if codes == 8 else data
+    n, width, step = y.shape[1], data.shape[-1], tiles.block_k // codes
     tma = tiles.tma and width * data.itemsize % 16 == 0
     _source().grouped4_kernel[(most * _ceil(n, tiles.block_n),)](
         x[0], _descriptor(data, tiles.block_n, step) if tma else data, x[1] if len(x) > 1 else None, scale, whole, bias, y,
         pairs.order, pairs.blocks, most, n, width, scale.shape[-1], problem.top_k, _scale_strides(x)[0],
         GATED=gated, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STEP=step, BAND=tiles.band, EVEN=width % step == 0,
-        TMA=tma, FORMAT=format_of(problem.scheme), GROUP=(problem.scheme.weights.group_size or 0) // parts,
+        TMA=tma, FORMAT=format_of(problem.scheme), PARTS=parts_of(problem.scheme, tiles),
+        GROUP=(problem.scheme.weights.group_size or 0) // codes,
         **_activation(problem.activation), OUT=_type(problem.dtype), ASM=not _interpreted(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -241,7 +249,9 @@ def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Ti
     step = block_k * (rows * 4 + block_m * (16 if fp4 else 8)) // 8
     memory = {80: 160, 89: 96, 120: 96}.get(target.arch, 208) * 1024
     stages = max(2, min(4, memory // step))
-    return Tiles(block_m, block_n, block_k, warps, stages)
+    # A product for each place would take more tensor memory than sm100 has.
+    joined = fp4 and 100 <= target.arch < 120
+    return Tiles(block_m, block_n, 128 if joined else block_k, warps, stages, joined=joined)
 
 
 def decode_plan(problem: MoeProblem, target: Target) -> DecodePlan:
@@ -306,6 +316,8 @@ def _reject(problem: MoeProblem, target: Target) -> Reject | None:
     refusal = reject_block(problem, target, 89 if format_of(scheme) == "float8" else 80)
     if refusal is not None:
         return refusal
+    if a is not None and a.strategy == "tensor" and a.dynamic:
+        return Reject("one dynamic scale for all tokens of an expert is not computed here")
     group = scheme.weights.group_size or LEAST_GROUP
     if family == "w4a8" and group < LEAST_GROUP:
         return Reject(f"groups must have at least {LEAST_GROUP} columns, got {group}")
