@@ -311,7 +311,7 @@ def _reject(problem: MoeProblem, target: Target) -> Reject | None:
     a = scheme.input_activations
     if family not in ("w4a8", "nvfp4", "mxfp4") or (family != "w4a8" and a is not None):
         return Reject(
-            f"multiplies int4 weights under 8-bit inputs and FP4 weights under 16-bit inputs, not {scheme.spec}"
+            f"multiplies symmetric int4 weights under 8-bit inputs and FP4 weights under 16-bit inputs, not {scheme.spec}"
         )
     refusal = reject_block(problem, target, 89 if format_of(scheme) == "float8" else 80)
     if refusal is not None:
