@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
+from math import gcd
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from quant_compile.lowering.kernels.triton_moe import (
     _needs_amax,
     _pow2,
     _scale_strides,
-    _step,
     _target,
     _type,
     _warps,
@@ -243,26 +243,36 @@ def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
 def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Tiles:
     scheme = problem.scheme
     fp4 = format_of(scheme) == "fp4"
-    block_k = 256 if fp4 else min(128, scheme.weights.group_size or 128)
-    block_n, warps = (64, 4) if gated or block_m > 32 else (128, 4)
-    rows = (2 if gated else 1) * block_n
-    step = block_k * (rows * 4 + block_m * (16 if fp4 else 8)) // 8
-    memory = {80: 160, 89: 96, 120: 96}.get(target.arch, 208) * 1024
-    stages = max(2, min(4, memory // step))
-    # A product for each place would take more tensor memory than sm100 has.
+    # A product for each place of a word would take more tensor memory than sm100 has.
     joined = fp4 and 100 <= target.arch < 120
-    return Tiles(block_m, block_n, 128 if joined else block_k, warps, stages, joined=joined)
+    if fp4:  # NVFP4A16 on a H200: programs that share a multiprocessor do more than deep pipelines
+        block_n, block_k, deepest = 64, 128 if joined else 256, 3 if block_m == 16 else 2
+    else:
+        block_n = 64 if gated or block_m > 32 else 128
+        block_k, deepest = min(128, scheme.weights.group_size or 128), 4
+    step = block_k * ((2 if gated else 1) * block_n * 4 + block_m * (16 if fp4 else 8)) // 8
+    memory = {80: 160, 89: 96, 120: 96}.get(target.arch, 208) * 1024
+    return Tiles(block_m, block_n, block_k, 4, max(2, min(deepest, memory // step)), joined=joined)
 
 
 def decode_plan(problem: MoeProblem, target: Target) -> DecodePlan:
-    """How ``triton_moe4_decode`` runs, without measurement: 16 bytes per thread and row."""
-    experts = _pow2(problem.top_k)
-    least = max(128, problem.scheme.weights.group_size or 0)
-    first = _step(problem.hidden, 4 * 32 * 32, least)
-    second = _step(problem.intermediate, 4 * 32 * 32 // experts, least)
+    """How ``triton_moe4_decode`` runs, without measurement: 16 bytes per thread and row where a step divides k."""
+    experts, group = _pow2(problem.top_k), problem.scheme.weights.group_size or 0
+    fp4 = format_of(problem.scheme) == "fp4"
+    # NVFP4A16 on a H200: two steps of half the size are faster than one, which holds twice the registers.
+    first = _row_step(problem.hidden, min(2048, _pow2(problem.hidden) // 2) if fp4 else 4096, group)
+    second = _row_step(problem.intermediate, 4096 // experts, group)
+    whole = _row_step(1 << 20, 4096 // experts, group)
     return DecodePlan(
-        Rows(4, first, _warps(first * 4)), Rows(4, second, _warps(second * 4 * experts)), target.arch >= 90
+        Rows(4, first, _warps(first * 4)), Rows(4, second, _warps(whole * 4 * experts)), target.arch >= 90
     )
+
+
+def _row_step(k: int, most: int, group: int) -> int:
+    """The largest step up to ``most`` inputs that divides k, or ``most`` where only short ones do; whole groups."""
+    most = max(128, group, min(most, _pow2(k)))
+    step = gcd(k, most)
+    return step if step >= max(group, min(256, most)) else most
 
 
 def run_decode(
