@@ -8,7 +8,7 @@ Tokens are quantized beforehand, which a compiled model fuses into the norm befo
 vendor's bandwidth, or multiplied at the vendor's dense peak, whichever takes longer.
 
     python benchmarks/moe.py --out benchmarks/results/moe.json           # three models' shapes, some 8 minutes
-    python benchmarks/moe.py --shapes Qwen3-30B-A3B --schemes FP8_DYNAMIC --ts 1,16 --no-peers
+    python benchmarks/moe.py --shapes Qwen3-30B-A3B --schemes NVFP4A16,W4A8,W4AFP8 --ts 1,16 --no-peers
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ SHAPES = (
     Shape("Mixtral-8x7B", 8, 2, 4096, 14336),
     Shape("DeepSeek-V3", 256, 8, 7168, 2048, ("FP8_BLOCK",)),
 )
-SMOKE_SHAPES = (Shape("tiny", 8, 2, 128, 256, ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16")),)
+SMOKE_SHAPES = (Shape("tiny", 8, 2, 128, 256, ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16", "NVFP4A16", "W4A8")),)
 SMOKE_TS = (1, 20)
 
 
@@ -496,7 +496,7 @@ def measure_shape(run: Run, shape: Shape) -> None:
     ]
     cells = [Cell(experts, routing, samples_of(shape, routing, tokens, device)) for routing, tokens in plan]
     bf16: dict[int, dict[str, Any]] = {}
-    for scheme in [scheme for scheme in shape.schemes if args.schemes is None or scheme in args.schemes]:
+    for scheme in args.schemes or shape.schemes:
         late = run.deadline.passed
         dispatch = "time budget spent" if late else choose_dispatch(shape.problem(scheme), target, args.tune)
         if isinstance(dispatch, str):

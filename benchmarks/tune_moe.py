@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.kernels import triton_moe as moe
+from quant_compile.lowering.kernels import triton_moe4 as moe4
 from quant_compile.lowering.moe import STACKED
 from quant_compile.lowering.target import Target
 
@@ -38,14 +40,25 @@ SHAPES = (
     ("FP8_BLOCK", 256, 8, 7168, 2048),
     ("W4A16", 128, 8, 2048, 768),
     ("W8A8", 128, 8, 2048, 768),
+    ("NVFP4A16", 128, 8, 2048, 768),
+    ("NVFP4A16", 8, 2, 4096, 14336),
+    ("W4A8", 128, 8, 2048, 768),
+    ("W4A8", 8, 2, 4096, 14336),
+    ("W4AFP8", 128, 8, 2048, 768),
+    ("MXFP4A16", 128, 8, 2048, 768),
 )
 TOKENS = (1, 16, 64, 512, 2048, 4096)
 TOLERANCE = 5e-3
 CHOICES = 8  # draws of the router that take turns
-KERNELS = (
-    "count_kernel", "align_kernel", "grouped_kernel", "quantize_kernel", "sum_kernel", "gated_rows_kernel",
-    "down_rows_kernel",
-)  # fmt: skip
+KERNELS = {
+    "_triton_moe": (
+        "count_kernel", "align_kernel", "grouped_kernel", "quantize_kernel", "sum_kernel", "gated_rows_kernel",
+        "down_rows_kernel",
+    ),
+    "_triton_moe4": (
+        "split_kernel", "quantize_split_kernel", "grouped4_kernel", "gated_rows4_kernel", "down_rows4_kernel",
+    ),
+}  # fmt: skip
 Plan = moe.Plan | moe.DecodePlan
 
 
@@ -54,12 +67,17 @@ def problem_of(spec: str, experts: int, top_k: int, hidden: int, inner: int) -> 
     return MoeProblem(parse(spec), experts, hidden, inner, top_k, Activation("silu"), torch.bfloat16)
 
 
+def kernels_of(problem: MoeProblem) -> Any:
+    """The module that serves a block: steps have one signature in both."""
+    return moe if moe.serves(problem.scheme) else moe4
+
+
 # --- candidates ---
 
 
 def tiles_of(problem: MoeProblem, tokens: int, target: Target) -> Iterator[moe.Plan]:
     """The default plan, then others, with block_m around the default's."""
-    default = moe.plan(problem, tokens, target)
+    default = kernels_of(problem).plan(problem, tokens, target)
     yield default
     block_m = default.first.block_m
     grouped = problem.scheme.input_activations is not None and problem.scheme.input_activations.group_size
@@ -74,7 +92,7 @@ def tiles_of(problem: MoeProblem, tokens: int, target: Target) -> Iterator[moe.P
 
 def rows_of(problem: MoeProblem, target: Target) -> Iterator[moe.DecodePlan]:
     """The default plan of the decode form, then others."""
-    default = moe.decode_plan(problem, target)
+    default = kernels_of(problem).decode_plan(problem, target)
     yield default
     for block_n, (grow, warps) in itertools.product((2, 4, 8), ((1, 1), (1, 2), (2, 2), (1, 0.5), (0.5, 0.5))):
         first, second = (
@@ -107,12 +125,12 @@ class _Warm:
 
 def compile_ahead(jobs: Sequence[tuple[MoeProblem, int, Plan]]) -> int:
     """Compile every kernel of some plans, from tensors without data; the number that failed."""
-    from quant_compile.lowering.kernels import _triton_moe as source
-
-    for name in KERNELS:
-        function = getattr(source, name)
-        if not isinstance(function, _Warm):
-            setattr(source, name, _Warm(function))
+    for module, names in KERNELS.items():
+        source = import_module(f"quant_compile.lowering.kernels.{module}")
+        for name in names:
+            function = getattr(source, name)
+            if not isinstance(function, _Warm):
+                setattr(source, name, _Warm(function))
     failed = 0
     for problem, tokens, plan in jobs:
         try:
@@ -173,15 +191,21 @@ def make_block(problem: MoeProblem, device: str) -> Block:
 
 
 # Standard deviation of random codes, so that weights come near k**-0.5.
-SPREAD = {"float": 1.0, "int8": 73.0, "int4": 4.6}
+SPREAD = {"float8": 1.0, "float4": 2.9, "int8": 73.0, "int4": 4.6}
 
 
 def _fill(plane: Tensor, name: str, scheme: Scheme, k: int) -> None:
-    w = scheme.weights
-    if name == "scale":
-        spread = SPREAD["float" if w.type == "float" else f"int{w.num_bits}"]
-        plane.copy_((torch.rand(plane.shape, device=plane.device) + 0.5) * (k**-0.5 / spread))
-        return
+    size = k**-0.5 / SPREAD[f"{scheme.weights.type}{scheme.weights.num_bits}"]
+    uneven = torch.rand(plane.shape, device=plane.device) + 0.5 if name in ("scale", "global") else None
+    if uneven is not None and plane.dtype == torch.uint8:  # exponents of powers of two
+        plane.copy_((uneven * size).log2().round() + 127)
+    elif uneven is not None:  # an e4m3 scale is near 1, its global scale does the rest
+        plane.copy_(uneven * (1.0 if plane.dtype == torch.float8_e4m3fn else size))
+    else:
+        _fill_codes(plane)
+
+
+def _fill_codes(plane: Tensor) -> None:
     for expert in plane:
         if expert.dtype == torch.float8_e4m3fn:
             expert.copy_(torch.randn(expert.shape, device=plane.device, dtype=torch.float16))
@@ -203,7 +227,8 @@ def make_tokens(problem: MoeProblem, tokens: int, device: str) -> Tokens:
 
 def launch(block: Block, tokens: Tokens, plan: Plan, choice: int = 0) -> Tensor:
     """A whole block."""
-    run: Any = moe.launch_decode if isinstance(plan, moe.DecodePlan) else moe.launch
+    module = kernels_of(block.problem)
+    run: Any = module.launch_decode if isinstance(plan, moe.DecodePlan) else module.launch
     ids = tokens.ids[choice % CHOICES]
     return run(tokens.x, ids, tokens.weights, block.w13, None, block.w2, None, None, block.problem, plan)
 
@@ -242,7 +267,9 @@ def steps(
 
 def decode_first(block: Block, tokens: Tokens, plan: moe.DecodePlan) -> Callable[[int], Tensor]:
     """First product of the decode form."""
-    return lambda i: moe.gated_rows(tokens.x, tokens.ids[i % CHOICES], block.w13, None, block.problem, plan.first)[0]
+    return lambda i: kernels_of(block.problem).gated_rows(
+        tokens.x, tokens.ids[i % CHOICES], block.w13, None, block.problem, plan.first
+    )[0]
 
 
 def decode_second(
@@ -251,16 +278,20 @@ def decode_second(
     """Second kernel of the decode form, on hidden rows of one draw."""
     key = ("rows", plan.first.block_n)
     if key not in hidden:
-        hidden[key] = moe.gated_rows(tokens.x, tokens.ids[0], block.w13, None, block.problem, plan.first)
+        hidden[key] = kernels_of(block.problem).gated_rows(
+            tokens.x, tokens.ids[0], block.w13, None, block.problem, plan.first
+        )
     rows = hidden[key]
-    return lambda i: moe.down_rows(
+    return lambda i: kernels_of(block.problem).down_rows(
         rows, tokens.ids[i % CHOICES], tokens.weights, block.w2, None, None, block.problem, plan.second
     )
 
 
 def grouped_first(block: Block, tokens: Tokens, plan: moe.Plan, pairs: list[moe.Pairs]) -> Callable[[int], Tensor]:
     """First product of the grouped form."""
-    return lambda i: moe.first(tokens.x, pairs[i % CHOICES], block.w13, None, None, block.problem, plan.first)[0]
+    return lambda i: kernels_of(block.problem).first(
+        tokens.x, pairs[i % CHOICES], block.w13, None, None, block.problem, plan.first
+    )[0]
 
 
 def grouped_second(
@@ -268,10 +299,12 @@ def grouped_second(
 ) -> Callable[[int], Tensor]:
     """Second product of the grouped form, on hidden rows of one draw (their order does not matter to time)."""
     if "tiles" not in hidden:
-        rows = moe.first(tokens.x, pairs[0], block.w13, None, None, block.problem, plan.first)
+        rows = kernels_of(block.problem).first(tokens.x, pairs[0], block.w13, None, None, block.problem, plan.first)
         quantized = len(rows) > 1 or block.problem.scheme.input_activations is None
-        hidden["tiles"] = rows if quantized else moe.quantize(rows[0], block.problem)
-    return lambda i: moe.second(hidden["tiles"], pairs[i % CHOICES], block.w2, None, block.problem, plan.second)
+        hidden["tiles"] = rows if quantized else kernels_of(block.problem).quantize(rows[0], block.problem)
+    return lambda i: kernels_of(block.problem).second(
+        hidden["tiles"], pairs[i % CHOICES], block.w2, None, block.problem, plan.second
+    )
 
 
 def checked(
@@ -316,7 +349,7 @@ def whole(block: Block, tokens: Tokens, count: int, plans: Sequence[Plan]) -> di
     calls["step/align"] = lambda i: moe.align(tokens.ids[i % CHOICES], p.experts, grouped.first.block_m)
     hidden = torch.randn(count * p.top_k, p.intermediate, device=tokens.ids[0].device, dtype=p.dtype)
     if p.scheme.input_activations is not None:
-        calls["step/quantize"] = lambda i: moe.quantize(hidden, p)
+        calls["step/quantize"] = lambda i: kernels_of(p).quantize(hidden, p)
     parts = torch.randn(count * p.top_k, p.hidden, device=hidden.device, dtype=p.dtype)
     calls["step/add"] = lambda i: moe.add(parts, tokens.ids[i % CHOICES], tokens.weights, p)
     return calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -293,25 +294,30 @@ class Recorder:
 
 
 TYPES = {
-    torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32",
-    torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32",
+    torch.int64: "i64", torch.int16: "i16", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
-KERNEL_NAMES = (
-    "count_kernel", "align_kernel", "grouped_kernel", "quantize_kernel", "sum_kernel", "gated_rows_kernel",
-    "down_rows_kernel",
-)  # fmt: skip
+KERNEL_NAMES = {
+    "_triton_moe": (
+        "count_kernel", "align_kernel", "grouped_kernel", "quantize_kernel", "sum_kernel", "gated_rows_kernel",
+        "down_rows_kernel",
+    ),
+    "_triton_moe4": (
+        "split_kernel", "quantize_split_kernel", "grouped4_kernel", "gated_rows4_kernel", "down_rows4_kernel",
+    ),
+}  # fmt: skip
 
 
 def launches(
-    problem: MoeProblem, tokens: int, plan: Any, monkeypatch: pytest.MonkeyPatch
+    problem: MoeProblem, tokens: int, plan: Any, monkeypatch: pytest.MonkeyPatch, module: Any = kernel
 ) -> list[tuple[Any, dict[str, Any]]]:
-    """(kernel, arguments) of everything that a block launches, from tensors without data."""
-    from quant_compile.lowering.kernels import _triton_moe as source
-
+    """(kernel, arguments) of everything that a block of ``module`` launches, from tensors without data."""
     found: list[tuple[Any, dict[str, Any]]] = []
     with monkeypatch.context() as patch:
-        for name in KERNEL_NAMES:
-            patch.setattr(source, name, Recorder(getattr(source, name), found))
+        for source, names in KERNEL_NAMES.items():
+            for name in names:
+                function = getattr(import_module(f"quant_compile.lowering.kernels.{source}"), name)
+                patch.setattr(f"quant_compile.lowering.kernels.{source}.{name}", Recorder(function, found))
         p, scheme = problem, problem.scheme
 
         def empty(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
@@ -329,7 +335,7 @@ def launches(
             x = (empty(tokens, p.hidden, dtype=kernel.code_of(scheme)[1]), scale)
         scale2 = empty(1, dtype=torch.float32) if scheme.static else None
         ids = empty(tokens, p.top_k, dtype=torch.int64)
-        run: Any = kernel.launch_decode if isinstance(plan, kernel.DecodePlan) else kernel.launch
+        run: Any = module.launch_decode if isinstance(plan, kernel.DecodePlan) else module.launch
         b13, b2 = empty(p.experts, 2 * p.intermediate), empty(p.experts, p.hidden)
         y = run(x, ids, empty(tokens, p.top_k, dtype=torch.float32), w13, b13, w2, b2, scale2, p, plan)
         assert y.shape == (tokens, p.hidden) and y.dtype == p.dtype

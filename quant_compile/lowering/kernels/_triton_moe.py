@@ -415,15 +415,22 @@ def _add_codes(total, w, x, magic, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _word_products(w, x, magic):
-    """(products of words w [rows, experts, BLOCK] with x [experts, BLOCK * 8], sums of x), one for each word."""
-    even, odd = tl.split(tl.reshape(x, (w.shape[1], w.shape[2], 2, 2, 2)))
+def _eight(x, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """x [EXPERTS, BLOCK * 8] -> the eight inputs of each word, in order: [EXPERTS, BLOCK] each."""
+    even, odd = tl.split(tl.reshape(x, (EXPERTS, BLOCK, 2, 2, 2)))
     x04, x26 = tl.split(even)
     x15, x37 = tl.split(odd)
     x0, x4 = tl.split(x04)
     x2, x6 = tl.split(x26)
     x1, x5 = tl.split(x15)
     x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _word_products(w, x, magic):
+    """(products of words w [rows, experts, BLOCK] with x [experts, BLOCK * 8], sums of x), one for each word."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = _eight(x, w.shape[1], w.shape[2])
     total = tl.zeros(w.shape, tl.float32)
     total = _add_codes(total, w, x0, magic, 0)
     total = _add_codes(total, w, x1, magic, 4)

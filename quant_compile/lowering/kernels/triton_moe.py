@@ -49,6 +49,8 @@ class Tiles:
         stages: depth of the load pipeline.
         band: blocks of pairs that are walked together, tile by tile.
         tma: load weights through tensor descriptors (sm90 and newer), where their rows are a multiple of 16 bytes.
+        joined: FP4 (``triton_moe4``): one product over all columns of a step instead of one for each place in a word, the same
+            in both products.
     """
 
     block_m: int
@@ -58,6 +60,7 @@ class Tiles:
     stages: int
     band: int = 8
     tma: bool = False
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -511,22 +514,32 @@ def launch(
     return add(parts, ids, weights if weights is None else weights.contiguous(), problem)
 
 
-def _reject(problem: MoeProblem, target: Target) -> Reject | None:
+def serves(scheme: Scheme) -> bool:
+    """Whether a scheme's family is one of this file's."""
+    return family_of(scheme).name in OLDEST
+
+
+def reject_block(problem: MoeProblem, target: Target, oldest: int) -> Reject | None:
+    """What Triton's blocks refuse of any scheme; ``oldest`` is the first arch that multiplies it."""
     if target.device != "cuda":
         return Reject("needs a CUDA GPU")
     if not target.has("triton"):
         return Reject("triton is not installed")
-    family = family_of(problem.scheme).name
-    if family not in OLDEST:
-        return Reject(f"multiplies 8-bit weights, or 4-bit weights under 16-bit inputs, not {problem.scheme.spec}")
-    if target.arch < OLDEST[family]:
-        return Reject(f"{family} needs sm{OLDEST[family]} or newer, this is {target.label}")
+    if target.arch < oldest:
+        return Reject(f"{family_of(problem.scheme).name} needs sm{oldest} or newer, this is {target.label}")
     if problem.dtype not in DTYPES:
         return Reject(f"dtype must be bfloat16 or float16, got {problem.dtype}")
     for name, size in (("hidden", problem.hidden), ("intermediate", problem.intermediate)):
         if size % 16:
             return Reject(f"{name} size must be a multiple of 16, got {size}")
-    return _reject_scheme(problem.scheme, family)
+    return None
+
+
+def _reject(problem: MoeProblem, target: Target) -> Reject | None:
+    family = family_of(problem.scheme).name
+    if not serves(problem.scheme):
+        return Reject(f"multiplies 8-bit weights, or int4 weights under 16-bit inputs, not {problem.scheme.spec}")
+    return reject_block(problem, target, OLDEST[family]) or _reject_scheme(problem.scheme, family)
 
 
 def _reject_scheme(scheme: Scheme, family: str) -> Reject | None:
