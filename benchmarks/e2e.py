@@ -56,7 +56,7 @@ PROFILED_STEPS = 3
 # does not name attention, quantization of an input, or Inductor's own pointwise and reduction kernels. Each stack's
 # longest kernels are in the result with this verdict, for checking.
 GEMM_NAMES = re.compile(
-    r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|scaled_mm|_mm_|int4pack|tinygemm|humming|w4a16|w8a16|w8a8|fp8_|int8_",
+    r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|scaled_mm|_mm_|int4pack|tinygemm|humming|w4a16|w8a16|w8a8|fp8_|int8_|fp4_|tile_kernel|slices_kernel|flat_kernel|sum_parts",
     re.IGNORECASE,
 )
 NOT_GEMM_NAMES = re.compile(

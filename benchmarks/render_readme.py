@@ -90,8 +90,9 @@ def e2e(results: Path) -> str:
     cells += [name for row in result["rows"] for name in row if name.startswith("prefill")][:1]
     header = ["stack", *cells, "linears alone, B=1", "weights held, GiB"]
     rows = [e2e_row(row, cells) for row in result["rows"]]
-    more = read("e2e_peers", results)
-    rows += [e2e_row(row, cells) for row in (more["rows"] if more else []) if row["stack"] != "inductor"]
+    more, late = read("e2e_peers", results), read("e2e_4bit", results)
+    for other in (more, late):
+        rows += [e2e_row(row, cells) for row in (other["rows"] if other else []) if row["stack"] != "inductor"]
     text = (
         f"**A whole model**: {settings['shape']} shape, {settings['layers']} layers, seeded random weights, static cache "
         f"of {settings['cache_tokens']} tokens of which {settings['filled']} are filled, CUDA graphs. Milliseconds, and "
@@ -101,10 +102,12 @@ def e2e(results: Path) -> str:
         "`linears alone` is the kernel time of the layers' linears, lm_head apart. `weights held` is what the allocator holds "
         "for all parameters after `release`, embeddings and lm_head in bf16 included. [How it is measured](benchmarks/README.md)."
     )
-    if more is not None:
-        others = ", ".join(STACKS.get(row["stack"], row["stack"]) for row in more["rows"] if row["stack"] != "inductor")
-        note += f" {others}: measured at the same time on another GPU of that host, relative to Inductor there."
-    return "\n".join([text, markdown(header, rows), "", note + released([result, *([more] if more else [])])])
+    where = ((more, "at the same time on another GPU of that host"), (late, "in another run"))
+    for other, words in where:
+        if other is not None:
+            others = ", ".join(STACKS.get(r["stack"], r["stack"]) for r in other["rows"] if r["stack"] != "inductor")
+            note += f" {others}: measured {words}, relative to Inductor there."
+    return "\n".join([text, markdown(header, rows), "", note + released([r for r in (result, more, late) if r])])
 
 
 def released(found: Sequence[Result]) -> str:
@@ -146,8 +149,10 @@ def gemm(results: Path) -> str:
     shapes = list(dict.fromkeys(f"{row['n']}×{row['k']}" for row in result["summary"]))
     header = ["scheme", "to best peer", "worst row", *(f"to bf16, M={m}" for m in tokens)]
     rows: list[list[str]] = []
-    for verdict in result["verdicts"]:
-        own = [row for row in result["summary"] if row["scheme"] == verdict["scheme"]]
+    late = read("gemm_4bit", results)
+    summary = [*result["summary"], *(late["summary"] if late else [])]
+    for verdict in [*result["verdicts"], *(late["verdicts"] if late else [])]:
+        own = [row for row in summary if row["scheme"] == verdict["scheme"]]
         by_m = [speed([row["ratio_to_bf16"] for row in own if row["m"] == m]) for m in tokens]
         worst = inverse(verdict["worst_to_peer"])
         worst += f" ({verdict['worst_row'].replace('x', '×')})" if verdict["worst_row"] else ""
@@ -156,7 +161,8 @@ def gemm(results: Path) -> str:
     text = (
         f"**The linears alone**: speed of the kernel that is chosen, over N×K = {', '.join(shapes)}, as geometric means; "
         "above 1 is faster. The best peer is the fastest correct kernel of that scheme among those of torch, "
-        f"sgl-kernel, DeepGEMM and humming, called directly; inputs are quantized beforehand. {where}.\n"
+        f"sgl-kernel, DeepGEMM and humming, called directly; inputs are quantized beforehand. {where}."
+        + (f" {', '.join(v['scheme'] for v in late['verdicts'])}: in another run.\n" if late else "\n")
     )
     return "\n".join([text, markdown(header, rows)])
 

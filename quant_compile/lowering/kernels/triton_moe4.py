@@ -247,6 +247,8 @@ def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Ti
     joined = fp4 and 100 <= target.arch < 120
     if fp4:  # NVFP4A16 on a H200: programs that share a multiprocessor do more than deep pipelines
         block_n, block_k, deepest = 64, 128 if joined else 256, 3 if block_m == 16 else 2
+    elif gated and block_m == 16 and 90 <= target.arch < 100 and scheme.weights.group_size == 128:
+        return Tiles(block_m, 128, 128, 8, 4, tma=True)  # W4A8 on a H200: a quarter faster than without descriptors
     else:
         block_n = 64 if gated or block_m > 32 else 128
         block_k, deepest = min(128, scheme.weights.group_size or 128), 4
