@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -83,12 +84,34 @@ def test_inspect_tells_every_site_and_why_the_others_were_not_chosen(
         assert site in kernels
         line = next(line for line in ledger.splitlines() if f"{site}" in line)
         assert "NVFP4" in line and "triton_fp4" in line and "→" in line and ("rows" in line or "experts" in line)
-    assert "its 0.3 series has" in refused and "can run; estimated slower, or reads another layout" in refused
+    flat = " ".join(refused.replace("│", " ").split())
+    assert "its 0.3 series has" in flat and "multiply weights and inputs of other schemes" in flat
+    assert "reads layout nvfp4_swizzled" in flat and re.search(r"estimated \d+\.\d\d( to \d+\.\d\d)? times", flat)
+    assert "have been run on sm90 only" in kernels
     assert "coverage 100.0%" in ledger
     if model == "qwen":
         assert "128 x 2048 x 768" in kernels and "triton_fp4_moe" in kernels
         assert "all linears" in refused and "all experts" in refused and "torch_grouped_fp4_moe" in refused
         assert "router gate" in ledger
+
+
+def test_a_policys_fallback_is_what_the_tables_show(
+    capsys: pytest.CaptureFixture[str], folders: dict[str, str], tmp_path: Path
+) -> None:
+    """Linears and experts; the ledger and the table of kernels agree."""
+    policy = tmp_path / "fallback.yaml"
+    policy.write_text("version: 1\ndefault: NVFP4\nfallback: weight_only\n")
+    arguments = ("inspect", folders["qwen"], "--target", "sm90", "--policy", str(policy), "--layers", "1")
+    assert cli.main(arguments) == 0
+    out, _ = capsys.readouterr()
+    kernels, rest = out.split("kernels not chosen")
+    ledger = rest.split("sglquant ledger")[1]
+    assert "NONE" not in kernels and kernels.count("(fallback of NVFP4)") >= 2
+    assert "triton_moe4" in kernels and "have been run on" not in kernels
+    line = next(line for line in ledger.splitlines() if "experts.down_proj" in line)
+    assert "NVFP4A16" in line and "triton_moe4" in ledger
+    flat = " ".join(ledger.replace("│", " ").split())
+    assert "no kernel here multiplies" in flat
 
 
 def test_below_sm100_experts_are_an_error_with_all_reasons(
@@ -97,5 +120,7 @@ def test_below_sm100_experts_are_an_error_with_all_reasons(
     arguments = ("inspect", folders["qwen"], "--target", "sm90", "--policy", "nvfp4", "--layers", "1")
     assert cli.main(arguments) == 1
     out, err = capsys.readouterr()
-    assert "NONE. Fix" in out and "needs sm100 or newer" in out.split("kernels not chosen")[1]
+    assert (
+        "NONE. Fix: set `fallback: weight_only`" in out and "needs sm100 or newer" in out.split("kernels not chosen")[1]
+    )
     assert err.startswith("sglquant: no kernel for model.layers.0")

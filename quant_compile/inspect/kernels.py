@@ -7,8 +7,10 @@ and only there the activation and the experts of a token are known: estimates ta
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 from rich.markup import escape
@@ -18,12 +20,40 @@ from quant_compile.inspect.plan import Plan, PlanEntry, label_of
 from quant_compile.ir.errors import NoKernelError
 from quant_compile.ir.family import PlaneSpec
 from quant_compile.ir.moe import Activation, MoeProblem
-from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_layouts
-from quant_compile.lowering.registry import Problem, layouts
-from quant_compile.lowering.select import BUCKETS, Dispatch, Request, choose, fits
-from quant_compile.lowering.target import Target
+from quant_compile.ir.scheme import Scheme, parse
+from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_kernels, moe_layouts
+from quant_compile.lowering.registry import Problem, kernels, layouts
+from quant_compile.lowering.select import BUCKETS, AnyProblem, Dispatch, Request, choose, fits, name_for
+from quant_compile.lowering.target import FAKE_SM_COUNT, RUN_ON, Target
 
-FIX = "map these weights to another scheme in the policy (W8A8 or `keep`), or set allow_reference: true."
+
+class _Everything(frozenset[str]):
+    """The ops of a machine that has every library in every release."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Loser:
+    """A kernel that could run and was not chosen.
+
+    Attributes:
+        layout: where it reads another layout than the chosen one, that layout.
+        least, most: its estimated cost over that of the chosen kernel, at the M where it comes off best and worst.
+    """
+
+    layout: str | None
+    least: float
+    most: float
+
+    @property
+    def reason(self) -> str:
+        """In words."""
+        where = f"reads layout {self.layout}; " if self.layout else ""
+        same = f"{self.least:.2f}" == f"{self.most:.2f}"
+        span = f"{self.most:.2f}" if same else f"{self.least:.2f} to {self.most:.2f}"
+        return f"can run; {where}estimated {span} times the chosen kernel's cost"
 
 
 @dataclass(frozen=True)
@@ -35,16 +65,20 @@ class KernelChoice:
         problem: scheme, sizes and dtype of a linear or of an expert block.
         dispatch: layout and kernels by M; None when nothing can run it.
         refusals: kernel -> why it does not run, each M range with its reason.
-        losers: kernels that could run and are estimated slower, or read another layout.
+        losers: kernels that could run and were not chosen.
         bytes_packed: bytes of all these weights in that layout.
+        fix: what would help where nothing can run it.
+        asked: the policy's scheme where its ``fallback`` serves another.
     """
 
     entries: tuple[PlanEntry, ...]
     problem: Problem | MoeProblem
     dispatch: Dispatch | MoeDispatch | None
     refusals: Mapping[str, str]
-    losers: tuple[str, ...]
+    losers: Mapping[str, Loser]
     bytes_packed: int
+    fix: str = ""
+    asked: Scheme | None = None
 
     @property
     def kind(self) -> str:
@@ -66,8 +100,26 @@ def kernel_choices(plan: Plan, target: Target) -> list[KernelChoice]:
         if entry.decision.scheme is not None and not entry.block:
             dtype = getattr(torch, entry.dtype)
             groups.setdefault(Problem(entry.decision.scheme, entry.n, entry.k, dtype, entry.has_bias), []).append(entry)
-    choices = [_choice(problem, entries, target, request) for problem, entries in groups.items()]
-    return choices + [_moe_choice(problem, entries, target, request) for problem, entries in _blocks(plan).items()]
+    fallback = plan.policy.fallback
+    choices = [_served(_choice, problem, entries, fallback, target, request) for problem, entries in groups.items()]
+    blocks = _blocks(plan).items()
+    return choices + [_served(_moe_choice, problem, entries, fallback, target, request) for problem, entries in blocks]
+
+
+def _served(
+    choose_of: Callable[[AnyProblem, Sequence[PlanEntry], Target, Request], KernelChoice],
+    problem: AnyProblem,
+    entries: Sequence[PlanEntry],
+    fallback: str | None,
+    target: Target,
+    request: Request,
+) -> KernelChoice:
+    """The problem's choice, or that of its weights under 16-bit inputs where the policy allows it and only they have kernels."""
+    choice = choose_of(problem, entries, target, request)
+    if choice.dispatch is not None or fallback is None or problem.scheme.input_activations is None:
+        return choice
+    alone = choose_of(replace(problem, scheme=Scheme(problem.scheme.weights)), entries, target, request)
+    return choice if alone.dispatch is None else replace(alone, asked=problem.scheme)
 
 
 def _blocks(plan: Plan) -> dict[MoeProblem, list[PlanEntry]]:
@@ -91,25 +143,27 @@ def _blocks(plan: Plan) -> dict[MoeProblem, list[PlanEntry]]:
 def _moe_choice(problem: MoeProblem, entries: Sequence[PlanEntry], target: Target, request: Request) -> KernelChoice:
     answers = {bucket: moe_fits(problem, target, request, bucket) for bucket in BUCKETS}
     try:
-        dispatch = choose_moe(problem, target, request, entries[0].block)
-    except NoKernelError:
-        dispatch = None
+        dispatch, fix = choose_moe(problem, target, request, entries[0].block), ""
+    except NoKernelError as error:
+        dispatch, fix = None, error.fix
     planes: Sequence[PlaneSpec] = ()
     if dispatch is not None:
         specs = moe_layouts()[dispatch.layout].planes
         sizes = ((2 * problem.intermediate, problem.hidden), (problem.hidden, problem.intermediate))
         planes = [plane for size in sizes for plane in specs(problem, *size)]
-    return _made(problem, entries, answers, dispatch, len(entries) // 2, planes)
+    named = {name: kernel.layout for name, kernel in moe_kernels().items()}
+    return _made(problem, entries, answers, dispatch, len(entries) // 2, planes, named, fix)
 
 
 def _choice(problem: Problem, entries: Sequence[PlanEntry], target: Target, request: Request) -> KernelChoice:
     answers = {bucket: fits(problem, target, request, bucket) for bucket in BUCKETS}
     try:
-        dispatch = choose(problem, target, request, entries[0].names[0])
-    except NoKernelError:
-        dispatch = None
+        dispatch, fix = choose(problem, target, request, entries[0].names[0]), ""
+    except NoKernelError as error:
+        dispatch, fix = None, error.fix
     planes = layouts()[dispatch.layout].planes(problem) if dispatch else ()
-    return _made(problem, entries, answers, dispatch, len(entries), planes)
+    named = {name: kernel.layout for name, kernel in kernels().items()}
+    return _made(problem, entries, answers, dispatch, len(entries), planes, named, fix)
 
 
 def _made(
@@ -119,13 +173,35 @@ def _made(
     dispatch: Dispatch | MoeDispatch | None,
     count: int,
     planes: Sequence[PlaneSpec],
+    layout_of: Mapping[str, str],
+    fix: str,
 ) -> KernelChoice:
     """The choice for ``count`` problems alike, each of which packs into ``planes``."""
     refusals, able = _refusals(answers)
-    chosen = {name for _, name in dispatch.table} if dispatch else set[str]()
-    losers = tuple(name for name in able if name not in chosen)
+    losers = _losers(answers, able, dispatch, layout_of) if dispatch else {}
     packed = count * sum(plane.nbytes for plane in planes)
-    return KernelChoice(tuple(entries), problem, dispatch, refusals, losers, packed)
+    return KernelChoice(tuple(entries), problem, dispatch, refusals, losers, packed, fix)
+
+
+def _losers(
+    answers: Mapping[int, Mapping[str, float | str]],
+    able: Sequence[str],
+    dispatch: Dispatch | MoeDispatch,
+    layout_of: Mapping[str, str],
+) -> dict[str, Loser]:
+    chosen = {name for _, name in dispatch.table}
+    losers: dict[str, Loser] = {}
+    for name in able:
+        if name in chosen:
+            continue
+        ratios: list[float] = []
+        for bucket in BUCKETS:
+            own, best = answers[bucket][name], answers[bucket][name_for(dispatch.table, bucket)]
+            if not isinstance(own, str) and not isinstance(best, str):
+                ratios.append(own / best)
+        other = layout_of[name] if layout_of[name] != dispatch.layout else None
+        losers[name] = Loser(other, min(ratios), max(ratios))
+    return losers
 
 
 def _refusals(answers: Mapping[int, Mapping[str, float | str]]) -> tuple[dict[str, str], list[str]]:
@@ -165,35 +241,53 @@ def _range_text(low: int, high: int, reason: str) -> str:
 
 def kernels_table(choices: Sequence[KernelChoice], target: Target) -> Table:
     """What runs: one row a problem."""
-    table = Table(title=f"kernels on {target.label}: one weight a problem, by estimate", title_justify="left")
-    for column in ("weights", "scheme", "size", "layout", "MB packed", "kernels"):
+    note = None
+    if target.device == "cuda" and target.arch not in RUN_ON:
+        ran = ", ".join(f"sm{arch}" for arch in RUN_ON)
+        note = f"Kernels for {target.label} are compiled and emulated in the tests; they have been run on {ran} only."
+    title = f"kernels on {target.label}: one weight a problem, by estimate"
+    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+    size = "n x k, or experts x hidden x inner"
+    for column in ("weights", "scheme", size, "layout", "MB packed", "kernels"):
         table.add_column(column, overflow="fold", justify="right" if column == "MB packed" else "left")
     for choice in choices:
         problem, dispatch = choice.problem, choice.dispatch
+        by = f"\n(fallback of {choice.asked.spec})" if choice.asked else ""
         cells = [
             "\n".join(label_of(choice.entries)),
-            problem.scheme.spec,
+            problem.scheme.spec + by,
             choice.size,
             dispatch.layout if dispatch else "none",
             f"{choice.bytes_packed / 1e6:,.2f}",
-            dispatch.ranges.replace(", ", "\n") if dispatch else f"NONE. Fix: {FIX}",
+            dispatch.ranges.replace(", ", "\n") if dispatch else f"NONE. Fix: {choice.fix}",
         ]
         table.add_row(*map(escape, cells))
     return table
 
 
+@lru_cache(maxsize=None)
+def _strangers(spec: str, experts: bool) -> frozenset[str]:
+    """Kernels that no device and no size would bring to this scheme."""
+    scheme, targets = parse(spec), [Target("cpu")]
+    targets += [Target("cuda", arch, count, f"any sm{arch}", _Everything()) for arch, count in FAKE_SM_COUNT.items()]
+    asked: list[Mapping[str, float | str]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        problem: Any = Problem(scheme, 4096, 4096, dtype)
+        block: Any = MoeProblem(scheme, 8, 4096, 4096, 2, Activation("silu"), dtype)
+        asked += [
+            moe_fits(block, target, Request(), 1) if experts else fits(problem, target, Request(), 1)
+            for target in targets
+        ]
+    return frozenset(name for name in asked[0] if all(isinstance(answers[name], str) for answers in asked))
+
+
 def refusals_table(choices: Sequence[KernelChoice]) -> Table:
-    """What does not run and why: kernels that give one reason for the same problems share a row."""
+    """What does not run and why: kernels that give one reason for the same problems share a row; those of other schemes too."""
     shapes: dict[tuple[str, str], set[str]] = {}
-    rows: dict[tuple[str, str, str, str], set[str]] = {}
     for choice in choices:
-        spec, shape, kind = choice.problem.scheme.spec, choice.size, choice.kind
-        shapes.setdefault((spec, kind), set()).add(shape)
-        reasons = dict.fromkeys(choice.losers, "can run; estimated slower, or reads another layout")
-        for kernel, reason in (reasons | dict(choice.refusals)).items():
-            rows.setdefault((spec, kind, kernel, reason), set()).add(shape)
+        shapes.setdefault((choice.problem.scheme.spec, choice.kind), set()).add(choice.size)
     joined: dict[tuple[str, str, str], list[str]] = {}
-    for (spec, kind, kernel, reason), where in rows.items():
+    for (spec, kind, kernel, reason), where in _reasons(choices).items():
         both = {other for known, other in shapes if known == spec}
         every = "all" if len(both) == 1 else f"all {kind}"
         text = every if where == shapes[spec, kind] else "\n".join(sorted(where))
@@ -204,3 +298,27 @@ def refusals_table(choices: Sequence[KernelChoice]) -> Table:
     for (spec, where, reason), names in joined.items():
         table.add_row(spec, where, ", ".join(names), escape(reason))
     return table
+
+
+OTHERS = "multiply weights and inputs of other schemes"
+
+
+def _reasons(choices: Sequence[KernelChoice]) -> dict[tuple[str, str, str, str], set[str]]:
+    """(scheme, kind, kernel, reason) -> sizes; kernels of other schemes last."""
+    losers: dict[tuple[str, str, str, str | None], list[tuple[Loser, str]]] = {}
+    rows: dict[tuple[str, str, str, str], set[str]] = {}
+    others: dict[tuple[str, str, str, str], set[str]] = {}
+    for choice in choices:
+        spec, kind = choice.problem.scheme.spec, choice.kind
+        for kernel, loser in choice.losers.items():
+            losers.setdefault((spec, kind, kernel, loser.layout), []).append((loser, choice.size))
+        strangers = _strangers(spec, kind == "experts")
+        for kernel, reason in choice.refusals.items():
+            strange = kernel in strangers and kernel not in choice.losers
+            kept, text = (others, OTHERS) if strange else (rows, reason)
+            kept.setdefault((spec, kind, kernel, text), set()).add(choice.size)
+    out: dict[tuple[str, str, str, str], set[str]] = {}
+    for (spec, kind, kernel, layout), found in losers.items():
+        whole = Loser(layout, min(loser.least for loser, _ in found), max(loser.most for loser, _ in found))
+        out[spec, kind, kernel, whole.reason] = {size for _, size in found}
+    return out | rows | others

@@ -24,6 +24,8 @@ FAKE_OPS = frozenset(
         "sgl_kernel::fp8_blockwise_scaled_grouped_mm",
         "sgl_kernel::es_fp8_blockwise_scaled_grouped_mm",
         "sgl_kernel::cutlass_w4a8_moe_mm",
+        "sgl_kernel::qserve_w4a8_per_chn_gemm",
+        "sgl_kernel::qserve_w4a8_per_group_gemm",
         "aten::_scaled_grouped_mm",
         "aten::_scaled_grouped_mm_v2",
         "aten::_scaled_mm_v2",
@@ -32,6 +34,7 @@ FAKE_OPS = frozenset(
         "deep_gemm",
     }
 )
+RUN_ON = (90,)  # archs whose kernels the GPU tests have run on; for the others they are compiled and emulated
 FAKE_SM_COUNT = {80: 108, 89: 142, 90: 132, 100: 148, 120: 170}
 _OP_LIBRARY = {"sgl_kernel": "sgl_kernel"}
 
