@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ from quant_compile.ir.errors import NoKernelError
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels import fp4_native, triton_fp4
-from quant_compile.lowering.kernels._fp4 import unswizzle
+from quant_compile.lowering.kernels._fp4 import padded, unswizzle
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import choose
 from quant_compile.lowering.target import FAKE_OPS, Target
-from tests.lowering.triton_support import compile_cubin, needs_triton
+from tests.lowering.library_schemas import through_schema
+from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
 
 BF16 = torch.bfloat16
 SM100 = Target.fake("sm100")
@@ -83,17 +85,32 @@ def test_torch_call_and_numbers(size: tuple[int, int, int], merged: bool, monkey
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_sgl_call_and_numbers(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """(out, a, b, scales of a, scales of b, alpha), as sgl-kernel 0.3 declares it."""
-    problem, x, w, bias = operands(33, 64, 128, merged=merged)
+    """Operands as sgl-kernel 0.3 checks them: scales are matrices of the padded sizes, though swizzled."""
+    problem, x, w, bias = operands(33, 64, 96, merged=merged)
 
     def double(out: Tensor, a: Tensor, b: Tensor, sa: Tensor, sb: Tensor, alpha: Tensor) -> None:
         assert a.dtype == b.dtype == torch.uint8 and sa.dtype == sb.dtype == torch.float8_e4m3fn
+        assert tuple(sa.shape) == padded(33, 6) == (128, 8) and tuple(sb.shape) == padded(64, 6)
+        assert all(t.is_contiguous() for t in (a, b, sa, sb)) and tuple(out.shape) == (33, 64) and out.dtype is BF16
         assert alpha.shape == (1,) and alpha.dtype == torch.float32
         out.copy_(product(a, sa, b, sb, alpha))
 
-    monkeypatch.setattr(fp4_native, "_sgl", lambda: double)
+    monkeypatch.setattr(fp4_native, "_sgl", lambda: through_schema("cutlass_scaled_fp4_mm", double))
     y = fp4_native.run_sgl(x, fp4_native.pack(w, problem), bias, problem)
     assert relative(y, family_of(problem.scheme).linear(x, w, bias, problem.scheme, BF16)) <= 5e-3
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_torch_takes_the_call(size: tuple[int, int, int]) -> None:
+    """torch's own checks of shapes, dtypes, recipes and orders, which run on the meta device; control: a scale too short."""
+    problem, x, w, bias = operands(*size)
+    packed = fp4_native.pack(w, problem)
+    x, bias, packed = tuple(t.to("meta") for t in x), bias.to("meta"), tuple(t.to("meta") for t in packed)
+    y = fp4_native.run_torch(x, packed, bias, problem)
+    assert tuple(y.shape) == (size[0], size[1]) and y.dtype is BF16
+    short = (packed[0], packed[1][:-512], *packed[2:])
+    with pytest.raises(Exception, match="scale"):
+        fp4_native.run_torch(x, short, bias, problem)
 
 
 def test_a_wrong_order_of_scales_is_seen() -> None:
@@ -105,6 +122,35 @@ def test_a_wrong_order_of_scales_is_seen() -> None:
         x[0], plain[: fp4_native.swizzle(x[1]).numel()].view(torch.float8_e4m3fn), w[0], fp4_native.swizzle(w[1]), x[2]
     )
     assert relative(wrong, good) > 0.05
+
+
+@pytest.mark.parametrize("run", ["torch", "sgl"])
+def test_siblings_of_unlike_size_keep_their_range(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are rounded to 16 bits before a row's own scale multiplies them: neither inf nor zero may come of that."""
+    problem = replace(operands(4, 96, 256)[0], n=96, dtype=torch.float16, siblings=3)
+    family, x = family_of(problem.scheme), torch.randn(4, 256) * 1e4
+    outlier = torch.randn(32, 256) * 0.01
+    outlier[0, 0] = 2.0  # sets a scale under which the results of the third would be beyond f16
+    dense = (outlier, torch.zeros(32, 256), torch.randn(32, 256) * 0.04)
+    parts = [family.quantize_weight(w, problem.scheme) for w in dense]
+    w = tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
+    planes = family.quantize_input(x, problem.scheme, None)
+
+    def sgl(out: Tensor, a: Tensor, b: Tensor, sa: Tensor, sb: Tensor, alpha: Tensor) -> None:
+        out.copy_(product(a, sa, b, sb, alpha))
+
+    def scaled_mm(
+        a: Tensor, b: Tensor, scale_a: Any, recipe_a: Any, scale_b: Any, *rest: Any, output_dtype: Any
+    ) -> Tensor:
+        return product(a, scale_a[0], b.t(), scale_b[0], scale_a[1] * scale_b[1]).to(output_dtype)
+
+    monkeypatch.setattr(fp4_native, "_sgl", lambda: sgl)
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    y = getattr(fp4_native, f"run_{run}")(planes, fp4_native.pack(w, problem), None, problem)
+    wanted = family.linear(planes, w, None, problem.scheme, torch.float16)
+    assert torch.isfinite(y).all() and y[:, 32:64].eq(0).all()
+    for rows in (slice(0, 32), slice(64, 96)):
+        assert relative(y[:, rows], wanted[:, rows]) <= 1e-3
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -144,8 +190,35 @@ def test_libraries_serve_where_they_are() -> None:
 def test_below_sm100_it_is_an_error_that_names_the_reasons(target: str) -> None:
     with pytest.raises(NoKernelError, match="needs sm100 or newer"):
         choose(Problem(parse("NVFP4"), 6144, 4096, BF16), Target.fake(target))
+    for arch in (110, 121):
+        answer = triton_fp4.fit(Problem(parse("MXFP4"), 64, 64, BF16), 1, replace(SM100, arch=arch))
+        assert isinstance(answer, Reject) and f"sm100, sm103 and sm120, this is sm{arch}" in answer.reason
     answer = fp4_native.fit_torch(Problem(parse("NVFP4A16"), 64, 64, BF16), 1, SM100)
     assert isinstance(answer, Reject) and "NVFP4 inputs" in answer.reason
+
+
+def check_dense(spec: str) -> None:
+    """``triton_fp4`` over sizes that its tiles divide and do not, siblings with their own global scales, with and without bias."""
+    from tests.lowering.test_triton_fp4_moe import mend_dot_scaled
+
+    mend_dot_scaled()
+    for m, n, k, has_bias in ((3, 40, 128, True), (70, 33, 80, False), (1, 16, 200, True)):
+        problem = Problem(parse(spec), n, k, torch.float32, has_bias)
+        family, x = family_of(problem.scheme), torch.randn(m, k)
+        planes = family.quantize_input(x, problem.scheme, torch.tensor([0.002]) if problem.scheme.static else None)
+        parts = [family.quantize_weight(part, problem.scheme) for part in (torch.randn(n // 2, k), torch.randn(n - n // 2, k) * 9)]
+        w = tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
+        bias = torch.randn(n) if has_bias else None
+        wanted = family.linear(planes, w, bias, problem.scheme, torch.float32)
+        for tiles in (triton_fp4.tiles(m, SM100), triton_fp4.Tiles(16, 16, 64, 4, 2, 1)):
+            found = triton_fp4.launch(planes, w, bias, problem, tiles)
+            assert relative(found, wanted) <= 1e-6, (spec, m, n, k)  # f32 sums in another order
+
+
+@needs_triton
+@pytest.mark.parametrize("spec", ["NVFP4", "NVFP4_STATIC", "MXFP4"])
+def test_dense_numbers_with_the_block_scaled_product_emulated(spec: str) -> None:
+    run_interpreted(__name__, "check_dense", spec)
 
 
 @needs_triton

@@ -23,6 +23,7 @@ from quant_compile.lowering.moe import choose_moe, moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.schemes.fp4 import decode_e2m1, decode_e8m0, pack_codes, round_e2m1
 from quant_compile.lowering.target import FAKE_OPS, Target
+from tests.lowering.library_schemas import through_schema
 from tests.lowering.test_torch_cpu_moe import Block, planes_of, problem_of
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -155,7 +156,7 @@ def double_quantize(
 @pytest.fixture
 def doubles(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = {"cutlass_fp4_group_mm": double_group_mm, "scaled_fp4_experts_quant": double_quantize}
-    monkeypatch.setattr(fp4_native_moe, "_sgl", ops.__getitem__)
+    monkeypatch.setattr(fp4_native_moe, "_sgl", lambda name: through_schema(name, ops[name]))
     monkeypatch.setattr(F, "scaled_grouped_mm", double_torch)
 
 

@@ -169,6 +169,14 @@ def test_siblings_keep_their_own_global_scale() -> None:
     assert least.tolist() == [0.5] and ratio.tolist() == [6.0, 1.0, 3.5, 1.0]
 
 
+def test_zeros_set_no_scale_for_their_siblings() -> None:
+    """Under the scale of a weight of zeros, f16 would round everything else to zero."""
+    family = family_of(parse("NVFP4"))
+    zeros, other = (family.quantize_weight(w, parse("NVFP4"))[2] for w in (torch.zeros(1, 16), torch.ones(1, 16)))
+    least, ratio = humming.common_scale(torch.cat((zeros, other)))
+    assert torch.equal(least, other[0]) and ratio[1] == 1.0 and 0 < ratio[0] < 1e-20
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_bad_global_scale_spoils_its_own_rows_only(bad: float) -> None:
     least, ratio = humming.common_scale(torch.tensor([[bad], [0.25]]))

@@ -17,6 +17,7 @@ from quant_compile.lowering.moe import moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Rank, Reject
 from quant_compile.lowering.schemes.weight_only import unpack_nibbles
 from quant_compile.lowering.target import FAKE_OPS, Target
+from tests.lowering.library_schemas import through_schema
 from tests.lowering.test_torch_cpu_moe import Block, planes_of, problem_of
 from tests.moe_support import nudged
 
@@ -72,7 +73,7 @@ def double(
 
 @pytest.fixture
 def doubles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sgl_w4a8_moe, "_op", lambda: double)
+    monkeypatch.setattr(sgl_w4a8_moe, "_op", lambda: through_schema("cutlass_w4a8_moe_mm", double))
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

@@ -236,6 +236,8 @@ def test_quantizer_compiles(spec: str) -> None:
 REFUSALS = [
     ("NVFP4", {}, Target.fake("cpu"), "needs a CUDA GPU"),
     ("NVFP4", {}, Target.fake("sm90"), "needs sm100 or newer, this is sm90"),
+    ("NVFP4", {}, replace(Target.fake("sm120"), arch=121), "sm100, sm103 and sm120, this is sm121"),
+    ("MXFP4", {}, replace(Target.fake("sm100"), arch=110), "sm100, sm103 and sm120, this is sm110"),
     ("MXFP4", {}, Target.fake("sm100", FAKE_OPS - {"triton"}), "triton is not installed"),
     ("NVFP4", {"dtype": torch.float32}, Target.fake("sm100"), "bfloat16 or float16"),
     ("NVFP4A16", {}, Target.fake("sm100"), "multiplies FP4 weights by FP4 inputs"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
-from quant_compile.lowering.kernels._fp4 import padded, swizzle, unswizzle
+from quant_compile.lowering.kernels._fp4 import common_scale, padded, swizzle, unswizzle
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.torch_cuda import arch_from, multiple, output_dtype
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
@@ -47,8 +47,7 @@ def layout_planes(problem: Problem) -> tuple[PlaneSpec, ...]:
 def pack(planes: Planes, problem: Problem) -> Planes:
     """Row form -> the layout."""
     data, scale, whole = planes
-    alpha = whole.amax().reshape(1)
-    return data, swizzle(scale), alpha, (whole / alpha).flatten()
+    return data, swizzle(scale), *common_scale(whole)
 
 
 def unpack(planes: Planes, problem: Problem) -> Planes:
@@ -110,10 +109,15 @@ def fit_sgl(problem: Problem, m: int, target: Target) -> Rank | Reject:
 
 
 def run_sgl(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
-    """[m, k] NVFP4 times [n, k] NVFP4 -> [m, n]. Source: CUTLASS block-scaled GEMM, as sgl-kernel exposes it."""
+    """[m, k] NVFP4 times [n, k] NVFP4 -> [m, n]. Source: CUTLASS block-scaled GEMM, as sgl-kernel exposes it.
+
+    It wants swizzled scales in the shape that they had before, padded.
+    """
     data, scale, alpha, rest = w
-    y = torch.empty((x[0].shape[0], problem.n), dtype=problem.dtype, device=x[0].device)
-    _sgl()(y, x[0], data, swizzle(x[1]), scale, x[2] * alpha)
+    m, groups = x[0].shape[0], _groups(problem)
+    y = torch.empty((m, problem.n), dtype=problem.dtype, device=x[0].device)
+    scale_x, scale_w = swizzle(x[1]).view(padded(m, groups)), scale.view(padded(problem.n, groups))
+    _sgl()(y, x[0], data, scale_x, scale_w, x[2] * alpha)
     return _finish(y, rest, bias)
 
 

@@ -23,7 +23,6 @@ humming multiplies a scale per row into sums already rounded to the output's dty
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -35,6 +34,7 @@ from torch.nn.functional import pad
 
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
 from quant_compile.lowering.kernels import _humming
+from quant_compile.lowering.kernels._fp4 import common_scale
 from quant_compile.lowering.kernels._humming import DTYPES, range_of
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.torch_cuda import arch_from, multiple
@@ -220,14 +220,6 @@ def fp4_planes(problem: Problem) -> tuple[PlaneSpec, ...]:
         PlaneSpec("whole", (1,), torch.float32),
         _LOCKS,
     )
-
-
-def common_scale(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """Global scales [n, 1] f32 -> the least positive finite one [1] (1.0 where there is none), and ratios to it [n]."""
-    usable = (whole > 0) & (whole < math.inf)
-    least = torch.where(usable, whole, math.inf).amin().reshape(1)
-    least = torch.where(least < math.inf, least, 1.0)
-    return least, (whole / least).reshape(-1)
 
 
 def pack_fp4(planes: Planes, problem: Problem) -> Planes:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.lowering.kernels._fp4 import block_scaled
 from quant_compile.lowering.kernels._roofline import estimate
-from quant_compile.lowering.kernels.torch_cuda import arch_from, output_dtype
+from quant_compile.lowering.kernels.torch_cuda import output_dtype
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
 
@@ -50,7 +51,7 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
     """NVFP4 or MXFP4 on both sides, sm100 and newer, bf16, f16 or f32."""
     if problem.scheme.input_activations is None or family_of(problem.scheme).name not in GROUPS:
         return Reject("multiplies FP4 weights by FP4 inputs")
-    refusal = arch_from(target, 100) or output_dtype(problem, torch.bfloat16, torch.float16, torch.float32)
+    refusal = block_scaled(target) or output_dtype(problem, torch.bfloat16, torch.float16, torch.float32)
     if refusal is not None:
         return refusal
     if not target.has("triton"):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.lowering.kernels._fp4 import block_scaled
 from quant_compile.lowering.kernels._moe import estimate_moe
-from quant_compile.lowering.kernels.torch_cuda import arch_from
 from quant_compile.lowering.kernels.triton_fp4 import GROUPS
 from quant_compile.lowering.kernels.triton_moe import (
     DTYPES,
@@ -153,7 +153,7 @@ def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     """NVFP4 or MXFP4 weights and inputs, sm100 and newer, bf16 or f16, any sizes."""
     if problem.scheme.input_activations is None or family_of(problem.scheme).name not in GROUPS:
         return Reject("multiplies FP4 weights by FP4 inputs")
-    refusal = arch_from(target, 100)
+    refusal = block_scaled(target)
     if refusal is not None:
         return refusal
     if problem.dtype not in DTYPES:
