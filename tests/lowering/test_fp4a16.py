@@ -135,6 +135,9 @@ def check_misaligned() -> None:
     reference = family_of(problem.scheme).linear((x,), planes, None, problem.scheme, torch.float16)
     for run in (a16.run_gemv, a16.run_matmul):
         check(run((x,), planes, None, problem), reference, ("misaligned", run.__name__))
+    row = torch.randn(1, 82).half()[:, :80]  # a row of a wider matrix is contiguous, whatever its stride
+    reference = family_of(problem.scheme).linear((row,), planes, None, problem.scheme, torch.float16)
+    check(a16.run_gemv((row,), planes, None, problem), reference, "one row of a wider matrix")
 
 
 def check_special() -> None:

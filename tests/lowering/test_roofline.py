@@ -7,7 +7,7 @@ import torch
 
 import quant_compile.lowering.schemes  # noqa: F401
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels._roofline import ROOFS, estimate, roof
+from quant_compile.lowering.kernels._roofline import ROOFS, estimate, roof, shared_memory
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.target import Target
 
@@ -41,3 +41,11 @@ def test_unlisted_devices_take_the_nearest_older_roof() -> None:
     assert roof(Target("cuda", 103, 160)) == ROOFS[100]
     assert roof(Target("cuda", 75, 40)) == ROOFS[80]
     assert roof(Target("cpu", sm_count=4)).bandwidth == 4 * roof(Target("cpu", sm_count=1)).bandwidth
+
+
+@pytest.mark.parametrize(
+    ("arch", "most"), [(80, 163), (86, 99), (87, 163), (89, 99), (90, 227), (103, 227), (120, 99), (121, 99)]
+)
+def test_tiles_fit_into_the_shared_memory_of_every_arch(arch: int, most: int) -> None:
+    """``most`` KiB is what CUDA's programming guide lets one block have."""
+    assert 0.9 * most <= shared_memory(Target("cuda", arch)) / 1024 <= most

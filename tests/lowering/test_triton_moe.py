@@ -15,6 +15,7 @@ from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels import triton_moe as kernel
+from quant_compile.lowering.kernels import triton_moe4
 from quant_compile.lowering.moe import STACKED, choose_moe
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import FAKE_OPS, Target
@@ -286,6 +287,7 @@ class Recorder:
         self.function, self.found = function, found
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert all(size <= 65535 for size in grid[1:]), f"{self.function.__name__} cannot launch {grid}"
         return self.note
 
     def note(self, *arguments: Any, **constants: Any) -> None:
@@ -361,6 +363,15 @@ def build(function: Any, arguments: dict[str, Any], arch: int) -> Any:
 
 def problem_of(spec: str, experts: int = 128, hidden: int = 2048, inner: int = 768, top_k: int = 8) -> MoeProblem:
     return MoeProblem(parse(spec), experts, hidden, inner, top_k, Activation("silu"), torch.bfloat16, True)
+
+
+@needs_triton
+def test_many_tokens_fit_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA takes 65535 programs along all axes but the first; blocks over all experts at once count E times their tokens."""
+    tokens = 1 << 17
+    for spec, module in (("FP8_DYNAMIC", kernel), ("W8A8", kernel), ("W4A8", triton_moe4), ("NVFP4A16", triton_moe4)):
+        problem = problem_of(spec)
+        assert launches(problem, tokens, module.plan(problem, tokens, SM90), monkeypatch, module)
 
 
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,11 +28,12 @@ from tests.lowering.test_triton_moe import (
     problem_of,
     relative,
 )
-from tests.lowering.triton_support import needs_triton, run_interpreted
+from tests.lowering.triton_support import needs_triton, run_interpreted, stack_bytes
 
 PRESETS = ("NVFP4A16", "MXFP4A16", "W4A8", "W4AFP8")
 STATIC = ("int4.group64+int8.tensor", "int4.group256+fp8e4m3.tensor")
-SCHEMES = (*PRESETS, *STATIC, "int4.channel+int8.token.dynamic", "int4.channel+fp8e4m3.token.dynamic")
+QSERVE = ("QSERVE_W4A8_CHANNEL", "QSERVE_W4A8_GROUP")
+SCHEMES = (*PRESETS, *QSERVE, *STATIC, "int4.channel+int8.token.dynamic", "int4.channel+fp8e4m3.token.dynamic")
 
 
 # --- steps ---
@@ -93,7 +95,7 @@ def check_grouped(spec: str) -> None:
 def check_other_tiles() -> None:
     """Weights through descriptors; one product for all places of a word, as on sm100."""
     mend_float8()
-    for spec in ("NVFP4A16", "W4A8"):
+    for spec in ("NVFP4A16", "W4A8", "QSERVE_W4A8_GROUP"):
         case = Case(spec, 5, 3, 2, 256, 160)
         plan = kernel.plan(case.problem, 5, SM90)
         check_steps(case, kernel.Plan(replace(plan.first, tma=True), replace(plan.second, tma=True)))
@@ -123,7 +125,7 @@ def check_decode(spec: str) -> None:
 def check_not_a_number() -> None:
     """NaN of a weight's scale, of a global scale and of a token shows in what they reach, and nowhere else."""
     for run in (kernel.run, kernel.run_decode):
-        for spec, plane in (("NVFP4A16", 1), ("NVFP4A16", 2), ("MXFP4A16", 1), ("W4A8", 1)):
+        for spec, plane in (("NVFP4A16", 1), ("NVFP4A16", 2), ("MXFP4A16", 1), ("W4A8", 1), ("QSERVE_W4A8_GROUP", 1)):
             case = Case(spec, 3, 4, 1, 64, 64)
             case.ids[:, 0] = torch.tensor([0, 1, 2])
             nan = 255 if case.w2[plane].dtype == torch.uint8 else float("nan")
@@ -131,7 +133,7 @@ def check_not_a_number() -> None:
             y = run(*case.arguments)
             assert y.isnan().nonzero().tolist() == [[1, 5]], (spec, plane)
             case = Case(spec, 3, 4, 1, 64, 64)
-            case.x[-1][1] = float("nan")
+            case.x[min(1, len(case.x) - 1)][1] = float("nan")
             y = run(*case.arguments)
             assert y[1].isnan().all() and not y[::2].isnan().any()
 
@@ -152,11 +154,11 @@ def test_form_in_interpreter(form: str, spec: str) -> None:
 # --- cubins ---
 
 ARCHES = [
-    *[(80, spec) for spec in ("NVFP4A16", "W4A8")],
+    *[(80, spec) for spec in ("NVFP4A16", "W4A8", "QSERVE_W4A8_CHANNEL")],
     *[(89, spec) for spec in ("MXFP4A16", "W4AFP8")],
-    *[(90, spec) for spec in (*PRESETS, STATIC[0], "int4.channel+int8.token.dynamic")],
-    *[(100, spec) for spec in ("NVFP4A16", "W4AFP8")],
-    *[(120, spec) for spec in ("MXFP4A16", "W4A8", "W4AFP8")],
+    *[(90, spec) for spec in (*PRESETS, *QSERVE, STATIC[0], "int4.channel+int8.token.dynamic")],
+    *[(100, spec) for spec in ("NVFP4A16", "W4AFP8", "QSERVE_W4A8_GROUP")],
+    *[(120, spec) for spec in ("MXFP4A16", "W4A8", "W4AFP8", "QSERVE_W4A8_GROUP")],
 ]
 
 
@@ -187,12 +189,27 @@ def test_cubin(arch: int, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, built in compiled(problem, arch, monkeypatch).items():
         assert built.asm["cubin"] and "trap;" not in built.asm["ptx"], key
         assert built.metadata.shared <= SHARED_LIMIT[arch] * 1024, key
-        if arch == 100 and key.startswith("grouped4"):
-            assert "tcgen05.mma" in built.asm["ptx"], key
+        if arch == 100 and key.startswith("grouped4") and kernel.format_of(problem.scheme) != "int8":
+            assert "tcgen05.mma" in built.asm["ptx"], key  # Triton 3.6 has none for int8
 
 
 @needs_triton
-@pytest.mark.parametrize("spec", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("arch", [80, 120])
+def test_wide_blocks_of_fp4_stay_in_registers(
+    arch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Eight decoded matrices beside a wide product: with steps of 256 columns they had kilobytes of stack here."""
+    problem = replace(problem_of("NVFP4A16", 8, 4096, 14336, 2), dtype=dtype)
+    plan = kernel.plan(problem, 4096, Target.fake(f"sm{arch}"))
+    assert plan.first.block_m == 64
+    for function, arguments in launches(problem, 4096, plan, monkeypatch, kernel):
+        if function.__name__ == "grouped4_kernel":
+            assert stack_bytes(build(function, arguments, arch), tmp_path) <= 64
+
+
+@needs_triton
+@pytest.mark.parametrize("spec", (*PRESETS, *QSERVE))
 def test_cubin_of_odd_sizes(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks instead of whole steps, on every operand; weights through descriptors where rows allow it; f16."""
     problem = replace(problem_of(spec, 7, 224, 160, 3), dtype=torch.float16)
@@ -206,15 +223,16 @@ def test_cubin_of_odd_sizes(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_triton
 def test_what_the_plans_are_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """wgmma of the right types with weights in registers, packed decoding; 16-byte loads and dp4a in the decode form."""
-    types = {"NVFP4A16": "bf16.bf16", "W4A8": "s8.s8", "W4AFP8": "e4m3.e4m3"}
+    types = {"NVFP4A16": "bf16.bf16", "W4A8": "s8.s8", "W4AFP8": "e4m3.e4m3", **dict.fromkeys(QSERVE, "s8.s8")}
     for spec, operands in types.items():
         for key, built in compiled(problem_of(spec), 90, monkeypatch).items():
             ptx = built.asm["ptx"]
             if key.startswith("grouped4"):
-                assert "wgmma.mma_async" in ptx and operands in ptx and "cp.async.cg.shared.global" in ptx, key
+                assert "wgmma.mma_async" in ptx and operands in ptx, key
+                assert "cp.async.cg.shared.global" in ptx or "cp.async.bulk.tensor" in ptx, key
                 assert spec != "NVFP4A16" or "fma.rn.bf16x2" in ptx
             if "rows4" in key:
-                assert "v4.b32" in ptx and ("dp4a.s32.s32" in ptx) == (spec == "W4A8"), key
+                assert "v4.b32" in ptx and ("dp4a.s32.s32" in ptx) == (operands == "s8.s8"), key
 
 
 # --- fit ---
@@ -227,8 +245,8 @@ def test_what_the_plans_are_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
         (problem_of("NVFP4A16"), Target.fake("sm90", FAKE_OPS - {"triton"}), "triton is not installed"),
         (problem_of("W4AFP8"), Target.fake("sm80"), "w4a8 needs sm89 or newer, this is sm80"),
         (problem_of("NVFP4"), SM90, "FP4 weights under 16-bit inputs"),
-        (problem_of("W8A8"), SM90, "multiplies symmetric int4 weights under 8-bit inputs"),
-        (problem_of("QSERVE_W4A8_CHANNEL"), SM90, "multiplies symmetric int4 weights under 8-bit inputs"),
+        (problem_of("W8A8"), SM90, "multiplies int4 weights under 8-bit inputs"),
+        (problem_of("int4.channel_group32.asym+int8.token.dynamic"), SM90, "groups must have at least 64 columns, got 32"),
         (problem_of("int4.group32+int8.token.dynamic"), SM90, "groups must have at least 64 columns, got 32"),
         (problem_of("int4.group128+int8.tensor.dynamic"), SM90, "one dynamic scale for all tokens"),
         (problem_of("NVFP4A16", hidden=2040), SM90, "hidden size must be a multiple of 16, got 2040"),
@@ -251,7 +269,7 @@ def test_the_two_files_share_no_scheme() -> None:
 
 def test_choice_by_tokens() -> None:
     """One token goes to the decode form, many to the grouped one; both read one layout."""
-    for spec in PRESETS:
+    for spec in (*PRESETS, *QSERVE):
         dispatch = choose_moe(problem_of(spec), SM90)
         assert dispatch.layout == "experts"
         assert dispatch.kernel_for(1).name == "triton_moe4_decode" and dispatch.kernel_for(2048).name == "triton_moe4"

@@ -6,6 +6,7 @@ Both need the triton package and nothing else; ``needs_triton`` skips where it i
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -46,6 +47,17 @@ def compile_cubin(
         hints = {(i,): [["tt.divisibility", 16]] for i in wide}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=hints)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def stack_bytes(built: Any, folder: Path) -> int:
+    """Bytes of stack a thread has in a compiled kernel: what did not fit into registers."""
+    import triton
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(built.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"STACK:(\d+)", text))
 
 
 def mend_interpreter() -> None:

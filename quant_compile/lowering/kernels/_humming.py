@@ -81,6 +81,7 @@ def launch(
 ) -> Tensor:
     """Run a compiled GEMM over x [m, k]: codes, their scales, one scale of all (f32), the input's scale, zero points,
     bounds [E + 1] of the experts' rows, and locks -> [m, n]."""
+    x = x.clone() if x.data_ptr() % 16 else x  # rows are loaded by 16 bytes
     return torch.ops.humming.launch_kernel.default(
         gemm, x, data, scale, whole, x_scale, None, zero, None, None, None, None, None, bounds, locks, 1, 0
     )

@@ -50,6 +50,13 @@ def roof(target: Target) -> Roof:
     return ROOFS[max(older) if older else min(ROOFS)]
 
 
+def shared_memory(target: Target) -> int:
+    """Bytes of shared memory that tiles may fill: below what one program may have, 163, 227 or 99 KiB."""
+    if target.arch in (80, 87):
+        return 160 * 1024
+    return (208 if 90 <= target.arch < 120 else 96) * 1024
+
+
 def estimate(
     problem: Problem,
     m: int,

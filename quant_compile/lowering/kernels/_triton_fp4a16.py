@@ -247,8 +247,8 @@ def dequantize_fp4_kernel(
     OUT: tl.constexpr,
 ):  # fmt: skip
     """Weights as a plain matrix [n, k] in ``OUT``, each rounded once."""
-    first = tl.program_id(0) * BYTES
-    row = tl.program_id(1) * BN + tl.arange(0, BN)
+    first = tl.program_id(1) * BYTES
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(row, n - 1).to(tl.int64)
     low, high = _halves(w_ptr, s_ptr, rows, first, width, BYTES, GROUP, EVEN, E8M0)
     w = tl.reshape(tl.join(low, high), (BN, BYTES * 2))

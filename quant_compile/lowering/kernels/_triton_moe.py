@@ -371,8 +371,8 @@ def quantize_kernel(h_ptr, q_ptr, scale_ptr, n, BLOCK: tl.constexpr, GROUP: tl.c
 @triton.jit
 def sum_kernel(parts_ptr, ids_ptr, weights_ptr, y_ptr, n, top_k, experts, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """y[t] = sum of weights[t, j] * parts[t * top_k + j] over j with a legal id, in f32, rounded once."""
-    token = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slots = tl.arange(0, TOP_K)
     pairs = token * top_k + slots
     ids = tl.load(ids_ptr + pairs, mask=slots < top_k, other=-1)

@@ -11,7 +11,8 @@ that order, and hidden rows are written in it. The decode form reads rows as the
 
 FORMAT: ``int8`` and ``float8`` (int4 weights under such inputs; a scale per group or row, and one per input row) or ``fp4``
 (a scale byte per group and, NVFP4, a global scale per row). Scales of groups are applied in f32 to the sums of int4 codes,
-to which 8-bit operands give no other place, and in 16 bits to FP4 codes, where the product of both is exact.
+to which 8-bit operands give no other place, and in 16 bits to FP4 codes, where the product of both is exact. Codes of int4
+stand for themselves less 8, or less the zero point of their group (QServe; ``int8`` inputs).
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ MXFP4_ASM = tl.constexpr(
     + "}"
 )
 EIGHT = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r")
+# Four bytes of nibbles ($2) less four equal zero points ($3): bit 7 is set before, which no byte can borrow past, and flipped after.
+ZEROS_ASM = tl.constexpr(
+    """{ .reg .b32 t;
+    and.b32 t, $2, 0x0F0F0F0F; or.b32 t, t, 0x80808080; sub.u32 t, t, $3; xor.b32 $0, t, 0x80808080;
+    shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F; or.b32 t, t, 0x80808080; sub.u32 t, t, $3; xor.b32 $1, t, 0x80808080; }"""
+)
 TO_NVFP4_ASM = tl.constexpr(2.0**118)
 FROM_NVFP4_ASM = tl.constexpr(2.0**8)
 TO_F16 = tl.constexpr(2.0**14)
@@ -67,9 +74,9 @@ TO_F16 = tl.constexpr(2.0**14)
 
 @triton.jit
 def split_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """Rows x of PARTS * ``size`` columns -> rows y in split order; program (i, row) moves BLOCK columns of each part."""
-    row = tl.program_id(1).to(tl.int64) * size * PARTS
-    first = tl.program_id(0) * BLOCK
+    """Rows x of PARTS * ``size`` columns -> rows y in split order; program (row, i) moves BLOCK columns of each part."""
+    row = tl.program_id(0).to(tl.int64) * size * PARTS
+    first = tl.program_id(1) * BLOCK
     cols = first * PARTS + tl.arange(0, BLOCK * PARTS)
     x = tl.load(x_ptr + row + cols, mask=cols < size * PARTS, other=0)
     at = first + tl.arange(0, BLOCK)
@@ -110,6 +117,29 @@ def _units(w_ptr, w_at, line, start, spots, width, TMA: tl.constexpr, EVEN: tl.c
     else:
         w = tl.load(w_at + start, mask=(spots < width - start)[None, :], other=0)
     return w
+
+
+@triton.jit
+def _less_zeros(w, zero, ASM: tl.constexpr):
+    """Bytes of nibbles [rows, STEP], zero points u8 [rows] -> int8 operands nibble - zero of the low ones, of the high ones."""
+    zero = tl.broadcast_to(zero[:, None], w.shape)
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            ZEROS_ASM, "=r,=r,r,r", [w, zero], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        low, high = ((w & 15) - zero).to(tl.int8, bitcast=True), ((w >> 4) - zero).to(tl.int8, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _step_zeros(zero_at, rows, start, groups, GROUP: tl.constexpr):
+    """Zero points u8 [BLOCK_N] of one step; without any (None) zeros, which nothing reads."""
+    if zero_at is None:
+        zero = tl.zeros(rows.shape, tl.uint8)
+    else:
+        zero = tl.load(zero_at + rows * groups + tl.minimum(start // GROUP, groups - 1))
+    return zero
 
 
 @triton.jit
@@ -164,7 +194,8 @@ def _joined(w):
 
 @triton.jit
 def _add_step(
-    total, w, scale, x, FORMAT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, E8M0: tl.constexpr, ASM: tl.constexpr
+    total, w, scale, zero, x,
+    FORMAT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, E8M0: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """total [BLOCK_N, BLOCK_M] + units w [BLOCK_N, STEP] times the PARTS of the inputs x."""
     if FORMAT == "fp4":
@@ -177,7 +208,7 @@ def _add_step(
     else:
         FLOAT8: tl.constexpr = FORMAT == "float8"
         SUMS: tl.constexpr = tl.float32 if FLOAT8 else tl.int32
-        low, high = _decode(w, FLOAT8, ASM)
+        low, high = _less_zeros(w, zero, ASM) if ZEROS else _decode(w, FLOAT8, ASM)
         sums = tl.dot(low, x[0], out_dtype=SUMS)
         sums = tl.dot(high, x[1], sums, out_dtype=SUMS).to(tl.float32)
         if GROUP > 0:
@@ -195,7 +226,7 @@ def _whole_rows(total, rows, x_scale, sw_at, whole_at, bias_ptr, bias_first, sw_
     if CHANNEL:
         y = y * tl.load(sw_at + rows[:, None] * sw_row).to(tl.float32)
     if whole_at is not None:
-        y = y * tl.load(whole_at + rows[:, None])
+        y = y * tl.load(whole_at + rows[:, None]).to(tl.float32)
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + bias_first + rows[:, None]).to(tl.float32)
     return y
@@ -208,6 +239,7 @@ def grouped4_kernel(
     sx_ptr,
     sw_ptr,
     whole_ptr,
+    zero_ptr,
     bias_ptr,
     y_ptr,
     sorted_ptr,
@@ -240,9 +272,10 @@ def grouped4_kernel(
     GATED: x are tokens [T, k] in split order (PARTS 1: in plain order), gathered; y is the hidden layer [pairs, n] in the
     order of ``sorted``, its columns of FP4 in x's order. Otherwise x is the hidden layer in that order; y [pairs, n] is in the
     order of the pairs. w [E, rows, width] units (bytes, or of FP4 words), a step is STEP of them; scales sw [E, rows, groups],
-    GROUP units share one (0: a whole row does). whole_ptr: NVFP4's global scale [E, rows]. TMA: w_ptr is a descriptor of
-    [E * rows, width].
+    GROUP units share one (0: a whole row does). whole_ptr: a scale above them [E, rows], NVFP4's global one or QServe's of rows.
+    zero_ptr: zero points [E, rows, groups]. TMA: w_ptr is a descriptor of [E * rows, width].
     """
+    ZEROS: tl.constexpr = zero_ptr is not None
     FP4: tl.constexpr = FORMAT == "fp4"
     E8M0: tl.constexpr = whole_ptr is None
     block, tile = _tile_of(tl.program_id(0), most_blocks, tl.cdiv(n, BLOCK_N), BAND)
@@ -272,11 +305,16 @@ def grouped4_kernel(
     columns = tl.arange(0, STEP * STRIDE)
     x_at = x_ptr + x_row.to(tl.int64)[None, :] * (CODES * width) + columns[:, None]
     sw_at = sw_ptr + own * groups
+    zero_at = zero_ptr
+    if ZEROS:
+        zero_at = zero_ptr + own * groups
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     total_up = total
     # Scales are asked for a step ahead: they are too few bytes a row for the pipeline of loads.
     scale = _step_scales(sw_at, near, 0, groups, STEP, GROUP, FP4)
     scale_up = _step_scales(sw_at, near + n, 0, groups, STEP, GROUP, FP4) if GATED else scale
+    zero = _step_zeros(zero_at, near, 0, groups, GROUP)
+    zero_up = _step_zeros(zero_at, near + n, 0, groups, GROUP) if GATED else zero
     for start in range(0, width, STEP):
         x = ()
         for j in tl.static_range(PARTS):
@@ -286,14 +324,16 @@ def grouped4_kernel(
             else:
                 x = x + (tl.load(here, mask=(columns < (width - start) * STRIDE)[:, None], other=0.0),)
         w = _units(w_ptr, w_at, line, start, spots, width, TMA, EVEN)
-        total = _add_step(total, w, scale, x, FORMAT, PARTS, GROUP, E8M0, ASM)
+        total = _add_step(total, w, scale, zero, x, FORMAT, PARTS, GROUP, E8M0, ZEROS, ASM)
         scale = _step_scales(sw_at, near, start + STEP, groups, STEP, GROUP, FP4)
+        zero = _step_zeros(zero_at, near, start + STEP, groups, GROUP)
         if GATED:
             w = _units(w_ptr, up_at, line + n, start, spots, width, TMA, EVEN)
-            total_up = _add_step(total_up, w, scale_up, x, FORMAT, PARTS, GROUP, E8M0, ASM)
+            total_up = _add_step(total_up, w, scale_up, zero_up, x, FORMAT, PARTS, GROUP, E8M0, ZEROS, ASM)
             scale_up = _step_scales(sw_at, near + n, start + STEP, groups, STEP, GROUP, FP4)
+            zero_up = _step_zeros(zero_at, near + n, start + STEP, groups, GROUP)
     PACKED: tl.constexpr = FP4 and ASM and x_ptr.dtype.element_ty == tl.bfloat16 and not E8M0
-    UNIT: tl.constexpr = FROM_NVFP4_ASM if PACKED else 1.0 if FP4 else 512.0 if FORMAT == "float8" else 0.0625
+    UNIT: tl.constexpr = FROM_NVFP4_ASM if PACKED else 1.0 if FP4 or ZEROS else 512.0 if FORMAT == "float8" else 0.0625
     CHANNEL: tl.constexpr = GROUP == 0
     x_scale = None
     if sx_ptr is not None:
@@ -344,19 +384,33 @@ def _word_sums(w, x, magic, FORMAT: tl.constexpr, VECTOR: tl.constexpr, ASM: tl.
 
 
 @triton.jit
+def _sums_of(x, VECTOR: tl.constexpr, ASM: tl.constexpr):
+    """Sums over VECTOR words of the ``int8`` codes x, f32 [1, experts, BLOCK / VECTOR]."""
+    one = tl.full(x[0].shape, 0x01010101, tl.uint32)
+    sums = _four(one, x[1], _four(one, x[0], tl.zeros(x[0].shape, tl.int32), ASM), ASM)
+    parts = tl.reshape(sums, (sums.shape[0], sums.shape[1] // VECTOR, VECTOR))
+    return tl.sum(parts, 2).to(tl.float32)[None, :, :]
+
+
+@triton.jit
 def _add_words(
-    total, w, x, magic, sw_at, rows, start, width, groups,
+    total, w, x, magic, sw_at, zero_at, rows, start, width, groups,
     FORMAT: tl.constexpr, VECTOR: tl.constexpr, GROUP: tl.constexpr, E8M0: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """total [rows, experts, vectors] + products of the words from ``start`` on, each vector times the scale of its group.
 
-    sw_at [1, experts, 1]: where the experts' scales begin. GROUP counts words that share a scale; 0: none do here.
+    sw_at, zero_at [1, experts, 1]: where the experts' scales and zero points (or None) begin. GROUP counts words that share
+    them; 0: none do here.
     """
     sums = _word_sums(w, x, magic, FORMAT, VECTOR, ASM)
     if GROUP > 0:
         vectors = start + tl.arange(0, total.shape[2]) * VECTOR
-        at = sw_at + rows[:, None, None] * groups + (vectors // GROUP)[None, None, :]
-        scale = tl.load(at, mask=(vectors < width)[None, None, :], other=0)
+        at = rows[:, None, None] * groups + (vectors // GROUP)[None, None, :]
+        inside = (vectors < width)[None, None, :]
+        if zero_at is not None:  # in units of 1 / 16
+            off = tl.load(zero_at + at, mask=inside, other=0).to(tl.int32) * 16 - 128
+            sums = sums - off.to(tl.float32) * _sums_of(x, VECTOR, ASM)
+        scale = tl.load(sw_at + at, mask=inside, other=0)
         sums = sums * (_scale(scale, E8M0) if FORMAT == "fp4" else scale.to(tl.float32))
     return total + sums
 
@@ -392,6 +446,7 @@ def gated_rows4_kernel(
     sx_ptr,
     sw_ptr,
     whole_ptr,
+    zero_ptr,
     bias_ptr,
     ids_ptr,
     y_ptr,
@@ -435,6 +490,9 @@ def gated_rows4_kernel(
     w_at = w_ptr + (own + rows[:, None, None]) * width + cols[None, None, :]
     up_at = w_at + n.to(tl.int64) * width
     sw_at = sw_ptr + own * groups
+    zero_at = zero_ptr
+    if zero_ptr is not None:
+        zero_at = zero_ptr + own * groups
     token = (pair // top_k).to(tl.int64)
     x_row = x_ptr + token * width * (1 if FORMAT == "int8" else 8)
     legal = tl.full((1,), 1, tl.int1)
@@ -446,10 +504,10 @@ def gated_rows4_kernel(
         up = _stream(up_at + start, at, width, legal, EVEN)
         x = _token_words(x_row, start, width, FORMAT, BLOCK, EVEN, ASM)
         total = _add_words(
-            total, w, x, magic, sw_at, rows, start, width, groups, FORMAT, VECTOR, GROUP, E8M0, ASM
+            total, w, x, magic, sw_at, zero_at, rows, start, width, groups, FORMAT, VECTOR, GROUP, E8M0, ASM
         )  # fmt: skip
         total_up = _add_words(
-            total_up, up, x, magic, sw_at, rows + n, start, width, groups, FORMAT, VECTOR, GROUP, E8M0, ASM
+            total_up, up, x, magic, sw_at, zero_at, rows + n, start, width, groups, FORMAT, VECTOR, GROUP, E8M0, ASM
         )  # fmt: skip
     CHANNEL: tl.constexpr = GROUP == 0
     x_scale = None
@@ -495,6 +553,7 @@ def down_rows4_kernel(
     w_ptr,
     sw_ptr,
     whole_ptr,
+    zero_ptr,
     bias_ptr,
     ids_ptr,
     weights_ptr,
@@ -540,6 +599,9 @@ def down_rows4_kernel(
     if EARLY:
         gdc_wait()
     sw_at = sw_ptr + (own * groups)[None, :, None]
+    zero_at = zero_ptr
+    if zero_ptr is not None:
+        zero_at = zero_ptr + (own * groups)[None, :, None]
     scale = None
     inverse = None
     if QUANTIZE > 0:
@@ -550,7 +612,9 @@ def down_rows4_kernel(
         more = legal & (start + BLOCK < width)
         following = _stream(w_at + start + BLOCK, start + BLOCK + cols, width, more, EVEN)
         h = _hidden_words(h_ptr + pairs * (width * 8), start, width, legal, inverse, FORMAT, BLOCK, QUANTIZE, CODE)
-        total = _add_words(total, w, h, magic, sw_at, rows, start, width, groups, FORMAT, VECTOR, GROUP, E8M0, ASM)
+        total = _add_words(
+            total, w, h, magic, sw_at, zero_at, rows, start, width, groups, FORMAT, VECTOR, GROUP, E8M0, ASM
+        )  # fmt: skip
         w = following
     whole_at = whole_ptr
     if whole_ptr is not None:

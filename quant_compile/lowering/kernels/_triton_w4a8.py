@@ -99,7 +99,7 @@ def tile_kernel(
     """Rows of w (first operand) by tokens, one tile; program_id(1) is a part of k when SPLIT > 1.
 
     x int16 [m, pairs], w u8 [n, pairs]. A step is STEP pairs, inside one group. PAIRS_PER_GROUP 0: a scale per row
-    (sw [n]). sum_ptr and zero_ptr [n]: QServe per channel. SPLIT > 1: f32 parts [SPLIT, m, n] without bias.
+    (sw [n]). sum_ptr and zero_ptr [n]: QServe per channel. SPLIT 2: f32 parts [parts, m, n] without bias.
     """
     SUMS: tl.constexpr = tl.float32 if FLOAT8 else tl.int32
     # A float sum of its own for each group; integers of a row are summed across all of k.

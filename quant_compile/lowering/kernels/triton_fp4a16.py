@@ -138,7 +138,7 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: 
     wide = problem.dtype != torch.float32 and problem.k % 4 == 0 and rows.data_ptr() % 8 == 0
     y = rows.new_empty(m, problem.n)
     _source().gemv_fp4_kernel[(-(-problem.n // plan.rows),)](
-        rows.view(torch.int64) if wide else rows, data.view(torch.int32), scale, whole, bias, y,
+        rows.reshape(-1).view(torch.int64) if wide else rows, data.view(torch.int32), scale, whole, bias, y,
         m, problem.n, problem.k // 4 if wide else problem.k, width // lanes,
         M=1 << (m - 1).bit_length(), BN=plan.rows, WORDS=plan.words, LANES=lanes, VECTOR=_group_bytes(problem) // 4,
         EVEN=width % plan.words == 0 and problem.k == width * 8, E8M0=whole is None, X64=wide,
@@ -203,7 +203,7 @@ def dequantize(w: Planes, problem: Problem) -> Tensor:
     n, k, width = problem.n, problem.k, data.shape[1]
     out = torch.empty(n, k, dtype=problem.dtype, device=data.device)
     rows, bytes_ = 8, 256
-    _source().dequantize_fp4_kernel[(-(-width // bytes_), -(-n // rows))](
+    _source().dequantize_fp4_kernel[(-(-n // rows), -(-width // bytes_))](
         data, scale, whole, out, n, k, width, BN=rows, BYTES=bytes_, GROUP=_group_bytes(problem),
         EVEN=width % bytes_ == 0, E8M0=whole is None, OUT=triton_type(problem.dtype), num_warps=4,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.numerics import FLOAT_DTYPES, FLOAT_MAX
 from quant_compile.ir.scheme import Scheme
-from quant_compile.lowering.kernels._roofline import roof
+from quant_compile.lowering.kernels._roofline import roof, shared_memory
 from quant_compile.lowering.moe import MoeKernel
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import Target
@@ -217,7 +217,7 @@ def add(parts: Tensor, ids: Tensor, weights: Tensor | None, problem: MoeProblem)
     tokens, top_k = ids.shape
     y = torch.empty((tokens, problem.hidden), dtype=problem.dtype, device=parts.device)
     block = min(1024, _pow2(problem.hidden))
-    _source().sum_kernel[(_ceil(problem.hidden, block), tokens)](
+    _source().sum_kernel[(tokens, _ceil(problem.hidden, block))](
         parts, ids, weights, y, problem.hidden, top_k, problem.experts, TOP_K=_pow2(top_k), BLOCK=block, num_warps=4
     )
     return y
@@ -428,7 +428,7 @@ def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Ti
         block_n = group
     rows = (2 if gated else 1) * block_n
     step = block_k * (rows * scheme.weights.num_bits + block_m * (16 if form == "weights" else 8)) // 8
-    memory = {80: 160, 89: 96, 120: 96}.get(target.arch, 208) * 1024
+    memory = shared_memory(target)
     stages = max(2, min(deepest, memory // step))
     return Tiles(block_m, block_n, block_k, warps or (8 if rows * block_m >= 128 * 64 else 4), stages, tma=tma)
 

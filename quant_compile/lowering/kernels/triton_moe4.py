@@ -1,5 +1,5 @@
-"""Fused mixture-of-experts blocks with 4-bit weights in Triton: int4 under int8 or e4m3 inputs (W4A8, W4AFP8), FP4 under
-16-bit inputs (NVFP4A16, MXFP4A16).
+"""Fused mixture-of-experts blocks with 4-bit weights in Triton: int4 under int8 or e4m3 inputs (W4A8, W4AFP8, QServe's two
+forms), FP4 under 16-bit inputs (NVFP4A16, MXFP4A16).
 
 ``triton_moe4_decode`` for few (token, expert) pairs and ``triton_moe4`` for any number of tokens, from planes in row form
 ("experts"). Sorting of pairs and the sum over experts are ``triton_moe``'s, and steps can be called apart as there. The Triton
@@ -8,6 +8,7 @@ source, in ``_triton_moe4``, is imported at the first launch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from math import gcd
@@ -19,7 +20,7 @@ from torch import Tensor
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.scheme import Scheme
-from quant_compile.lowering.kernels._roofline import roof
+from quant_compile.lowering.kernels._roofline import roof, shared_memory
 from quant_compile.lowering.kernels.triton_moe import (
     COUNT_PAIRS,
     DECODE_PAIRS,
@@ -47,6 +48,7 @@ from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import Target
 
 MAGIC = 0x4B000000  # 2**23 as f32 bits
+WHOLE_ROW = 1 << 24  # columns of a group that no row is longer than
 LEAST_GROUP = 64  # 8-bit tensor cores take 32 codes at a time, and a step is half a group: its even or its odd columns
 
 
@@ -68,10 +70,37 @@ def format_of(scheme: Scheme) -> str:
     return "float8" if a is not None and a.type == "float" else "int8"
 
 
-def _bytes(planes: Planes) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales (those of FP4 as bytes) and global scales (NVFP4)."""
-    data, scale = planes[:2]
-    return data, scale.view(torch.uint8) if scale.dtype.itemsize == 1 else scale, planes[2] if len(planes) > 2 else None
+@dataclass(frozen=True)
+class Weights:
+    """Planes of all experts as the kernels take them.
+
+    Attributes:
+        codes: two nibbles a byte.
+        scale: [E, n, g] of groups (those of FP4 as bytes), or of rows where ``whole`` is None and g is 1.
+        whole: [E, n, 1] above scales of groups: NVFP4's global scale, QServe's scale of rows.
+        zero: [E, n, g] zero points of QServe; None: 8.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    whole: Tensor | None = None
+    zero: Tensor | None = None
+
+
+def _weights(planes: Planes, scheme: Scheme) -> Weights:
+    if family_of(scheme).name == "qserve":
+        codes, scale, zero = planes[0], planes[1], planes[-1]
+        return Weights(codes, scale, None, zero) if len(planes) == 3 else Weights(codes, planes[2], scale, zero)
+    codes, scale = planes[:2]
+    scale = scale.view(torch.uint8) if format_of(scheme) == "fp4" else scale
+    return Weights(codes, scale, planes[2] if len(planes) > 2 else None)
+
+
+def group_of(scheme: Scheme, codes: int) -> int:
+    """Units of ``codes`` codes that share a scale (and zero point); 0: scales of rows, applied at the end."""
+    if family_of(scheme).name == "qserve" and scheme.weights.group_size is None:
+        return WHOLE_ROW // codes
+    return (scheme.weights.group_size or 0) // codes
 
 
 # --- steps of the grouped form ---
@@ -95,7 +124,7 @@ def split(x: Tensor, parts: int) -> Tensor:
     tokens, size = x.shape[0], x.shape[1] // parts
     block = min(1024 // parts, _pow2(size))
     codes = torch.int8 if x.dtype.itemsize == 1 else torch.int16
-    _source().split_kernel[(_ceil(size, block), tokens)](
+    _source().split_kernel[(tokens, _ceil(size, block))](
         x.view(codes), y.view(codes), size, BLOCK=block, PARTS=parts, num_warps=4
     )
     return y
@@ -147,17 +176,17 @@ def _launch(
     x: Planes, pairs: Pairs, w: Planes, bias: Tensor | None, y: Tensor, problem: MoeProblem, tiles: Tiles, gated: bool
 ) -> None:
     """One product of the grouped form."""
-    data, scale, whole = _bytes(w)
-    codes, most = codes_of(problem.scheme), pairs.blocks.shape[1]
-    data = data.view(torch.int32) if codes == 8 else data
+    own, codes, most = _weights(w, problem.scheme), codes_of(problem.scheme), pairs.blocks.shape[1]
+    data = own.codes.view(torch.int32) if codes == 8 else own.codes
     n, width, step = y.shape[1], data.shape[-1], tiles.block_k // codes
     tma = tiles.tma and width * data.itemsize % 16 == 0
     _source().grouped4_kernel[(most * _ceil(n, tiles.block_n),)](
-        x[0], _descriptor(data, tiles.block_n, step) if tma else data, x[1] if len(x) > 1 else None, scale, whole, bias, y,
-        pairs.order, pairs.blocks, most, n, width, scale.shape[-1], problem.top_k, _scale_strides(x)[0],
+        x[0], _descriptor(data, tiles.block_n, step) if tma else data, x[1] if len(x) > 1 else None,
+        own.scale, own.whole, own.zero, bias, y,
+        pairs.order, pairs.blocks, most, n, width, own.scale.shape[-1], problem.top_k, _scale_strides(x)[0],
         GATED=gated, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STEP=step, BAND=tiles.band, EVEN=width % step == 0,
         TMA=tma, FORMAT=format_of(problem.scheme), PARTS=parts_of(problem.scheme, tiles),
-        GROUP=(problem.scheme.weights.group_size or 0) // codes,
+        GROUP=group_of(problem.scheme, codes),
         **_activation(problem.activation), OUT=_type(problem.dtype), ASM=not _interpreted(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -181,11 +210,11 @@ def gated_rows(
     pairs, parts = ids.numel(), p.intermediate // rows.block_n
     y = torch.empty((pairs, p.intermediate), dtype=p.dtype, device=ids.device)
     amax = torch.empty((pairs, parts), dtype=torch.float32, device=ids.device) if _needs_amax(p.scheme) else None
-    data, scale, whole = _bytes(w13)
+    w = _weights(w13, p.scheme)
     inputs = x[0].view(torch.int64) if format_of(p.scheme) == "int8" else x[0]
     _source().gated_rows4_kernel[(parts, pairs)](
-        inputs, data.view(torch.int32), x[1] if len(x) > 1 else None, scale, whole, b13, ids, y, amax,
-        p.intermediate, p.hidden // 8, scale.shape[-1], p.top_k, p.experts, _scale_strides(x)[0], MAGIC,
+        inputs, w.codes.view(torch.int32), x[1] if len(x) > 1 else None, w.scale, w.whole, w.zero, b13, ids, y, amax,
+        p.intermediate, p.hidden // 8, w.scale.shape[-1], p.top_k, p.experts, _scale_strides(x)[0], MAGIC,
         **_row_constants(p, p.hidden, rows), **_activation(p.activation), OUT=_type(p.dtype), EARLY=early,
         num_warps=rows.warps,
     )  # fmt: skip
@@ -204,11 +233,12 @@ def down_rows(
     y = torch.empty((ids.shape[0], p.hidden), dtype=p.dtype, device=ids.device)
     amax = hidden[1] if len(hidden) > 1 else None
     parts = amax.shape[1] if amax is not None else 1
-    data, scale, whole = _bytes(w2)
+    w = _weights(w2, p.scheme)
     limit, code = code_of(p.scheme)
     _source().down_rows4_kernel[(p.hidden // rows.block_n, ids.shape[0])](
-        hidden[0], amax, scale2 if p.scheme.static else None, data.view(torch.int32), scale, whole, b2, ids, weights, y,
-        p.hidden, p.intermediate // 8, scale.shape[-1], p.top_k, p.experts, parts, MAGIC,
+        hidden[0], amax, scale2 if p.scheme.static else None, w.codes.view(torch.int32),
+        w.scale, w.whole, w.zero, b2, ids, weights, y,
+        p.hidden, p.intermediate // 8, w.scale.shape[-1], p.top_k, p.experts, parts, MAGIC,
         TOP_K=_pow2(p.top_k), PARTS=_pow2(parts), QUANTIZE=limit if p.scheme.input_activations is not None else 0.0,
         CODE=_type(code), **_row_constants(p, p.intermediate, rows), OUT=_type(p.dtype), EARLY=early,
         num_warps=rows.warps, launch_pdl=early,
@@ -218,7 +248,7 @@ def down_rows(
 
 def _row_constants(problem: MoeProblem, k: int, rows: Rows) -> dict[str, Any]:
     """What both kernels of the decode form take; sizes in words of eight codes."""
-    group = (problem.scheme.weights.group_size or 0) // 8
+    group = group_of(problem.scheme, 8)
     return {
         "BLOCK_N": rows.block_n,
         "BLOCK": rows.block_k // 8,
@@ -246,15 +276,18 @@ def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Ti
     # A product for each place of a word would take more tensor memory than sm100 has.
     joined = fp4 and 100 <= target.arch < 120
     if fp4:  # NVFP4A16 on a H200: programs that share a multiprocessor do more than deep pipelines
-        block_n, block_k, deepest = 64, 128 if joined else 256, 3 if block_m == 16 else 2
+        # Eight matrices in registers and a wide product beside them spill on the tensor cores of other archs.
+        narrow = block_m == 64 and not 90 <= target.arch < 120
+        block_n, block_k, deepest = 64, 128 if joined or narrow else 256, 3 if block_m == 16 else 2
+        warps = 8 if narrow else 4
     elif gated and block_m == 16 and 90 <= target.arch < 100 and scheme.weights.group_size == 128:
         return Tiles(block_m, 128, 128, 8, 4, tma=True)  # W4A8 on a H200: a quarter faster than without descriptors
     else:
         block_n = 64 if gated or block_m > 32 else 128
-        block_k, deepest = min(128, scheme.weights.group_size or 128), 4
+        block_k, deepest, warps = min(128, scheme.weights.group_size or 128), 4, 4
     step = block_k * ((2 if gated else 1) * block_n * 4 + block_m * (16 if fp4 else 8)) // 8
-    memory = {80: 160, 89: 96, 120: 96}.get(target.arch, 208) * 1024
-    return Tiles(block_m, block_n, block_k, 4, max(2, min(deepest, memory // step)), joined=joined)
+    memory = shared_memory(target)
+    return Tiles(block_m, block_n, block_k, warps, max(2, min(deepest, memory // step)), joined=joined)
 
 
 def decode_plan(problem: MoeProblem, target: Target) -> DecodePlan:
@@ -321,9 +354,9 @@ def launch(
 def _reject(problem: MoeProblem, target: Target) -> Reject | None:
     scheme, family = problem.scheme, family_of(problem.scheme).name
     a = scheme.input_activations
-    if family not in ("w4a8", "nvfp4", "mxfp4") or (family != "w4a8" and a is not None):
+    if family not in ("w4a8", "qserve", "nvfp4", "mxfp4") or (family in ("nvfp4", "mxfp4") and a is not None):
         return Reject(
-            f"multiplies symmetric int4 weights under 8-bit inputs and FP4 weights under 16-bit inputs, not {scheme.spec}"
+            f"multiplies int4 weights under 8-bit inputs and FP4 weights under 16-bit inputs, not {scheme.spec}"
         )
     refusal = reject_block(problem, target, 89 if format_of(scheme) == "float8" else 80)
     if refusal is not None:
@@ -331,7 +364,7 @@ def _reject(problem: MoeProblem, target: Target) -> Reject | None:
     if a is not None and a.strategy == "tensor" and a.dynamic:
         return Reject("one dynamic scale for all tokens of an expert is not computed here")
     group = scheme.weights.group_size or LEAST_GROUP
-    if family == "w4a8" and group < LEAST_GROUP:
+    if family in ("w4a8", "qserve") and group < LEAST_GROUP:
         return Reject(f"groups must have at least {LEAST_GROUP} columns, got {group}")
     if family == "mxfp4" and (problem.hidden % 32 or problem.intermediate % 32):
         return Reject(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, family_of
-from quant_compile.lowering.kernels._roofline import estimate
+from quant_compile.lowering.kernels._roofline import estimate, shared_memory
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
 
@@ -135,7 +135,7 @@ def _wave_cost(problem: Problem, m: int, target: Target, block_m: int, block_n: 
 
 def _stages(rows: int, block_k: int, target: Target, most: int) -> int:
     """Pipeline depth that fits the shared memory of one program, with room for the epilogue."""
-    memory = {80: 160, 89: 96, 120: 96}.get(target.arch, 208) * 1024
+    memory = shared_memory(target)
     return max(2, min(most, memory // (rows * block_k)))
 
 

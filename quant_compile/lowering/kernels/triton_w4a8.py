@@ -206,7 +206,7 @@ def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Co
         words, w[0], x[1], w[1], w[2] if progressive else None, zero, total, bias if split == 1 else None, out,
         m, n, pairs, w[-1].shape[1] if progressive else w[1].shape[1], _sx_row(x), steps,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, STEP=step, PAIRS_PER_GROUP=(scheme.weights.group_size or 0) // 2,
-        FLOAT8=float8(scheme), PROGRESSIVE=progressive, SPLIT=split, EVEN=pairs % step == 0, ASM=not _interpreted(),
+        FLOAT8=float8(scheme), PROGRESSIVE=progressive, SPLIT=min(split, 2), EVEN=pairs % step == 0, ASM=not _interpreted(),
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return y if split == 1 else _sum_parts(out, bias, y)
