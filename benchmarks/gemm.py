@@ -434,7 +434,9 @@ def choose_dispatch(problem: Problem, target: Target, tune: str) -> Any:
         from quant_compile.options import Options, PolicySource
 
         source = PolicySource(problem.scheme.spec, problem.scheme.spec)
-        return _chooser(Options.of({"tune": tune}), source, target)(problem, "a benchmark's linear")
+        return _chooser(Options.of({"tune": tune}), source, target, torch.device(target.device))(
+            problem, "a benchmark's linear"
+        )
     except Exception as error:
         return last_line(error)
 

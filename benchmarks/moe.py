@@ -482,7 +482,9 @@ def choose_dispatch(problem: MoeProblem, target: Target, tune: str) -> Any:
         from quant_compile.options import Options, PolicySource
 
         source = PolicySource(problem.scheme.spec, problem.scheme.spec)
-        return _moe_chooser(Options.of({"tune": tune}), source, target)(problem, "a benchmark's block")
+        return _moe_chooser(Options.of({"tune": tune}), source, target, torch.device(target.device))(
+            problem, "a benchmark's block"
+        )
     except Exception as error:
         return last_line(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,13 +48,14 @@ def sglquant(
     parsed = Options.of(options, mode)
     _refuse_gradients(example_inputs)
     _refuse_freezing(gm)
-    target = Target.of(_device_of(example_inputs))
+    device = _device_of(example_inputs)
+    target = Target.of(device)
     source = PolicySource(parsed.policy, default_policy(target))
     choosers = Choosers(
-        _chooser(parsed, source, target),
-        _moe_chooser(parsed, source, target),
-        _chooser(parsed, source, target, "rows"),
-        lambda problem: serves(problem, target, parsed.request(source.policy)),
+        _chooser(parsed, source, target, device),
+        _moe_chooser(parsed, source, target, device),
+        _chooser(parsed, source, target, device, "rows"),
+        _server(parsed, source, target, device),
     )
     runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target.label)
     runner.prepare()
@@ -113,22 +115,41 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
     return compile_graph
 
 
-def _moe_chooser(options: Options, source: PolicySource, target: Target) -> Callable[[MoeProblem, str], MoeDispatch]:
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, which kernels are tried and measured on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _moe_chooser(
+    options: Options, source: PolicySource, target: Target, device: torch.device
+) -> Callable[[MoeProblem, str], MoeDispatch]:
     def pick(problem: MoeProblem, name: str) -> MoeDispatch:
         request = options.request(source.policy)
-        return choose_moe(problem, target, request, name, measured_moe(target, request.tune))
+        with _current(device):
+            return choose_moe(problem, target, request, name, measured_moe(target, request.tune))
 
     return pick
 
 
 def _chooser(
-    options: Options, source: PolicySource, target: Target, only: str | None = None
+    options: Options, source: PolicySource, target: Target, device: torch.device, only: str | None = None
 ) -> Callable[[Problem, str], Dispatch]:
     def pick(problem: Problem, name: str) -> Dispatch:
         request = options.request(source.policy)
-        return choose(problem, target, request, name, measured(target, request.tune), only)
+        with _current(device):
+            return choose(problem, target, request, name, measured(target, request.tune), only)
 
     return pick
+
+
+def _server(
+    options: Options, source: PolicySource, target: Target, device: torch.device
+) -> Callable[[Problem | MoeProblem], bool]:
+    def served(problem: Problem | MoeProblem) -> bool:
+        with _current(device):
+            return serves(problem, target, options.request(source.policy))
+
+    return served
 
 
 def _watch_recompile_limit(inputs: Sequence[Any], source: PolicySource, target: Target) -> None:

@@ -31,13 +31,15 @@ from quant_compile.lowering.target import Target
 POINTS = {"quick": (1, 16, 64, 512, 4096), "full": BUCKETS}
 # Only kernels whose estimate is within this factor of the best estimate are measured.
 WORTH = {"quick": 2.0, "full": math.inf}
-FAILED = 1e12
+FAILED = 1e12  # not measured: it does not fit, or its estimate is hopeless
+RAISED = 2e12  # measured, and it raised
 NOT_MEASURED = 10.0  # an estimate counts less than any measurement
 _CALLS, _REPLAYS = 12, 5
 _LIBRARIES = ("torch", "triton", "sglang-kernel", "sgl-kernel", "humming-kernels", "sgl-deep-gemm")
 
 
 Measure = Callable[[str, Any, Target, tuple[int, ...], "Timings", float], dict[str, float]]
+"""(layout, problem, target, points, known times, worth) -> the missing times of the layout's kernels."""
 
 
 class Timings:
@@ -46,6 +48,7 @@ class Timings:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self._passing: dict[str, dict[str, float]] = {}
         try:
             self._data: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -53,7 +56,13 @@ class Timings:
 
     def get(self, problem: Problem | MoeProblem, name: str, m: int) -> float | None:
         """The time of a kernel at m, or None if it was not measured."""
-        return self._data.get(problem_key(problem), {}).get(f"{name}@{m}")
+        key, time = problem_key(problem), f"{name}@{m}"
+        return self._data.get(key, {}).get(time, self._passing.get(key, {}).get(time))
+
+    def hold(self, problem: Problem | MoeProblem, times: Mapping[str, float]) -> None:
+        """Add times that hold for this process only."""
+        with self._lock:
+            self._passing.setdefault(problem_key(problem), {}).update(times)
 
     def put(self, problem: Problem | MoeProblem, times: dict[str, float]) -> None:
         """Add the times of a problem and write the file anew, atomically."""
@@ -118,10 +127,19 @@ def measured_by(measure: Measure, target: Target, level: str) -> Callable[[Any, 
                 return NOT_MEASURED * own_estimate(
                     kernel, problem, m, target
                 )  # no room to measure in: estimates decide
-        times = {p: t for p in points if (t := known.get(problem, kernel.name, p)) is not None and t < FAILED}
+        found = {p: t for p in points if (t := known.get(problem, kernel.name, p)) is not None}
+        if any(found.get(point, 0.0) >= RAISED for point in around(points, m)):
+            return FAILED
+        times = {p: t for p, t in found.items() if t < FAILED}
         return interpolate(times, m, lambda at: own_estimate(kernel, problem, at, target))
 
     return cost
+
+
+def around(points: Sequence[int], m: int) -> set[int]:
+    """m itself where it is a point, else the points below and above it."""
+    below, above = [p for p in points if p <= m], [p for p in points if p >= m]
+    return ({max(below)} if below else set[int]()) | ({min(above)} if above else set[int]())
 
 
 def own_estimate(kernel: Any, problem: Any, m: int, target: Target) -> float:
@@ -180,12 +198,28 @@ def _measure_layout(
         for kernel, m in jobs:
             pool.submit(_prepare, kernel, m, problem, device)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
-        copies = _weights(layout, problem)
-        for kernel, m in jobs:
-            out[f"{kernel.name}@{m}"] = _time(kernel, problem, m, copies)
-        del copies
+        take_times(out, known, problem, jobs, _time, _weights(layout, problem))
     torch.cuda.empty_cache()
     return out
+
+
+def take_times(
+    out: dict[str, float],
+    known: Timings,
+    problem: Problem | MoeProblem,
+    jobs: Sequence[tuple[Any, int]],
+    time: Callable[[Any, Any, int, Any], float],
+    weights: Any,
+) -> None:
+    """Fill in the times of ``jobs``; a kernel without room to run counts as one that raised, in this process only."""
+    for kernel, m in jobs:
+        name = f"{kernel.name}@{m}"
+        try:
+            out[name] = time(kernel, problem, m, weights)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            del out[name]
+            known.hold(problem, {name: RAISED})
 
 
 def _prepare(kernel: Kernel, m: int, problem: Problem, device: torch.device) -> None:
@@ -215,7 +249,11 @@ def _inputs(problem: Problem, m: int, column_scales: bool) -> Planes:
 
 
 def _time(kernel: Kernel, problem: Problem, m: int, copies: list[Planes]) -> float:
-    """Median microseconds of one call; FAILED for a kernel that raises, which selection then never picks."""
+    """Median microseconds of one call; RAISED for a kernel that raises, which selection then never picks.
+
+    Raises:
+        OutOfMemoryError: there is no room to run it in.
+    """
     x = _inputs(problem, m, kernel.column_scales)
     bias = torch.zeros(problem.n, device="cuda", dtype=problem.dtype) if problem.has_bias else None
 
@@ -225,9 +263,11 @@ def _time(kernel: Kernel, problem: Problem, m: int, copies: list[Planes]) -> flo
 
     try:
         return graph_time(calls) / _CALLS
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a library raises, another kernel serves
         torch.cuda.synchronize()
-        return FAILED
+        return RAISED
 
 
 @lru_cache(maxsize=None)

@@ -13,7 +13,7 @@ from quant_compile.ir.family import Planes, PlaneSpec, family_of
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.moe import CostOf, MoeKernel, moe_kernels, moe_layouts
 from quant_compile.lowering.target import Target
-from quant_compile.lowering.tune import FAILED, Timings, graph_time, measured_by, missing_jobs
+from quant_compile.lowering.tune import RAISED, Timings, graph_time, measured_by, missing_jobs, take_times
 
 CALLS = 4
 
@@ -31,10 +31,7 @@ def _measure_layout(
     if not jobs:
         return out
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
-        weights = random_planes(layout, problem)
-        for kernel, point in jobs:
-            out[f"{kernel.name}@{point}"] = _time(kernel, problem, point, weights)
-        del weights
+        take_times(out, known, problem, jobs, _time, random_planes(layout, problem))
     torch.cuda.empty_cache()
     return out
 
@@ -59,7 +56,7 @@ def _random(spec: PlaneSpec) -> Tensor:
 
 
 def _time(kernel: MoeKernel, problem: MoeProblem, tokens: int, weights: tuple[Planes, Planes]) -> float:
-    """Median microseconds of one call over changing experts; FAILED for a kernel that raises, which is then never picked."""
+    """Median microseconds of one call over changing experts; RAISED for a kernel that raises, which is then never picked."""
     x = _tokens(problem, tokens)
     routes = [_route(problem, tokens) for _ in range(CALLS)]
     scores = torch.full((tokens, problem.top_k), 1.0 / problem.top_k, device="cuda") if problem.has_weights else None
@@ -73,9 +70,11 @@ def _time(kernel: MoeKernel, problem: MoeProblem, tokens: int, weights: tuple[Pl
 
     try:
         return graph_time(calls) / CALLS
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a library raises, another kernel serves
         torch.cuda.synchronize()
-        return FAILED
+        return RAISED
 
 
 def _tokens(problem: MoeProblem, tokens: int) -> Planes:

@@ -513,8 +513,8 @@ def claim(parameter: Parameter) -> None:
 
 def _wait(planes: Planes) -> None:
     """Planes packed on one stream may be read on another as soon as the store's lock is free."""
-    if any(plane.is_cuda for plane in planes):
-        torch.cuda.synchronize()
+    for device in {plane.device for plane in planes if plane.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def _plain_tensors() -> Any:

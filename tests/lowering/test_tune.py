@@ -6,6 +6,7 @@ import importlib.metadata
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import torch
 import quant_compile  # noqa: F401  (registers the schemes)
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import tune
-from quant_compile.lowering.registry import Problem
+from quant_compile.lowering.registry import Problem, kernels
+from quant_compile.lowering.select import BUCKETS
+from quant_compile.lowering.target import Target
 
 PROBLEM = Problem(parse("int4.group64+16"), 256, 512, torch.bfloat16)
 
@@ -66,3 +69,52 @@ def test_file_name_follows_gpu_level_library_versions_and_kernel_sources(
     seen.add(name())
     assert len(seen) == 5
     tune.timings.cache_clear()
+
+
+@pytest.fixture
+def choosing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tune.Timings:
+    """Measured costs of a pretended GPU, from times that a test puts there."""
+    known = tune.Timings(tmp_path / "kernels.json")
+    monkeypatch.setattr(tune, "timings", lambda gpu, level: known)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return known
+
+
+def test_a_kernel_that_raised_is_not_chosen_there_nor_beside(choosing: tune.Timings) -> None:
+    """Neither a time between two others nor one further out stands in for it."""
+    kernel = kernels()["triton_w4a16"]
+    times = {1: 8.0, 16: 9.0, 64: tune.RAISED, 512: 40.0, 4096: tune.FAILED}
+    choosing.put(PROBLEM, {f"{kernel.name}@{m}": time for m, time in times.items()})
+    cost = tune.measured(Target("cuda", 90, 132, "an H200"), "quick")
+    assert cost is not None
+    assert {m for m in BUCKETS if cost(kernel, PROBLEM, m) >= tune.FAILED} == {32, 64, 128, 256, 1024, 2048, 4096}
+    assert (
+        cost(kernel, PROBLEM, 1) == 8.0 and 8.0 < cost(kernel, PROBLEM, 4) < 9.0 and cost(kernel, PROBLEM, 512) == 40.0
+    )
+
+
+def test_no_room_to_measure_in_is_not_remembered(choosing: tune.Timings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that found no memory is left out in this process, without being asked again, and is measured in the next."""
+    kernel, asked = kernels()["triton_w4a16"], list[int]()
+
+    def time(kernel: Any, problem: Any, m: int, weights: Any) -> float:
+        asked.append(m)
+        if m == 512:
+            raise torch.OutOfMemoryError("no room")
+        return float(m)
+
+    def measure(
+        layout: str, problem: Any, target: Any, points: Any, known: tune.Timings, worth: float
+    ) -> dict[str, float]:
+        out = {f"{kernel.name}@{m}": tune.FAILED for m in points}
+        tune.take_times(out, known, problem, [(kernel, m) for m in points], time, None)
+        return out
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    cost = tune.measured_by(measure, Target("cuda", 90, 132, "an H200"), "quick")
+    assert cost is not None
+    for _ in range(2):
+        assert cost(kernel, PROBLEM, 512) >= tune.FAILED and cost(kernel, PROBLEM, 16) == 16.0
+    assert asked == [1, 16, 64, 512, 4096]
+    again = tune.Timings(choosing.path)
+    assert again.get(PROBLEM, kernel.name, 512) is None and again.get(PROBLEM, kernel.name, 64) == 64.0
