@@ -23,8 +23,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/cpu_decode.py
 	@if $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then \
-	  $(BIN)/python benchmarks/gemm.py && $(BIN)/python benchmarks/e2e.py && $(BIN)/python benchmarks/compile_time.py; \
-	else echo 'no CUDA GPU: gemm, e2e and compile_time need one'; fi
+	  for script in gemm e2e moe moe_e2e compile_time; do $(BIN)/python benchmarks/$$script.py || exit; done; \
+	else echo 'no CUDA GPU: gemm, e2e, moe, moe_e2e and compile_time need one'; fi
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

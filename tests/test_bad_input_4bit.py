@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import quant_compile
 from quant_compile import MissingScalesError, PolicyError, WeightError
+from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import PRESETS, Scheme
 from tests.moe_support import ReferenceExperts, Routed
 from tests.runtime_support import CompileCounter, Mlp, bf16, inner_error, plain_inductor, reference_of
@@ -24,8 +25,7 @@ from tests.runtime_support import CompileCounter, Mlp, bf16, inner_error, plain_
 __all__ = ["plain_inductor"]
 
 FOUR_BITS = tuple(name for name, scheme in PRESETS.items() if scheme.weights.num_bits == 4)
-DYNAMIC = tuple(name for name in FOUR_BITS if not PRESETS[name].static)
-every_scheme = pytest.mark.parametrize("spec", DYNAMIC)
+every_scheme = pytest.mark.parametrize("spec", FOUR_BITS)
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,25 @@ def compiled(model: nn.Module, policy: Any) -> Callable[..., Tensor]:
     return call
 
 
+def scales_of(model: nn.Module, spec: str, folder: Path, *batch: Tensor) -> dict[str, Tensor]:
+    """Input scales by name, calibrated on ``batch``, of a static scheme; none of another."""
+    if not PRESETS[spec].static:
+        return {}
+    quant_compile.calibrate(model, [batch], spec, path=folder / "s.safetensors", progress=False)
+    return load_file(str(folder / "s.safetensors"))
+
+
+def both(model: nn.Module, spec: str, folder: Path, *batch: Tensor) -> tuple[Callable[..., Tensor], nn.Module]:
+    """The compiled model, and its linears through their family eagerly, under the same scales."""
+    scales = scales_of(model, spec, folder, *batch)
+    return compiled(model, policy_of(spec, folder)), reference_of(model, spec, scales)
+
+
+def policy_of(spec: str, folder: Path) -> dict[str, str]:
+    """With the scales in the folder where the scheme is static."""
+    return {"default": spec} | ({"scales": str(folder / "s.safetensors")} if PRESETS[spec].static else {})
+
+
 def assert_same(got: Tensor, wanted: Tensor) -> None:
     """As close as sums in another order, rounded to bf16, can be; NaN and inf in the same places."""
     assert torch.equal(got.isfinite(), wanted.isfinite())
@@ -60,6 +79,11 @@ def linear(n: int, k: int, seed: int = 0, bias: bool = False) -> nn.Linear:
     return made
 
 
+def one(n: int, k: int, bias: bool = False) -> nn.Sequential:
+    """A model of one linear, called ``0``."""
+    return nn.Sequential(linear(n, k, bias=bias))
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
@@ -68,17 +92,17 @@ def linear(n: int, k: int, seed: int = 0, bias: bool = False) -> nn.Linear:
     ("n", "k", "bias"),
     [(7, 40, True), (33, 130, False), (1, 16, False), (5, 1, True), (31, 257, True), (64, 100, False)],
 )
-def test_any_size(spec: str, n: int, k: int, bias: bool, plain_inductor: CompileCounter) -> None:
+def test_any_size(spec: str, n: int, k: int, bias: bool, plain_inductor: CompileCounter, tmp_path: Path) -> None:
     """K a multiple of nothing, N odd, one row, one column."""
-    model, x = linear(n, k, bias=bias), bf16(9, k)
-    assert_same(compiled(model, spec)(x), reference_of(nn.Sequential(model), spec)(x))
+    x = bf16(9, k)
+    run, reference = both(one(n, k, bias), spec, tmp_path, x)
+    assert_same(run(x), reference(x))
 
 
 @every_scheme
-def test_a_model_of_odd_sizes(spec: str, plain_inductor: CompileCounter) -> None:
+def test_a_model_of_odd_sizes(spec: str, plain_inductor: CompileCounter, tmp_path: Path) -> None:
     """Several linears behind each other, and more tokens than one kernel serves."""
-    model = Mlp(37, 75).bfloat16()
-    run, reference = compiled(model, spec), reference_of(model, spec)
+    run, reference = both(Mlp(37, 75).bfloat16(), spec, tmp_path, bf16(300, 37))
     for rows in (1, 3, 300):
         x = bf16(rows, 37)
         # A last bit of the first product may flip codes of the second's input; most of the result is x itself.
@@ -86,10 +110,13 @@ def test_a_model_of_odd_sizes(spec: str, plain_inductor: CompileCounter) -> None
 
 
 @every_scheme
-def test_a_weight_packed_in_chunks_of_rows(spec: str, plain_inductor: CompileCounter, monkeypatch: Any) -> None:
+def test_a_weight_packed_in_chunks_of_rows(
+    spec: str, plain_inductor: CompileCounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = bf16(4, 130)
+    run, reference = both(one(33, 130), spec, tmp_path, x)
     monkeypatch.setattr("quant_compile.ir.numerics.CHUNK_ELEMENTS", 400)
-    model, x = linear(33, 130), bf16(4, 130)
-    assert_same(compiled(model, spec)(x), reference_of(nn.Sequential(model), spec)(x))
+    assert_same(run(x), reference(x))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -97,40 +124,45 @@ def test_a_weight_packed_in_chunks_of_rows(spec: str, plain_inductor: CompileCou
 
 @every_scheme
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_weights_are_refused_by_name(spec: str, bad: float, plain_inductor: CompileCounter) -> None:
-    model = nn.Sequential(linear(8, 40))
+def test_nan_and_inf_weights_are_refused_by_name(
+    spec: str, bad: float, plain_inductor: CompileCounter, tmp_path: Path
+) -> None:
+    model, x = one(8, 40), bf16(2, 40)
     model[0].weight[3, 17] = bad
+    scales_of(model, spec, tmp_path, x)
     with pytest.raises(Exception) as caught:
-        compiled(model, spec)(bf16(2, 40))
+        compiled(model, policy_of(spec, tmp_path))(x)
     error = inner_error(caught.value)
     assert isinstance(error, WeightError) and "0.weight has NaN or inf" in str(error) and "keep" in str(error)
 
 
 @every_scheme
-def test_zeros_give_zeros(spec: str, plain_inductor: CompileCounter) -> None:
+def test_zeros_give_zeros(spec: str, plain_inductor: CompileCounter, tmp_path: Path) -> None:
     """A weight of zeros, a row of zeros, groups of zeros beside others, tokens of zeros."""
     x = bf16(6, 160)
     x[2] = 0
-    nothing = linear(9, 160)
-    nothing.weight.zero_()
-    assert (compiled(nothing, spec)(x) == 0).all()
-    some = linear(9, 160)
-    some.weight[4] = 0
-    some.weight[:, 32:144] = 0
-    y = compiled(some, spec)(x)
+    nothing = one(9, 160)
+    nothing[0].weight.zero_()
+    assert (both(nothing, spec, tmp_path, x)[0](x) == 0).all()
+    some = one(9, 160)
+    some[0].weight[4] = 0
+    some[0].weight[:, 32:144] = 0
+    run, reference = both(some, spec, tmp_path, x)
+    y = run(x)
     assert (y[2] == 0).all() and (y[:, 4] == 0).all() and (y[0, :4] != 0).all()
-    assert_same(y, reference_of(nn.Sequential(some), spec)(x))
+    assert_same(y, reference(x))
 
 
 @every_scheme
 @pytest.mark.parametrize("power", [-120, -30, 15, 100])
-def test_weights_of_any_magnitude(spec: str, power: int, plain_inductor: CompileCounter) -> None:
+def test_weights_of_any_magnitude(spec: str, power: int, plain_inductor: CompileCounter, tmp_path: Path) -> None:
     """Tiny and huge bf16 weights: what f32 and the scale's dtype can hold is right, what they cannot is not finite, or zero."""
-    model, x = linear(8, 160), bf16(3, 160)
-    plain = reference_of(nn.Sequential(model), spec)(x)
-    model.weight.mul_(2.0**power)
-    y = compiled(model, spec)(x)
-    assert_same(y, reference_of(nn.Sequential(model), spec)(x))
+    model, x = one(8, 160), bf16(3, 160)
+    plain = both(model, spec, tmp_path, x)[1](x)
+    model[0].weight.mul_(2.0**power)
+    run, reference = both(model, spec, tmp_path, x)
+    y = run(x)
+    assert_same(y, reference(x))
     if spec.startswith("QSERVE") and power == 100:
         assert not y.isfinite().any(), "a scale beyond f16 is inf, and shows"
     elif (spec.startswith("QSERVE") and power < -14) or power < -100:
@@ -155,9 +187,9 @@ def test_a_group_far_below_the_largest(spec: str, plain_inductor: CompileCounter
 
 @every_scheme
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_inf_in_a_token_show(spec: str, bad: float, plain_inductor: CompileCounter) -> None:
-    model, x = linear(8, 40), bf16(4, 40)
-    run, clean = compiled(model, spec), bf16(4, 40)
+def test_nan_and_inf_in_a_token_show(spec: str, bad: float, plain_inductor: CompileCounter, tmp_path: Path) -> None:
+    x, clean = bf16(4, 40), bf16(4, 40)
+    run, _ = both(one(8, 40), spec, tmp_path, clean)
     x[1, 5] = bad
     y = run(x)
     assert not y[1].isfinite().any()
@@ -258,16 +290,34 @@ def routed(experts: int, hidden: int, count: int, top_k: int) -> tuple[Tensor, T
     return torch.randn(count, hidden, generator=generator), ids, torch.rand(count, top_k, generator=generator)
 
 
+class StaticExperts(ReferenceExperts):
+    """Under calibrated scales, of the tokens and of the hidden layer."""
+
+    def __init__(self, experts: nn.Module, spec: str, scales: dict[str, Tensor]) -> None:
+        super().__init__(experts, None, spec)
+        self.scales = [scales[f"experts.{name}.input_scale"] for name in ("gate_up_proj", "down_proj")]
+
+    def _linear(self, x: Tensor, which: int, expert: int) -> Tensor:
+        assert self.scheme is not None
+        family = family_of(self.scheme)
+        planes = family.quantize_input(x, self.scheme, self.scales[which])
+        return family.linear(planes, self.planes[which][expert], None, self.scheme, x.dtype)
+
+
 @every_scheme
 @pytest.mark.parametrize(("hidden", "inner"), [(40, 20), (136, 72), (33, 17)])
-def test_experts_of_any_size(spec: str, hidden: int, inner: int, plain_inductor: CompileCounter) -> None:
+def test_experts_of_any_size(
+    spec: str, hidden: int, inner: int, plain_inductor: CompileCounter, tmp_path: Path
+) -> None:
     """Groups that are ragged or wider than a row, odd rows, an expert of zeros, zeros beside others."""
     model = Routed(experts=3, hidden=hidden, inner=inner)
     model.experts.gate_up_proj[1] = 0
     model.experts.down_proj[2, :, : inner // 2] = 0
-    run, reference = compiled(model, spec), ReferenceExperts(model.experts, None, spec)
     # NVFP4 has one global scale for all tokens; the reference goes token by token.
     given = routed(3, hidden, *((1, 1) if spec == "NVFP4" else (7, 2)))
+    scales = scales_of(model, spec, tmp_path, *given)
+    run = compiled(model, policy_of(spec, tmp_path))
+    reference = StaticExperts(model.experts, spec, scales) if scales else ReferenceExperts(model.experts, None, spec)
     got, wanted = run(*given), reference(*given)
     assert (got - wanted).norm() <= 5e-3 * wanted.norm() and wanted.norm() > 0
     x, ids, weights = given
@@ -275,10 +325,11 @@ def test_experts_of_any_size(spec: str, hidden: int, inner: int, plain_inductor:
 
 
 @every_scheme
-def test_nan_in_one_expert_is_named(spec: str, plain_inductor: CompileCounter) -> None:
-    model = Routed(experts=3, hidden=40, inner=20)
+def test_nan_in_one_expert_is_named(spec: str, plain_inductor: CompileCounter, tmp_path: Path) -> None:
+    model, given = Routed(experts=3, hidden=40, inner=20), routed(3, 40, 4, 2)
     model.experts.down_proj[2, 3, 4] = float("nan")
+    scales_of(model, spec, tmp_path, *given)
     with pytest.raises(Exception) as caught:
-        compiled(model, spec)(*routed(3, 40, 4, 2))
+        compiled(model, policy_of(spec, tmp_path))(*given)
     error = inner_error(caught.value)
     assert isinstance(error, WeightError) and "experts.down_proj has NaN or inf values (expert 2)" in str(error)

@@ -186,24 +186,33 @@ def test_the_example_asks_the_kernels(capsys: pytest.CaptureFixture[str]) -> Non
     assert re.search(r"'triton_fp4': [\d.]+", blackwell)
 
 
+def changed_by(commit: str) -> set[str]:
+    """Files that a commit changed; a merge, compared with its first parent."""
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    command = ["git", "diff", "--name-only", f"{commit}^", commit]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"the history before {commit} is not here")
+    return set(done.stdout.split())
+
+
 def test_the_story_of_mxfp4_is_the_history() -> None:
-    """Each commit that is named changed the files beside it; the merge is compared with its first parent."""
-    rows = re.findall(
-        r"^\| ([0-9a-f]{7}(?:, [0-9a-f]{7})*) \| (.*?) \|", CONTRIBUTING.read_text(encoding="utf-8"), re.M
-    )
+    """Each commit that is named changed the files beside it; no others, where its files are counted or it says so."""
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([0-9a-f]{7}(?:, [0-9a-f]{7})*) \| (.*?) \| (.*?) \|$", text, re.M)
     assert len(rows) >= 8
-    for commits, files in rows:
-        changed: set[str] = set()
-        for commit in commits.split(", "):
-            command = ["git", "diff", "--name-only", f"{commit}^", commit]
-            if shutil.which("git") is None:
-                pytest.skip("no git")
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"the history before {commit} is not here")
-            changed |= set(done.stdout.split())
-        for name in re.findall(r"`([^`]+)`", files):
-            assert any(path.endswith(name) for path in changed), (commits, name)
+    (counted,) = re.findall(r"The commit that adds MXFP4 to the main line, ([0-9a-f]{7}), adds", text)
+    whole = {counted, *(commits for commits, _, why in rows if "nothing else changed" in why)}
+    assert len(whole) >= 2 and whole <= {commits for commits, _, _ in rows}
+    for commits in dict.fromkeys(commits for commits, _, _ in rows):
+        changed = set[str]().union(*map(changed_by, commits.split(", ")))
+        named: set[str] = set()
+        for name in re.findall(r"`([^`]+)`", " ".join(files for own, files, _ in rows if own == commits)):
+            paths = {path for path in changed if f"/{path}".endswith(f"/{name}")}
+            assert len(paths) == 1, (commits, name, paths)
+            named |= paths
+        assert commits not in whole or named == changed, (commits, changed - named)
 
 
 # --- the README's tables ---------------------------------------------------------------------------------------------

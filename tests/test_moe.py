@@ -87,7 +87,7 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("spec", [EXACT, "FP8_DYNAMIC", "W4A16"])
+@pytest.mark.parametrize("spec", [EXACT, "FP8_DYNAMIC", "W4A16", "W4A8", "MXFP4", "QSERVE_W4A8_CHANNEL"])
 def test_any_routing(spec: str, plain_inductor: CompileCounter) -> None:
     """One graph serves all of them; ids out of range add nothing, and read nothing."""
     model = Routed(hidden=32, inner=24)
@@ -310,7 +310,20 @@ def moe_reference_of_linears(model: nn.Module) -> nn.Module:
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("spec", "most"), [("FP8_DYNAMIC", 0.51), (EXACT, 0.52), ("W4A16", 0.29), ("FP8_BLOCK", 0.51)])
+@pytest.mark.parametrize(
+    ("spec", "most"),
+    [
+        ("FP8_DYNAMIC", 0.51),
+        (EXACT, 0.52),
+        ("W4A16", 0.29),
+        ("FP8_BLOCK", 0.51),
+        ("W4A8", 0.258),
+        ("NVFP4A16", 0.29),
+        ("MXFP4", 0.266),
+        ("QSERVE_W4A8_CHANNEL", 0.256),
+        ("QSERVE_W4A8_GROUP", 0.262),
+    ],
+)
 def test_bytes_after_release(spec: str, most: float, plain_inductor: CompileCounter) -> None:
     model = Layers(TinyMoe(experts=3, hidden=256, inner=256, dtype=torch.bfloat16))
     hidden = bf16(1, 4, 256)

@@ -16,8 +16,17 @@ import torch
 from torch import Tensor, nn
 
 import quant_compile
+from quant_compile.ir.family import family_of
 from quant_compile.ir.report import Report
-from tests.moe_support import FAMILIES, expert_parameters, moe_reference_of, one_thread, tokens, usual_linears
+from tests.moe_support import (
+    FAMILIES,
+    ReferenceExperts,
+    expert_parameters,
+    moe_reference_of,
+    one_thread,
+    tokens,
+    usual_linears,
+)
 from tests.runtime_support import CompileCounter, plain_inductor
 
 __all__ = ["one_thread", "plain_inductor"]
@@ -56,14 +65,14 @@ def generated(model: Any) -> tuple[Tensor, Tensor]:
     return result.sequences, torch.stack(result.logits)
 
 
-def outcome_of(name: str, spec: str, dtype: torch.dtype) -> Outcome:
+def outcome_of(name: str, spec: str, dtype: torch.dtype, **options: Any) -> Outcome:
     """Compile and generate once."""
     torch._dynamo.reset()
     family = FAMILIES[name]
     model = family.make(dtype=dtype)
     wanted = generated(moe_reference_of(model, spec, family, usual_linears(spec)))
     plain = generated(model)
-    quant_compile.compile(model, spec, inductor={"emulate_precision_casts": True})
+    quant_compile.compile(model, spec, inductor={"emulate_precision_casts": True}, **options)
     got = generated(model)
     return Outcome(model, quant_compile.report(model), got, wanted, plain)
 
@@ -91,6 +100,42 @@ def check(outcome: Outcome, tolerance: float) -> None:
 def test_without_inductor(name: str, spec: str, plain_inductor: CompileCounter) -> None:
     check(outcome_of(name, spec, torch.bfloat16), 5e-3)
     assert len(plain_inductor) == 2, "one graph for prefill, one for decode"
+
+
+class Nvfp4Experts(ReferenceExperts):
+    """Expert after expert: all tokens share NVFP4's global scale, the hidden layer of each expert has its own."""
+
+    def forward(self, x: Tensor, ids: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """As the block that it stands for."""
+        assert ids is not None and weights is not None and self.scheme is not None
+        scheme, family, out = self.scheme, family_of(self.scheme), torch.zeros_like(x, dtype=torch.float32)
+        data, scale, whole = family.quantize_input(x, scheme, None)
+        for expert, (up, down) in enumerate(zip(*self.planes, strict=True)):
+            rows, place = torch.where(ids == expert)
+            if rows.numel():
+                hidden = self.act(family.linear((data[rows], scale[rows], whole), up, None, scheme, x.dtype))
+                y = family.linear(family.quantize_input(hidden, scheme, None), down, None, scheme, x.dtype)
+                out.index_add_(0, rows, y.float() * weights[rows, place].float().unsqueeze(-1))
+        return out.to(x.dtype)
+
+
+# Planes of experts by bf16 bytes: codes, the scale of each row or group (a whole row of 64 or 32 here) and, of QServe, zeros.
+FOUR_BITS = {"W4A8": 0.25 + 2 / 96, "NVFP4": 0.25 + 1 / 32 + 4 / 96, "QSERVE_W4A8_CHANNEL": 0.25 + 3 / 96}
+
+
+@pytest.mark.parametrize("spec", FOUR_BITS)
+def test_four_bits_without_inductor(spec: str, plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Released at the first call, so decode has only the planes."""
+    if spec == "NVFP4":
+        monkeypatch.setattr("tests.moe_support.ReferenceExperts", Nvfp4Experts)
+    outcome = outcome_of("qwen3_moe", spec, torch.bfloat16, release_weights=True)
+    check(outcome, 5e-3)
+    assert len(plain_inductor) == 2, "one graph for prefill, one for decode"
+    experts = expert_parameters(outcome.model)
+    lines = [line for line in outcome.report.lines if line.names[0] in experts]
+    held, before = sum(line.bytes_after for line in lines), sum(p.numel() * 2 for p in experts.values())
+    assert len(lines) == 2 and all(line.released for line in lines)
+    assert held == pytest.approx(FOUR_BITS[spec] * before, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from torch import Tensor, nn
 import quant_compile
 from quant_compile import ReleasedWeightError, StaleWeightError
 from quant_compile.lowering.weights import STORE, ReleasableParameter
-from tests.runtime_support import EXACT, CompileCounter, Mlp, Stack, bf16, plain_inductor, reference_of, store_bytes
+from tests.runtime_support import (
+    EXACT,
+    UNMERGED,
+    CompileCounter,
+    Mlp,
+    Stack,
+    bf16,
+    plain_inductor,
+    reference_of,
+    store_bytes,
+)
 
 __all__ = ["plain_inductor"]
 
@@ -32,10 +43,10 @@ def no_grad() -> Any:
 class Case:
     """A model, its original values and its quantized reference."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, spec: str = EXACT) -> None:
         self.model = model
         self.original = {name: value.clone() for name, value in model.state_dict().items()}
-        self.wanted = reference_of(model, EXACT)
+        self.wanted = reference_of(model, spec)
 
     def right(self, x: Tensor) -> bool:
         return torch.equal(self.model(x), self.wanted(x))
@@ -285,6 +296,49 @@ def test_restore_from_a_released_model_is_refused(case: Case) -> None:
 def test_restore_of_a_model_that_is_not_released(plain_inductor: CompileCounter) -> None:
     model = Mlp().bfloat16()
     assert quant_compile.restore(model, {}) == 0
+
+
+def up(k: int, size: int) -> int:
+    """k rounded up to groups."""
+    return -(-k // size) * size
+
+
+# What [n, k] weights take, by the tables of docs/formats.md.
+PLANE_BYTES: dict[str, Callable[[int, int], int]] = {
+    "W4A8": lambda n, k: n * (up(k, 2) // 2 + 2 * (up(k, 128) // 128)),
+    "NVFP4A16": lambda n, k: n * (up(k, 16) // 2 + up(k, 16) // 16 + 4),
+    "MXFP4": lambda n, k: n * (up(k, 32) // 2 + up(k, 32) // 32),
+    "QSERVE_W4A8_GROUP": lambda n, k: n * (up(k, 2) // 2 + 2 + 2 * (up(k, 128) // 128)),
+}
+
+
+@pytest.mark.parametrize("spec", PLANE_BYTES)
+def test_four_bit_weights_are_released_restored_and_released_again(spec: str, plain_inductor: CompileCounter) -> None:
+    """Ragged groups and bias; only the planes and what is not quantized stay, and every step computes the same numbers."""
+    case = Case(Mlp(hidden=130, wide=200, bias=True).bfloat16(), spec)
+    sizes = [p.shape for p in case.model.parameters() if p.dim() == 2]
+    biases = sum(p.numel() * 2 for p in case.model.parameters() if p.dim() == 1)
+    quant_compile.compile(case.model, {"default": spec, **UNMERGED}, release_weights=True, **REFERENCE)
+    inputs = [bf16(rows, 130) for rows in (5, 1)]
+    assert all(case.right(x) for x in inputs)
+    planes = sum(PLANE_BYTES[spec](*size) for size in sizes)
+
+    def released() -> bool:
+        return original_bytes(case.model) == biases and store_bytes(case.model) == planes
+
+    assert released()
+    report = quant_compile.report(case.model)
+    assert sum(line.bytes_after for line in report.lines if line.scheme) == planes
+    assert all(line.released for line in report.lines if line.scheme) and report.coverage == 1.0
+    with pytest.raises(ReleasedWeightError):
+        case.model.state_dict()
+    assert quant_compile.restore(case.model, case.original) == 3
+    assert case.intact() and store_bytes(case.model) == planes
+    plain = Mlp(hidden=130, wide=200, bias=True).bfloat16()
+    plain.load_state_dict(case.original)
+    assert torch.equal(case.model.forward(inputs[0]), plain(inputs[0]))
+    assert quant_compile.release(case.model) == sum(2 * size.numel() for size in sizes)
+    assert released() and all(case.right(x) for x in inputs)
 
 
 # -- what must not be released ----------------------------------------------------------------------------------------

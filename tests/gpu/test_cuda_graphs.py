@@ -19,15 +19,20 @@ from tests.runtime_support import Stack, reference_of, store_bytes
 pytestmark = pytest.mark.gpu
 
 HIDDEN, WIDE, ROWS = 4096, 4096, 16
-SPECS = ("FP8_DYNAMIC", "W4A16")
+SPECS = ("FP8_DYNAMIC", "W4A16", "W4A8", "W4AFP8", "NVFP4A16", "MXFP4A16", "QSERVE_W4A8_CHANNEL")
 # The families' bound on quantized logits against the eager quantized reference; here on what the layers add to x.
 TOLERANCE = 2e-2
+# A kernel may be off by one bf16 step. If every linear of three layers is, what they add is off by 1.6 %, and under 8-bit
+# inputs, whose codes flip, by 2.4 % (int8) or 4.4 % (e4m3). Unquantized 4-bit weights are off by 12 % at least.
+WIDER = {"W4A8": 3e-2, "QSERVE_W4A8_CHANNEL": 3e-2, "W4AFP8": 5e-2}
 # Inductor keeps f32 where eager rounds to bf16; codes that flip for it spread over two layers to 3-4 % (seen on an H200).
 EXACT = {"emulate_precision_casts": True}
 # sgl-kernel's FP8 GEMM accumulates in the tensor cores' reduced precision (as vLLM's and torchao's do): within its own
 # bound as a kernel, but a chain of layers multiplies the flipped codes. Values are compared with the kernel that
 # accumulates in f32; what CUDA graphs and the store do is compared, for every kernel, with calls outside of a graph.
 PRECISE = {"FP8_DYNAMIC": "triton_scaled_mm"}
+# humming's 4-bit kernels add partial sums in the order that blocks finish, so two calls of them differ.
+REPEATABLE = ("FP8_DYNAMIC", "QSERVE_W4A8_CHANNEL")
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +69,10 @@ def error(found: Tensor, wanted: Tensor, x: Tensor) -> float:
     return float((found - wanted).float().norm() / (wanted - x).float().norm())
 
 
+def tolerance(spec: str) -> float:
+    return WIDER.get(spec, TOLERANCE)
+
+
 def pins(spec: str) -> dict[str, str] | str:
     return {spec: PRECISE[spec]} if spec in PRECISE else "auto"
 
@@ -81,8 +90,8 @@ def uncaptured(model: nn.Module, spec: str, data: list[Tensor]) -> list[Tensor]:
 
 
 def same(found: Tensor, wanted: Tensor, x: Tensor, spec: str) -> bool:
-    """Bit for bit; humming's W4A16 kernel adds partial sums in the order that blocks finish, so two calls of it differ."""
-    return error(found, wanted, x) <= TOLERANCE if spec == "W4A16" else torch.equal(found, wanted)
+    """Bit for bit where the kernels that are chosen give equal bits twice."""
+    return torch.equal(found, wanted) if spec in REPEATABLE else error(found, wanted, x) <= tolerance(spec)
 
 
 def bf16_bytes(model: nn.Module) -> int:
@@ -218,7 +227,7 @@ def test_replays_equal_the_eager_quantized_reference(spec: str) -> None:
     wanted = reference_of(model, spec)(x)
     quant_compile.compile(model, spec, mode="reduce-overhead", tune="off", inductor=EXACT, kernels=pins(spec))
     for _ in range(4):
-        assert error(call(model, x), wanted, x) <= TOLERANCE
+        assert error(call(model, x), wanted, x) <= tolerance(spec)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -233,10 +242,14 @@ def test_an_update_is_seen_by_recorded_graphs(spec: str) -> None:
         model.layers[0].down_proj.weight.mul_(-3)
     wanted = reference_of(model, spec)(x)
     for _ in range(4):
-        assert error(call(model, x), wanted, x) <= TOLERANCE
+        assert error(call(model, x), wanted, x) <= tolerance(spec)
 
 
-@pytest.mark.parametrize(("spec", "share"), [("FP8_DYNAMIC", 0.51), ("W4A16", 0.28)])
+# Of merged NVFP4 weights humming's layout holds scale * global in bf16, not the scale in e4m3.
+SHARES = {"FP8_DYNAMIC": 0.51, "NVFP4A16": 0.33, "MXFP4A16": 0.29}
+
+
+@pytest.mark.parametrize(("spec", "share"), [(spec, SHARES.get(spec, 0.28)) for spec in SPECS])
 def test_release_gives_the_bytes_back(spec: str, share: float) -> None:
     options = {"tune": "off", "inductor": EXACT, "kernels": pins(spec), "release_weights": True}
     small = stack(1, seed=5)
@@ -250,7 +263,7 @@ def test_release_gives_the_bytes_back(spec: str, share: float) -> None:
     wanted = reference_of(model, spec)(x)
     _collect()
     quant_compile.compile(model, spec, **options)
-    assert error(model(x), wanted, x) <= TOLERANCE
+    assert error(model(x), wanted, x) <= tolerance(spec)
     del wanted
     _collect()
     held = torch.cuda.memory_allocated() - before

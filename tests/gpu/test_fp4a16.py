@@ -19,6 +19,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 SPECS = ("NVFP4A16", "MXFP4A16")
 SHAPES = ((6144, 4096), (4096, 14336), (2048, 7168), (1000, 1552), (77, 333), (1, 16))
+LARGE = ((28672, 4096), (8192, 28672))
 ROWS_OF_X = (1, 2, 3, 4, 5, 16, 64, 300, 4096)
 # 16-bit outputs of f32 sums over weights that are rounded once; f32: sums in another order.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -41,17 +42,19 @@ def error(got: Tensor, reference: Tensor) -> float:
     return ((got.float() - reference.float()).norm() / reference.float().norm()).item()
 
 
-def check_all(problem: Problem) -> set[str]:
-    """Every kernel that accepts, for every number of rows; returns the names of those that ran."""
+def check_all(problem: Problem, rows_of_x: tuple[int, ...] = ROWS_OF_X, outputs: Tensor | None = None) -> set[str]:
+    """Every kernel that accepts, for every number of rows; returns the names of those that ran (judged by some outputs, or all)."""
     target, planes, ran = Target.of(DEVICE), weights(problem), set()
     bias = torch.randn(problem.n, device=DEVICE).to(problem.dtype) if problem.has_bias else None
-    for m in ROWS_OF_X:
+    judged = planes if outputs is None else tuple(plane[outputs] for plane in planes)
+    for m in rows_of_x:
         x = torch.randn(m, problem.k, device=DEVICE).to(problem.dtype)
-        reference = family_of(problem.scheme).linear((x,), planes, bias, problem.scheme, problem.dtype)
+        reference = family_of(problem.scheme).linear((x,), judged, bias, problem.scheme, problem.dtype)
         for kernel in a16.KERNELS:
             if isinstance(kernel.fit(problem, m, target), Reject):
                 continue
-            got = error(kernel.run((x,), planes, bias, problem), reference)
+            y = kernel.run((x,), planes, bias, problem)
+            got = error(y if outputs is None else y[:, outputs], reference)
             assert got <= TOLERANCE[problem.dtype], f"{kernel.name} m={m}: relative error {got:.2e}"
             ran.add(kernel.name)
     return ran
@@ -62,6 +65,15 @@ def check_all(problem: Problem) -> set[str]:
 def test_kernels(spec: str, shape: tuple[int, int]) -> None:
     problem = Problem(parse(spec), *shape, torch.bfloat16, has_bias=shape[0] % 128 != 0)
     assert check_all(problem) == {kernel.name for kernel in a16.KERNELS}
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_layers_of_large_models(spec: str, shape: tuple[int, int]) -> None:
+    """The reference, which makes an f32 weight, has 128 outputs: the first, the last and any between."""
+    between = torch.randperm(shape[0] - 2, device=DEVICE)[:126] + 1
+    outputs = torch.cat((torch.tensor([0, shape[0] - 1], device=DEVICE), between))
+    assert len(check_all(Problem(parse(spec), *shape, torch.bfloat16), (5, 300), outputs)) >= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -31,6 +31,7 @@ OTHERS = (
     "int4.group32+fp8e4m3.tensor.dynamic",
     "int4.channel+fp8e4m3.token.dynamic",
 )
+LARGE = ((6144, 4096), (28672, 4096), (8192, 28672))
 ROWS_OF_X = (1, 5, 16, 64, 300, 4096)
 # Programs that share an output add their parts to it in its own dtype, which is rounded each time; sums of e4m3 products are
 # kept to about 14 bits by tensor cores.
@@ -89,16 +90,20 @@ def compile_all(problem: Problem, rows_of_x: tuple[int, ...]) -> Kernel:
     return kernel
 
 
-def check(problem: Problem, rows: Planes, rows_of_x: tuple[int, ...] = ROWS_OF_X) -> None:
+def check(
+    problem: Problem, rows: Planes, rows_of_x: tuple[int, ...] = ROWS_OF_X, outputs: torch.Tensor | None = None
+) -> None:
+    """For every number of rows; compared in some outputs, or in all."""
     kernel = compile_all(problem, rows_of_x)
     packed = LAYOUTS[kernel.layout].pack(rows, problem)
     bias = torch.randn(problem.n, device=DEVICE).to(problem.dtype) if problem.has_bias else None
+    judged = rows if outputs is None else tuple(plane[outputs] for plane in rows)
     for m in rows_of_x:
         x = inputs(problem, m)
-        reference = family_of(problem.scheme).linear(x, rows, bias, problem.scheme, torch.float32)
+        reference = family_of(problem.scheme).linear(x, judged, bias, problem.scheme, torch.float32)
         got = kernel.run(x, packed, bias, problem)
         assert got.dtype == problem.dtype
-        found = error(got, reference)
+        found = error(got if outputs is None else got[:, outputs], reference)
         assert found <= TOLERANCE[problem.dtype], f"{kernel.name} m={m}: relative error {found:.2e}"
         assert not packed[-1].any(), f"locks after m={m}"
 
@@ -108,6 +113,16 @@ def check(problem: Problem, rows: Planes, rows_of_x: tuple[int, ...] = ROWS_OF_X
 def test_bf16(spec: str, shape: tuple[int, int]) -> None:
     problem = Problem(parse(spec), *shape, torch.bfloat16, has_bias=shape[0] == 384)
     check(problem, weights(problem))
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("spec", PRESETS)
+def test_layers_of_large_models(spec: str, shape: tuple[int, int]) -> None:
+    """The reference, which makes an f32 weight, has 128 outputs: the first, the last and any between."""
+    problem = Problem(parse(spec), *shape, torch.bfloat16)
+    between = torch.randperm(shape[0] - 2, device=DEVICE)[:126] + 1
+    outputs = torch.cat((torch.tensor([0, shape[0] - 1], device=DEVICE), between))
+    check(problem, weights(problem), (5, 300), outputs)
 
 
 @pytest.mark.parametrize("spec", OTHERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, Reject, family_of
@@ -21,6 +22,7 @@ KERNELS: tuple[Kernel, ...] = (*w4a8.KERNELS, *sgl_qserve.KERNELS)
 SHAPES = ((4096, 4096), (2048, 7168), (1000, 1544), (77, 333))
 ROWS_OF_X = (1, 5, 16, 64, 300, 4096)
 PRESETS = ("W4A8", "W4AFP8", "QSERVE_W4A8_CHANNEL", "QSERVE_W4A8_GROUP")
+LARGE = ((6144, 4096), (28672, 4096), (8192, 28672))
 OTHERS = ("int4.group64+int8.tensor", "int4.group256+fp8e4m3.tensor.dynamic", "int4.channel+int8.token.dynamic")
 # One rounding of the output; f32: sums in another order, and sm90's short sums of e4m3 products within a group.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -48,8 +50,8 @@ def error(got: torch.Tensor, reference: torch.Tensor) -> float:
     return ((got.float() - reference.float()).norm() / reference.float().norm()).item()
 
 
-def check_all(problem: Problem) -> int:
-    """Every kernel that accepts, for every number of rows; returns how many runs were compared."""
+def check_all(problem: Problem, rows_of_x: tuple[int, ...] = ROWS_OF_X, outputs: Tensor | None = None) -> int:
+    """Every kernel that accepts, for every number of rows; returns how many runs were compared (in some outputs, or in all)."""
     target, scheme = Target.of(DEVICE), problem.scheme
     rows, count = weights(problem), 0
     packed = {
@@ -58,16 +60,18 @@ def check_all(problem: Problem) -> int:
         if serves(kernel, problem, 1, target)
     }
     bias = torch.randn(problem.n, device=DEVICE).to(problem.dtype) if problem.has_bias else None
+    judged = rows if outputs is None else tuple(plane[outputs] for plane in rows)
     limit = TOLERANCE[problem.dtype]
     if problem.dtype == torch.float32 and w4a8.float8(scheme):
         limit = FP8_TOLERANCE
-    for m in ROWS_OF_X:
+    for m in rows_of_x:
         x = inputs(problem, m)
-        reference = family_of(scheme).linear(x, rows, bias, scheme, problem.dtype)
+        reference = family_of(scheme).linear(x, judged, bias, scheme, problem.dtype)
         for kernel in KERNELS:
             if not serves(kernel, problem, m, target):
                 continue
-            got = error(kernel.run(x, packed[kernel.layout], bias, problem), reference)
+            y = kernel.run(x, packed[kernel.layout], bias, problem)
+            got = error(y if outputs is None else y[:, outputs], reference)
             assert got <= limit, f"{kernel.name} {scheme.spec} m={m}: relative error {got:.2e}"
             count += 1
     return count
@@ -83,6 +87,15 @@ def exact_references() -> None:
 @pytest.mark.parametrize("spec", [*PRESETS, *OTHERS])
 def test_bf16(spec: str, shape: tuple[int, int]) -> None:
     assert check_all(Problem(parse(spec), *shape, torch.bfloat16, has_bias=shape[0] % 128 != 0)) >= len(ROWS_OF_X)
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("spec", PRESETS)
+def test_layers_of_large_models(spec: str, shape: tuple[int, int]) -> None:
+    """The reference, which makes f32 and f64 weights, has 128 outputs: the first, the last and any between."""
+    between = torch.randperm(shape[0] - 2, device=DEVICE)[:126] + 1
+    outputs = torch.cat((torch.tensor([0, shape[0] - 1], device=DEVICE), between))
+    assert check_all(Problem(parse(spec), *shape, torch.bfloat16), (5, 300), outputs) >= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

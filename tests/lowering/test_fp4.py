@@ -1,4 +1,4 @@
-"""NVFP4 and MXFP4 as arithmetic: rounding, scales, packing, swizzle, special values, and equality with compressed-tensors."""
+"""NVFP4 and MXFP4 as arithmetic: rounding, scales, packing, swizzle, special values; equality with compressed-tensors and torch."""
 
 from __future__ import annotations
 
@@ -581,6 +581,73 @@ def test_their_decoder_reads_our_planes(name: str) -> None:
     planes = family.quantize_weight(torch.randn(9, 96), scheme)
     values = helpers.unpack_fp4_from_uint8(planes[0], 9, 96, dtype=torch.float32)
     assert torch.equal(values * local_scales(planes, scheme, 96), family.dequantize_weight(planes, scheme, 96))
+
+
+# --- torch ---
+
+
+def torch_float4() -> Any:
+    """torch's own conversions to float4_e2m1fn_x2 and to the scales' tiles, from its tests."""
+    pytest.importorskip("expecttest")  # which that module imports
+    return import_module("torch.testing._internal.common_quantized")
+
+
+def every_bf16() -> Tensor:
+    """All 2**16 - 254 that are not NaN: every midpoint of two codes, its neighbours, subnormals, infinities."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    return x[~x.isnan()]
+
+
+def without_minus_zero(codes: Tensor, x: Tensor) -> Tensor:
+    """-0.0 has the code 8 in torch and 0 here, where a sign is ``x < 0``: the one difference, and the same value."""
+    assert (codes[x == 0] & 7 == 0).all()
+    return torch.where(x == 0, 0, codes)
+
+
+def test_rounding_is_torchs_for_every_bf16() -> None:
+    x = every_bf16().float()
+    assert torch.equal(fp4.round_e2m1(x), without_minus_zero(torch_float4()._f32_to_floatx_unpacked(x, 2, 1), x))
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False) | st.floats(-9, 9, width=32), min_size=1, max_size=64))
+@examples
+def test_rounding_is_torchs(values: list[float]) -> None:
+    """Also one step of f32 beside every midpoint, where a bf16 cannot be."""
+    middle = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    sides = [middle, middle.nextafter(torch.tensor(9.0)), middle.nextafter(torch.tensor(0.0))]
+    x = torch.cat([torch.tensor(values), *sides, *(-side for side in sides)])
+    assert torch.equal(fp4.round_e2m1(x), without_minus_zero(torch_float4()._f32_to_floatx_unpacked(x, 2, 1), x))
+
+
+def test_decoding_is_torchs() -> None:
+    codes = torch.arange(16, dtype=torch.uint8)
+    ours, theirs = fp4.decode_e2m1(fp4.pack_codes(codes)), torch_float4()._floatx_unpacked_to_f32(codes, 2, 1)
+    assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)), "bit by bit: -0.0 too"
+
+
+def test_packed_codes_are_a_float4_tensor_of_torch() -> None:
+    """Even places in the low nibble; scales of 1 because each group's amax is 4 or 6, so the planes hold the codes of x."""
+    x = every_bf16()
+    x = x[(x != 0) & (x.abs() <= 6)]
+    x = x[torch.randperm(len(x))[: 32 * 900]].reshape(-1, 96)
+    x[:, ::32] = torch.tensor([4.0, -6.0, 6.0]).bfloat16()
+    theirs = torch_float4()._bfloat16_to_float4_e2m1fn_x2(x)
+    family, scheme = of("MXFP4A16")
+    data, scale = family.quantize_weight(x, scheme)
+    assert (scale == 127).all()
+    for ours in (data, fp4.pack_codes(fp4.round_e2m1(x.float()))):
+        four = ours.view(torch.float4_e2m1fn_x2)
+        assert four.dtype == theirs.dtype and four.shape == theirs.shape
+        assert torch.equal(four.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("shape", [(300, 11), (1, 1), (37, 130), (128, 4), (129, 5), (256, 3), (127, 8)], ids=str)
+def test_swizzle_is_torchs(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    scale = torch.randint(0, 256, shape, dtype=torch.uint8).view(dtype)
+    theirs = torch_float4().to_blocked(scale)
+    assert torch.equal(swizzle(scale).view(torch.uint8), theirs.view(torch.uint8))
+    assert torch.equal(unswizzle(theirs, *shape).view(torch.uint8), scale.view(torch.uint8))
 
 
 # --- who accepts what ---

@@ -206,7 +206,10 @@ def check_dense(spec: str) -> None:
         problem = Problem(parse(spec), n, k, torch.float32, has_bias)
         family, x = family_of(problem.scheme), torch.randn(m, k)
         planes = family.quantize_input(x, problem.scheme, torch.tensor([0.002]) if problem.scheme.static else None)
-        parts = [family.quantize_weight(part, problem.scheme) for part in (torch.randn(n // 2, k), torch.randn(n - n // 2, k) * 9)]
+        parts = [
+            family.quantize_weight(part, problem.scheme)
+            for part in (torch.randn(n // 2, k), torch.randn(n - n // 2, k) * 9)
+        ]
         w = tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
         bias = torch.randn(n) if has_bias else None
         wanted = family.linear(planes, w, bias, problem.scheme, torch.float32)

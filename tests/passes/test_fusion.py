@@ -19,6 +19,7 @@ from torch._inductor.utils import get_code
 from torch.nn import functional as F
 
 from quant_compile.backend import sglquant
+from quant_compile.ir.scheme import parse
 
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
@@ -37,11 +38,13 @@ H200 = DeviceProperties(
 )
 # On a GPU the backend turns split reductions off itself (see backend.py); here it believes that it is on a CPU.
 INDUCTOR = {"cpu_backend": "triton", "split_reductions": False, "force_disable_caches": True}
-DYNAMIC = ("FP8_DYNAMIC", "W8A8", "W4A8", "W4AFP8", "QSERVE_W4A8_CHANNEL")
-STATIC = ("FP8", "W8A8_STATIC")
+DYNAMIC = ("FP8_DYNAMIC", "W8A8", "W4A8", "W4AFP8", "QSERVE_W4A8_CHANNEL", "QSERVE_W4A8_GROUP")
+STATIC = ("FP8", "W8A8_STATIC", "int4.group128+fp8e4m3.tensor")
 # Kernels of norm and quantize, and of activation and quantize. A norm has sums of a row and FP4 has maxima of a group, which
-# Inductor does not put into one kernel; a dynamic global scale needs all rows first.
-FP4 = {"NVFP4_STATIC": (2, 1), "MXFP4": (2, 1), "NVFP4": (3, 3)}
+# Inductor does not put into one kernel; a dynamic scale of the whole tensor needs all rows first. FP8_BLOCK's codes, which are
+# not packed by a sum over the group, are a kernel of their own after an activation, where they read what it stored in bf16.
+SEVERAL = {"NVFP4_STATIC": (2, 1), "MXFP4": (2, 1), "NVFP4": (3, 3), "FP8_BLOCK": (2, 2), "FP8_TENSOR_DYNAMIC": (3, 3)}
+GEMM = "torch.ops.sglq_kernels.linear.default"
 
 
 class FakeDriver:
@@ -136,9 +139,16 @@ def kernels(code: str) -> list[str]:
     return re.findall(r"(triton_\w+)\.run\(", code)
 
 
+def externs(code: str) -> list[str]:
+    """Ops that are called, not generated, in order; but for reading FP4's packed words as bytes, which runs nothing."""
+    called = re.findall(r"((?:torch\.ops|extern_kernels|aten)\.[\w.]+)\(", code[code.index("async_compile.wait(") :])
+    return [op for op in called if op != "torch.ops.aten.view.dtype"]
+
+
 def gemms(code: str) -> int:
-    """Number of quantized linears that are called."""
-    return len(re.findall(r"= torch\.ops\.sglq_kernels\.linear\.default\(", code))
+    """Number of quantized linears that are called; nothing else is."""
+    assert set(externs(code)) == {GEMM}
+    return len(externs(code))
 
 
 def bf16(*shape: int) -> Tensor:
@@ -148,7 +158,7 @@ def bf16(*shape: int) -> Tensor:
 
 def policy_of(spec: str, model: nn.Module, folder: Path) -> Any:
     """A policy; for static schemes with one scale for every linear of the model."""
-    if spec in DYNAMIC or spec in ("NVFP4", "MXFP4"):
+    if not parse(spec).static:
         return spec
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     path = folder / "scales.safetensors"
@@ -183,14 +193,26 @@ def test_mlp_is_two_kernels_and_two_gemms(sm90: None, tmp_path: Path, spec: str)
     assert gemms(code) == 2
 
 
-@pytest.mark.parametrize("spec", FP4)
-def test_fp4_groups_scales_and_codes_are_one_kernel(sm90: None, tmp_path: Path, spec: str) -> None:
-    """Packing is a sum over the group as its amax is a maximum, or it would be a kernel of its own."""
+@pytest.mark.parametrize("rows", [1, 16])
+def test_qserves_sum_of_codes_comes_from_the_kernel_of_the_codes(sm90: None, rows: int) -> None:
+    """The GEMM's three input planes are what the one kernel stores."""
+    code = generated(Attention(512), "QSERVE_W4A8_CHANNEL", bf16(rows, 512), bf16(rows, 512))
+    (planes,) = re.findall(re.escape(GEMM) + r"\(\[(\w+), (\w+), (\w+)\]", code)
+    (arguments,) = re.findall(r"triton_\w+\.run\(([^\n]*)", code)
+    assert len(set(planes)) == 3 and set(planes) <= set(arguments.split(", "))
+    assert externs(code) == [GEMM]
+
+
+@pytest.mark.parametrize("spec", SEVERAL)
+def test_kernels_of_groups_and_of_tensors(sm90: None, tmp_path: Path, spec: str) -> None:
+    """Packing FP4 is a sum over the group as its amax is a maximum, or it would be a kernel of its own."""
     norm, act = Attention(512), Activation(1024, 64)
     first = generated(norm, policy_of(spec, norm, tmp_path), bf16(16, 512), bf16(16, 512))
     second = generated(act, policy_of(spec, act, tmp_path), bf16(16, 1024), bf16(16, 1024))
-    assert (len(kernels(first)), len(kernels(second))) == FP4[spec], (kernels(first), kernels(second))
-    assert gemms(first) == gemms(second) == 1
+    assert (len(kernels(first)), len(kernels(second))) == SEVERAL[spec], (kernels(first), kernels(second))
+    # k and v have 64 rows, half a block of FP8_BLOCK's scales, so they are not merged.
+    assert gemms(first) == (3 if spec == "FP8_BLOCK" else 1)
+    assert gemms(second) == 1
 
 
 def test_without_sharing_the_count_is_higher(sm90: None) -> None:

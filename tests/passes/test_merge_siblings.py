@@ -71,28 +71,37 @@ def test_graph() -> None:
     assert report.rewrote == ["q + k + v"] and not report.refused
 
 
-@pytest.mark.parametrize(
-    "spec",
-    ["FP8_DYNAMIC", "FP8_TENSOR_DYNAMIC", "W8A8", "W8A16", "W4A16", "W4A16_ASYM", "int4.group32+16", "int4.channel+16"],
-)
+FOUR_BITS = ("W4A8", "W4AFP8", "NVFP4", "NVFP4A16", "MXFP4", "QSERVE_W4A8_CHANNEL", "QSERVE_W4A8_GROUP")
+EIGHT_BITS = ("FP8_DYNAMIC", "FP8_TENSOR_DYNAMIC", "W8A8", "W8A16")
+
+
+@pytest.mark.parametrize("spec", [*EIGHT_BITS, *FOUR_BITS, "W4A16", "W4A16_ASYM", "int4.group32+16", "int4.channel+16"])
 def test_equals_eager(spec: str) -> None:
-    """Per-tensor scales too: each sibling keeps its own."""
+    """Per-tensor scales too, NVFP4's global ones among them: each sibling keeps its own."""
     traced = traced_block()
     gm, report = merged(traced, spec)
     assert report.rewrote == ["q + k + v"]
     assert relative_error(run(gm, traced), wanted(block(), example(), dict.fromkeys("qkvo", spec))) < 1e-6
 
 
-@pytest.mark.parametrize("bias", ["", "a", "b", "ab"])
-@pytest.mark.parametrize(("n1", "n2"), [(24, 8), (1, 33), (7, 7)])
-def test_unequal_rows_and_mixed_bias(n1: int, n2: int, bias: str) -> None:
+ROWS = ((24, 8), (1, 33), (7, 7))
+PAIRS = [(*rows, bias, "W8A8") for rows in ROWS for bias in ("", "a", "b", "ab")]
+PAIRS += [(1, 33, bias, spec) for bias in ("", "b") for spec in ("W4A8", "NVFP4", "QSERVE_W4A8_CHANNEL")]
+
+
+@pytest.mark.parametrize(("n1", "n2", "bias", "spec"), PAIRS)
+def test_unequal_rows_and_mixed_bias(n1: int, n2: int, bias: str, spec: str) -> None:
     module, x = pair(n1, n2, bias=bias), torch.randn(5, 40)
+    with torch.no_grad():
+        module.a.mul_(100)  # whose scales must not reach b
     traced = trace(module, x)
-    gm, _ = merged(traced, "W8A8")
+    gm, _ = merged(traced, spec)
     assert linears(gm) == 1
     refs = [r for node in gm.graph.find_nodes(op="placeholder") if isinstance(r := node.meta.get("plane"), BiasRef)]
     assert [[slot is not None for slot in ref.slots] for ref in refs] == ([["a" in bias, "b" in bias]] if bias else [])
-    assert relative_error(run(gm, traced), eager(module, x, "W8A8")) < 1e-6
+    got, expected = run(gm, traced), eager(module, x, spec)
+    for part in (slice(0, n1), slice(n1, None)):
+        assert relative_error(got[:, part], expected[:, part]) < 1e-6
 
 
 def test_switched_off() -> None:

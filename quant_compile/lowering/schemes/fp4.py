@@ -13,7 +13,7 @@ NVFP4: global = amax of the tensor / (448 * 6); scale = amax of the group / 6 / 
 least (so that small groups keep what they can; compressed-tensors gives a scale that rounds to zero 0.125) and 448 at most.
 MXFP4: scale = 2**(e - 2), e being the exponent of the group's amax, one more where its significand is 1.75 or above: such an
 amax would saturate at 6, where the OCP formula (which has no such step) leaves it. This is the rule of compressed-tensors.
-Codes are x / (scale * global) rounded to nearest even among VALUES, saturating at 6; the sign of x stays with a code of
+Codes are x / (scale * global) rounded to nearest even among VALUES, saturating at 6; a negative x keeps its sign with a code of
 zero. Divisions are divisions, for equality with compressed-tensors; where a compiler approximates them (Triton's ``/``), a
 value halfway between two codes may fall to the other.
 
