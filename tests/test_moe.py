@@ -227,10 +227,9 @@ def test_a_scheme_for_each_block(plain_inductor: CompileCounter) -> None:
         for layer, spec in zip(reference.layers, ("W4A16", None, EXACT), strict=True):
             layer.experts = ReferenceExperts(layer.experts, None, spec)
         wanted = reference(hidden)
-        quant_compile.compile(
-            model, policy, **REFERENCE, **({"per_layer": True} if per_layer else {})
-        ) if False else None
-        run = compiled(model, policy)
+        run = model if per_layer else compiled(model, policy)
+        for layer in model.layers if per_layer else ():
+            layer.compile(backend="sglquant", options={"policy": policy, **REFERENCE}, dynamic=False)
         assert difference(run(hidden), wanted) <= CLOSE
         found = schemes(model)
         assert [found[f"layers.{i}.experts.down_proj"] for i in range(3)] == ["W4A16", None, EXACT]
