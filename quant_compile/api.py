@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch._dynamo import trace_rules
 
 from quant_compile.backend import sglquant
 from quant_compile.inspect import naming
@@ -52,11 +54,23 @@ def compile(
     session.notes |= dict.fromkeys(problems)
     if policy is None:
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
-    model.compile(backend=sglquant, options={**options, "policy": source.policy}, dynamic=dynamic, fullgraph=fullgraph)
+    _compile_call(model, options={**options, "policy": source.policy}, dynamic=dynamic, fullgraph=fullgraph)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.disable_compile = True  # transformers would compile decode a second time, with its own backend
     return model
+
+
+def _compile_call(model: nn.Module, **arguments: Any) -> None:
+    """``model.compile``, also for modules whose forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
+    if not trace_rules.check(type(model).forward):
+        model.compile(backend=sglquant, **arguments)
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    model._compiled_call_impl = torch.compile(call, backend=sglquant, **arguments)
 
 
 def report(model: nn.Module) -> Report:

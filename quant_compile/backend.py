@@ -147,7 +147,7 @@ def _server(
 ) -> Callable[[Problem | MoeProblem], bool]:
     def served(problem: Problem | MoeProblem) -> bool:
         with _current(device):
-            return serves(problem, target, options.request(source.policy))
+            return serves(problem, target, options.request(source.policy).unpinned)
 
     return served
 

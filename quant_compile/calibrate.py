@@ -122,8 +122,9 @@ def calibrate(
         batches: each a mapping (keyword arguments), a tuple (positional arguments) or one tensor.
         policy: preset name, YAML path, dict or Policy.
         percentile: of the magnitudes, e.g. 99.9; None: the largest.
-        path: the safetensors file; default: beside the policy's file, else ``<policy>.scales.safetensors`` here. A policy file
-            without a ``scales`` key gets one, so that loading it again finds them.
+        path: the safetensors file; default: beside the policy's file, else ``<policy>.scales.safetensors`` here, with a number
+            where that exists, since another model may be using it. A policy file without a ``scales`` key gets one, so that
+            loading it again finds them.
         progress: show a progress bar.
 
     Returns:
@@ -131,7 +132,7 @@ def calibrate(
 
     Raises:
         OptionError: percentile out of range, or no batches.
-        MissingScalesError: a static weight met no input; nothing is written.
+        MissingScalesError: a static weight met no input, zeros alone, or NaN or inf; nothing is written.
     """
     if percentile is not None and not 0 < percentile <= 100:
         raise OptionError(f"percentile must lie in (0, 100], got {percentile}")
@@ -151,6 +152,7 @@ def calibrate(
         raise MissingScalesError(
             f"no batch reached {missing[0]} ({len(missing)} weights in all). Fix: batches that run every layer, or `keep` it."
         )
+    _refuse_useless(observer.largest)
     scales = {
         f"{name}.input_scale": _scale(amax, weights[name].scheme) for name, amax in sorted(observer.largest.items())
     }
@@ -160,6 +162,17 @@ def calibrate(
     )
     _mention(loaded, target)
     return replace(loaded, scales=target)
+
+
+def _refuse_useless(largest: Mapping[str, Tensor]) -> None:
+    """No scale follows from inputs that are zeros, or NaN or inf somewhere."""
+    for name, amax in sorted(largest.items()):
+        if not 0 < float(amax) < float("inf"):
+            what = "all zeros" if float(amax) == 0 else "NaN or inf somewhere"
+            raise MissingScalesError(
+                f"the inputs of {name} were {what} in these batches, so it has no input scale; nothing was written.\n"
+                "Fix: other batches, or `keep` it in the policy."
+            )
 
 
 def _flat(values: Iterable[Any]) -> Iterable[Any]:
@@ -215,7 +228,12 @@ def _scales_path(policy: Policy, path: str | Path | None) -> Path:
         return Path(path)
     if policy.source is not None:
         return Path(policy.source).with_suffix(".scales.safetensors")
-    return Path(f"{policy.name.lower()}.scales.safetensors")
+    name, number = policy.name.lower(), 1
+    file = Path(f"{name}.scales.safetensors")
+    while file.exists():
+        number += 1
+        file = Path(f"{name}.{number}.scales.safetensors")
+    return file
 
 
 def _mention(policy: Policy, scales: Path) -> None:

@@ -101,10 +101,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
 
 
 def _console() -> Console:
@@ -144,6 +143,8 @@ def _cost(scheme: Any) -> str:
     if not inputs.dynamic:
         return f"{share}; inputs need calibrated scales"
     per = {"token": "for each token", "tensor": "for the whole input", "group": f"for {inputs.group_size} inputs"}
+    if inputs.strategy == "tensor_group":
+        return f"{share}; one scale for {inputs.group_size} inputs and one for the whole input, computed at run time"
     return f"{share}; one scale {per.get(inputs.strategy, inputs.strategy)} computed at run time"
 
 

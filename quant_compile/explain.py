@@ -94,7 +94,7 @@ class _Collector:
             self._pick,
             self._pick_moe,
             lambda problem, name: self._pick(problem, name, "rows"),
-            lambda problem: serves(problem, self.target, request),
+            lambda problem: serves(problem, self.target, request.unpinned),
         )
         runner = GraphRunner(gm, inputs, self.source, self.options, _uncompiled, choosers, self.target.label)
         variant = runner.prepare()

@@ -86,7 +86,11 @@ def _pins(given: Mapping[str, str | Sequence[str]]) -> tuple[tuple[str, str], ..
     """(scheme spec or ``*``, kernel) of every pin, sorted; a kernel holds for what it serves, linears or expert blocks."""
     out: list[tuple[str, str]] = []
     for key, value in given.items():
-        names = [value] if isinstance(value, str) else list(value)
+        names = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
+        if not isinstance(key, str) or not names:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(
+                f"kernels: {key!r}: {value!r} is no pin. Fix: {{scheme: kernel}} or {{scheme: [kernel, kernel]}}."
+            )
         for name in names:
             _one_of("kernels", name, (*known_kernels(), *moe_kernels()))
         if sum(name in known_kernels() for name in names) > 1 or sum(name in moe_kernels() for name in names) > 1:

@@ -61,6 +61,7 @@ from quant_compile.policy import Decision, SiteInfo
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 _VERSION = attrgetter("_version")
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
 ALSO_PLAIN = "also read unquantized (tied embedding or another use)"
 
 
@@ -295,7 +296,31 @@ class GraphRunner:
             for slot in miss.slots:
                 known = names.get(id(parameters[slot]))
                 self._record_miss(parameters[slot], known, miss.reason, session)
+        self._enforce(parameters, names, decisions)
         return session, decisions
+
+    def _enforce(
+        self,
+        parameters: Mapping[int, Parameter],
+        names: Mapping[int, naming.Names],
+        decisions: Mapping[str, SiteDecision],
+    ) -> None:
+        """A strict policy's weights have their schemes in every graph."""
+        if not self.source.policy.strict:
+            return
+        found = [f"{decision.name}: {decision.reason}" for decision in decisions.values() if decision.refused]
+        for miss in self.misses:
+            for slot in miss.slots:
+                known, record = names.get(id(parameters[slot])), LEDGER.peek(parameters[slot])
+                if known is not None and record is not None and record.named:
+                    found.append(f"{known.full[0]}: {miss.reason.splitlines()[0]}")
+        if found:
+            origin = self.source.policy.source or self.source.policy.name
+            listed = "\n".join(f"  {text}" for text in dict.fromkeys(found))
+            fix = "Fix: give them `keep` in a rule, or set strict: false."
+            raise PolicyError(
+                f"{origin}: the policy is strict, and weights cannot have their schemes:\n{listed}\n{fix}"
+            )
 
     def _decide_block(
         self, block: MoeSite, parameters: Mapping[int, Parameter], names: Mapping[int, naming.Names]
@@ -363,7 +388,7 @@ class GraphRunner:
         for name in names:
             value = self.source.scales.get(f"{name.removesuffix('.weight')}.input_scale")
             if value is not None:
-                if value.numel() != 1 or not 0 < float(value) < float("inf"):
+                if value.numel() != 1 or not SMALLEST_SCALE <= float(value.to(torch.float32)) < float("inf"):
                     shown = float(value) if value.numel() == 1 else f"{value.numel()} numbers"
                     raise MissingScalesError(
                         f"the input scale of {name} in {self.source.policy.scales} is {shown}, not a positive number.\n"

@@ -245,3 +245,23 @@ def test_refusals() -> None:
 def test_progress_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     quant_compile.calibrate(Mlp().bfloat16(), [bf16(5, 32)], "fp8", path="p.safetensors")
     assert "calibrating" in capsys.readouterr().out
+
+
+def test_a_second_model_leaves_the_scales_of_the_first_alone() -> None:
+    """Without a path every calibration has a file of its own: compiled models read theirs again when it changes."""
+    one, two = Mlp().bfloat16(), Mlp().bfloat16()
+    first = quant_compile.calibrate(one, batches(), "fp8", progress=False)
+    assert first.scales is not None
+    before = first.scales.read_bytes()
+    second = quant_compile.calibrate(two, [10 * x for x in batches()], "fp8", progress=False)
+    assert first.scales.name == "fp8.scales.safetensors" and second.scales is not None
+    assert second.scales.name == "fp8.2.scales.safetensors" and first.scales.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.0, "all zeros"), (float("nan"), "NaN or inf"), (float("inf"), "NaN or inf")]
+)
+def test_inputs_that_give_no_scale_are_refused_by_name(value: float, words: str, tmp_path: Path) -> None:
+    with pytest.raises(MissingScalesError, match=words) as caught:
+        quant_compile.calibrate(Mlp().bfloat16(), [torch.full((4, 32), value).bfloat16()], "fp8", progress=False)
+    assert "the inputs of" in str(caught.value) and not list(tmp_path.glob("*.safetensors"))

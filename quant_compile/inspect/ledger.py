@@ -128,12 +128,15 @@ class Ledger:
         after = packed_bytes(parameter, entry)
         if record is not None and record.scheme is not None and after:
             copies = [MORE_COPIES] if entry is not None and entry.further else []
-            reason = "; ".join([record.reason, *record.readers, *copies])
+            missed = [f"unquantized in some graph: {miss.splitlines()[0]}" for miss in record.misses]
+            reason = "; ".join([record.reason, *record.readers, *copies, *missed])
             if record.readers:
                 after += size
             kernels = " / ".join(record.kernels)
             released = entry is not None and entry.released
-            return WeightLine(names, size, after, record.scheme, record.layout, kernels, reason, True, released)
+            return WeightLine(
+                names, size, after, record.scheme, record.layout, kernels, reason, True, released, bool(missed)
+            )
         named, reason = self._kept(parameter, record, weight, session)
         return WeightLine(names, size, size, None, "", "", reason, named)
 

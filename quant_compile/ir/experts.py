@@ -226,9 +226,28 @@ def _region(graph: fx.Graph, stack: _Stack, readers: Sequence[fx.Node], taken: s
         for n in graph.nodes
         if n.op not in ("placeholder", "output") and _stack(n)[: len(stack)] == stack and n not in taken
     )
+    shared = _shared_numbers(nodes)
+    nodes = tuple(n for n in nodes if n not in shared)
     inside = set(nodes)
     inputs = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside)
     return _Region(nodes, tuple(inputs), _class_of(readers[0], len(stack)))
+
+
+def _shared_numbers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Sizes that are computed in a region of what lies outside, and read outside too: they stay where they are.
+
+    Dynamo computes each size of symbols once, in the module that needs it first; the same module of later layers reads it.
+    """
+    inside, read = set(nodes), set[fx.Node]()
+    for node in reversed(nodes):
+        number = isinstance(node.meta.get("example_value"), torch.SymInt)
+        if number and any(user not in inside or user in read for user in node.users):
+            read.add(node)
+    shared = set[fx.Node]()
+    for node in nodes:
+        if node in read and all(i not in inside or i in shared for i in node.all_input_nodes):
+            shared.add(node)
+    return shared
 
 
 def _stack(node: fx.Node) -> _Stack:

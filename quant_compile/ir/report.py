@@ -26,6 +26,7 @@ class WeightLine:
         reason: why it is as it is.
         named: the policy names a scheme for it.
         released: the original values were freed.
+        missed: some graph reads it unquantized, against the policy; it does not count as covered.
     """
 
     names: tuple[str, ...]
@@ -37,6 +38,7 @@ class WeightLine:
     reason: str
     named: bool
     released: bool = False
+    missed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Report:
     def coverage(self) -> float:
         """Quantized bytes over the bytes that the policy names; 0 when it names none."""
         named = sum(line.bytes_before for line in self.lines if line.named)
-        done = sum(line.bytes_before for line in self.lines if line.named and line.scheme)
+        done = sum(line.bytes_before for line in self.lines if line.named and line.scheme and not line.missed)
         return done / named if named else 0.0
 
     @property
@@ -85,7 +87,7 @@ class Report:
     @property
     def skips(self) -> tuple[tuple[str, str], ...]:
         """(name, reason) of every parameter that the policy names and that is not quantized, then the misses."""
-        lines = [(line.names[0], line.reason) for line in self.lines if line.named and not line.scheme]
+        lines = [(line.names[0], line.reason) for line in self.lines if line.named and (not line.scheme or line.missed)]
         return (*lines, *self.misses)
 
     def require(self, coverage: float = 1.0) -> Report:

@@ -109,6 +109,11 @@ class Request:
     allow_reference: bool = False
     tune: str = "off"
 
+    @property
+    def unpinned(self) -> Request:
+        """The same with every kernel: what a device can do at all."""
+        return self if isinstance(self.kernels, str) else replace(self, kernels="auto")
+
     def pin_for(self, spec: str, named: Collection[str], reference: str = "reference") -> str | None:
         """Which of the kernels ``named`` this scheme is pinned to; ``reference`` is their reference kernel."""
         if isinstance(self.kernels, str):

@@ -158,7 +158,8 @@ def quantize_nv(x: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize_mx(x: Tensor) -> tuple[Tensor, Tensor]:
     """[..., k] -> ``data`` and ``scale``."""
     grouped = _grouped(x, MX_GROUP)
-    bits = grouped.abs().amax(-1, keepdim=True).view(torch.int32)
+    # Without the sign, which compiled code may give a NaN.
+    bits = grouped.abs().amax(-1, keepdim=True).view(torch.int32) & 0x7FFFFFFF
     exponent = (((bits + (1 << 21)) >> 23) - 2).clamp_min(0)
     bad = bits >= 0x7F800000
     inverse = ((254 - exponent).clamp_min(1) << 23).view(torch.float32)  # exact, as are the products below
