@@ -132,7 +132,7 @@ def calibrate(
 
     Raises:
         OptionError: percentile out of range, or no batches.
-        MissingScalesError: a static weight met no input, zeros alone, or NaN or inf; nothing is written.
+        MissingScalesError: a static weight met no input, or NaN or inf; nothing is written.
     """
     if percentile is not None and not 0 < percentile <= 100:
         raise OptionError(f"percentile must lie in (0, 100], got {percentile}")
@@ -165,12 +165,11 @@ def calibrate(
 
 
 def _refuse_useless(largest: Mapping[str, Tensor]) -> None:
-    """No scale follows from inputs that are zeros, or NaN or inf somewhere."""
+    """No scale follows from inputs that are NaN or inf somewhere."""
     for name, amax in sorted(largest.items()):
-        if not 0 < float(amax) < float("inf"):
-            what = "all zeros" if float(amax) == 0 else "NaN or inf somewhere"
+        if not float(amax) < float("inf"):
             raise MissingScalesError(
-                f"the inputs of {name} were {what} in these batches, so it has no input scale; nothing was written.\n"
+                f"the inputs of {name} were NaN or inf somewhere in these batches, so it has no input scale; nothing was written.\n"
                 "Fix: other batches, or `keep` it in the policy."
             )
 

@@ -258,10 +258,8 @@ def test_a_second_model_leaves_the_scales_of_the_first_alone() -> None:
     assert second.scales.name == "fp8.2.scales.safetensors" and first.scales.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("value", "words"), [(0.0, "all zeros"), (float("nan"), "NaN or inf"), (float("inf"), "NaN or inf")]
-)
-def test_inputs_that_give_no_scale_are_refused_by_name(value: float, words: str, tmp_path: Path) -> None:
-    with pytest.raises(MissingScalesError, match=words) as caught:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_give_no_scale_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    with pytest.raises(MissingScalesError, match="NaN or inf somewhere") as caught:
         quant_compile.calibrate(Mlp().bfloat16(), [torch.full((4, 32), value).bfloat16()], "fp8", progress=False)
     assert "the inputs of" in str(caught.value) and not list(tmp_path.glob("*.safetensors"))
