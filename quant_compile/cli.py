@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from quant_compile.lowering.target import Target
 
 TARGETS = ("cpu", "sm80", "sm89", "sm90", "sm100", "sm120")
-# What Dynamo calls a parameter or buffer of a module.
-_DYNAMO_NAME = re.compile(r"\bl_self_modules_(\w+?)_(?:parameters|buffers)_(\w+)")
+# What Dynamo calls a parameter or buffer of a module; "args_0" where forward is wrapped, as by transformers 5.24.
+_DYNAMO_NAME = re.compile(r"\bl_(?:self|args_0)_modules_(\w+?)_(?:parameters|buffers)_(\w+)")
 # Width of tables that are piped or captured, where there is no terminal to fit.
 PIPED_WIDTH = 170
 
