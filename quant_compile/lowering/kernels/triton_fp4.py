@@ -48,7 +48,7 @@ def tiles(m: int, target: Target) -> Tiles:
 
 
 def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
-    """NVFP4 or MXFP4 on both sides, sm100 and newer, bf16, f16 or f32."""
+    """NVFP4 or MXFP4 on both sides, on what ``block_scaled`` lets through, bf16, f16 or f32."""
     if problem.scheme.input_activations is None or family_of(problem.scheme).name not in GROUPS:
         return Reject("multiplies FP4 weights by FP4 inputs")
     refusal = block_scaled(target) or output_dtype(problem, torch.bfloat16, torch.float16, torch.float32)

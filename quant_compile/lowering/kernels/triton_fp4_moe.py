@@ -150,7 +150,7 @@ def launch(
 
 
 def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
-    """NVFP4 or MXFP4 weights and inputs, sm100 and newer, bf16 or f16, any sizes."""
+    """NVFP4 or MXFP4 weights and inputs, on what ``block_scaled`` lets through, bf16 or f16, any sizes."""
     if problem.scheme.input_activations is None or family_of(problem.scheme).name not in GROUPS:
         return Reject("multiplies FP4 weights by FP4 inputs")
     refusal = block_scaled(target)
