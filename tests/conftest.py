@@ -7,8 +7,13 @@ import os
 import pytest
 import torch
 
-if os.environ.get("PYTEST_XDIST_WORKER"):
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker:
     torch.set_num_threads(1)  # the workers share the cores; more threads than cores wait for one another
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    gpus = gpus or [str(i) for i in range(torch.cuda.device_count())]
+    if len(gpus) > 1:  # each worker keeps to one GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.removeprefix("gw")) % len(gpus)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
