@@ -9,7 +9,7 @@ from torch import Tensor
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import sgl_qserve
+from quant_compile.lowering.kernels import sgl_int8_decoded, sgl_qserve
 from quant_compile.lowering.kernels import triton_w4a8 as w4a8
 from quant_compile.lowering.registry import ROWS, Kernel, Layout, Problem
 from quant_compile.lowering.target import Target
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ROWS, *sgl_qserve.LAYOUTS)}
-KERNELS: tuple[Kernel, ...] = (*w4a8.KERNELS, *sgl_qserve.KERNELS)
+KERNELS: tuple[Kernel, ...] = (*w4a8.KERNELS, *sgl_qserve.KERNELS, *sgl_int8_decoded.KERNELS)
 SHAPES = ((4096, 4096), (2048, 7168), (1000, 1544), (77, 333))
 ROWS_OF_X = (1, 5, 16, 64, 300, 4096)
 PRESETS = ("W4A8", "W4AFP8", "QSERVE_W4A8_CHANNEL", "QSERVE_W4A8_GROUP")

@@ -17,7 +17,7 @@ from quant_compile.ir.errors import SchemeError
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import STRATEGIES, QuantArgs, Scheme, parse
-from quant_compile.lowering.kernels import sgl_qserve
+from quant_compile.lowering.kernels import sgl_int8, sgl_int8_decoded, sgl_qserve
 from quant_compile.lowering.kernels import triton_w4a8 as kernel
 from quant_compile.lowering.registry import Layout, Problem, Rank, kernels, layouts
 from quant_compile.lowering.schemes import fp8, int8, w4a8, weight_only
@@ -698,7 +698,7 @@ def check_scheme(spec: str) -> None:
 
 def check_small_groups() -> None:
     """Groups that only dp4a serves: fewer words than a thread holds neighbours, and as many; k of an odd block size."""
-    for spec in ("int4.group16+int8.token.dynamic", "int4.group32+int8.tensor.dynamic"):
+    for spec in ("int4.group16+int8.token.dynamic", "int4.group32+int8.tensor.dynamic", GROUP32):
         for m, k in ((1, 72), (3, 1040), (2, 1792)):
             check(spec, m, 9, k, gemv=True)
 
@@ -712,7 +712,7 @@ def check_nan_and_dtypes() -> None:
         assert float((actual.float() - expected.float()).norm() / expected.float().norm()) <= 5e-4
         scale = x[1].clone()
         scale[1] = float("nan")
-        for run in (kernel.run, kernel.run_gemv) if "FP8" not in spec and "GROUP" not in spec else (kernel.run,):
+        for run in (kernel.run, kernel.run_gemv) if "FP8" not in spec else (kernel.run,):
             clean, spoiled = run(x, w, bias, problem), run((x[0], scale, *x[2:]), w, bias, problem)
             assert spoiled[1].isnan().all() and torch.equal(spoiled[[0, 2]], clean[[0, 2]])
 
@@ -743,6 +743,26 @@ def check_every_code() -> None:
             assert torch.equal(y[0], wanted.float())
 
 
+DECODED = ("QSERVE_W4A8_CHANNEL", "QSERVE_W4A8_GROUP", GROUP32, "int4.channel+int8.token.dynamic")
+
+
+def check_decoded() -> None:
+    """The int8 copy times its scale is the dequantized weight, bit for bit; the GEMM gets both as it wants them."""
+    calls: list[tuple[Tensor, ...]] = []
+    sgl_int8._op = lambda: lambda *operands: calls.append(operands)
+    for spec in DECODED:
+        for n, k in ((9, 128), (70, 592), (3, 1040)):
+            x, w, _, problem, _ = make(spec, 2, n, k, BF16, False)
+            levels, scale = kernel.decode(w, problem)
+            wanted = family_of(problem.scheme).dequantize_weight(w, problem.scheme, k)
+            assert levels.dtype == torch.int8 and scale.shape == (n, 1) and scale.dtype == F32
+            assert torch.equal(levels.float() * scale, wanted), (spec, n, k)
+            sgl_int8_decoded.run(x, w, None, problem)
+            codes, columns, x_scale, w_scale, dtype, bias = calls[-1]
+            assert codes is x[0] and torch.equal(columns, levels.t()) and columns.stride() == (1, k)
+            assert torch.equal(x_scale, x[1]) and torch.equal(w_scale, scale) and dtype == BF16 and bias is None
+
+
 @needs_triton
 @pytest.mark.parametrize("spec", TRITON)
 def test_every_plan_in_interpreter(spec: str) -> None:
@@ -751,7 +771,8 @@ def test_every_plan_in_interpreter(spec: str) -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "function", ["check_small_groups", "check_nan_and_dtypes", "check_unaligned_inputs", "check_every_code"]
+    "function",
+    ["check_small_groups", "check_decoded", "check_nan_and_dtypes", "check_unaligned_inputs", "check_every_code"],
 )
 def test_in_interpreter(function: str) -> None:
     run_interpreted(__name__, function)
@@ -769,24 +790,30 @@ def check_with_wrong_plan() -> None:
     check("W4A8", 1, 8, 32, no_such_field=1)
 
 
+OPTIONAL = ("sw_ptr", "group_scale_ptr", "zero_ptr", "sum_ptr", "bias_ptr")
+
+
+def weight_types(scheme: Scheme) -> dict[str, str]:
+    """Pointer types of what scales and offsets a weight's codes."""
+    if scheme.weights.strategy == "channel_group":
+        return {"sw_ptr": "*fp16", "group_scale_ptr": "*i8", "zero_ptr": "*u8"}
+    if family_of(scheme).name == "qserve":
+        return {"sw_ptr": "*fp16", "zero_ptr": "*u8", "sum_ptr": "*fp32"}
+    return {"sw_ptr" if scheme.weights.group_size is None else "group_scale_ptr": "*bf16"}
+
+
 def compile_tile(problem: Problem, plan: kernel.Config, arch: int, even: bool = True) -> Any:
     """The cubin that a launch of ``plan`` would build on ``arch``."""
     from quant_compile.lowering.kernels import _triton_w4a8 as source
 
     scheme = problem.scheme
-    progressive, channel = scheme.weights.strategy == "channel_group", family_of(scheme).name == "qserve"
-    types = {"x_ptr": "*i16", "w_ptr": "*u8", "sx_ptr": "*fp32", "sw_ptr": "*fp16" if channel else "*bf16"}
+    types = {"x_ptr": "*i16", "w_ptr": "*u8", "sx_ptr": "*fp32", **weight_types(scheme)}
     types |= {name: "i32" for name in ("m", "n", "pairs", "groups", "sx_row", "steps")}
     types |= {"y_ptr": "*fp32"} if plan.split > 1 else {"y_ptr": "*bf16", "bias_ptr": "*bf16"}
-    if progressive:
-        types |= {"group_scale_ptr": "*i8", "zero_ptr": "*u8"}
-    elif channel:
-        types |= {"zero_ptr": "*u8", "sum_ptr": "*fp32"}
-    optional = ("group_scale_ptr", "zero_ptr", "sum_ptr", "bias_ptr")
-    constants: dict[str, Any] = {name: None for name in optional if name not in types}
+    constants: dict[str, Any] = {name: None for name in OPTIONAL if name not in types}
     constants |= {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "STEP": kernel.step_pairs(scheme), "EVEN": even}
     constants |= {"PAIRS_PER_GROUP": (scheme.weights.group_size or 0) // 2, "FLOAT8": kernel.float8(scheme)}
-    constants |= {"PROGRESSIVE": progressive, "SPLIT": plan.split, "ASM": True}
+    constants |= {"PROGRESSIVE": "group_scale_ptr" in types and "zero_ptr" in types, "SPLIT": plan.split, "ASM": True}
     options = {"num_warps": plan.warps, "num_stages": plan.stages}
     return compile_cubin(source.tile_kernel, arch, types, constants, aligned=even, **options)
 
@@ -796,13 +823,13 @@ def compile_gemv(problem: Problem, m: int, arch: int, even: bool = True) -> Any:
     from quant_compile.lowering.kernels import _triton_w4a8 as source
 
     block_n, block_k, warps = kernel.gemv_config(problem, m)
-    qserve = family_of(problem.scheme).name == "qserve"
-    types = {"x_ptr": "*i64", "w_ptr": "*i32", "sx_ptr": "*fp32", "sw_ptr": "*fp16" if qserve else "*bf16"}
-    types |= {"bias_ptr": "*bf16", "y_ptr": "*bf16"} | ({"zero_ptr": "*u8", "sum_ptr": "*fp32"} if qserve else {})
+    types = {"x_ptr": "*i64", "w_ptr": "*i32", "sx_ptr": "*fp32", **weight_types(problem.scheme)}
+    types |= {"bias_ptr": "*bf16", "y_ptr": "*bf16"}
     types |= {name: "i32" for name in ("m", "n", "words", "groups", "sx_row")}
-    constants: dict[str, Any] = {name: None for name in ("zero_ptr", "sum_ptr") if name not in types}
+    constants: dict[str, Any] = {name: None for name in OPTIONAL if name not in types}
     constants |= {"M": m, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN": even, "ASM": True}
     constants["WORDS_PER_GROUP"] = (problem.scheme.weights.group_size or 0) // 8
+    constants["PROGRESSIVE"] = "group_scale_ptr" in types and "zero_ptr" in types
     return compile_cubin(source.gemv_kernel, arch, types, constants, aligned=even, num_warps=warps)
 
 
@@ -830,10 +857,25 @@ def test_cubins(arch: int, spec: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_gemv_cubins(arch: int) -> None:
-    for spec in ("W4A8", "QSERVE_W4A8_CHANNEL", "int4.channel+int8.token.dynamic"):
+    for spec in ("W4A8", "QSERVE_W4A8_CHANNEL", "QSERVE_W4A8_GROUP", "int4.channel+int8.token.dynamic"):
         for m in (1, 2, 4):
             ptx = compile_gemv(Problem(parse(spec), 6144, 4096, BF16, True), m, arch).asm["ptx"]
             assert "dp4a.s32.s32" in ptx and "v4.b32" in ptx, "16 bytes of w a thread and load"
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+def test_decode_cubins(arch: int) -> None:
+    from quant_compile.lowering.kernels import _triton_w4a8 as source
+
+    for spec in DECODED:
+        types = {"w_ptr": "*u8", "out_ptr": "*i8", "scale_ptr": "*fp32", **weight_types(parse(spec))}
+        types = {name: kind for name, kind in types.items() if name != "sum_ptr"}
+        types |= {name: "i32" for name in ("n", "k", "width", "groups")}
+        constants: dict[str, Any] = {name: None for name in ("group_scale_ptr", "zero_ptr") if name not in types}
+        constants |= {"BLOCK_N": 8, "BYTES": 256, "BYTES_PER_GROUP": (parse(spec).weights.group_size or 0) // 2}
+        built = compile_cubin(source.decode_kernel, arch, types, constants, num_warps=4)
+        assert built.asm["cubin"] and "v4.b32" in built.asm["ptx"], "16 bytes a thread are stored at once"
 
 
 @needs_triton
@@ -870,15 +912,29 @@ def test_triton_refusals(spec: str, dtype: torch.dtype, target: Target, words: s
         (kernel.fit, "int4.group32+int8.token.dynamic", 128, 1, "got 32"),
         (kernel.fit, "QSERVE_W4A8_CHANNEL", 1 << 18, 1, "at most 131072 for sums in int32, got 262144"),
         (sgl_qserve.fit_channel, "QSERVE_W4A8_CHANNEL", 1 << 18, 1, "at most 131072"),
+        (sgl_int8_decoded.fit, "W4A8", 128, 1, "scales of groups that are not integers"),
+        (sgl_int8_decoded.fit, "W4AFP8", 128, 1, "under int8 inputs"),
+        (sgl_int8_decoded.fit, "W8A8", 128, 1, "4-bit weights"),
+        (sgl_int8_decoded.fit, "QSERVE_W4A8_GROUP", 100, 1, "k must be a multiple of 16, got 100"),
         (kernel.fit_gemv, "W4A8", 100, 1, "k must be a multiple of 8, got 100"),
         (kernel.fit_gemv, "W4A8", 128, 9, "serves at most 8 tokens, got 9"),
         (kernel.fit_gemv, "W4AFP8", 128, 1, "int8 inputs only"),
-        (kernel.fit_gemv, "QSERVE_W4A8_GROUP", 128, 1, "integer scales"),
     ],
 )
 def test_triton_limits(fit: Callable[..., Rank | Reject], spec: str, k: int, m: int, words: str) -> None:
     answer = fit(Problem(parse(spec), 64, k, BF16), m, SM90)
     assert isinstance(answer, Reject) and words in answer.reason
+
+
+def test_int8_copies_are_for_many_tokens() -> None:
+    """Ranked last for a few, first for many where the library is there, refused where it is not."""
+    for spec in ("QSERVE_W4A8_CHANNEL", "QSERVE_W4A8_GROUP"):
+        problem = Problem(parse(spec), 6144, 4096, BF16)
+        for m, first in ((1, False), (16, False), (4096, True)):
+            copied, tile = sgl_int8_decoded.fit(problem, m, SM90), kernel.fit(problem, m, SM90)
+            assert isinstance(copied, Rank) and isinstance(tile, Rank) and (copied.cost < tile.cost) == first
+        for target in (Target.fake("sm100"), Target.fake("sm90", FAKE_OPS - {"sgl_kernel::int8_scaled_mm"})):
+            assert isinstance(sgl_int8_decoded.fit(problem, 4096, target), Reject)
 
 
 def test_costs() -> None:

@@ -35,7 +35,7 @@ from quant_compile.lowering.kernels._triton_moe import (
     _token_step,
     _word_products,
 )
-from quant_compile.lowering.kernels._triton_w4a8 import _decode, _every_other, _four
+from quant_compile.lowering.kernels._triton_w4a8 import _decode, _every_other, _four, _less_zeros
 
 # Words of eight e2m1 codes ($8, $9) of one group under its scale, twice ($10) -> eight pairs of bf16 ($0..$7), a code of each.
 # Halves of both words are put together; then sign and three bits of a nibble go to the sign bit and to the lowest exponent
@@ -59,12 +59,6 @@ MXFP4_ASM = tl.constexpr(
     + "}"
 )
 EIGHT = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r")
-# Four bytes of nibbles ($2) less four equal zero points ($3): bit 7 is set before, which no byte can borrow past, and flipped after.
-ZEROS_ASM = tl.constexpr(
-    """{ .reg .b32 t;
-    and.b32 t, $2, 0x0F0F0F0F; or.b32 t, t, 0x80808080; sub.u32 t, t, $3; xor.b32 $0, t, 0x80808080;
-    shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F; or.b32 t, t, 0x80808080; sub.u32 t, t, $3; xor.b32 $1, t, 0x80808080; }"""
-)
 TO_NVFP4_ASM = tl.constexpr(2.0**118)
 FROM_NVFP4_ASM = tl.constexpr(2.0**8)
 TO_F16 = tl.constexpr(2.0**14)
@@ -117,19 +111,6 @@ def _units(w_ptr, w_at, line, start, spots, width, TMA: tl.constexpr, EVEN: tl.c
     else:
         w = tl.load(w_at + start, mask=(spots < width - start)[None, :], other=0)
     return w
-
-
-@triton.jit
-def _less_zeros(w, zero, ASM: tl.constexpr):
-    """Bytes of nibbles [rows, STEP], zero points u8 [rows] -> int8 operands nibble - zero of the low ones, of the high ones."""
-    zero = tl.broadcast_to(zero[:, None], w.shape)
-    if ASM:
-        low, high = tl.inline_asm_elementwise(
-            ZEROS_ASM, "=r,=r,r,r", [w, zero], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
-        )
-    else:
-        low, high = ((w & 15) - zero).to(tl.int8, bitcast=True), ((w >> 4) - zero).to(tl.int8, bitcast=True)
-    return low, high
 
 
 @triton.jit

@@ -22,19 +22,24 @@ def _op() -> Callable[..., Tensor]:
     return torch.ops.sgl_kernel.int8_scaled_mm.default
 
 
-def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
-    """int8 per row and token on sm80 to sm90, bf16 or f16; k a multiple of 16, n of 8."""
+def refuse(problem: Problem, target: Target) -> Reject | None:
+    """Why the GEMM cannot run here or with these sizes, whatever the scheme; None when it can."""
     refusal = (
-        int8_rows(problem.scheme)
-        or arch_from(target, 80, 90)
+        arch_from(target, 80, 90)
         or output_dtype(problem, torch.bfloat16, torch.float16)
         or multiple("k", problem.k, 16)
         or multiple("n", problem.n, 8)
     )
+    if refusal is None and not target.has("sgl_kernel::int8_scaled_mm"):
+        return Reject("sgl-kernel has no int8_scaled_mm here")
+    return refusal
+
+
+def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
+    """int8 per row and token on sm80 to sm90, bf16 or f16; k a multiple of 16, n of 8."""
+    refusal = int8_rows(problem.scheme) or refuse(problem, target)
     if refusal is not None:
         return refusal
-    if not target.has("sgl_kernel::int8_scaled_mm"):
-        return Reject("sgl-kernel has no int8_scaled_mm here")
     return Rank(estimate(problem, m, target, 0.68, 8, tile_m=64))
 
 

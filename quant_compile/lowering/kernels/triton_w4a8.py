@@ -1,7 +1,7 @@
 """4-bit weights under 8-bit inputs in Triton: W4A8 (int8, sm80), W4AFP8 (e4m3, sm89) and both QServe forms; any n and k.
 
-``triton_w4a8`` runs any number of tokens on 8-bit tensor cores, ``triton_w4a8_gemv`` a few on dp4a (int8 inputs, all but
-QServe's groups). Both read row-form planes as they are ("rows"). The Triton source, in ``_triton_w4a8``, is imported at the
+``triton_w4a8`` runs any number of tokens on 8-bit tensor cores, ``triton_w4a8_gemv`` a few on dp4a (int8 inputs). Both
+read row-form planes as they are ("rows"). The Triton source, in ``_triton_w4a8``, is imported at the
 first launch.
 """
 
@@ -124,14 +124,12 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
 
 
 def fit_gemv(problem: Problem, m: int, target: Target) -> Rank | Reject:
-    """Up to eight tokens of int8, k a multiple of 8; every scheme but QServe's groups."""
+    """Up to eight tokens of int8, k a multiple of 8."""
     refusal = _reject(problem, target)
     if refusal is not None:
         return refusal
     if float8(problem.scheme):
         return Reject("dp4a multiplies int8 inputs only")
-    if problem.scheme.weights.strategy == "channel_group":
-        return Reject("integer scales of groups are not applied here")
     if m > GEMV_ROWS:
         return Reject(f"serves at most {GEMV_ROWS} tokens, got {m}")
     if problem.k % 8:
@@ -175,11 +173,33 @@ def _sx_row(x: Planes) -> int:
     return 0 if x[1].numel() == 1 else x[1].stride(0)
 
 
-def _channel_zero(x: Planes, w: Planes, scheme: Scheme) -> tuple[Tensor | None, Tensor | None]:
-    """(zero point of each row, sum of each token's codes) of QServe per channel."""
-    if family_of(scheme).name != "qserve" or scheme.weights.group_size is not None:
-        return None, None
-    return w[2], x[2]
+@dataclass(frozen=True)
+class _Weight:
+    """What scales and offsets the sums of a weight's codes; None where a scheme has no such plane.
+
+    Attributes:
+        scale: of rows, [n, 1].
+        group_scale: [n, groups].
+        zero: zero points [n, groups] under an integer group_scale, else [n, 1] beside the tokens' ``total``.
+        total: each token's sum of codes [m, 1].
+    """
+
+    scale: Tensor | None
+    group_scale: Tensor | None
+    zero: Tensor | None = None
+    total: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.group_scale is None else self.group_scale.shape[1]
+
+
+def _weight(x: Planes, w: Planes, scheme: Scheme) -> _Weight:
+    if scheme.weights.strategy == "channel_group":
+        return _Weight(w[1], w[2], w[3])
+    if family_of(scheme).name == "qserve":
+        return _Weight(w[1], None, w[2], x[2] if x else None)
+    return _Weight(w[1], None) if scheme.weights.group_size is None else _Weight(None, w[1])
 
 
 def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
@@ -196,17 +216,17 @@ def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Co
     scheme, m, n = problem.scheme, x[0].shape[0], problem.n
     words, step = _views(x[0], torch.int16), step_pairs(problem.scheme)
     pairs = words.shape[1]
-    progressive = scheme.weights.strategy == "channel_group"
-    zero, total = (w[3], None) if progressive else _channel_zero(x, w, scheme)
+    planes = _weight(x, w, scheme)
     steps = _blocks(_blocks(pairs, step), plan.split)
     split = _blocks(_blocks(pairs, step), steps)
     y = torch.empty((m, n), dtype=problem.dtype, device=words.device)
     out = y if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=words.device)
     _source().tile_kernel[(_blocks(n, plan.block_n) * _blocks(m, plan.block_m), split)](
-        words, w[0], x[1], w[1], w[2] if progressive else None, zero, total, bias if split == 1 else None, out,
-        m, n, pairs, w[-1].shape[1] if progressive else w[1].shape[1], _sx_row(x), steps,
+        words, w[0], x[1], planes.scale, planes.group_scale, planes.zero, planes.total, bias if split == 1 else None, out,
+        m, n, pairs, planes.groups, _sx_row(x), steps,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, STEP=step, PAIRS_PER_GROUP=(scheme.weights.group_size or 0) // 2,
-        FLOAT8=float8(scheme), PROGRESSIVE=progressive, SPLIT=min(split, 2), EVEN=pairs % step == 0, ASM=not _interpreted(),
+        FLOAT8=float8(scheme), PROGRESSIVE=scheme.weights.strategy == "channel_group", SPLIT=min(split, 2),
+        EVEN=pairs % step == 0, ASM=not _interpreted(),
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return y if split == 1 else _sum_parts(out, bias, y)
@@ -236,16 +256,33 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Ten
     scheme, m, n = problem.scheme, x[0].shape[0], problem.n
     codes, weights = _views(x[0], torch.int64), w[0].view(torch.int32)
     words = weights.shape[1]
-    zero, total = _channel_zero(x, w, scheme)
+    planes = _weight(x, w, scheme)
     y = torch.empty((m, n), dtype=problem.dtype, device=codes.device)
     tokens = min(GEMV_TOKENS, _pow2(m))
     block_n, block_k, warps = gemv_config(problem, tokens)
     _source().gemv_kernel[(_blocks(n, block_n), _blocks(m, tokens))](
-        codes, weights, x[1], w[1], zero, total, bias, y, m, n, words, w[1].shape[1], _sx_row(x),
+        codes, weights, x[1], planes.scale, planes.group_scale, planes.zero, planes.total, bias, y,
+        m, n, words, planes.groups, _sx_row(x),
         M=tokens, BLOCK_N=block_n, BLOCK_K=block_k, WORDS_PER_GROUP=(scheme.weights.group_size or 0) // 8,
-        EVEN=words % block_k == 0, ASM=not _interpreted(), num_warps=warps,
+        PROGRESSIVE=scheme.weights.strategy == "channel_group", EVEN=words % block_k == 0, ASM=not _interpreted(), num_warps=warps,
     )  # fmt: skip
     return y
+
+
+def decode(w: Planes, problem: Problem) -> tuple[Tensor, Tensor]:
+    """A weight whose levels are integers under a row's scale -> (levels [n, k] int8, scale [n, 1] f32), exactly."""
+    planes = _weight((), w, problem.scheme)
+    n, k, width = problem.n, problem.k, w[0].shape[1]
+    group = (problem.scheme.weights.group_size or 0) // 2
+    block_n, bytes_ = 8, max(256, _pow2(group))
+    out = torch.empty((n, k), dtype=torch.int8, device=w[0].device)
+    scale = torch.empty((n, 1), dtype=torch.float32, device=w[0].device)
+    groups = 1 if planes.zero is None else planes.zero.shape[1]
+    _source().decode_kernel[(_blocks(n, block_n), _blocks(width, bytes_))](
+        w[0], planes.scale, planes.group_scale, planes.zero, out, scale, n, k, width, groups,
+        BLOCK_N=block_n, BYTES=bytes_, BYTES_PER_GROUP=group, num_warps=4,
+    )  # fmt: skip
+    return out, scale
 
 
 KERNELS = (
