@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._dynamo import trace_rules
 
@@ -96,6 +96,7 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
 
     Raises:
         StaleWeightError: the source lacks a weight or has another shape; nothing has been changed.
+        OptionError: the source is no safetensors file, and no folder of them; nothing has been changed.
     """
     model = unwrap(model)
     names = naming.names_in(model)
@@ -148,10 +149,13 @@ def _reader(
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
-                where[name] = file
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    where[name] = file
+                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise OptionError(f"{file} is not readable as safetensors: {error}. Nothing has been changed.") from None
 
     def get(name: str) -> Tensor:
         with safe_open(str(where[name]), framework="pt") as opened:

@@ -131,11 +131,14 @@ def calibrate(
         The policy with its ``scales``.
 
     Raises:
-        OptionError: percentile out of range, or no batches.
+        OptionError: percentile out of range, no batches, or one batch in place of a list of them.
         MissingScalesError: a static weight met no input, or NaN or inf; nothing is written.
     """
     if percentile is not None and not 0 < percentile <= 100:
         raise OptionError(f"percentile must lie in (0, 100], got {percentile}")
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = type(batches).__name__  # pyright: ignore[reportUnknownArgumentType]
+        raise OptionError(f"batches must be an iterable of batches, got {kind}. Fix: [batch] for a single one.")
     loaded = Policy.load(policy)
     weights = _static_weights(model, loaded)
     observer = _Observer({weight.pointer: name for name, weight in weights.items()}, percentile)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -70,6 +73,7 @@ class Options:
             _pins(made.kernels)
         if not isinstance(made.inductor, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"inductor must be a dict of Inductor config patches, got {type(made.inductor).__name__}")
+        _inductor_keys(made.inductor)
         return made
 
     def request(self, policy: Policy) -> Request:
@@ -80,6 +84,17 @@ class Options:
     def releases(self, policy: Policy) -> bool:
         """Whether original weights are freed; the option wins over the policy."""
         return bool(policy.release_weights if self.release_weights is None else self.release_weights)
+
+
+def _inductor_keys(patches: Mapping[str, Any]) -> None:
+    if not patches:
+        return
+    known = torch._inductor.list_options()
+    for key in patches:
+        if key not in known:
+            near = get_close_matches(str(key), known, 1)
+            fix = f"Did you mean {near[0]!r}?" if near else "torch._inductor.list_options() lists them."
+            raise OptionError(f"inductor: {key!r} is no setting of Inductor {torch.__version__}. {fix}")
 
 
 def _pins(given: Mapping[str, str | Sequence[str]]) -> tuple[tuple[str, str], ...]:
@@ -140,7 +155,7 @@ class PolicySource:
         """Calibrated input scales of the policy, by ``<weight>.input_scale``.
 
         Raises:
-            PolicyError: the scales file is missing.
+            PolicyError: the scales file is missing, or no safetensors file.
         """
         path = self.policy.scales
         if path is None:
@@ -149,7 +164,13 @@ class PolicySource:
             raise PolicyError(
                 f"scales file {path} does not exist. Fix: quant_compile.calibrate(model, batches, policy) writes it."
             )
-        return load_file(str(path))
+        try:
+            return load_file(str(path))
+        except SafetensorError as error:
+            raise PolicyError(
+                f"scales file {path} is not readable as safetensors: {error}. "
+                "Fix: quant_compile.calibrate(model, batches, policy) writes it again."
+            ) from None
 
     def _now(self) -> tuple[tuple[int, int], ...]:
         out: list[tuple[int, int]] = []

@@ -62,6 +62,11 @@ BAD_OPTIONS = {
     "tune": ({"tune": "always"}, ("tune must be one of off, quick, full", "'always'")),
     "release_weights": ({"release_weights": "yes"}, ("release_weights must be true or false", "'yes'")),
     "inductor": ({"inductor": ["max_autotune"]}, ("inductor must be a dict", "list")),
+    "inductor's key": (
+        {"inductor": {"max_autotun": True}},
+        ("'max_autotun' is no setting", "Did you mean 'max_autotune'?"),
+    ),
+    "far from any key": ({"inductor": {"xyzzy.q": 1}}, ("'xyzzy.q' is no setting", "list_options()")),
 }
 
 
@@ -74,11 +79,6 @@ def test_bad_options(case: str, plain_inductor: CompileCounter) -> None:
     fails(lambda: quant_compile.compile(model, EXACT, **options), OptionError, *parts)
     assert model._compiled_call_impl is None, "the model has been compiled in spite of the error"
     assert torch.equal(model(x), before)
-
-
-def test_an_unknown_inductor_patch_is_named() -> None:
-    with pytest.raises(Exception, match="no_such_option"):
-        backend(nn.Linear(32, 32).bfloat16(), policy=EXACT, inductor={"no_such_option": 1})(bf16(5, 32))
 
 
 BAD_POLICIES: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -212,6 +212,12 @@ def test_a_static_scheme_without_scales(plain_inductor: CompileCounter, tmp_path
         )
     missing = {"default": "FP8", "scales": str(tmp_path / "none.safetensors")}
     fails(lambda: backend(model, policy=missing)(x), PolicyError, "none.safetensors", "does not exist", "calibrate")
+    for content in (b"", b"no safetensors at all"):
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        bad = {"default": "FP8", "scales": str(tmp_path / "bad.safetensors")}
+        fails(
+            lambda bad=bad: backend(model, policy=bad)(x), PolicyError, "bad.safetensors", "not readable", "calibrate"
+        )
     assert torch.equal(model(x), model.forward(x))
 
 
@@ -298,6 +304,8 @@ def test_restore_from_something_else(plain_inductor: CompileCounter, tmp_path: P
     model = Mlp().bfloat16()
     backend(model, policy=EXACT, release_weights=True)(bf16(5, 32))
     fails(lambda: quant_compile.restore(model, tmp_path / "x.safetensors"), OptionError, "x.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"no safetensors at all")
+    fails(lambda: quant_compile.restore(model, tmp_path), OptionError, "x.safetensors", "not readable", "Nothing")
     fails(lambda: quant_compile.restore(model, {}), StaleWeightError, "gate_proj.weight")
     meta = {name: torch.empty(p.shape, device="meta") for name, p in model.named_parameters()}
     fails(lambda: quant_compile.restore(model, meta), StaleWeightError, "meta")

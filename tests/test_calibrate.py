@@ -232,6 +232,9 @@ def test_refusals() -> None:
         quant_compile.calibrate(model, [x], "fp8", percentile=0, progress=False)
     with pytest.raises(OptionError, match="no batches"):
         quant_compile.calibrate(model, [], "fp8", progress=False)
+    for one, kind in (({"x": x}, "dict"), (5, "int"), ("batches", "str")):
+        with pytest.raises(OptionError, match=rf"iterable of batches, got {kind}. Fix: \[batch\]"):
+            quant_compile.calibrate(model, one, "fp8", progress=False)
 
     class Skips(Stack):
         def forward(self, x: Tensor) -> Tensor:
