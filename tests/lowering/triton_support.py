@@ -5,11 +5,19 @@ Both need the triton package and nothing else; ``needs_triton`` skips where it i
 
 from __future__ import annotations
 
+import ast
+import atexit
+import importlib
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -73,15 +81,64 @@ def mend_interpreter() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+# What every interpreted test imports; once, in a process that is forked for each test.
+IMPORTS = "torch", "triton.language", "pytest", "hypothesis", "quant_compile.backend", "quant_compile.lowering.registry"
+
+
+@lru_cache(maxsize=1)
+def _server() -> subprocess.Popen[str]:
+    """A process under TRITON_INTERPRET=1, which must be set before Triton is imported."""
+    code = "from tests.lowering.triton_support import serve; serve()"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+    server = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True, **pipes)
+    atexit.register(_kill, server)
+    return server
+
+
+def _kill(server: subprocess.Popen[str]) -> None:
+    """The server and the fork it waits for."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+def serve() -> None:
+    """For each line (module, function, arguments, file) of stdin: call it in a fork, which writes to the file; print how it ended."""
+    mend_interpreter()
+    for name in IMPORTS:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        module, function, arguments, file = ast.literal_eval(line)
+        child = os.fork()
+        if child == 0:
+            with open(file, "w") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            try:
+                getattr(importlib.import_module(module), function)(*arguments)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 def run_interpreted(module: str, function: str, *arguments: object, timeout: float = 300) -> None:
-    """Call ``module.function(*arguments)`` in a new process under TRITON_INTERPRET=1 (which must be set before import).
+    """Call ``module.function(*arguments)`` in a process of its own under Triton's interpreter.
 
     ``arguments`` must have a faithful repr. The process's output is the message of the AssertionError when it fails.
     """
-    mend = "from tests.lowering.triton_support import mend_interpreter; mend_interpreter()"
-    code = f"{mend}; import importlib; getattr(importlib.import_module({module!r}), {function!r})(*{arguments!r})"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as output:
+        server.stdin.write(f"{(module, function, arguments, output.name)!r}\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], timeout)[0]:
+            _server.cache_clear()
+            _kill(server)
+            raise AssertionError(f"{function} took more than {timeout:.0f} s\n{output.read()}")
+        ended = server.stdout.readline().strip()
+        if not ended:
+            _server.cache_clear()
+        assert ended == "0", f"{function} ended with {ended or 'its server'}\n{output.read()}"
