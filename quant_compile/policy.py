@@ -179,6 +179,9 @@ CONVENTIONS = (
 )
 
 
+TWO_SCHEMES = "the policy gives its two weights different schemes; an expert block has one"
+
+
 @dataclass(frozen=True)
 class Decision:
     """What a policy says of one weight.

@@ -57,7 +57,7 @@ from quant_compile.options import Options, PolicySource
 from quant_compile.passes import PIPELINE
 from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
-from quant_compile.policy import Decision, SiteInfo
+from quant_compile.policy import TWO_SCHEMES, Decision, SiteInfo
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 _VERSION = attrgetter("_version")
@@ -336,8 +336,7 @@ class GraphRunner:
         first, second = found
         name = first.name.rpartition(".")[0] or first.name
         if first.scheme != second.scheme:
-            reason = "the policy gives its two weights different schemes; an expert block has one"
-            return SiteDecision(None, reason, name, refused=True)
+            return SiteDecision(None, TWO_SCHEMES, name, refused=True)
         return SiteDecision(first.scheme, first.reason, name)
 
     def _decide_experts(

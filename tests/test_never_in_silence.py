@@ -11,6 +11,7 @@ from torch import nn
 
 import quant_compile
 from quant_compile import NoKernelError, PolicyError
+from quant_compile.ir.errors import PolicyWarning
 from tests.moe_support import FAMILIES, TinyMoe, moe_reference_of, one_thread, tokens, usual_linears
 from tests.runtime_support import CompileCounter, Mlp, bf16, plain_inductor, reference_of
 
@@ -68,11 +69,14 @@ def test_a_strict_policy_refuses_a_block_of_two_schemes(plain_inductor: CompileC
     rules = [{"match": "*gate_up_proj", "scheme": "W4A16"}, {"match": "*down_proj", "scheme": "W8A16"}]
     with torch.inference_mode():
         model = TinyMoe()
-        quant_compile.compile(model, {"default": "keep", "rules": rules}, **REFERENCE)
+        with pytest.warns(PolicyWarning, match="an expert block has one"):
+            quant_compile.compile(model, {"default": "keep", "rules": rules}, **REFERENCE)
         model(torch.randn(1, 5, 32))
         torch._dynamo.reset()
-        strict = TinyMoe()
-        quant_compile.compile(strict, {"default": "keep", "rules": rules, "strict": True}, **REFERENCE)
+        policy = {"default": "keep", "rules": rules, "strict": True}
+        with pytest.raises(PolicyError, match="an expert block has one"):
+            quant_compile.compile(TinyMoe(), policy, **REFERENCE)
+        strict = torch.compile(TinyMoe(), backend="sglquant", options={"policy": policy, **REFERENCE})
         with pytest.raises(Exception, match="an expert block has one") as caught:
             strict(torch.randn(1, 5, 32))
         assert isinstance(getattr(caught.value, "inner_exception", caught.value), PolicyError)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from quant_compile.inspect.plan import Plan
 from quant_compile.ir.errors import PolicyError, PolicyWarning
-from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
+from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
 from quant_compile.policy import Condition, Fuse, Policy, Rule, SiteInfo
 
 INT4_64 = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "symmetric": False}}
@@ -379,6 +380,37 @@ def test_static_schemes_count_their_scale_and_miss_it(model: nn.Module) -> None:
         "3 weights have static input scales but the policy names no scales file"
     )
     assert plan_of("W8A8", model).calibration_note is None
+
+
+def test_a_scales_file_is_looked_into(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    policy = {"default": "W8A8_STATIC", "scales": str(path)}
+    names = [e.names[0] for e in plan_of("W8A8_STATIC", model).entries if e.scheme != "keep"]
+    for content, words in (
+        ({}, "no scale of 3 of them, e.g. " + names[0]),
+        (names[:1], "no scale of 2 of them"),
+        (names, ""),
+    ):
+        save_file({f"{name}.input_scale": torch.ones(1) for name in content}, str(path))
+        note = plan_of(policy, model).calibration_note
+        assert (words in note and "calibrate" in note) if words else note is None, note
+    path.write_bytes(b"no safetensors")
+    note = plan_of(policy, model).calibration_note
+    assert note is not None and "s.safetensors is not readable" in note
+
+
+def test_a_block_of_two_schemes_is_planned_as_it_is_run() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = TinyExperts()
+            self.experts.down = nn.Parameter(torch.randn(4, 16, 16))
+
+    policy = {"default": "W8A8", "rules": [{"match": "*.down", "scheme": "W8A16"}]}
+    plan = plan_of(policy, Block())
+    assert [e.scheme for e in plan.entries] == ["keep", "keep"] and plan.bytes_after == plan.bytes_before
+    assert all("an expert block has one" in problem for problem in plan.problems) and plan.problems
+    assert [e.scheme for e in plan_of("W8A8", Block()).entries] == [parse("W8A8").spec] * 2
 
 
 def test_experts_are_planned_and_rules_may_name_their_block(model: nn.Module) -> None:

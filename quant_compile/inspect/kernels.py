@@ -123,18 +123,18 @@ def _served(
 
 
 def _blocks(plan: Plan) -> dict[MoeProblem, list[PlanEntry]]:
-    """The plan's expert blocks by problem; a block whose weights have two schemes is kept as a whole."""
+    """The plan's expert blocks by problem."""
     by_name: dict[str, list[PlanEntry]] = {}
     for entry in plan.entries:
         if entry.block:
             by_name.setdefault(entry.block, []).append(entry)
     out: dict[MoeProblem, list[PlanEntry]] = {}
     for entries in by_name.values():
-        if len(entries) == 2 and entries[0].decision.scheme == entries[1].decision.scheme is not None:
+        scheme = entries[0].decision.scheme
+        if len(entries) == 2 and scheme is not None:
             first, second = entries
             up = first if first.n == 2 * second.k else second
-            scheme, dtype = up.decision.scheme, getattr(torch, up.dtype)
-            assert scheme is not None
+            dtype = getattr(torch, up.dtype)
             sizes = (up.shape[0], up.k, up.n // 2, min(2, up.shape[0]))
             out.setdefault(MoeProblem(scheme, *sizes, Activation("silu"), dtype, up.has_bias), []).extend(entries)
     return out

@@ -13,16 +13,18 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quant_compile.inspect.weights import Weight, dtype_name, linear_weights, possible_weights, unwrap
 from quant_compile.ir.errors import PolicyError, PolicyWarning
 from quant_compile.ir.family import family_of
-from quant_compile.policy import Decision, Policy, Rule
+from quant_compile.policy import TWO_SCHEMES, Decision, Policy, Rule
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Plan:
         """Decide every linear weight of ``model``; warns of nothing and raises nothing, see ``enforce``."""
         weights = linear_weights(model)
         total = sum(p.nbytes for p in unwrap(model).parameters())
-        entries = tuple(_entry(policy, weight) for weight in weights)
+        entries = _one_scheme_a_block([_entry(policy, weight) for weight in weights])
         other = total - sum(entry.bytes_before for entry in entries)
         return Plan(policy, entries, tuple(_unused(policy, [*weights, *possible_weights(model)])), other)
 
@@ -122,12 +124,11 @@ class Plan:
     @property
     def calibration_note(self) -> str | None:
         """What is missing when static schemes are planned and no scales file is there; else None."""
-        static = sum(1 for e in self.entries if e.decision.scheme is not None and e.decision.scheme.static)
-        scales = self.policy.scales
-        if not static or (scales is not None and scales.is_file()):
+        static = [e for e in self.entries if e.decision.scheme is not None and e.decision.scheme.static]
+        if not static:
             return None
-        found = f"the scales file {scales} does not exist" if scales is not None else "the policy names no scales file"
-        return f"{static} weights have static input scales but {found}. Fix: run quant_compile.calibrate first."
+        found = _without_scales(static, self.policy.scales)
+        return f"{found}. Fix: run quant_compile.calibrate first." if found else None
 
     def enforce(self) -> Plan:
         """Warn of ``problems``, or raise them when the policy is strict.
@@ -212,6 +213,39 @@ def _entry(policy: Policy, weight: Weight) -> PlanEntry:
     return PlanEntry(
         site.names, site.kind, shape, site.n, site.k, dtype, decision, before, after, weight.has_bias, block
     )
+
+
+def _one_scheme_a_block(entries: Sequence[PlanEntry]) -> tuple[PlanEntry, ...]:
+    """Entries, those of expert blocks whose weights would have different schemes kept, as the runtime keeps them."""
+    schemes: dict[str, set[str]] = {}
+    for entry in entries:
+        schemes.setdefault(entry.block, set()).add(entry.scheme)
+    return tuple(
+        replace(
+            entry,
+            decision=replace(entry.decision, scheme=None, reason=TWO_SCHEMES, refused=True),
+            bytes_after=entry.bytes_before,
+        )
+        if entry.block and len(schemes[entry.block]) > 1
+        else entry
+        for entry in entries
+    )
+
+
+def _without_scales(static: Sequence[PlanEntry], path: Path | None) -> str | None:
+    """Which weights of static schemes have no calibrated scale in the policy's file, or None."""
+    head = f"{len(static)} weights have static input scales but"
+    if path is None:
+        return f"{head} the policy names no scales file"
+    if not path.is_file():
+        return f"{head} the scales file {path} does not exist"
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            known = set(opened.keys())
+    except SafetensorError as error:
+        return f"{head} the scales file {path} is not readable as safetensors ({error})"
+    missing = [e for e in static if not any(f"{n.removesuffix('.weight')}.input_scale" in known for n in e.names)]
+    return f"{head} {path} has no scale of {len(missing)} of them, e.g. {missing[0].names[0]}" if missing else None
 
 
 def _refusal(weight: Weight) -> str | None:
