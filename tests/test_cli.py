@@ -172,6 +172,10 @@ def test_a_class_that_does_not_fit_or_exist(capsys: Captured, llama: str) -> Non
     assert code == 2 and err == "sglquant: transformers has no class 'NoSuchModel'\n"
     code, _, err = run(capsys, "check", "w8a8", "--model", llama, "--class", "AutoModelForMaskedLM")
     assert code == 1 and "AutoModelForMaskedLM cannot be built from this configuration" in err
+    code, _, err = run(capsys, "check", "w8a8", "--model", llama, "--class", "BertModel")
+    assert code == 1 and "it is a LlamaConfig, and the class takes a BertConfig" in err
+    code, _, err = run(capsys, "check", "w8a8", "--model", llama, "--layers", "99")
+    assert code == 2 and "--layers 99: this model has" in err
     code, _, err = run(capsys, "check", "w8a8", "--model", llama, "--class", "LlamaConfig")
     assert code == 2 and "LlamaConfig is not a model class of transformers" in err
 

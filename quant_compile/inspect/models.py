@@ -80,7 +80,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
     Raises:
         ModelError: no configuration, or the class cannot be built from it.
-        OptionError: transformers has no class of that name.
+        OptionError: transformers has no class of that name, or the model fewer layers than asked for.
     """
     config = load_config(spec.source)
     if spec.layers is not None:
@@ -101,6 +101,8 @@ def _set_layers(config: Any, layers: int) -> None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if layers < 1 or not hasattr(text, "num_hidden_layers"):
         raise OptionError(f"--layers {layers}: the number of layers of this configuration cannot be set to that")
+    if layers > text.num_hidden_layers:
+        raise OptionError(f"--layers {layers}: this model has {text.num_hidden_layers}")
     text.num_hidden_layers = layers
     kinds = getattr(text, "layer_types", None)
     if kinds is not None:
@@ -119,6 +121,10 @@ def _construct(config: Any, class_name: str | None, dtype: torch.dtype) -> nn.Mo
         make = getattr(cls, "from_config", None) or getattr(cls, "_from_config", None)
         if make is None:
             raise OptionError(f"{cls.__name__} is not a model class of transformers")
+        wanted = getattr(cls, "config_class", None)
+        if wanted is not None and not isinstance(config, wanted):
+            failure = ValueError(f"it is a {type(config).__name__}, and the class takes a {wanted.__name__}")
+            continue
         try:
             with torch.device("meta"):
                 return make(config, dtype=dtype)
