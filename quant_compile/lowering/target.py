@@ -26,6 +26,7 @@ FAKE_OPS = frozenset(
         "sgl_kernel::cutlass_w4a8_moe_mm",
         "sgl_kernel::qserve_w4a8_per_chn_gemm",
         "sgl_kernel::qserve_w4a8_per_group_gemm",
+        "aten::_grouped_mm",
         "aten::_scaled_grouped_mm",
         "aten::_scaled_grouped_mm_v2",
         "aten::_scaled_mm_v2",

@@ -13,7 +13,7 @@ from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering import schemes as _schemes  # noqa: F401  (registers the families)
-from quant_compile.lowering.kernels import library_moe, sgl_w4a8_moe
+from quant_compile.lowering.kernels import library_moe, sgl_w4a8_moe, torch_moe_decoded
 from quant_compile.lowering.kernels._moe import Groups, group_pairs, weigh_and_sum
 from quant_compile.lowering.moe import MoeKernel, moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Rank, Reject
@@ -23,9 +23,11 @@ from tests.moe_support import nudged
 pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
-SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A8", "W8A16", "W4A16", "W4A16_ASYM", "int4.group32+16", "W4AFP8")
+EIGHT_BITS = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A8", "W8A16")
+SCHEMES = (*EIGHT_BITS, "W4A16", "W4A16_ASYM", "int4.group32+16", "int4.channel+16", "W4AFP8", "NVFP4A16", "MXFP4A16")
 KERNELS = moe_kernels() | {kernel.name: kernel for kernel in library_moe.PEERS}
 LIBRARY = {
+    "torch_grouped_decoded_moe": "NVFP4A16",
     "torch_grouped_fp8_moe": "FP8_DYNAMIC",
     "sgl_grouped_fp8_moe": "FP8_BLOCK",
     "sgl_expert_fp8_moe": "FP8_BLOCK",
@@ -39,6 +41,7 @@ STAGE_TOLERANCE = 5e-3
 # Scales of tokens multiply rounded products here, and a second rounding flips codes of the hidden layer again.
 ROUNDED_TWICE = {"sgl_w4a8_moe": 1e-2}
 PRODUCTS = {
+    "torch_grouped_decoded_moe": torch_moe_decoded.grouped,
     "torch_grouped_fp8_moe": library_moe.torch_grouped,
     "sgl_grouped_fp8_moe": library_moe.sgl_grouped,
     "sgl_expert_fp8_moe": library_moe.sgl_expert_grouped,

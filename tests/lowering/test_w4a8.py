@@ -763,6 +763,17 @@ def check_decoded() -> None:
             assert torch.equal(x_scale, x[1]) and torch.equal(w_scale, scale) and dtype == BF16 and bias is None
 
 
+def check_dequantized() -> None:
+    """Copies in the model's dtype: each weight rounded once, with packed zero points, ragged groups and odd k."""
+    for spec in ("W4A16", "W4A16_ASYM", "int4.channel+16", "int4.channel.asym+16", "int4.group32.asym+16"):
+        scheme = parse(spec)
+        for n, k in ((9, 130), (17, 592), (3, 1051)):
+            for dtype in (F16, F32):  # the interpreter rounds to bf16 in its own way
+                w = family_of(scheme).quantize_weight((torch.randn(n, k) / 8 + 0.02).to(dtype), scheme)
+                wanted = family_of(scheme).dequantize_weight(w, scheme, k).to(dtype)
+                assert torch.equal(kernel.dequantize(w, Problem(scheme, n, k, dtype)), wanted), (spec, n, k, dtype)
+
+
 @needs_triton
 @pytest.mark.parametrize("spec", TRITON)
 def test_every_plan_in_interpreter(spec: str) -> None:
@@ -772,7 +783,14 @@ def test_every_plan_in_interpreter(spec: str) -> None:
 @needs_triton
 @pytest.mark.parametrize(
     "function",
-    ["check_small_groups", "check_decoded", "check_nan_and_dtypes", "check_unaligned_inputs", "check_every_code"],
+    [
+        "check_small_groups",
+        "check_decoded",
+        "check_dequantized",
+        "check_nan_and_dtypes",
+        "check_unaligned_inputs",
+        "check_every_code",
+    ],
 )
 def test_in_interpreter(function: str) -> None:
     run_interpreted(__name__, function)
@@ -874,6 +892,7 @@ def test_decode_cubins(arch: int) -> None:
         types |= {name: "i32" for name in ("n", "k", "width", "groups")}
         constants: dict[str, Any] = {name: None for name in ("group_scale_ptr", "zero_ptr") if name not in types}
         constants |= {"BLOCK_N": 8, "BYTES": 256, "BYTES_PER_GROUP": (parse(spec).weights.group_size or 0) // 2}
+        constants["NIBBLES"] = False
         built = compile_cubin(source.decode_kernel, arch, types, constants, num_warps=4)
         assert built.asm["cubin"] and "v4.b32" in built.asm["ptx"], "16 bytes a thread are stored at once"
 

@@ -320,18 +320,20 @@ def gemv_kernel(
         )  # fmt: skip
 
 
-# --- copies in 8 bits ---
+# --- copies in 8 or 16 bits ---
 
 
 @triton.jit
 def decode_kernel(
     w_ptr, sw_ptr, group_scale_ptr, zero_ptr, out_ptr, scale_ptr, n, k, width, groups,
-    BLOCK_N: tl.constexpr, BYTES: tl.constexpr, BYTES_PER_GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BYTES: tl.constexpr, BYTES_PER_GROUP: tl.constexpr, NIBBLES: tl.constexpr,
 ):  # fmt: skip
-    """w u8 [n, width] -> out int8 [n, k], (nibble - zero) * group_scale, and row scales sw [n] as f32.
+    """w u8 [n, width] -> out [n, k], (nibble - zero) * group_scale, rounded once; row scales sw [n] as f32.
 
-    zero and group_scale [n, groups], a group per row when BYTES_PER_GROUP is 0; without them 8 and 1.
+    zero and group_scale [n, groups], a group per row when BYTES_PER_GROUP is 0; without them 8 and 1. NIBBLES: two zero points
+    a byte. int8 out takes integer scales.
     """
+    WIDE: tl.constexpr = tl.int32 if out_ptr.dtype.element_ty == tl.int8 else tl.float32
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(row, n - 1).to(tl.int64)
     first = tl.program_id(1) * BYTES
@@ -339,15 +341,23 @@ def decode_kernel(
     w = tl.load(w_ptr + rows[:, None] * width + at[None, :], mask=(at < width)[None, :], other=0).to(tl.int32)
     NEAR: tl.constexpr = BYTES // BYTES_PER_GROUP if BYTES_PER_GROUP > 0 else 1
     group = tl.arange(0, NEAR) + (first // BYTES_PER_GROUP if BYTES_PER_GROUP > 0 else 0)
-    group = rows[:, None] * groups + tl.minimum(group, groups - 1)[None, :]
+    group = tl.minimum(group, groups - 1)[None, :]
     w = tl.reshape(w, (BLOCK_N, NEAR, BYTES // NEAR))
-    zero = 8 if zero_ptr is None else tl.load(zero_ptr + group).to(tl.int32)[:, :, None]
-    low, high = (w & 15) - zero, (w >> 4) - zero
+    if zero_ptr is None:
+        zero = 8
+    elif NIBBLES:
+        zero = tl.load(zero_ptr + rows[:, None] * tl.cdiv(groups, 2) + group // 2).to(tl.int32)
+        zero = ((zero >> (4 * (group & 1))) & 15)[:, :, None]
+    else:
+        zero = tl.load(zero_ptr + rows[:, None] * groups + group).to(tl.int32)[:, :, None]
+    low, high = ((w & 15) - zero).to(WIDE), ((w >> 4) - zero).to(WIDE)
     if group_scale_ptr is not None:
-        scale = tl.load(group_scale_ptr + group).to(tl.int32)[:, :, None]
+        scale = tl.load(group_scale_ptr + rows[:, None] * groups + group).to(WIDE)[:, :, None]
         low, high = low * scale, high * scale
-    codes = tl.reshape(tl.join(low.to(tl.int8), high.to(tl.int8)), (BLOCK_N, BYTES * 2))
+    OUT: tl.constexpr = out_ptr.dtype.element_ty
+    codes = tl.reshape(tl.join(low.to(OUT), high.to(OUT)), (BLOCK_N, BYTES * 2))
     column = first * 2 + tl.arange(0, BYTES * 2)
     inside = (row < n)[:, None] & (column < k)[None, :]
     tl.store(out_ptr + (rows * k)[:, None] + column[None, :], codes, mask=inside)
-    tl.store(scale_ptr + row, tl.load(sw_ptr + rows).to(tl.float32), mask=(row < n) & (first == 0))
+    if scale_ptr is not None:
+        tl.store(scale_ptr + row, tl.load(sw_ptr + rows).to(tl.float32), mask=(row < n) & (first == 0))

@@ -272,17 +272,30 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Ten
 def decode(w: Planes, problem: Problem) -> tuple[Tensor, Tensor]:
     """A weight whose levels are integers under a row's scale -> (levels [n, k] int8, scale [n, 1] f32), exactly."""
     planes = _weight((), w, problem.scheme)
-    n, k, width = problem.n, problem.k, w[0].shape[1]
-    group = (problem.scheme.weights.group_size or 0) // 2
-    block_n, bytes_ = 8, max(256, _pow2(group))
-    out = torch.empty((n, k), dtype=torch.int8, device=w[0].device)
-    scale = torch.empty((n, 1), dtype=torch.float32, device=w[0].device)
+    levels = torch.empty((problem.n, problem.k), dtype=torch.int8, device=w[0].device)
+    scale = torch.empty((problem.n, 1), dtype=torch.float32, device=w[0].device)
     groups = 1 if planes.zero is None else planes.zero.shape[1]
-    _source().decode_kernel[(_blocks(n, block_n), _blocks(width, bytes_))](
-        w[0], planes.scale, planes.group_scale, planes.zero, out, scale, n, k, width, groups,
-        BLOCK_N=block_n, BYTES=bytes_, BYTES_PER_GROUP=group, num_warps=4,
+    _decode(w[0], planes.scale, planes.group_scale, planes.zero, levels, scale, groups, problem)
+    return levels, scale
+
+
+def dequantize(w: Planes, problem: Problem) -> Tensor:
+    """Row-form int4 weights, symmetric or not -> [n, k] in the problem's dtype, each weight rounded once."""
+    out = torch.empty((problem.n, problem.k), dtype=problem.dtype, device=w[0].device)
+    _decode(w[0], None, w[1], w[2] if len(w) > 2 else None, out, None, w[1].shape[1], problem)
+    return out
+
+
+def _decode(
+    data: Tensor, row_scale: Tensor | None, group_scale: Tensor | None, zero: Tensor | None,
+    out: Tensor, scale: Tensor | None, groups: int, problem: Problem,
+) -> None:  # fmt: skip
+    group, width = (problem.scheme.weights.group_size or 0) // 2, data.shape[1]
+    block_n, bytes_ = 8, max(256, _pow2(group))
+    _source().decode_kernel[(_blocks(problem.n, block_n), _blocks(width, bytes_))](
+        data, row_scale, group_scale, zero, out, scale, problem.n, problem.k, width, groups,
+        BLOCK_N=block_n, BYTES=bytes_, BYTES_PER_GROUP=group, NIBBLES=scale is None, num_warps=4,
     )  # fmt: skip
-    return out, scale
 
 
 KERNELS = (
