@@ -333,9 +333,13 @@ MOE_CELLS = ("block T=1", "block T=16", "block T=2048", "decode B=1", "decode B=
 HF_STACKS = {"inductor-grouped_mm": "Inductor bf16, grouped_mm", "inductor-batched_mm": "Inductor bf16, batched_mm"}
 
 
+# Of a stack that several files have, the first is shown.
+MOE_MODELS = ("moe_e2e", "moe_e2e_mixtral", "moe_e2e_w4a16", "moe_e2e_stacks", "moe_e2e_4bit")
+
+
 def moe_e2e(results: Path) -> str:
     """Whole models with experts, and their MoE modules alone: times and speed-up over the faster Inductor stack of the same run."""
-    found = [r for name in ("moe_e2e", "moe_e2e_mixtral", "moe_e2e_stacks") if (r := read(name, results))]
+    found = [r for name in MOE_MODELS if (r := read(name, results))]
     if not found:
         return ""
     rows: dict[tuple[str, str], list[str]] = {}
@@ -367,11 +371,12 @@ def moe_cell(cell: Result | None) -> str:
 
 def moe(results: Path) -> str:
     """Expert blocks alone, without their router: the kernel that is chosen against Hugging Face's bf16 experts under Inductor."""
-    result = read("moe", results)
+    result, late = read("moe", results), read("moe_4bit", results)
     if result is None:
         return ""
     columns = list(dict.fromkeys((row["routing"], row["t"]) for row in result["summary"]))
-    found = {(row["shape"], row["scheme"], row["routing"], row["t"]): row for row in result["summary"]}
+    every = [*result["summary"], *(late["summary"] if late else [])]
+    found = {(row["shape"], row["scheme"], row["routing"], row["t"]): row for row in every}
     rows: list[list[str]] = []
     for shape, scheme in dict.fromkeys(key[:2] for key in found):
         cells = [found.get((shape, scheme, *column)) for column in columns]
@@ -381,13 +386,14 @@ def moe(results: Path) -> str:
         "scheme",
         *(f"T={t}" + ("" if routing == "even" else f" {routing}") for routing, t in columns),
     ]
-    floors = [row["times_floor"] for row in result["summary"] if row["times_floor"] and row["t"] in (16, 64)]
+    floors = [row["times_floor"] for row in found.values() if row["times_floor"] and row["t"] in (16, 64)]
     text = (
         "**Experts alone**: one block's experts without the router, in microseconds of the kernel that is chosen, and its speed "
         "over the faster of Hugging Face's two bf16 implementations compiled by Inductor. "
-        f"{place(result, 'triton', 'transformers', 'sgl_kernel', 'humming')}.\n"
+        f"{place(result, 'triton', 'transformers', 'sgl_kernel', 'humming')}."
+        + (f" {', '.join(dict.fromkeys(r['scheme'] for r in late['summary']))}: in another run.\n" if late else "\n")
     )
-    slower = [row for row in result["summary"] if (row["dispatch_over_best"] or 0) > 1.05]
+    slower = [row for row in found.values() if (row["dispatch_over_best"] or 0) > 1.05]
     best = {"W4A16": "humming's grouped GEMM, whose layout no decode kernel reads"}
     note = (
         f"At 16 and 64 tokens the chosen kernel takes {min(floors):.2f} to {max(floors):.2f} times what reading the chosen experts "
@@ -397,7 +403,8 @@ def moe(results: Path) -> str:
             f"{f', {best[scheme]}' if scheme in best else ''}. "
             for scheme in dict.fromkeys(r["scheme"] for r in slower)
         )
-        + "[Every contender](benchmarks/results/moe.json)."
+        + "Every contender: [moe.json](benchmarks/results/moe.json)"
+        + (", [moe_4bit.json](benchmarks/results/moe_4bit.json)." if late else ".")
     )
     return "\n".join([text, markdown(header, rows), "", note])
 
