@@ -1,8 +1,12 @@
 """The ``sglq_kernels`` ops: a linear, or an expert block, over packed planes; the number of rows at run time chooses its kernel.
 
+Inputs that Inductor would quantize in several kernels have ops too, which name their one kernel.
+
     sglq_kernels.linear(x planes, packed w planes, bias?, dispatch) -> [..., n]
     sglq_kernels.batched(x planes, row-form w planes [E, ...], dispatch) -> [E, M, n]
     sglq_kernels.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, dispatch) -> [T, H]
+    sglq_kernels.norm_quantize(x, residual?, weight, eps, weighting, spec, scale?, kernel) -> x + residual if given, x planes
+    sglq_kernels.quantize_rows(x, maxima, spec, kernel) -> x planes
 
 ``dispatch`` is ``Dispatch.text``: the op carries all it needs, so a graph loaded from Inductor's cache or from a package
 runs in a fresh process.
@@ -10,11 +14,16 @@ runs in a fresh process.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from quant_compile.ir.family import family_of
 from quant_compile.ir.ops import dense_ids, expert_rows
+from quant_compile.ir.scheme import parse
 from quant_compile.lowering.moe import parse_moe_dispatch
+from quant_compile.lowering.registry import Norm, input_kernels
 from quant_compile.lowering.select import parse_dispatch
 
 LIBRARY = torch.library.Library("sglq_kernels", "DEF")
@@ -108,6 +117,80 @@ torch.library.register_fake("sglq_kernels::batched", _batched_fake, lib=LIBRARY)
 LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq_kernels::linear", _linear_fake, lib=LIBRARY)
 
+LIBRARY.define(
+    "norm_quantize(Tensor x, Tensor? residual, Tensor weight, float eps, str weighting, str spec, Tensor? scale, str kernel) "
+    "-> Tensor[]"
+)
+LIBRARY.define("quantize_rows(Tensor x, Tensor maxima, str spec, str kernel) -> Tensor[]")
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """[..., k] -> RMSNorm in x's dtype, as eager torch computes it."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    if norm.weighting == "after_cast":
+        return norm.weight * wide.to(x.dtype)
+    return (wide * (norm.weight.float() + (norm.weighting == "one_plus"))).to(x.dtype)
+
+
+def _norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weighting: str, spec: str, scale: Tensor | None,
+    kernel: str,
+) -> list[Tensor]:  # fmt: skip
+    """A scale that is given is not among the planes: an op must not return one of its inputs."""
+    scheme, norm = parse(spec), Norm(weight, eps, weighting)
+    if not x.is_cuda:
+        h = x if residual is None else x + residual
+        planes = family_of(scheme).quantize_input(normed(h, norm), scheme, scale)
+        return [*(() if residual is None else (h,)), *(plane for plane in planes if plane is not scale)]
+    rows = residual if residual is None else _rows(residual)
+    return _with_lead(x, input_kernels()[kernel].run(_rows(x), rows, norm, scheme, scale))
+
+
+def _norm_quantize_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weighting: str, spec: str, scale: Tensor | None,
+    kernel: str,
+) -> list[Tensor]:  # fmt: skip
+    sums = [] if residual is None else [x.new_empty(x.shape)]
+    return sums + _planes_fake(x, spec)
+
+
+def _planes_fake(x: Tensor, spec: str) -> list[Tensor]:
+    """Codes and scales of groups, which have the form of a weight's."""
+    scheme, k = parse(spec), int(x.shape[-1])
+    specs = family_of(scheme).weight_planes(scheme, 1, k, x.dtype)[:2]
+    return [x.new_empty((*x.shape[:-1], *plane.shape[1:]), dtype=plane.dtype) for plane in specs]
+
+
+def _quantize_rows(x: Tensor, maxima: Tensor, spec: str, kernel: str) -> list[Tensor]:
+    scheme = parse(spec)
+    if not x.is_cuda:
+        return list(family_of(scheme).quantize_input(x, scheme, None))
+    *planes, whole = input_kernels()[kernel].run(_rows(x), maxima.flatten().contiguous(), scheme)
+    return [*_with_lead(x, planes), whole]
+
+
+def _quantize_rows_fake(x: Tensor, maxima: Tensor, spec: str, kernel: str) -> list[Tensor]:
+    return [*_planes_fake(x, spec), x.new_empty((1,), dtype=torch.float32)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., k] -> [m, k], contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _with_lead(x: Tensor, planes: Sequence[Tensor]) -> list[Tensor]:
+    """[m, s] of each plane -> x's leading dimensions and s."""
+    return [plane.view(*x.shape[:-1], plane.shape[-1]) for plane in planes]
+
+
+LIBRARY.impl("norm_quantize", _norm_quantize, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq_kernels::norm_quantize", _norm_quantize_fake, lib=LIBRARY)
+LIBRARY.impl("quantize_rows", _quantize_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq_kernels::quantize_rows", _quantize_rows_fake, lib=LIBRARY)
+
 linear = torch.ops.sglq_kernels.linear.default
+norm_quantize = torch.ops.sglq_kernels.norm_quantize.default
+quantize_rows = torch.ops.sglq_kernels.quantize_rows.default
 moe = torch.ops.sglq_kernels.moe.default
 batched = torch.ops.sglq_kernels.batched.default

@@ -2,7 +2,8 @@
 
 A *layout* is how a weight's planes lie in memory; several kernels may read one layout, so that they can share one packed
 copy and be chosen by M at run time. A *kernel* answers ``fit`` (a rank, or a refusal with its reason) and can ``run``.
-Every module of ``lowering/kernels`` whose name has no leading underscore offers ``KERNELS`` and, if it brings its own, ``LAYOUTS``.
+Every module of ``lowering/kernels`` whose name has no leading underscore offers ``KERNELS`` and, if it brings its own,
+``LAYOUTS``, or ``INPUTS``: kernels that quantize inputs where Inductor is not left to it.
 """
 
 from __future__ import annotations
@@ -78,6 +79,39 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """An RMSNorm over the last dimension: x / sqrt(mean(x^2) + eps) in f32, times a weight [k].
+
+    Attributes:
+        weighting: ``after_cast``: in the weight's dtype, which is x's; ``before_cast``: in f32, then cast to x's dtype;
+            ``one_plus``: likewise, times 1 + weight.
+    """
+
+    weight: Tensor
+    eps: float
+    weighting: str
+
+
+@dataclass(frozen=True)
+class InputKernel:
+    """Quantizes inputs in one launch where Inductor would make several kernels; its numbers are those of the family.
+
+    Attributes:
+        name: provider, then job.
+        job: ``norm``: together with the RMSNorm before it; ``maxima``: once the largest magnitude of each row is known.
+        fit: ``(scheme, dtype, target) -> None | Reject``.
+        run: ``norm``: ``(x [m, k], residual | None, Norm, scheme, scale | None) -> planes``, without a scale that is given,
+            and with x + residual, rounded, before them if there is a residual;
+            ``maxima``: ``(x [m, k], maxima [m], scheme) -> planes``. x, contiguous, may have no rows.
+    """
+
+    name: str
+    job: str
+    fit: Callable[[Scheme, torch.dtype, Target], Reject | None]
+    run: Callable[..., Planes]
+
+
+@dataclass(frozen=True)
 class Layout:
     """How the planes of a weight lie in memory.
 
@@ -123,3 +157,17 @@ def layouts() -> dict[str, Layout]:
     """All layouts by name."""
     own = {layout.name: layout for module in _modules() for layout in getattr(module, "LAYOUTS", ())}
     return {ROWS.name: ROWS, **own}
+
+
+@lru_cache(maxsize=1)
+def input_kernels() -> dict[str, InputKernel]:
+    """All kernels that quantize inputs, by name."""
+    return {kernel.name: kernel for module in _modules() for kernel in getattr(module, "INPUTS", ())}
+
+
+def input_kernel(job: str, scheme: Scheme, dtype: torch.dtype, target: Target) -> InputKernel | None:
+    """The first that does ``job`` for inputs of a scheme and dtype on a target."""
+    for kernel in input_kernels().values():
+        if kernel.job == job and kernel.fit(scheme, dtype, target) is None:
+            return kernel
+    return None

@@ -142,3 +142,18 @@ def run_interpreted(module: str, function: str, *arguments: object, timeout: flo
         if not ended:
             _server.cache_clear()
         assert ended == "0", f"{function} ended with {ended or 'its server'}\n{output.read()}"
+
+
+def mend_bfloat16() -> None:
+    """Let Triton 3.6's interpreter round f32 to bf16 as the hardware does: its own conversion cuts."""
+    import torch
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if target.name == "bf16" and source.name == "fp32":
+            return torch.from_numpy(data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
+        return convert(data, source, target, rounding)
+
+    interpreter._convert_float = converted
