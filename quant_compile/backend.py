@@ -57,7 +57,7 @@ def sglquant(
         _chooser(parsed, source, target, device, "rows"),
         _server(parsed, source, target, device),
     )
-    runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target.label)
+    runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target)
     runner.prepare()
     _watch_recompile_limit(example_inputs, source, target)
     return runner

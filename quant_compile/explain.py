@@ -96,7 +96,7 @@ class _Collector:
             lambda problem, name: self._pick(problem, name, "rows"),
             lambda problem: serves(problem, self.target, request.unpinned),
         )
-        runner = GraphRunner(gm, inputs, self.source, self.options, _uncompiled, choosers, self.target.label)
+        runner = GraphRunner(gm, inputs, self.source, self.options, _uncompiled, choosers, self.target)
         variant = runner.prepare()
         self.before += ["graph:", *lines(runner.pristine)]
         self.after += ["graph:", *lines(variant.graph)]

@@ -52,6 +52,7 @@ from quant_compile.ir.sites import LinearSite, Miss, find_sites
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch
+from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key, claim
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes import PIPELINE
@@ -143,7 +144,7 @@ class GraphRunner:
         options: Options,
         compile_graph: Compile,
         choosers: Choosers,
-        target: str,
+        target: Target,
     ) -> None:
         self.source, self.options, self.target = source, options, target
         self._compile, self._choosers = compile_graph, choosers
@@ -259,7 +260,8 @@ class GraphRunner:
         owner = naming.owner_of(parameters.values())
         names = naming.names_in(owner)
         policy = self.source.policy
-        session = LEDGER.session(owner, policy, self.target) if owner is not None else Session(policy, self.target)
+        label = self.target.label
+        session = LEDGER.session(owner, policy, label) if owner is not None else Session(policy, label)
         if self.source.is_default:
             session.notes[f"no policy was given: {policy.name} is the default on this device"] = None
         if owner is None and self.found.readers:
@@ -453,6 +455,8 @@ class GraphRunner:
             found.batched,
             self._timed(session, self._choosers.moe),
             self._timed(session, self._choosers.rows),
+            # A kernel takes a norm's eps as a number. Dynamo makes one of a float that is an input, but not once it is done.
+            None if late and self._scalars else self.target,
         )
         reports: list[PassReport] = []
         for one_pass in PIPELINE:

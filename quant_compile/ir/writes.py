@@ -31,6 +31,10 @@ class Writes:
                 if storage is not None:
                     self._writers.setdefault(storage, []).append(node)
 
+    def replaced(self, old: fx.Node, new: fx.Node) -> None:
+        """A node that stands in another's place, and may be asked for."""
+        self._position[new] = self._position[old]
+
     def between(self, x: fx.Node, first: fx.Node, last: fx.Node) -> str | None:
         """Name of a node after ``first`` and before ``last`` that writes into x or an alias of it, or None."""
         start, stop = self._position[first], self._position[last]

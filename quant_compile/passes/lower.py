@@ -1,6 +1,7 @@
 """Turn every sglq op into what runs: quantization into ATen that Inductor fuses, linears into one opaque kernel op.
 
 Reads ``sglq`` nodes; writes traced scheme code, ``sglq_kernels.linear`` with its dispatch, and planes in the chosen layout.
+Inputs of which Inductor would make too many kernels go to one of our own (``fuse_input``).
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ from quant_compile.ir.graph import (
 )
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
+from quant_compile.ir.writes import Writes
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.moe import MoeDispatch, moe_layouts
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import Dispatch
+from quant_compile.lowering.target import Target
+from quant_compile.passes.fuse_input import erase_unused, one_launch
 from quant_compile.passes.plan import PassReport, Plan
 
 
@@ -56,8 +60,7 @@ def lower(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
         dispatch = _lower_batched(gm.graph, node, plan)
         report.rewrote.append(f"{names}: {dispatch.layout}, {dispatch.ranges}")
         report.dispatches[(slot,)] = dispatch
-    for node in list(gm.graph.find_nodes(op="call_function", target=ops.quantize)):
-        _lower_quantize(gm.graph, node, node in column_scales)
+    _lower_inputs(gm.graph, plan.target, column_scales, report)
     return verify(gm, "lowered"), report
 
 
@@ -143,7 +146,23 @@ def _template(spec: str, k: int, static: bool) -> fx.Graph:
     return trace(quantize, k, 2 if static else 1)
 
 
-def _lower_quantize(graph: fx.Graph, node: fx.Node, column_scales: bool) -> None:
+def _lower_inputs(graph: fx.Graph, target: Target | None, column_scales: set[fx.Node], report: PassReport) -> None:
+    """Quantizations by a kernel of their own where that saves one, else by ATen."""
+    writes = Writes(graph) if target is not None and target.device == "cuda" else None
+    for node in list(graph.find_nodes(op="call_function", target=ops.quantize)):
+        x: Any = node.args[0]
+        outputs = None
+        if writes is not None and target is not None and node not in column_scales:
+            outputs = one_launch(graph, node, target, writes, report)
+        if outputs is None:
+            outputs = _inlined(graph, node, node in column_scales)
+        for user in list(node.users):
+            user.args = tuple(outputs if argument is node else argument for argument in user.args)
+        graph.erase_node(node)
+        erase_unused(graph, x)
+
+
+def _inlined(graph: fx.Graph, node: fx.Node, column_scales: bool) -> list[fx.Node]:
     arguments: list[Any] = list(node.args)
     x, spec = arguments[0], arguments[1]
     static = len(arguments) > 2 and arguments[2] is not None
@@ -154,6 +173,4 @@ def _lower_quantize(graph: fx.Graph, node: fx.Node, column_scales: bool) -> None
             flat = graph.call_method("flatten", (outputs[1], 0, -2))
             columns = graph.call_method("contiguous", (graph.call_method("t", (flat,)),))
             outputs[1] = graph.call_method("t", (columns,))
-    for user in list(node.users):
-        user.args = tuple(outputs if argument is node else argument for argument in user.args)
-    graph.erase_node(node)
+    return outputs

@@ -15,6 +15,7 @@ from quant_compile.ir.sites import LinearSite
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch
+from quant_compile.lowering.target import Target
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Plan:
         is_parameter: whether an argument position is a Parameter.
         share_quant: quantize an input once for all linears that read it.
         merge_siblings: one GEMM for linears that read one input.
+        target: the device that is compiled for; None: inputs are quantized by the families' torch code alone.
         replaced: node of a site that a pass replaced -> what stands in its place.
     """
 
@@ -58,6 +60,7 @@ class Plan:
     batched: tuple[BatchedSite, ...] = ()
     choose_moe: Callable[[MoeProblem, str], MoeDispatch] | None = None
     choose_rows: Callable[[Problem, str], Dispatch] | None = None
+    target: Target | None = None
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
