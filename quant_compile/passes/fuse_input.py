@@ -99,17 +99,19 @@ def _with_norm(
             total.meta = dict(norm.x.meta)
             norm.x.replace_all_uses_with(total)
             writes.replaced(norm.x, total)
+            graph.erase_node(norm.x)
     return planes if scale is None else [*planes, scale]  # pyright: ignore[reportReturnType]  (a placeholder)
 
 
 def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
     """Erase what a kernel has taken over: a norm's result and what only it read."""
-    if node.users or node.op == "placeholder":
-        return
-    inputs = node.all_input_nodes
-    graph.erase_node(node)
-    for source in inputs:
-        erase_unused(graph, source)
+    waiting, erased = [node], set[fx.Node]()
+    while waiting:
+        last = waiting.pop()
+        if not last.users and last.op != "placeholder" and last not in erased:
+            waiting += last.all_input_nodes
+            graph.erase_node(last)
+            erased.add(last)
 
 
 # --- recognition ---
@@ -128,9 +130,10 @@ def find_norm(y: fx.Node) -> NormSite | None:
 
 
 def _torch_norm(y: fx.Node) -> NormSite | None:
+    """torch.rms_norm; it has checked that its shape is that of the weight."""
     given: dict[str, Any] = dict(zip(("input", "normalized_shape", "weight", "eps"), y.args, strict=False)) | y.kwargs
     weight, eps = given.get("weight"), given.get("eps")
-    if not isinstance(weight, fx.Node) or len(given["normalized_shape"]) != 1:
+    if not isinstance(weight, fx.Node):
         return None
     return NormSite(given["input"], weight, torch.finfo(torch.float32).eps if eps is None else eps, "before_cast")
 

@@ -1,5 +1,7 @@
 """The lowered quantization is plain ATen, so Inductor fuses it into the norm or activation before it: kernels are counted.
 
+FP4 inputs, of which Inductor makes more, have kernels of their own on a GPU: these are counted too.
+
 No GPU is needed: a driver that claims to be sm90 lets Inductor generate its Triton code for CPU tensors; nothing is run.
 """
 
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 
 from quant_compile.backend import sglquant
 from quant_compile.ir.scheme import parse
+from quant_compile.lowering.target import Target
 
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
@@ -41,9 +44,13 @@ INDUCTOR = {"cpu_backend": "triton", "split_reductions": False, "force_disable_c
 DYNAMIC = ("FP8_DYNAMIC", "W8A8", "W4A8", "W4AFP8", "QSERVE_W4A8_CHANNEL", "QSERVE_W4A8_GROUP")
 STATIC = ("FP8", "W8A8_STATIC", "int4.group128+fp8e4m3.tensor")
 # Kernels of norm and quantize, and of activation and quantize. A norm has sums of a row and FP4 has maxima of a group, which
-# Inductor does not put into one kernel; a dynamic scale of the whole tensor needs all rows first. FP8_BLOCK's codes, which are
-# not packed by a sum over the group, are a kernel of their own after an activation, where they read what it stored in bf16.
+# Inductor does not put into one kernel (a GPU has ours for FP4: ONE_LAUNCH); a dynamic scale of the whole tensor needs all
+# rows first. FP8_BLOCK's codes, which are not packed by a sum over the group, are a kernel of their own after an activation,
+# where they read what it stored in bf16.
 SEVERAL = {"NVFP4_STATIC": (2, 1), "MXFP4": (2, 1), "NVFP4": (3, 3), "FP8_BLOCK": (2, 2), "FP8_TENSOR_DYNAMIC": (3, 3)}
+# The same on a GPU: (kernels of Inductor, of ours) behind a norm, and behind an activation.
+ONE_LAUNCH = {"NVFP4_STATIC": ((0, 1), (1, 0)), "MXFP4": ((0, 1), (1, 0)), "NVFP4": ((1, 1), (1, 1))}
+OURS = ("torch.ops.sglq_kernels.norm_quantize.default", "torch.ops.sglq_kernels.quantize_rows.default")
 GEMM = "torch.ops.sglq_kernels.linear.default"
 
 
@@ -68,6 +75,12 @@ def sm90(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor generates Triton code for sm90 on this machine."""
     monkeypatch.setattr(DeviceProperties, "create", lambda device: H200)
     monkeypatch.setattr(driver, "_active", FakeDriver())
+
+
+@pytest.fixture
+def sm100(sm90: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend believes that it is on sm100, for which it has FP4 kernels; Inductor's code is that for sm90."""
+    monkeypatch.setattr(Target, "of", staticmethod(lambda device: Target.fake("sm100")))
 
 
 class Norm(nn.Module):
@@ -213,6 +226,36 @@ def test_kernels_of_groups_and_of_tensors(sm90: None, tmp_path: Path, spec: str)
     # k and v have 64 rows, half a block of FP8_BLOCK's scales, so they are not merged.
     assert gemms(first) == (3 if spec == "FP8_BLOCK" else 1)
     assert gemms(second) == 1
+
+
+def launches(code: str) -> tuple[int, int]:
+    """(Kernels of Inductor, of ours) that quantize; besides them there is one GEMM."""
+    called = externs(code)
+    assert called.count(GEMM) == 1 and set(called) <= {GEMM, *OURS}, called
+    return len(kernels(code)), len(called) - 1
+
+
+@pytest.mark.parametrize("spec", ONE_LAUNCH)
+@pytest.mark.parametrize(("rows", "dynamic"), [(1, False), (16, False), (300, True)])
+def test_fp4_on_a_gpu(sm100: None, tmp_path: Path, spec: str, rows: int, dynamic: bool) -> None:
+    """One launch where rows can be quantized one by one, two where the global scale of all rows comes first."""
+    norm, act = Attention(512), Activation(1024, 64)
+    first = generated(norm, policy_of(spec, norm, tmp_path), bf16(rows, 512), bf16(rows, 512), dynamic=dynamic)
+    second = generated(act, policy_of(spec, act, tmp_path), bf16(rows, 1024), bf16(rows, 1024), dynamic=dynamic)
+    assert (launches(first), launches(second)) == ONE_LAUNCH[spec], (kernels(first), kernels(second))
+
+
+@pytest.mark.parametrize("spec", ["FP8_DYNAMIC", "W4A8"])
+def test_other_schemes_on_a_gpu_stay_with_inductor(sm100: None, spec: str) -> None:
+    assert launches(generated(Attention(512), spec, bf16(16, 512), bf16(16, 512))) == (1, 0)
+
+
+def test_an_eps_that_dynamo_made_an_input_becomes_a_number(sm100: None) -> None:
+    """As in transformers' norms under dynamic=True; Dynamo then traces once more, and guards the number."""
+    model = Attention(512)
+    model.norm = nn.RMSNorm(512, eps=0.25)
+    code = generated(model, "MXFP4", bf16(16, 512), bf16(16, 512), dynamic=True)
+    assert launches(code) == (0, 1) and "0.25" in code
 
 
 def test_without_sharing_the_count_is_higher(sm90: None) -> None:
