@@ -172,11 +172,10 @@ def _mean_square_of(node: Any) -> fx.Node | None:
     square, dim = given["input"], given.get("dim")
     if dim not in (-1, [-1], (-1,)) or given.get("keepdim") is not True or "dtype" in given or not _is_f32(square):
         return None
-    if (_called(square, "pow") and square.args[1] == 2) or _called(square, "square"):
+    if (_called(square, "pow") and square.args[1:] == (2,)) or _called(square, "square"):
         return _uncast(square.args[0]) if _is_f32(square.args[0]) else None
-    if _called(square, "mul") and square.args[0] is square.args[1]:
-        return _uncast(square.args[0])
-    return None
+    a, b = next(_sides(square, "mul"), (None, square))
+    return _uncast(a) if a is b else None
 
 
 def residual_terms(x: fx.Node) -> tuple[fx.Node, ...]:
@@ -196,7 +195,8 @@ def _same_shape(a: Tensor, b: Tensor) -> bool:
 
 
 def _called(node: Any, *names: str) -> bool:
-    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+    """Whether a node calls a function or method of one of these names, its first argument by position."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method") or not node.args:
         return False
     return (node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")) in names
 

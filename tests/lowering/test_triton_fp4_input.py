@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import quant_compile  # noqa: F401  (registers the schemes)
 from quant_compile.ir.family import Planes, family_of
@@ -47,6 +45,9 @@ def weight_of(k: int, dtype: torch.dtype) -> Tensor:
 
 def eager(x: Tensor, norm: Norm) -> Tensor:
     """The norm by the module that models use."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
     if norm.weighting == "after_cast":
         module: nn.Module = LlamaRMSNorm(x.shape[-1], norm.eps)
     elif norm.weighting == "one_plus":
@@ -150,12 +151,12 @@ def check_rows() -> None:
     scheme = parse("NVFP4")
     family = family_of(scheme)
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5, -6])
-    for m, k, dtype in ((1, 4096 + 16, BF16), (5, 200, F16), (7, 333, F32), (40, 96, BF16), (0, 64, BF16)):
+    for m, k, dtype in ((1, 4096 + 16, BF16), (5, 200, F16), (7, 333, F32), (8, 96, BF16), (0, 64, BF16)):
         x = torch.randn(m, k) * torch.logspace(-6, 3, m)[:, None]
         if m == 5:
             x[2, :16], x[4] = ties, 0
         cases = [x, torch.zeros_like(x)]
-        if m == 40:
+        if m == 8:
             cases += [
                 x.index_put((torch.tensor(3), torch.tensor(9)), torch.tensor(v)) for v in (float("nan"), -torch.inf)
             ]
@@ -163,8 +164,8 @@ def check_rows() -> None:
             case = case.to(dtype)
             found = kernel.run_rows(case, case.abs().amax(-1), scheme)
             assert_equal(found, family.quantize_input(case, scheme, None))
-    kernel.MOST_MAXIMA, kernel.STEP = 24, 16
-    for m in (20, 30):
+    kernel.MOST_MAXIMA, kernel.STEP = 6, 4
+    for m in (5, 7):
         x = torch.randn(m, 48).to(BF16)
         assert_equal(kernel.run_rows(x, x.abs().amax(-1), scheme), family.quantize_input(x, scheme, None))
 
