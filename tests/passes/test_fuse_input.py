@@ -306,6 +306,15 @@ def test_other_targets_have_the_familys_torch_code(spec: str) -> None:
 # --- whole models ---
 
 
+def called_ops(call: Callable[[], Tensor]) -> tuple[Tensor, dict[str, int]]:
+    """The result of a compiled function, and how often it calls each of our ops."""
+    with torch.no_grad():
+        call()  # compiles
+        with torch.profiler.profile() as profile:
+            result = call()
+    return result, {e.key: e.count for e in profile.key_averages() if e.key.startswith("sglq_kernels::")}
+
+
 @pytest.mark.parametrize(("spec", "dynamic"), [("NVFP4", False), ("MXFP4", True)])
 def test_a_model_compiled_for_a_gpu(spec: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's code for this CPU with our ops in it, which compute as eager torch here; under dynamic=True eps is an input.
@@ -329,11 +338,28 @@ def test_a_model_compiled_for_a_gpu(spec: str, dynamic: bool, monkeypatch: pytes
         compiled = quant_compile.compile(
             model, spec, kernels="reference", dynamic=dynamic, inductor={"emulate_precision_casts": True}
         )
-        with torch.no_grad(), torch.profiler.profile() as profile:
-            logits = compiled(input_ids=ids, use_cache=False).logits.float()
-        counts = {e.key: e.count for e in profile.key_averages() if e.key.startswith("sglq_kernels::")}
-        results.append((logits, counts))
+        results.append(called_ops(lambda compiled=compiled: compiled(input_ids=ids, use_cache=False).logits.float()))
     (torchs, without), (mine, counts) = results
     ours = {"MXFP4": {"sglq_kernels::norm_quantize": 2}, "NVFP4": {"sglq_kernels::quantize_rows": 4}}[spec]
     assert without == {"sglq_kernels::linear": 4} and counts == without | ours
     assert float((mine - torchs).norm() / torchs.norm()) <= 0.02
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = LlamaRMSNorm(64), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x))
+
+
+def test_a_variant_that_is_compiled_at_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second layer has the first one's graph, under another scheme."""
+    monkeypatch.setattr(Target, "of", staticmethod(lambda device: Target.fake("sm100")))
+    model = nn.Sequential(Layer(), Layer()).to(BF16).requires_grad_(False)
+    policy = {"default": "MXFP4", "rules": [{"match": "0.linear", "scheme": "FP8_DYNAMIC"}]}
+    for layer in model:
+        layer.compile(backend="sglquant", options={"policy": policy, "kernels": "reference"}, dynamic=False)
+    counts = called_ops(lambda: model(torch.randn(3, 64).to(BF16)))[1]
+    assert counts == {"sglq_kernels::linear": 2, "sglq_kernels::norm_quantize": 1}
