@@ -89,9 +89,12 @@ class Options:
 def _inductor_keys(patches: Mapping[str, Any]) -> None:
     if not patches:
         return
+    from torch._inductor import config
+
     known = torch._inductor.list_options()
     for key in patches:
-        if key not in known:
+        # list_options leaves out some settings, such as force_disable_caches.
+        if key not in known and not hasattr(config, str(key)):
             near = get_close_matches(str(key), known, 1)
             fix = f"Did you mean {near[0]!r}?" if near else "torch._inductor.list_options() lists them."
             raise OptionError(f"inductor: {key!r} is no setting of Inductor {torch.__version__}. {fix}")
