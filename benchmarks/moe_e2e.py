@@ -345,7 +345,9 @@ def run_model(
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         bf16 = next((stack for stack in args.stacks if stack.startswith("inductor")), None)
-        extra = ["--model", model, "--block-ts", ",".join(map(str, args.block_ts))] + ["--no-model"] * (not args.whole)
+        extra = ["--model", model, "--block-ts", ",".join(map(str, args.block_ts)) or "0"] + ["--no-model"] * (
+            not args.whole
+        )
         for stack in args.stacks:
             if time.perf_counter() - started > args.seconds:
                 rows.append({"model": model, "stack": stack, "error": "not run: time budget spent"})

@@ -90,9 +90,9 @@ def e2e(results: Path) -> str:
     cells += [name for row in result["rows"] for name in row if name.startswith("prefill")][:1]
     header = ["stack", *cells, "linears alone, B=1", "weights held, GiB"]
     rows = [e2e_row(row, cells) for row in result["rows"]]
-    more, late = read("e2e_peers", results), read("e2e_4bit", results)
-    for other in (more, late):
-        rows += [e2e_row(row, cells) for row in (other["rows"] if other else []) if row["stack"] != "inductor"]
+    more, late = read("e2e_peers", results), [r for name in LATE_MODELS if (r := read(name, results))]
+    for other in ([more] if more else [], late):
+        rows += [e2e_row(row, cells) for row in merged(other) if row["stack"] != "inductor"]
     text = (
         f"**A whole model**: {settings['shape']} shape, {settings['layers']} layers, seeded random weights, static cache "
         f"of {settings['cache_tokens']} tokens of which {settings['filled']} are filled, CUDA graphs. Milliseconds, and "
@@ -102,17 +102,46 @@ def e2e(results: Path) -> str:
         "`linears alone` is the kernel time of the layers' linears, lm_head apart. `weights held` is what the allocator holds "
         "for all parameters after `release`, embeddings and lm_head in bf16 included. [How it is measured](benchmarks/README.md)."
     )
-    where = ((more, "at the same time on another GPU of that host"), (late, "in another run"))
-    for other, words in where:
-        if other is not None:
-            others = ", ".join(STACKS.get(r["stack"], r["stack"]) for r in other["rows"] if r["stack"] != "inductor")
-            note += f" {others}: measured {words}, relative to Inductor there."
-    return "\n".join([text, markdown(header, rows), "", note + released([r for r in (result, more, late) if r])])
+    for other, words in (
+        ([more] if more else [], "at the same time on another GPU of that host"),
+        (late, "in other runs"),
+    ):
+        others = [STACKS.get(r["stack"], r["stack"]) for r in merged(other) if r["stack"] != "inductor"]
+        if others:
+            note += f" {', '.join(others)}: measured {words}, relative to Inductor there."
+    return "\n".join(
+        [
+            text,
+            markdown(header, rows),
+            "",
+            note + released([*result["rows"], *merged([*([more] if more else []), *late])]),
+        ]
+    )
 
 
-def released(found: Sequence[Result]) -> str:
+# Runs of 4-bit schemes, the latest first; a cell is of the first of them that has it.
+LATE_MODELS = ("e2e_decode_4bit", "e2e_4bit", "e2e_qserve")
+
+
+def merged(results: Sequence[Result]) -> list[Result]:
+    """A row of each stack that was begun, its cells from the first result that has them; its error unless one has none."""
+    rows: dict[str, Result] = {}
+    for row in (row for result in results for row in measured(result)):
+        known = rows.setdefault(row["stack"], {"stack": row["stack"], "error": row.get("error")})
+        known["error"] = known["error"] and row.get("error")
+        for name, cell in row.items():
+            known.setdefault(name, cell)
+    return list(rows.values())
+
+
+def measured(result: Result) -> list[Result]:
+    """Rows of the stacks that were begun; a spent time budget leaves out the last ones."""
+    return [row for row in result["rows"] if not str(row.get("error") or "").startswith("not run")]
+
+
+def released(rows: Sequence[Result]) -> str:
     """What the policies' weights hold after release; empty where it was not measured."""
-    ratios = [(r["stack"], r.get("memory", {}).get("named_ratio")) for result in found for r in result["rows"]]
+    ratios = [(row["stack"], row.get("memory", {}).get("named_ratio")) for row in rows]
     words = ", ".join(f"{ratio:.3f}× ({stack})" for stack, ratio in ratios if ratio)
     return f" After release the quantized weights hold {words} of their bf16 bytes, by the allocator." if words else ""
 
@@ -334,7 +363,7 @@ HF_STACKS = {"inductor-grouped_mm": "Inductor bf16, grouped_mm", "inductor-batch
 
 
 # Of a stack that several files have, the first is shown.
-MOE_MODELS = ("moe_e2e", "moe_e2e_mixtral", "moe_e2e_w4a16", "moe_e2e_stacks", "moe_e2e_4bit")
+MOE_MODELS = ("moe_e2e", "moe_e2e_mixtral", "moe_e2e_w4a16", "moe_e2e_stacks", "moe_e2e_4bit", "moe_e2e_mixtral_4bit")
 
 
 def moe_e2e(results: Path) -> str:
@@ -344,7 +373,7 @@ def moe_e2e(results: Path) -> str:
         return ""
     rows: dict[tuple[str, str], list[str]] = {}
     for result in found:
-        for row in result["rows"]:
+        for row in measured(result):
             name = HF_STACKS.get(row["stack"], row["stack"])
             cells = [moe_cell(row.get(cell)) for cell in MOE_CELLS]
             rows.setdefault((row["model"], row["stack"]), [row["model"], name, *cells])

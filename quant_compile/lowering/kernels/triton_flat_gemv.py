@@ -66,7 +66,7 @@ def plan(problem: Problem, sm_count: int) -> Plan:
     spans = problem.k // (problem.scheme.weights.group_size or 128)
     if problem.n >= 64 * sm_count:
         return Plan(32, 16, 8)
-    return Plan(16, 32 if spans % 32 == 0 else 16, 8)
+    return Plan(16, 32, 8) if spans % 32 == 0 else Plan(16, 16, 16)
 
 
 def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:

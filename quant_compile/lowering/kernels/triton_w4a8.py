@@ -75,13 +75,14 @@ def config(problem: Problem, m: int, target: Target) -> Config:
         return Config(128 if wide else 64, 128, warps, 3)
     # Below 16 columns sm90 and sm100 would multiply e4m3 as f16 on the older tensor core instruction.
     block_m = max(16 if float8(problem.scheme) else 8, _pow2(m))
-    few = block_m <= 32
+    # Scales and zero points of QServe's groups are loads of single bytes, fewer in wide tiles.
+    few = block_m <= 32 and problem.scheme.weights.strategy != "channel_group"
     block_n = 64 if few else 128
     tiles, steps = _blocks(problem.n, block_n), _blocks(problem.k, 2 * step_pairs(problem.scheme))
     split = 1
     while tiles * split < (2.0 if few else 1.5) * target.sm_count and steps >= 16 * split:
         split *= 2
-    return Config(block_m, block_n, 4, 4 if few else 3, split)
+    return Config(block_m, block_n, 4, 4 if block_m <= 32 else 3, split)
 
 
 # --- fit ---
