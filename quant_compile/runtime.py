@@ -470,7 +470,8 @@ class GraphRunner:
         arguments = tuple(node.meta["argument"] for node in placeholders if "plane" not in node.meta)
         refs = tuple(node.meta["plane"] for node in placeholders if "plane" in node.meta)
         started = time.perf_counter()
-        inputs = [self._scalars.get(node.meta.get("argument"), node.meta["example_value"]) for node in placeholders]
+        scalars = {} if late else self._scalars
+        inputs = [scalars.get(node.meta.get("argument"), node.meta["example_value"]) for node in placeholders]
         function = self._compile_late(gm, inputs) if late else self._compile(gm, inputs)
         _add_time(session, "inductor", time.perf_counter() - started)
         return Variant(gm, function, arguments, refs, tuple(reports))

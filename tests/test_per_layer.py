@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import quant_compile
 from quant_compile.ir.errors import RecompileLimitWarning
@@ -224,6 +226,36 @@ def test_a_variant_compiled_at_call_time_keeps_dynamic_shapes() -> None:
             assert relative(y, wanted.layers[index](x)) < 1e-4, (rows, index)
             assert (relative(y, model.layers[index].forward(x)) < 1e-5) == (mixed_scheme(f"layers.{index}") is None)
     assert quant_compile.report(model).coverage == 1.0
+
+
+def test_a_variant_compiled_at_call_time_keeps_numbers_that_are_inputs() -> None:
+    """With dynamic sizes Dynamo makes an input of a float attribute, as of a norm's eps: each layer has its own, and it may change."""
+
+    class Layer(nn.Module):
+        def __init__(self, eps: float) -> None:
+            super().__init__()
+            self.norm, self.up = LlamaRMSNorm(64, eps), nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.norm(x))
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(eps) for eps in (1e-6, 3.0, 7.0)])
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [layer(x) for layer in self.layers]
+
+    model = Layers().bfloat16()
+    eager = deepcopy(model)
+    policy = {"default": "W8A16", "rules": [{"match": r"re:layers\.[12]\..*", "scheme": "W8A8"}]}
+    compile_layers(model, {"policy": policy}, dynamic=True)
+    for rows, eps in ((5, 7.0), (7, 7.0), (7, 50.0)):
+        model.layers[2].norm.variance_epsilon = eager.layers[2].norm.variance_epsilon = eps
+        x = bf16(rows, 64)
+        assert all(relative(y, wanted) < 0.03 for y, wanted in zip(model(x), eager(x))), (rows, eps)
+    assert {line.scheme for line in quant_compile.report(model).lines if line.scheme} == {"W8A16", "W8A8"}
 
 
 def test_a_layer_never_seen_at_compile_time_is_packed_at_its_first_call(plain_inductor: CompileCounter) -> None:
