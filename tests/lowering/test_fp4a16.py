@@ -104,6 +104,8 @@ def check_kernels(spec: str) -> None:
         bias = torch.randn(n).to(dtype)
         runs = ((1, a16.run_gemv), (3, a16.run_gemv), (4, a16.run_gemv), (19, a16.run_matmul), (3, a16.run_dequant))
         for m, run in runs:
+            if dtype != torch.float16 and run is a16.run_gemv and m != 3:
+                continue  # how many rows a program takes does not depend on the dtype
             if (dtype == torch.float32 and run is a16.run_matmul) or (
                 dtype == torch.bfloat16 and run is not a16.run_gemv
             ):
