@@ -40,6 +40,11 @@ def read(name: str, results: Path) -> Result | None:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
+def read_all(names: Sequence[str], results: Path) -> list[Result]:
+    """Those results that are there, in order."""
+    return [result for name in names if (result := read(name, results))]
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first to the right. Nothing without rows."""
     if not rows:
@@ -90,8 +95,8 @@ def e2e(results: Path) -> str:
     cells += [name for row in result["rows"] for name in row if name.startswith("prefill")][:1]
     header = ["stack", *cells, "linears alone, B=1", "weights held, GiB"]
     rows = [e2e_row(row, cells) for row in result["rows"]]
-    more, late = read("e2e_peers", results), [r for name in LATE_MODELS if (r := read(name, results))]
-    for other in ([more] if more else [], late):
+    peers, late = read_all(("e2e_peers",), results), read_all(LATE_MODELS, results)
+    for other in (peers, late):
         rows += [e2e_row(row, cells) for row in merged(other) if row["stack"] != "inductor"]
     text = (
         f"**A whole model**: {settings['shape']} shape, {settings['layers']} layers, seeded random weights, static cache "
@@ -102,21 +107,12 @@ def e2e(results: Path) -> str:
         "`linears alone` is the kernel time of the layers' linears, lm_head apart. `weights held` is what the allocator holds "
         "for all parameters after `release`, embeddings and lm_head in bf16 included. [How it is measured](benchmarks/README.md)."
     )
-    for other, words in (
-        ([more] if more else [], "at the same time on another GPU of that host"),
-        (late, "in other runs"),
-    ):
+    for other, words in ((peers, "at the same time on another GPU of that host"), (late, "in other runs")):
         others = [STACKS.get(r["stack"], r["stack"]) for r in merged(other) if r["stack"] != "inductor"]
         if others:
             note += f" {', '.join(others)}: measured {words}, relative to Inductor there."
-    return "\n".join(
-        [
-            text,
-            markdown(header, rows),
-            "",
-            note + released([*result["rows"], *merged([*([more] if more else []), *late])]),
-        ]
-    )
+    note += released([*result["rows"], *merged([*peers, *late])])
+    return "\n".join([text, markdown(header, rows), "", note])
 
 
 # Runs of 4-bit schemes, the latest first; a cell is of the first of them that has it.
@@ -368,7 +364,7 @@ MOE_MODELS = ("moe_e2e", "moe_e2e_mixtral", "moe_e2e_w4a16", "moe_e2e_stacks", "
 
 def moe_e2e(results: Path) -> str:
     """Whole models with experts, and their MoE modules alone: times and speed-up over the faster Inductor stack of the same run."""
-    found = [r for name in MOE_MODELS if (r := read(name, results))]
+    found = read_all(MOE_MODELS, results)
     if not found:
         return ""
     rows: dict[tuple[str, str], list[str]] = {}

@@ -22,7 +22,7 @@ from quant_compile.ir.errors import MissingScalesError, OptionError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import Scheme
-from quant_compile.policy import Policy
+from quant_compile.policy import Policy, scale_key
 
 _SAMPLE = 1 << 20
 # operand positions (input, weight) by function name; the last three multiply by the experts of a block
@@ -156,9 +156,7 @@ def calibrate(
             f"no batch reached {missing[0]} ({len(missing)} weights in all). Fix: batches that run every layer, or `keep` it."
         )
     _refuse_useless(observer.largest)
-    scales = {
-        f"{name}.input_scale": _scale(amax, weights[name].scheme) for name, amax in sorted(observer.largest.items())
-    }
+    scales = {scale_key(name): _scale(amax, weights[name].scheme) for name, amax in sorted(observer.largest.items())}
     target = _scales_path(loaded, path)
     save_file(
         scales, str(target), metadata={"format": "pt", "percentile": str(percentile or "amax"), "batches": str(seen)}

@@ -179,6 +179,11 @@ CONVENTIONS = (
 )
 
 
+def scale_key(name: str) -> str:
+    """Where a scales file keeps the input scale of a weight, with or without its ``.weight``."""
+    return f"{name.removesuffix('.weight')}.input_scale"
+
+
 TWO_SCHEMES = "the policy gives its two weights different schemes; an expert block has one"
 
 

@@ -58,7 +58,7 @@ from quant_compile.options import Options, PolicySource
 from quant_compile.passes import PIPELINE
 from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
-from quant_compile.policy import TWO_SCHEMES, Decision, SiteInfo
+from quant_compile.policy import TWO_SCHEMES, Decision, SiteInfo, scale_key
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 _VERSION = attrgetter("_version")
@@ -387,7 +387,7 @@ class GraphRunner:
     def _load_scale(self, parameter: Parameter, names: tuple[str, ...]) -> None:
         entry = STORE.entry(parameter)
         for name in names:
-            value = self.source.scales.get(f"{name.removesuffix('.weight')}.input_scale")
+            value = self.source.scales.get(scale_key(name))
             if value is not None:
                 if value.numel() != 1 or not SMALLEST_SCALE <= float(value.to(torch.float32)) < float("inf"):
                     shown = float(value) if value.numel() == 1 else f"{value.numel()} numbers"

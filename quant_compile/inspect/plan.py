@@ -24,7 +24,7 @@ from torch import nn
 from quant_compile.inspect.weights import Weight, dtype_name, linear_weights, possible_weights, unwrap
 from quant_compile.ir.errors import PolicyError, PolicyWarning
 from quant_compile.ir.family import family_of
-from quant_compile.policy import TWO_SCHEMES, Decision, Policy, Rule
+from quant_compile.policy import TWO_SCHEMES, Decision, Policy, Rule, scale_key
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _without_scales(static: Sequence[PlanEntry], path: Path | None) -> str | Non
             known = set(opened.keys())
     except SafetensorError as error:
         return f"{head} the scales file {path} is not readable as safetensors ({error})"
-    missing = [e for e in static if not any(f"{n.removesuffix('.weight')}.input_scale" in known for n in e.names)]
+    missing = [e for e in static if not any(scale_key(name) in known for name in e.names)]
     return f"{head} {path} has no scale of {len(missing)} of them, e.g. {missing[0].names[0]}" if missing else None
 
 
