@@ -12,8 +12,6 @@ from torch import fx
 from torch._dynamo.exc import exceptions_allowed_to_be_fallback
 from torch.nn import Parameter
 
-from quant_compile.inspect import naming
-from quant_compile.inspect.ledger import LEDGER
 from quant_compile.ir.errors import GradModeError, GraphError, OptionError, RecompileLimitWarning
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.moe import MoeDispatch, choose_moe, serves
@@ -22,6 +20,8 @@ from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.tune import measured
 from quant_compile.lowering.tune_moe import measured_moe
+from quant_compile.model import names as naming
+from quant_compile.model.ledger import LEDGER
 from quant_compile.options import Options, PolicySource
 from quant_compile.runtime import Choosers, GraphRunner
 

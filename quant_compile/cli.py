@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from quant_compile.inspect.plan import Plan
     from quant_compile.lowering.target import Target
+    from quant_compile.model.plan import Plan
 
 TARGETS = ("cpu", "sm80", "sm89", "sm90", "sm100", "sm120")
 # What Dynamo calls a parameter or buffer of a module; "args_0" where forward is wrapped, as by transformers 5.24.
@@ -181,7 +181,7 @@ def _check(arguments: argparse.Namespace) -> int:
     policy = Policy.load(arguments.policy)  # first, since a mistake in it needs no model
     _quiet_transformers()
     from quant_compile.inspect.models import build_model
-    from quant_compile.inspect.plan import Plan
+    from quant_compile.model.plan import Plan
 
     plan = Plan.of(policy, build_model(_model_spec(arguments, arguments.model)))
     if arguments.json:
@@ -209,7 +209,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     _quiet_transformers()
     from quant_compile.explain import explain
     from quant_compile.inspect.models import build_model, example_inputs
-    from quant_compile.inspect.plan import Plan
+    from quant_compile.model.plan import Plan
 
     model = build_model(_model_spec(arguments, arguments.model))
     plan = Plan.of(policy, model)

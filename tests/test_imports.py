@@ -18,10 +18,13 @@ ORDER = (
     ("lowering",),
     ("passes",),
     ("yaml_lines",),
-    ("policy", "inspect", "options"),
+    ("rules",),
+    ("model",),
+    ("policy",),
+    ("options",),
     ("runtime",),
     ("backend",),
-    ("calibrate", "explain", "api"),
+    ("inspect", "calibrate", "explain", "api"),
     ("",),
     ("cli", "demo"),
 )
@@ -79,7 +82,7 @@ def _targets(node: ast.ImportFrom, file: Path) -> list[str]:
     if node.level:
         package = module_of(file).split(".") if file.stem == "__init__" else module_of(file).split(".")[:-1]
         base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
-    # ``from quant_compile.inspect import naming`` brings a module, not a name of the package.
+    # ``from quant_compile.model import names as naming`` brings a module, not a name of the package.
     folder = ROOT.parent.joinpath(*base.split("."))
     modules = [
         alias.name for alias in node.names if (folder / f"{alias.name}.py").is_file() or (folder / alias.name).is_dir()

@@ -21,10 +21,10 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from quant_compile.inspect.weights import Weight, dtype_name, linear_weights, possible_weights, unwrap
 from quant_compile.ir.errors import PolicyError, PolicyWarning
 from quant_compile.ir.family import family_of
-from quant_compile.policy import TWO_SCHEMES, Decision, Policy, Rule, scale_key
+from quant_compile.model.weights import Weight, dtype_name, linear_weights, possible_weights, unwrap
+from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, scale_key
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ class Plan:
         other_bytes: bytes of all other parameters (embeddings, norms, biases).
     """
 
-    policy: Policy
+    policy: Decides
     entries: tuple[PlanEntry, ...]
     unmatched_rules: tuple[UnusedRule, ...]
     other_bytes: int
 
     @staticmethod
-    def of(policy: Policy, model: nn.Module) -> Plan:
+    def of(policy: Decides, model: nn.Module) -> Plan:
         """Decide every linear weight of ``model``; warns of nothing and raises nothing, see ``enforce``."""
         weights = linear_weights(model)
         total = sum(p.nbytes for p in unwrap(model).parameters())
@@ -194,7 +194,7 @@ class Plan:
         return json.dumps(self.to_dict(), indent=indent)
 
 
-def _entry(policy: Policy, weight: Weight) -> PlanEntry:
+def _entry(policy: Decides, weight: Weight) -> PlanEntry:
     site, parameter = weight.site, weight.parameter
     decision = policy.decide(site)
     refusal = _refusal(weight) if decision.scheme is not None else None
@@ -257,7 +257,7 @@ def _refusal(weight: Weight) -> str | None:
     return None
 
 
-def _unused(policy: Policy, weights: Sequence[Weight]) -> Iterable[UnusedRule]:
+def _unused(policy: Decides, weights: Sequence[Weight]) -> Iterable[UnusedRule]:
     sites = [weight.site for weight in weights]
     deciding = {policy.decide(site).rule for site in sites}
     names = [name for site in sites for name in (*site.names, *site.blocks)]

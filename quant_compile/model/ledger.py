@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from quant_compile.inspect.naming import names_in
-from quant_compile.inspect.weights import Weight, linear_weights, unwrap
 from quant_compile.ir.report import Report, WeightLine
 from quant_compile.lowering.weights import STORE, Entry
-from quant_compile.policy import Policy
+from quant_compile.model.names import names_in
+from quant_compile.model.weights import Weight, linear_weights, unwrap
+from quant_compile.rules import Decides
 
 MORE_COPIES = "packed more than once: graphs join it with different siblings, and its layout cannot be cut"
 
@@ -39,7 +39,7 @@ class Record:
 class Session:
     """What is remembered of one model (or of calls whose model is unknown)."""
 
-    policy: Policy
+    policy: Decides
     target: str
     notes: dict[str, None] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Ledger:
         found = self._records.get(id(parameter))
         return found if found is not None and found.ref() is parameter else None
 
-    def session(self, model: nn.Module, policy: Policy, target: str) -> Session:
+    def session(self, model: nn.Module, policy: Decides, target: str) -> Session:
         """The session of a model; a new policy starts a new one."""
         found = self._sessions.get(model)
         if found is None or (found.policy is not policy and found.policy.content_hash != policy.content_hash):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant_compile.policy import SiteInfo
+from quant_compile.rules import SiteInfo
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quant_compile.inspect.weights import output_embeddings, unwrap
+from quant_compile.model.weights import output_embeddings, unwrap
 
 
 @dataclass(frozen=True)
