@@ -67,6 +67,9 @@ class Kernel:
         column_scales: needs the input's group scales in column-major order (stride 1 along m).
         reference: slow and exact; on a GPU only used when the policy or the options allow it.
         prepare: compile ahead for m rows on a device, where that takes seconds and may run in a thread.
+        recorded: ``(problem, m, target) -> plan``: ``run`` may be recorded in Inductor's graph for m rows, which launches it
+            itself then; equal plans mean that launches for one m serve the other too. A plan of None: not for this m.
+            Without: never.
     """
 
     name: str
@@ -76,6 +79,12 @@ class Kernel:
     column_scales: bool = False
     reference: bool = False
     prepare: Callable[[Problem, int, torch.device], object] | None = None
+    recorded: Callable[[Problem, int, Target], object | None] | None = None
+
+
+def anyhow(problem: Problem, m: int, target: Target) -> object:
+    """For ``Kernel.recorded``: one launch serves every m."""
+    return ()
 
 
 @dataclass(frozen=True)

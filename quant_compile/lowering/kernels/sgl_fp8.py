@@ -20,8 +20,9 @@ from quant_compile.lowering.kernels.torch_cuda import (
     pad_rows,
     row_scale,
 )
-from quant_compile.lowering.registry import Kernel, Problem, Rank
+from quant_compile.lowering.registry import Kernel, Problem, Rank, anyhow
 from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import recordable
 
 BLOCK_ROWS = 4
 
@@ -29,7 +30,14 @@ BLOCK_ROWS = 4
 @lru_cache(maxsize=None)
 def _op(name: str) -> Callable[..., Tensor]:
     importlib.import_module("sgl_kernel")
-    return getattr(torch.ops.sgl_kernel, name).default
+    return recordable(getattr(torch.ops.sgl_kernel, name).default, _empty)
+
+
+def _empty(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """Shape of the ops' result."""
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
 
 
 def fit_rows(problem: Problem, m: int, target: Target) -> Rank | Reject:
@@ -87,6 +95,6 @@ def run_block(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Te
 
 
 KERNELS = (
-    Kernel("sgl_fp8", "rows", fit_rows, run_rows),
+    Kernel("sgl_fp8", "rows", fit_rows, run_rows, recorded=anyhow),
     Kernel("sgl_fp8_block", "rows", fit_block, run_block, column_scales=True),
 )

@@ -12,14 +12,22 @@ from torch import Tensor
 from quant_compile.ir.family import Planes, Reject
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.torch_cuda import arch_from, int8_rows, multiple, output_dtype, row_scale
-from quant_compile.lowering.registry import Kernel, Problem, Rank
+from quant_compile.lowering.registry import Kernel, Problem, Rank, anyhow
 from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import recordable
 
 
 @lru_cache(maxsize=None)
 def _op() -> Callable[..., Tensor]:
     importlib.import_module("sgl_kernel")
-    return torch.ops.sgl_kernel.int8_scaled_mm.default
+    return recordable(torch.ops.sgl_kernel.int8_scaled_mm.default, _empty)
+
+
+def _empty(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """Shape of the op's result."""
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
 
 
 def refuse(problem: Problem, target: Target) -> Reject | None:
@@ -52,4 +60,4 @@ def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     return _op()(x[0], w[0].t(), scale, w[1], problem.dtype, bias)
 
 
-KERNELS = (Kernel("sgl_int8", "rows", fit, run),)
+KERNELS = (Kernel("sgl_int8", "rows", fit, run, recorded=anyhow),)

@@ -20,6 +20,7 @@ from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.triton_w4a16 import sm_count_of
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import aligned, enqueue, rows_of
 
 TOKENS = 2  # measured on an H200: with four, humming's tensor cores are faster
 
@@ -69,6 +70,11 @@ def plan(problem: Problem, sm_count: int) -> Plan:
     return Plan(16, 32, 8) if spans % 32 == 0 else Plan(16, 16, 16)
 
 
+def tokens_of(problem: Problem, m: int, target: Target | None = None) -> int:
+    """Rows of x of a program."""
+    return min(4, 1 << (m - 1).bit_length())
+
+
 def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """x int8 [m, k], m at most two, scale [m, 1] or [1] f32, times ``w4_flat`` -> [m, n]; sums of a group are exact.
 
@@ -80,13 +86,14 @@ def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
 def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, chosen: Plan) -> Tensor:
     """Run one plan, for up to four tokens; arguments and result as for ``run``."""
     codes = x[0].contiguous()
-    words = (codes.clone() if codes.data_ptr() % 16 else codes).view(torch.int64)
+    words = (codes if aligned(codes, 16) else codes.clone()).view(torch.int64)
     m, n, group = words.shape[0], problem.n, problem.scheme.weights.group_size
-    tokens = min(4, 1 << (m - 1).bit_length())
+    tokens = tokens_of(problem, rows_of(codes))
     columns = group or 128
     spans = problem.k // columns
     y = torch.empty((m, n), dtype=problem.dtype, device=words.device)
-    _source().flat_kernel[(n // chosen.rows, -(-m // tokens))](
+    enqueue(
+        _source().flat_kernel, (n // chosen.rows, -(-m // tokens)),
         words, w[0], x[1], w[1], bias, y, m, n, spans, 0 if x[1].numel() == 1 else x[1].stride(0),
         M=tokens, ROWS=chosen.rows, PARTS=chosen.parts, CHUNKS=columns // 32, GROUPED=group is not None,
         EVEN=spans % chosen.parts == 0, ASM=not _interpreted(), num_warps=chosen.warps,
@@ -94,4 +101,4 @@ def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, chosen: 
     return y
 
 
-KERNELS = (Kernel("triton_flat_gemv", "w4_flat", fit, run),)
+KERNELS = (Kernel("triton_flat_gemv", "w4_flat", fit, run, recorded=tokens_of),)

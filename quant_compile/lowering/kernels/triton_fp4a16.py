@@ -19,9 +19,10 @@ from torch import Tensor
 from quant_compile.ir.family import Planes, Reject
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.triton_w4a16 import sm_count_of, triton_type
-from quant_compile.lowering.registry import Kernel, Problem, Rank
+from quant_compile.lowering.registry import Kernel, Problem, Rank, anyhow
 from quant_compile.lowering.schemes.fp4 import MXFP4, NVFP4
 from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import aligned, enqueue, rows_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GEMV_ROWS = 2
@@ -128,19 +129,25 @@ def gemv_plan(problem: Problem, m: int, sm_count: int) -> GemvPlan:
     return GemvPlan(4 if problem.n >= 8 * sm_count else 2, words, words // 128)
 
 
+def recorded_gemv(problem: Problem, m: int, target: Target) -> object:
+    """How a launch for m rows is cut up."""
+    return m, gemv_plan(problem, m, target.sm_count)
+
+
 def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: GemvPlan | None = None) -> Tensor:
     """x [m, k], m at most two, times FP4 rows -> [m, n], f32 sums rounded once. Source: the family's ``linear``."""
     rows, (data, scale, whole) = x[0], _planes(w)
     m = rows.shape[0]
-    plan = plan or gemv_plan(problem, m, sm_count_of(rows.device))
+    plan = plan or gemv_plan(problem, rows_of(rows), sm_count_of(rows.device))
     width = data.shape[1] // 4
     lanes = 4 if width % 4 == 0 else 2
-    wide = problem.dtype != torch.float32 and problem.k % 4 == 0 and rows.data_ptr() % 8 == 0
+    wide = problem.dtype != torch.float32 and problem.k % 4 == 0 and aligned(rows, 8)
     y = rows.new_empty(m, problem.n)
-    _source().gemv_fp4_kernel[(-(-problem.n // plan.rows),)](
+    enqueue(
+        _source().gemv_fp4_kernel, (-(-problem.n // plan.rows),),
         rows.reshape(-1).view(torch.int64) if wide else rows, data.view(torch.int32), scale, whole, bias, y,
         m, problem.n, problem.k // 4 if wide else problem.k, width // lanes,
-        M=1 << (m - 1).bit_length(), BN=plan.rows, WORDS=plan.words, LANES=lanes, VECTOR=_group_bytes(problem) // 4,
+        M=1 << (rows_of(rows) - 1).bit_length(), BN=plan.rows, WORDS=plan.words, LANES=lanes, VECTOR=_group_bytes(problem) // 4,
         EVEN=width % plan.words == 0 and problem.k == width * 8, E8M0=whole is None, X64=wide,
         BF16=problem.dtype == torch.bfloat16, OUT=triton_type(problem.dtype), num_warps=plan.warps,
     )  # fmt: skip
@@ -171,6 +178,11 @@ def matmul_plan(problem: Problem, m: int, sm_count: int) -> MatmulPlan:
     return MatmulPlan(*tile, splits)
 
 
+def recorded_matmul(problem: Problem, m: int, target: Target) -> object:
+    """How a launch for m rows is cut up."""
+    return matmul_plan(problem, m, target.sm_count)
+
+
 def run_matmul(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: MatmulPlan | None = None) -> Tensor:
     """x [m, k] bf16 or f16 times FP4 rows decoded in registers, on tensor cores -> [m, n].
 
@@ -178,12 +190,13 @@ def run_matmul(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan
     """
     rows, (data, scale, whole) = x[0], _planes(w)
     m, n, width = rows.shape[0], problem.n, data.shape[1]
-    plan = plan or matmul_plan(problem, m, sm_count_of(rows.device))
+    plan = plan or matmul_plan(problem, rows_of(rows), sm_count_of(rows.device))
     per_split = math.ceil(width / plan.block_bytes / plan.splits) * plan.block_bytes
     splits = -(-width // per_split)
     y = rows.new_empty(m, n)
     parts = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=rows.device)
-    _source().matmul_fp4_kernel[(-(-n // plan.block_n), -(-m // plan.block_m), splits)](
+    enqueue(
+        _source().matmul_fp4_kernel, (-(-n // plan.block_n), -(-m // plan.block_m), splits),
         rows, data, scale, whole, bias if splits == 1 else None, parts, m, n, problem.k, width, per_split,
         BM=plan.block_m, BN=plan.block_n, BYTES=plan.block_bytes, GROUP=_group_bytes(problem),
         EVEN=width % plan.block_bytes == 0 and problem.k == width * 2, E8M0=whole is None, SPLIT=splits > 1,
@@ -191,8 +204,20 @@ def run_matmul(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan
     )  # fmt: skip
     if splits > 1:
         block = 1024
-        import_module("quant_compile.lowering.kernels._triton_w4a16").sum_parts_kernel[(-(-m * n // block),)](
-            parts, whole, bias, y, m * n, n, splits, BLOCK=block, OUT=triton_type(problem.dtype), num_warps=4
+        sum_parts = import_module("quant_compile.lowering.kernels._triton_w4a16").sum_parts_kernel
+        enqueue(
+            sum_parts,
+            (-(-m * n // block),),
+            parts,
+            whole,
+            bias,
+            y,
+            m * n,
+            n,
+            splits,
+            BLOCK=block,
+            OUT=triton_type(problem.dtype),
+            num_warps=4,
         )
     return y
 
@@ -203,7 +228,8 @@ def dequantize(w: Planes, problem: Problem) -> Tensor:
     n, k, width = problem.n, problem.k, data.shape[1]
     out = torch.empty(n, k, dtype=problem.dtype, device=data.device)
     rows, bytes_ = 8, 256
-    _source().dequantize_fp4_kernel[(-(-n // rows), -(-width // bytes_))](
+    enqueue(
+        _source().dequantize_fp4_kernel, (-(-n // rows), -(-width // bytes_)),
         data, scale, whole, out, n, k, width, BN=rows, BYTES=bytes_, GROUP=_group_bytes(problem),
         EVEN=width % bytes_ == 0, E8M0=whole is None, OUT=triton_type(problem.dtype), num_warps=4,
     )  # fmt: skip
@@ -217,7 +243,7 @@ def run_dequant(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> 
 
 
 KERNELS = (
-    Kernel("triton_fp4a16_gemv", "rows", fit_gemv, run_gemv),
-    Kernel("triton_fp4a16", "rows", fit_matmul, run_matmul),
-    Kernel("triton_fp4a16_dequant", "rows", fit_dequant, run_dequant),
+    Kernel("triton_fp4a16_gemv", "rows", fit_gemv, run_gemv, recorded=recorded_gemv),
+    Kernel("triton_fp4a16", "rows", fit_matmul, run_matmul, recorded=recorded_matmul),
+    Kernel("triton_fp4a16_dequant", "rows", fit_dequant, run_dequant, recorded=anyhow),
 )

@@ -21,6 +21,7 @@ from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.lowering.kernels._roofline import estimate, shared_memory
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import enqueue, rows_of
 
 GEMV_ROWS = 4
 SLICES_ROWS = 16
@@ -220,12 +221,18 @@ def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     x scale [m, 1], [1] or [m, g] with any strides; w scale [n, 1] or [n/bn, k/bk]. Formula: (x @ w.T) * x scale *
     w scale + bias, group scales inside the sum. Source: the family's ``linear``.
     """
-    return launch(x, w, bias, problem, config(problem, x[0].shape[0], _target(x[0].device)))
+    return launch(x, w, bias, problem, config(problem, rows_of(x[0]), _target(x[0].device)))
 
 
 def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """As ``run``, for at most four tokens."""
-    return launch(x, w, bias, problem, gemv_config(problem, x[0].shape[0], _target(x[0].device)))
+    return launch(x, w, bias, problem, gemv_config(problem, rows_of(x[0]), _target(x[0].device)))
+
+
+def recorded(problem: Problem, m: int, target: Target) -> Config | None:
+    """How a launch for m rows is cut up, where Inductor can launch it: tensor descriptors it cannot make."""
+    plan = config(problem, m, target)
+    return None if plan.tma else plan
 
 
 def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Config) -> Tensor:
@@ -254,7 +261,9 @@ def _launch_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
     dp4a = problem.scheme.weights.type == "int" and k % 4 == 0 and not _interpreted()
     if dp4a:
         left, right, k, block_k = left.view(torch.int32), right.view(torch.int32), k // 4, block_k // 4
-    _source().gemv_kernel[(_blocks(problem.n, plan.block_n),)](
+    enqueue(
+        _source().gemv_kernel,
+        (_blocks(problem.n, plan.block_n),),
         left,
         right,
         x[1],
@@ -279,7 +288,9 @@ def _launch_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
 
 
 def _launch_slices(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Config, y: Tensor) -> None:
-    _source().slices_kernel[(_blocks(problem.n, plan.block_n),)](
+    enqueue(
+        _source().slices_kernel,
+        (_blocks(problem.n, plan.block_n),),
         x[0],
         w[0],
         x[1],
@@ -319,7 +330,9 @@ def _launch_tile(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
         out = torch.empty((plan.split, m, n), dtype=raw, device=y.device)
         common["HAS_BIAS"] = False
     operands = [_operand(side[0][0], side[3], plan) for side in (a, b)]
-    _source().tile_kernel[(_blocks(a[1], a[3]) * _blocks(b[1], b[3]), plan.split)](
+    enqueue(
+        _source().tile_kernel,
+        (_blocks(a[1], a[3]) * _blocks(b[1], b[3]), plan.split),
         *operands,
         a[0][1],
         b[0][1],
@@ -362,7 +375,9 @@ def _operand(data: Tensor, rows: int, plan: Config) -> Any:
 def _reduce(parts: Tensor, x: Planes, w: Planes, bias: Tensor | None, problem: Problem, y: Tensor) -> None:
     split, m, n = parts.shape
     x_row, _, w_row, _ = _strides(x, w, problem)
-    _source().reduce_kernel[(_blocks(n, 512), m)](
+    enqueue(
+        _source().reduce_kernel,
+        (_blocks(n, 512), m),
         parts,
         x[1],
         w[1],
@@ -388,6 +403,6 @@ _LAUNCH: dict[str, Callable[[Planes, Planes, Tensor | None, Problem, Config, Ten
 }
 
 KERNELS = (
-    Kernel("triton_scaled_mm", "rows", fit, run),
-    Kernel("triton_gemv", "rows", fit_gemv, run_gemv),
+    Kernel("triton_scaled_mm", "rows", fit, run, recorded=recorded),
+    Kernel("triton_gemv", "rows", fit_gemv, run_gemv, recorded=gemv_config),
 )

@@ -29,9 +29,10 @@ from quant_compile.ir.family import Planes, PlaneSpec, Reject
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels._weight_only import refuse
-from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
+from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank, anyhow
 from quant_compile.lowering.schemes.weight_only import group_of, pack_nibbles, unpack_nibbles
 from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import enqueue, rows_of
 
 TILE_ROWS, TILE_COLUMNS, LOCKS = 64, 64, 2048
 CHUNK_ROWS = 2048  # rows that are rearranged at a time, so that packing needs little memory beside its result
@@ -234,7 +235,9 @@ def run_gemv(
     in_flight = max(1, settings["W"] * 8 // settings["Q"])
     wide = problem.dtype == torch.float32
     y = row.new_empty(1, problem.n)
-    _kernels().gemv_w4_kernel[(padded_n // (8 * settings["Q"]),)](
+    enqueue(
+        _kernels().gemv_w4_kernel,
+        (padded_n // (8 * settings["Q"]),),
         row if wide else _pairs(row),
         w[0],
         w[1] if wide else w[1].view(torch.int32),
@@ -292,7 +295,8 @@ def dequantize(w: Planes, problem: Problem) -> Tensor:
     (data, scale, zero, blocks, padded_n, groups), constants = _decode_arguments(w, problem, blocks_per_step)
     out = torch.empty(problem.n, problem.k, dtype=problem.dtype, device=data.device)
     grid = (-(-blocks // blocks_per_step), padded_n // (64 * tiles))
-    _kernels().dequantize_w4_kernel[grid](
+    enqueue(
+        _kernels().dequantize_w4_kernel, grid,
         data, scale, zero, out, problem.n, problem.k, blocks, padded_n, groups, NEAR, FAR,
         **constants, S32=problem.dtype == torch.float32, NB=tiles, RB=blocks_per_step, num_warps=4,
     )  # fmt: skip
@@ -322,6 +326,11 @@ def _splits(problem: Problem, m: int, sm_count: int, config: dict[str, int] | No
     return min(wanted, max(1, problem.k // 512), 16)
 
 
+def recorded_matmul(problem: Problem, m: int, target: Target) -> object:
+    """How a launch for m rows is cut up."""
+    return tuple(matmul_config(m).items()), _splits(problem, m, target.sm_count)
+
+
 def run_matmul(
     x: Planes, w: Planes, bias: Tensor | None, problem: Problem, config: dict[str, int] | None = None
 ) -> Tensor:
@@ -331,15 +340,16 @@ def run_matmul(
     """
     rows = x[0]
     m = rows.shape[0]
-    settings = config or matmul_config(m)
+    settings = config or matmul_config(rows_of(rows))
     (data, scale, zero, blocks, padded_n, groups), constants = _decode_arguments(w, problem, settings["RB"])
-    splits = settings.get("SPLITS") or _splits(problem, m, sm_count_of(rows.device), settings)
+    splits = settings.get("SPLITS") or _splits(problem, rows_of(rows), sm_count_of(rows.device), settings)
     per_split = math.ceil(blocks / settings["RB"] / splits) * settings["RB"]
     splits = -(-blocks // per_split)
     y = rows.new_empty(m, problem.n)
     parts = y if splits == 1 else torch.empty(splits, m, problem.n, dtype=torch.float32, device=rows.device)
     grid = (-(-padded_n // (64 * settings["NB"])), -(-m // settings["BM"]), splits)
-    _kernels().matmul_w4_kernel[grid](
+    enqueue(
+        _kernels().matmul_w4_kernel, grid,
         rows, data, scale, zero, bias if splits == 1 else None, parts,
         m, problem.n, problem.k, blocks, padded_n, groups, NEAR, FAR, per_split,
         **constants, BM=settings["BM"], NB=settings["NB"], RB=settings["RB"], SPLIT=splits > 1,
@@ -351,8 +361,19 @@ def run_matmul(
 def _sum_parts(parts: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> Tensor:
     """f32 parts [splits, m, n] -> y [m, n]."""
     block = 1024
-    _kernels().sum_parts_kernel[(-(-y.numel() // block),)](
-        parts, scale, bias, y, y.numel(), y.shape[1], parts.shape[0], BLOCK=block, OUT=triton_type(y.dtype), num_warps=4
+    enqueue(
+        _kernels().sum_parts_kernel,
+        (-(-y.numel() // block),),
+        parts,
+        scale,
+        bias,
+        y,
+        y.numel(),
+        y.shape[1],
+        parts.shape[0],
+        BLOCK=block,
+        OUT=triton_type(y.dtype),
+        num_warps=4,
     )
     return y
 
@@ -366,24 +387,48 @@ def run_gemv8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Te
     rows, columns, warps = 8, 1024, 4
     y = x[0].new_empty(1, n)
     even = n % rows == 0 and k % columns == 0
-    _kernels().gemv_w8_kernel[(-(-n // rows),)](
-        x[0], w[0], w[1], bias, y, n, k, EVEN=even, BN=rows, BK=columns, OUT=triton_type(problem.dtype), num_warps=warps
+    enqueue(
+        _kernels().gemv_w8_kernel,
+        (-(-n // rows),),
+        x[0],
+        w[0],
+        w[1],
+        bias,
+        y,
+        n,
+        k,
+        EVEN=even,
+        BN=rows,
+        BK=columns,
+        OUT=triton_type(problem.dtype),
+        num_warps=warps,
     )
     return y
+
+
+def _matmul8_config(problem: Problem, m: int, sm_count: int) -> tuple[tuple[int, int, int], int]:
+    """Tile (rows of x, rows of w, columns a step) and parts of k of ``triton_w8a16``."""
+    bm, bn, bk = (16, 64, 128) if m <= 16 else (64, 64, 64) if m <= 64 else (128, 128, 64)
+    programs = -(-problem.n // bn) * -(-m // bm)
+    return (bm, bn, bk), min(max(1, 2 * sm_count // programs), max(1, problem.k // 512), 16)
+
+
+def recorded_matmul8(problem: Problem, m: int, target: Target) -> object:
+    """How a launch for m rows is cut up."""
+    return _matmul8_config(problem, m, target.sm_count)
 
 
 def run_matmul8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """x [m, k] bf16 or f16 times int8 rows [n, k], exact in 16-bit floats, then the scale per row -> [m, n]."""
     rows, (n, k) = x[0], (problem.n, problem.k)
     m = rows.shape[0]
-    bm, bn, bk = (16, 64, 128) if m <= 16 else (64, 64, 64) if m <= 64 else (128, 128, 64)
-    programs = -(-n // bn) * -(-m // bm)
-    splits = min(max(1, 2 * sm_count_of(rows.device) // programs), max(1, k // 512), 16)
+    (bm, bn, bk), splits = _matmul8_config(problem, rows_of(rows), sm_count_of(rows.device))
     per_split = math.ceil(k / bk / splits) * bk
     splits = -(-k // per_split)
     y = rows.new_empty(m, n)
     parts = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=rows.device)
-    _kernels().matmul_w8_kernel[(-(-n // bn), -(-m // bm), splits)](
+    enqueue(
+        _kernels().matmul_w8_kernel, (-(-n // bn), -(-m // bm), splits),
         rows, w[0], w[1], bias, parts, m, n, k, per_split,
         EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk, SPLIT=splits > 1, OUT=triton_type(problem.dtype),
         num_warps=8 if bm == 128 else 4, num_stages=3,
@@ -395,8 +440,18 @@ def run_dequant8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) ->
     """x [m, k] times a dequantized copy of int8 rows, by cuBLAS -> [m, n]."""
     n, k = problem.n, problem.k
     dense = torch.empty(n, k, dtype=problem.dtype, device=w[0].device)
-    _kernels().dequantize_w8_kernel[(-(-k // 512), -(-n // 16))](
-        w[0], w[1], dense, n, k, BN=16, BK=512, OUT=triton_type(problem.dtype), num_warps=4
+    enqueue(
+        _kernels().dequantize_w8_kernel,
+        (-(-k // 512), -(-n // 16)),
+        w[0],
+        w[1],
+        dense,
+        n,
+        k,
+        BN=16,
+        BK=512,
+        OUT=triton_type(problem.dtype),
+        num_warps=4,
     )
     return torch.mm(x[0], dense.t()) if bias is None else torch.addmm(bias, x[0], dense.t())
 
@@ -417,10 +472,10 @@ def fit_dequant8(problem: Problem, m: int, target: Target) -> Rank | Reject:
 
 
 KERNELS = (
-    Kernel("triton_w4a16_gemv", "w4_tiles", fit_gemv, run_gemv),
-    Kernel("triton_w4a16", "w4_tiles", fit_matmul, run_matmul),
-    Kernel("triton_w4a16_dequant", "w4_tiles", fit_dequant, run_dequant),
-    Kernel("triton_w8a16_gemv", "rows", fit_gemv8, run_gemv8),
-    Kernel("triton_w8a16", "rows", fit_matmul8, run_matmul8),
-    Kernel("triton_w8a16_dequant", "rows", fit_dequant8, run_dequant8),
+    Kernel("triton_w4a16_gemv", "w4_tiles", fit_gemv, run_gemv, recorded=anyhow),
+    Kernel("triton_w4a16", "w4_tiles", fit_matmul, run_matmul, recorded=recorded_matmul),
+    Kernel("triton_w4a16_dequant", "w4_tiles", fit_dequant, run_dequant, recorded=anyhow),
+    Kernel("triton_w8a16_gemv", "rows", fit_gemv8, run_gemv8, recorded=anyhow),
+    Kernel("triton_w8a16", "rows", fit_matmul8, run_matmul8, recorded=recorded_matmul8),
+    Kernel("triton_w8a16_dequant", "rows", fit_dequant8, run_dequant8, recorded=anyhow),
 )

@@ -21,6 +21,7 @@ from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import enqueue, rows_of
 
 GEMV_ROWS = 8
 GEMV_TOKENS = 4  # tokens of one program
@@ -209,7 +210,7 @@ def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     Formula: sums of codes per group times the group's scale (QServe: integers across all of k), times x scale, plus
     bias. Source: the family's ``linear``.
     """
-    return launch(x, w, bias, problem, config(problem, x[0].shape[0], _target(x[0].device)))
+    return launch(x, w, bias, problem, config(problem, rows_of(x[0]), _target(x[0].device)))
 
 
 def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Config) -> Tensor:
@@ -222,7 +223,8 @@ def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Co
     split = _blocks(_blocks(pairs, step), steps)
     y = torch.empty((m, n), dtype=problem.dtype, device=words.device)
     out = y if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=words.device)
-    _source().tile_kernel[(_blocks(n, plan.block_n) * _blocks(m, plan.block_m), split)](
+    enqueue(
+        _source().tile_kernel, (_blocks(n, plan.block_n) * _blocks(m, plan.block_m), split),
         words, w[0], x[1], planes.scale, planes.group_scale, planes.zero, planes.total, bias if split == 1 else None, out,
         m, n, pairs, planes.groups, _sx_row(x), steps,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, STEP=step, PAIRS_PER_GROUP=(scheme.weights.group_size or 0) // 2,
@@ -239,10 +241,26 @@ def _sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
 
     types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     kernel = import_module("quant_compile.lowering.kernels._triton_w4a16").sum_parts_kernel
-    kernel[(_blocks(y.numel(), 1024),)](
-        parts, None, bias, y, y.numel(), y.shape[1], parts.shape[0], BLOCK=1024, OUT=types[y.dtype], num_warps=4
+    enqueue(
+        kernel,
+        (_blocks(y.numel(), 1024),),
+        parts,
+        None,
+        bias,
+        y,
+        y.numel(),
+        y.shape[1],
+        parts.shape[0],
+        BLOCK=1024,
+        OUT=types[y.dtype],
+        num_warps=4,
     )
     return y
+
+
+def gemv_tokens(problem: Problem, m: int, target: Target | None = None) -> int:
+    """Rows of x of a program of ``triton_w4a8_gemv``."""
+    return min(GEMV_TOKENS, _pow2(m))
 
 
 def gemv_config(problem: Problem, tokens: int) -> tuple[int, int, int]:
@@ -259,9 +277,10 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Ten
     words = weights.shape[1]
     planes = _weight(x, w, scheme)
     y = torch.empty((m, n), dtype=problem.dtype, device=codes.device)
-    tokens = min(GEMV_TOKENS, _pow2(m))
+    tokens = gemv_tokens(problem, rows_of(x[0]))
     block_n, block_k, warps = gemv_config(problem, tokens)
-    _source().gemv_kernel[(_blocks(n, block_n), _blocks(m, tokens))](
+    enqueue(
+        _source().gemv_kernel, (_blocks(n, block_n), _blocks(m, tokens)),
         codes, weights, x[1], planes.scale, planes.group_scale, planes.zero, planes.total, bias, y,
         m, n, words, planes.groups, _sx_row(x),
         M=tokens, BLOCK_N=block_n, BLOCK_K=block_k, WORDS_PER_GROUP=(scheme.weights.group_size or 0) // 8,
@@ -293,13 +312,14 @@ def _decode(
 ) -> None:  # fmt: skip
     group, width = (problem.scheme.weights.group_size or 0) // 2, data.shape[1]
     block_n, bytes_ = 8, max(256, _pow2(group))
-    _source().decode_kernel[(_blocks(problem.n, block_n), _blocks(width, bytes_))](
+    enqueue(
+        _source().decode_kernel, (_blocks(problem.n, block_n), _blocks(width, bytes_)),
         data, row_scale, group_scale, zero, out, scale, problem.n, problem.k, width, groups,
         BLOCK_N=block_n, BYTES=bytes_, BYTES_PER_GROUP=group, NIBBLES=scale is None, num_warps=4,
     )  # fmt: skip
 
 
 KERNELS = (
-    Kernel("triton_w4a8", "rows", fit, run),
-    Kernel("triton_w4a8_gemv", "rows", fit_gemv, run_gemv),
+    Kernel("triton_w4a8", "rows", fit, run, recorded=config),
+    Kernel("triton_w4a8_gemv", "rows", fit_gemv, run_gemv, recorded=gemv_tokens),
 )
