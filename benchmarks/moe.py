@@ -40,7 +40,7 @@ import quant_compile.lowering.schemes  # noqa: F401  (registers the scheme famil
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import library_moe
+from quant_compile.lowering.kernels.experts import library_moe
 from quant_compile.lowering.moe import MoeKernel, moe_kernels, moe_layouts
 from quant_compile.lowering.target import Target
 

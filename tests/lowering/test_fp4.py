@@ -18,7 +18,7 @@ from quant_compile.ir.errors import SchemeError
 from quant_compile.ir.family import FAMILIES, Family, Planes, Reject, family_of
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
 from quant_compile.lowering import ops as kernel_ops
-from quant_compile.lowering.kernels._fp4 import padded, swizzle, unswizzle
+from quant_compile.lowering.kernels.fp4._fp4 import padded, swizzle, unswizzle
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.schemes import fp4
 from quant_compile.lowering.select import Dispatch
