@@ -14,7 +14,7 @@ from torch import Tensor
 
 import quant_compile  # noqa: F401  (registers the schemes)
 from quant_compile.ir.errors import SchemeError
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import STRATEGIES, QuantArgs, Scheme, parse
 from quant_compile.lowering.kernels.scaled import sgl_int8
@@ -68,7 +68,7 @@ def test_channel_group_is_a_strategy_with_a_group_size() -> None:
     assert "channel_group" in STRATEGIES
     args = QuantArgs(4, "int", "channel_group", symmetric=False, group_size=128)
     assert args.spec == "int4.channel_group128.asym" and QuantArgs.from_spec(args.spec) == args
-    assert parse("QSERVE_W4A8_GROUP").weights == args and parse("QSERVE_W4A8_GROUP").bits_per_weight == 4 + 16 / 128
+    assert parse("QSERVE_W4A8_GROUP").weights == args and bits_per_weight(parse("QSERVE_W4A8_GROUP")) == 4 + 16 / 128
     for strategy, size in (("channel_group", None), ("channel", 128)):
         with pytest.raises(SchemeError, match="group_size"):
             QuantArgs(4, "int", strategy, group_size=size)

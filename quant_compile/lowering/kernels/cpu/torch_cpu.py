@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
+from quant_compile.ir.family import Planes, PlaneSpec, Reject, bits_per_weight, family_of
 from quant_compile.ir.numerics import by_row_chunks
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
@@ -200,7 +200,7 @@ def fit_dequant(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return refusal
     if family_of(problem.scheme).name not in DEQUANTIZED:
         return Reject(f"does not know the planes of {family_of(problem.scheme).name} schemes")
-    bits = problem.scheme.bits_per_weight
+    bits = bits_per_weight(problem.scheme)
     conversion = 1e-3 * problem.n * problem.k / max(1, target.sm_count)
     return Rank(estimate(problem, m, target, 1.9, bits, math_bits=16, input_bits=32) + conversion)
 

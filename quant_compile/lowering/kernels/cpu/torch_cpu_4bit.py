@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
@@ -26,7 +26,7 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
     if family_of(problem.scheme).name not in (*CODES, *FP4):
         return Reject("serves 4-bit weights with 8-bit inputs, and FP4 weights")
     conversion = 2e-3 * problem.n * problem.k / max(1, target.sm_count)
-    bits = problem.scheme.bits_per_weight
+    bits = bits_per_weight(problem.scheme)
     return Rank(estimate(problem, m, target, 1.9, bits, math_bits=16, input_bits=32) + conversion)
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.kernels._library import arch_from
 from quant_compile.lowering.kernels._roofline import roof
@@ -64,7 +64,7 @@ def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     if large > MOST_BYTES:
         return Reject(f"would copy {large / 2**30:.1f} GiB of weights at once, more than {MOST_BYTES / 2**30:.0f}")
     weights = 3.0 * problem.experts * problem.hidden * problem.intermediate
-    copy = weights * (2.0 + scheme.bits_per_weight / 8) / (0.85 * roof(target).bandwidth)
+    copy = weights * (2.0 + bits_per_weight(scheme) / 8) / (0.85 * roof(target).bandwidth)
     return Rank(
         copy
         + estimate_moe(

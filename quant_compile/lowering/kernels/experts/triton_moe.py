@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.numerics import FLOAT_DTYPES, FLOAT_MAX
 from quant_compile.ir.scheme import Scheme
@@ -569,7 +569,7 @@ def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     pairs, cells = tokens * p.top_k, 3.0 * p.hidden * p.intermediate
     chosen = plan(p, tokens, target)
     active = active_experts(p, tokens)
-    weights = active * cells * p.scheme.bits_per_weight / 8
+    weights = active * cells * bits_per_weight(p.scheme) / 8
     between = pairs * (p.hidden + 2.0 * p.intermediate) * p.dtype.itemsize * 2
     peak = limits.math8 if p.scheme.input_activations is not None else limits.math16
     rows = max(pairs + active * chosen.first.block_m / 2, active * chosen.first.block_m)
@@ -591,7 +591,7 @@ def fit_decode(problem: MoeProblem, tokens: int, target: Target) -> Rank | Rejec
     # Scales of groups in the second product cost it half of the bandwidth (measured).
     efficiency = 0.6 if groups(p.scheme)[1] and p.scheme.input_activations is not None else 0.85
     # Pairs that share an expert read it anew: measured, 16 tokens on 8 experts take as long as 32 experts would.
-    memory = pairs * cells * p.scheme.bits_per_weight / 8 / (limits.bandwidth * efficiency)
+    memory = pairs * cells * bits_per_weight(p.scheme) / 8 / (limits.bandwidth * efficiency)
     # Bound by converting and multiplying on ordinary cores: about a sixtieth of the tensor cores' 8-bit rate.
     math = 2.0 * pairs * cells / (limits.math8 / 60)
     return Rank(limits.launch * 2 + max(memory, math))

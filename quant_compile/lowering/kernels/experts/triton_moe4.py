@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.kernels._roofline import roof, shared_memory
@@ -382,7 +382,7 @@ def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     pairs, cells = tokens * p.top_k, 3.0 * p.hidden * p.intermediate
     chosen = plan(p, tokens, target)
     active = active_experts(p, tokens)
-    weights = active * cells * p.scheme.bits_per_weight / 8
+    weights = active * cells * bits_per_weight(p.scheme) / 8
     between = (pairs * (p.hidden + 2.0 * p.intermediate) * 2 + tokens * p.hidden * 2) * p.dtype.itemsize
     quantized = p.scheme.input_activations is not None
     rows = max(pairs + active * chosen.first.block_m / 2, active * chosen.first.block_m)
@@ -401,7 +401,7 @@ def fit_decode(problem: MoeProblem, tokens: int, target: Target) -> Rank | Rejec
         return Reject(f"serves at most {DECODE_PAIRS} pairs of a token and an expert, got {pairs}")
     limits, cells = roof(target), 3.0 * p.hidden * p.intermediate
     # Pairs that share an expert read it anew.
-    memory = pairs * cells * p.scheme.bits_per_weight / 8 / (limits.bandwidth * 0.5)
+    memory = pairs * cells * bits_per_weight(p.scheme) / 8 / (limits.bandwidth * 0.5)
     return Rank(limits.launch * 2 + memory)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.lowering.kernels._library import output_dtype
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.fp4._fp4 import block_scaled
@@ -56,7 +56,7 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return refusal
     if not target.has("triton"):
         return Reject("triton is not installed")
-    bits = problem.scheme.bits_per_weight
+    bits = bits_per_weight(problem.scheme)
     return Rank(estimate(problem, m, target, 0.4, bits, math_bits=4, tile_m=tiles(m, target).block_m))
 
 

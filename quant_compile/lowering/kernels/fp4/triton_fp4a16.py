@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject
+from quant_compile.ir.family import Planes, Reject, bits_per_weight
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.weight_only.triton_w4a16 import sm_count_of, triton_type
 from quant_compile.lowering.registry import Kernel, Problem, Rank
@@ -57,7 +57,7 @@ def fit_gemv(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return reject
     if m > GEMV_ROWS:
         return Reject(f"runs at most {GEMV_ROWS} rows of x, got {m}")
-    bits = problem.scheme.bits_per_weight
+    bits = bits_per_weight(problem.scheme)
     return Rank(estimate(problem, m, target, 0.05, bits, math_bits=16, bandwidth_efficiency=0.45))
 
 
@@ -72,7 +72,7 @@ def fit_matmul(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return Reject(f"runs at most {MATMUL_ROWS} rows of x, got {m}")
     plan = matmul_plan(problem, m, target.sm_count)
     cost = estimate(
-        problem, m, target, 0.1, problem.scheme.bits_per_weight, math_bits=16, bandwidth_efficiency=0.17,
+        problem, m, target, 0.1, bits_per_weight(problem.scheme), math_bits=16, bandwidth_efficiency=0.17,
         tile_m=plan.block_m, launches=2 if plan.splits > 1 else 1,
         extra_bytes=8.0 * plan.splits * m * problem.n if plan.splits > 1 else 0.0,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def fit_dequant(problem: Problem, m: int, target: Target) -> Rank | Reject:
     copy = problem.n * problem.k * problem.dtype.itemsize
     # 0.64: cuBLAS reaches 0.7 of the peak, and the copy is made before it starts.
     efficiency = 0.05 if problem.dtype == torch.float32 else 0.64
-    bits = problem.scheme.bits_per_weight
+    bits = bits_per_weight(problem.scheme)
     cost = estimate(
         problem, m, target, efficiency, bits, math_bits=16, tile_m=64, launches=2, extra_bytes=2.0 * copy
     )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.lowering.kernels._roofline import estimate, shared_memory
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
@@ -172,7 +172,7 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return refusal
     plan = config(problem, m, target)
     efficiency = 0.55 if plan.kind == "wide" else 0.4
-    bits = problem.scheme.bits_per_weight
+    bits = bits_per_weight(problem.scheme)
     extra = 8.0 * plan.split * m * problem.n if plan.split > 1 else 0.0
     cost = estimate(
         problem,
@@ -196,7 +196,7 @@ def fit_gemv(problem: Problem, m: int, target: Target) -> Rank | Reject:
     if m > GEMV_ROWS:
         return Reject(f"serves at most {GEMV_ROWS} tokens, got {m}")
     # Bound by converting and multiplying on ordinary cores: about a sixtieth of the tensor cores' rate.
-    cost = estimate(problem, m, target, 1 / 60, problem.scheme.bits_per_weight, bandwidth_efficiency=0.9)
+    cost = estimate(problem, m, target, 1 / 60, bits_per_weight(problem.scheme), bandwidth_efficiency=0.9)
     return Rank(cost)
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
+from quant_compile.ir.family import Planes, PlaneSpec, Reject, bits_per_weight, family_of
 from quant_compile.lowering.kernels import _humming
 from quant_compile.lowering.kernels._humming import DTYPES, range_of
 from quant_compile.lowering.kernels._library import arch_from, multiple
@@ -299,7 +299,7 @@ def _refuse_int4(problem: Problem, target: Target, inputs: str, arch: int) -> Re
 
 def _rank(problem: Problem, m: int, target: Target, math_bits: int, launches: int = 1, more_bits: float = 0.0) -> Rank:
     # On an H200 humming's GEMMs of 28672 x 4096 reach 0.6 of the bandwidth at one row.
-    bits = problem.scheme.bits_per_weight + more_bits
+    bits = bits_per_weight(problem.scheme) + more_bits
     extra = 2.0 * (launches - 1) * m * problem.n * problem.dtype.itemsize
     cost = estimate(
         problem, m, target, 0.6, bits, math_bits=math_bits, bandwidth_efficiency=0.6, tile_m=8, launches=launches,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.lowering.kernels._roofline import estimate, roof
 from quant_compile.lowering.kernels.scaled import sgl_int8
 from quant_compile.lowering.kernels.w4a8 import triton_w4a8
@@ -29,7 +29,7 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
     if not target.has("triton"):
         return Reject("triton is not installed")
     # Nothing of the copy overlaps with the GEMM: codes are read and levels written before it starts.
-    copy = problem.n * problem.k * (1.0 + problem.scheme.bits_per_weight / 8) / (0.85 * roof(target).bandwidth)
+    copy = problem.n * problem.k * (1.0 + bits_per_weight(problem.scheme) / 8) / (0.85 * roof(target).bandwidth)
     return Rank(copy + estimate(problem, m, target, 0.68, 8, tile_m=64, launches=2))
 
 

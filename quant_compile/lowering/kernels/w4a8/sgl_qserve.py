@@ -27,7 +27,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
+from quant_compile.ir.family import Planes, PlaneSpec, Reject, bits_per_weight, family_of
 from quant_compile.lowering.kernels._library import arch_from, multiple, output_dtype
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
@@ -160,7 +160,7 @@ def _refuse(problem: Problem, target: Target, strategy: str, op: str, rows: int)
 def _rank(problem: Problem, m: int, target: Target, launches: int) -> Rank:
     # The f16 result is read again, f32 in between; shares of the roofs as measured on an H200.
     extra = m * problem.n * (2.0 + 8.0 * (launches - 1))
-    bits = problem.scheme.bits_per_weight
+    bits = bits_per_weight(problem.scheme)
     return Rank(
         estimate(
             problem, m, target, 0.28, bits, bandwidth_efficiency=0.33, tile_m=32, launches=launches, extra_bytes=extra

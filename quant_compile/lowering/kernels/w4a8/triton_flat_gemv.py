@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject
+from quant_compile.ir.family import Planes, Reject, bits_per_weight
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.w4a8 import humming_4bit
 from quant_compile.lowering.kernels.weight_only.triton_w4a16 import sm_count_of
@@ -48,7 +48,7 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return Reject("triton is not installed")
     if m > TOKENS:
         return Reject(f"serves at most {TOKENS} rows of x, got {m}")
-    return Rank(estimate(problem, m, target, 1 / 50, problem.scheme.bits_per_weight, bandwidth_efficiency=0.8))
+    return Rank(estimate(problem, m, target, 1 / 50, bits_per_weight(problem.scheme), bandwidth_efficiency=0.8))
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Problem, Rank
@@ -115,7 +115,7 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return Reject(f"groups must have at least {LEAST_GROUP} columns, got {group}")
     plan = config(problem, m, target)
     extra = 8.0 * plan.split * m * problem.n if plan.split > 1 else 0.0
-    bits = problem.scheme.bits_per_weight
+    bits = bits_per_weight(problem.scheme)
     return Rank(
         estimate(
             problem, m, target, 0.3, bits, bandwidth_efficiency=0.55, tile_m=plan.block_m,
@@ -136,7 +136,7 @@ def fit_gemv(problem: Problem, m: int, target: Target) -> Rank | Reject:
     if problem.k % 8:
         return Reject(f"k must be a multiple of 8, got {problem.k}")
     # Bound by ordinary cores: about an instruction a weight, four codes multiplied by one more for each token.
-    cost = estimate(problem, m, target, 1 / 50, problem.scheme.bits_per_weight, bandwidth_efficiency=0.85)
+    cost = estimate(problem, m, target, 1 / 50, bits_per_weight(problem.scheme), bandwidth_efficiency=0.85)
     return Rank(cost)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject
+from quant_compile.ir.family import Planes, Reject, bits_per_weight
 from quant_compile.lowering.kernels import _humming
 from quant_compile.lowering.kernels._humming import DTYPES, range_of
 from quant_compile.lowering.kernels._roofline import estimate
@@ -33,7 +33,7 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
     for name, size in (("n", problem.n), ("k", problem.k)):
         if size % 128:
             return Reject(f"{name} must be a multiple of 128, got {size}")
-    bits = problem.scheme.bits_per_weight
+    bits = bits_per_weight(problem.scheme)
     return Rank(estimate(problem, m, target, 0.67, bits, math_bits=16, bandwidth_efficiency=0.6, tile_m=8))
 
 

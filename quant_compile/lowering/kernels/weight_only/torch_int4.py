@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, PlaneSpec, Reject
+from quant_compile.ir.family import Planes, PlaneSpec, Reject, bits_per_weight
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.weight_only._weight_only import refuse
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
@@ -42,7 +42,7 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return Reject(f"k must be a multiple of {K_MULTIPLE}, got {problem.k}")
     # The kernel reads the whole weight again for every 16 rows of x.
     passes = -(-m // 16)
-    bits = (problem.scheme.bits_per_weight + 16 / group_of(problem.scheme, problem.k)) * passes
+    bits = (bits_per_weight(problem.scheme) + 16 / group_of(problem.scheme, problem.k)) * passes
     bandwidth = 0.45 if m == 1 else 0.12
     return Rank(estimate(problem, m, target, 0.1, bits, math_bits=16, bandwidth_efficiency=bandwidth, tile_m=16))
 

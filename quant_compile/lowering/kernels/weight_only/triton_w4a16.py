@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant_compile.ir.family import Planes, PlaneSpec, Reject
+from quant_compile.ir.family import Planes, PlaneSpec, Reject, bits_per_weight
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.weight_only._weight_only import refuse
@@ -126,7 +126,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _bits(problem: Problem) -> float:
-    return problem.scheme.bits_per_weight
+    return bits_per_weight(problem.scheme)
 
 
 def fit_gemv(problem: Problem, m: int, target: Target, bits: int = 4) -> Rank | Reject:
