@@ -108,7 +108,7 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
         from torch._inductor.compile_fx import compile_fx
 
         try:
-            with expanding(), torch.compiler.config.patch(cache_key_tag=_cache_tag()):
+            with expanding(), torch.compiler.config.patch(cache_key_tag=_cache_tag()):  # type: ignore[attr-defined]
                 return compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[arg-type]
         except exceptions_allowed_to_be_fallback as error:
             # Dynamo answers these with a graph break and runs the frame eagerly, in 16 bits and in silence.

@@ -8,7 +8,7 @@ A kernel that cannot be recorded stays a call of the op, for its own range of m 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ BEYOND = 2 * BUCKETS[-1]
 
 
 @contextmanager
-def expanding(on: bool = True) -> Iterator[None]:
+def expanding(on: bool = True) -> Generator[None]:
     """Kernel ops traced inside become what they run, or stay as they are."""
     token = _EXPANDING.set(on)
     try:
@@ -77,7 +77,7 @@ def _expand(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str
     if chosen.problem.n == 0 or _is_zero(x[0]):
         return NotImplemented
     target = Target.of(x[0].device)
-    m = math.prod(x[0].shape[:-1])
+    m: Any = math.prod(x[0].shape[:-1])
     if isinstance(m, int):
         kernel = chosen.kernel_for(m)
         if _plan(kernel, chosen, m, target) is None:
@@ -92,7 +92,8 @@ def _expand(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str
 
 
 def _is_zero(data: Tensor) -> bool:
-    return any(isinstance(size, int) and size == 0 for size in data.shape)
+    sizes: tuple[Any, ...] = tuple(data.shape)
+    return any(isinstance(size, int) and size == 0 for size in sizes)
 
 
 def _recorded(

@@ -7,20 +7,21 @@ graph has a branch for each range of it, and a kernel cuts its launch up for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.utils import has_fake_kernel
 
 _ROWS: ContextVar[int | None] = ContextVar("sglquant_rows", default=None)
 _ACTIVE: ContextVar[bool] = ContextVar("sglquant_tracing", default=False)
 
 
 @contextmanager
-def tracing(rows: int | None) -> Iterator[None]:
+def tracing(rows: int | None) -> Generator[None]:
     """Kernels run inside are recorded; ``rows``: the m to cut launches up for where it is a symbol."""
     tokens = _ACTIVE.set(True), _ROWS.set(rows)
     try:
@@ -63,9 +64,7 @@ def recordable(op: Any, fake: Callable[..., Any]) -> Any:
         fake: computes empty results from the op's own arguments.
     """
     name = op.name().removesuffix(".default")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta") and not torch._library.utils.has_fake_kernel(
-        op
-    ):
+    if not has_fake_kernel(op):
         torch.library.register_fake(name, fake)
     return op
 
