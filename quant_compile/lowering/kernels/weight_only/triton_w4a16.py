@@ -22,13 +22,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from quant_compile.lowering.kernels.weight_only._weight_only import refuse
 from torch import Tensor
 from torch.nn.functional import pad
 
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, bits_per_weight
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.kernels._roofline import estimate
+from quant_compile.lowering.kernels.weight_only._weight_only import refuse
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank, anyhow
 from quant_compile.lowering.schemes.weight_only import group_of, pack_nibbles, unpack_nibbles
 from quant_compile.lowering.target import Target
