@@ -170,7 +170,7 @@ def _units(w_ptr, w_at, line, start, spots, width, TMA: tl.constexpr, EVEN: tl.c
     elif EVEN:
         w = tl.load(w_at + start)
     else:
-        w = tl.load(w_at + start, mask=(spots < width - start)[None, :], other=0)
+        w = tl.load(w_at + start, mask=(spots < width - start)[None, :], other=0.0)
     return w
 
 
