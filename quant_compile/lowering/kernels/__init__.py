@@ -8,5 +8,6 @@
 * ``cpu``: linears of every scheme on a CPU.
 
 Files without a leading underscore are found by the registry. Of the others, ``_triton_*`` hold Triton source, imported only when a
-kernel runs, and the rest what several kernels share. ``reference`` runs any scheme anywhere.
+kernel runs, and the rest what several kernels share; those of several folders lie here: ``_roofline`` (costs), ``_library`` (refusals
+and inputs of libraries), ``_humming``, ``_launch`` and ``_triton_pieces`` (Triton). ``reference`` runs any scheme anywhere.
 """

@@ -1,6 +1,6 @@
 """Triton source of FP4 expert blocks on block-scaled tensor cores (sm100 and newer), from row form with a leading expert.
 
-Pairs are sorted and cut into blocks, and results summed, by the kernels of ``_triton_moe``. In between ``fp4_grouped_kernel``
+Pairs are sorted and cut into blocks, and results summed, by the kernels of ``_triton_frame``. In between ``fp4_grouped_kernel``
 multiplies twice, and ``fp4_quantize_kernel`` turns the hidden layer into FP4. NVFP4's global scale of the hidden layer is
 that of an expert's rows: the first product takes their largest magnitude by atomic maxima of f32 bits, which order like the
 numbers, NaN last, so that the result does not depend on the order of programs.
@@ -11,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_compile.lowering.kernels.experts._triton_moe import ALL_NAN, _activate, _amax, _tile_of
+from quant_compile.lowering.kernels._triton_pieces import ALL_NAN, _amax, _tile_of
+from quant_compile.lowering.kernels.experts._triton_frame import _activate, _block_at
+from quant_compile.lowering.kernels.fp4._triton_fp4_codes import _mx_scale, _nv_scale, _round_e2m1
 
 
 @triton.jit
@@ -78,13 +80,9 @@ def fp4_grouped_kernel(
     count = tl.load(blocks_ptr + 2 * most_blocks + block)
     if count == 0:
         return
-    expert = tl.load(blocks_ptr + block).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_M)
-    first = tl.load(blocks_ptr + most_blocks + block)
-    place = first + tl.minimum(lanes, count - 1)
-    x_row = place
-    if GATED:
-        x_row = tl.load(sorted_ptr + place) // top_k
+    expert, lanes, first, place, x_row = _block_at(
+        sorted_ptr, blocks_ptr, most_blocks, block, count, top_k, BLOCK_M, GATED
+    )
     x_row = x_row.to(tl.int64)
     # Gated: a tile's gate rows, then its up rows, in one product: Triton cannot share a product's operands with another's.
     TILE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -128,36 +126,6 @@ def fp4_grouped_kernel(
         y_row = tl.load(sorted_ptr + place)
     y_at = y_ptr + y_row.to(tl.int64)[None, :] * n + rows[:, None]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _round_e2m1(x):
-    """f32 -> codes 0..15 i32 of the nearest e2m1 value, ties to the even code, saturating."""
-    size = tl.abs(x)
-    code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
-    code += (size >= 1.75).to(tl.int32) + (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
-    code += (size > 5.0).to(tl.int32)
-    return code | ((x < 0).to(tl.int32) << 3)
-
-
-@triton.jit
-def _nv_scale(amax, whole):
-    """(e4m3 scale, what it stands for) of groups under a global scale; NaN where that is no use."""
-    wanted = tl.math.div_rn(amax, tl.full(amax.shape, 6.0, tl.float32))
-    wanted = wanted * tl.math.div_rn(tl.full(amax.shape, 1.0, tl.float32), tl.zeros(amax.shape, tl.float32) + whole)
-    usable = (wanted >= 0) & (wanted < float("inf"))
-    clamped = tl.minimum(tl.maximum(wanted, 0.001953125), 448.0)
-    scale = tl.where(usable, clamped, float("nan")).to(tl.float8e4nv)
-    return scale, scale.to(tl.float32) * whole
-
-
-@triton.jit
-def _mx_scale(amax):
-    """(e8m0 bits, 1 / what they stand for) of groups."""
-    bits = amax.to(tl.int32, bitcast=True)
-    exponent = tl.maximum(((bits + (1 << 21)) >> 23) - 2, 0)
-    inverse = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
-    return tl.where(bits >= 0x7F800000, 255, exponent).to(tl.uint8), inverse
 
 
 @triton.jit(do_not_specialize=["most_blocks"])

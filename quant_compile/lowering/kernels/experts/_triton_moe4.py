@@ -1,7 +1,7 @@
 """Triton source of fused mixture-of-experts blocks with 4-bit weights; ``triton_moe4`` chooses tiles and launches.
 
 For int4 under int8 or e4m3 inputs and for FP4 under 16-bit inputs, where ``_triton_moe`` has all other formats. The block,
-its two forms and its promises are those of ``_triton_moe``, which sorts pairs and adds experts for these kernels as well.
+its two forms and its promises are those of ``_triton_frame``.
 
 Codes are never reordered: what a step decodes from one place of all bytes or words is an operand of its own, and inputs are
 taken apart in the same way. The grouped form therefore takes inputs in *split order*: of int4, whose bytes hold an even
@@ -21,16 +21,20 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quant_compile.lowering.kernels.experts._triton_moe import (
+from quant_compile.lowering.kernels._triton_pieces import _amax, _codes, _scale_of, _tile_of
+from quant_compile.lowering.kernels.experts._triton_frame import (
     _activate,
-    _amax,
-    _codes,
+    _block_at,
     _eight,
+    _experts_of,
     _hidden_scale,
-    _scale_of,
+    _store_block,
+    _store_hidden,
+    _store_token,
     _stream,
-    _tile_of,
     _token_step,
+    _units,
+    _weight_rows,
     _word_products,
 )
 from quant_compile.lowering.kernels.fp4._triton_fp4a16 import FROM_F16, _scale
@@ -99,18 +103,6 @@ def quantize_split_kernel(h_ptr, scale2_ptr, q_ptr, scale_ptr, half, BLOCK: tl.c
 
 
 # --- blocks of pairs times weights, on tensor cores ---
-
-
-@triton.jit
-def _units(w_ptr, w_at, line, start, spots, width, TMA: tl.constexpr, EVEN: tl.constexpr):
-    """Bytes or words [BLOCK_N, STEP] of one step."""
-    if TMA:
-        w = w_ptr.load([line, start])
-    elif EVEN:
-        w = tl.load(w_at + start)
-    else:
-        w = tl.load(w_at + start, mask=(spots < width - start)[None, :], other=0)
-    return w
 
 
 @triton.jit
@@ -263,24 +255,16 @@ def grouped4_kernel(
     count = tl.load(blocks_ptr + 2 * most_blocks + block)
     if count == 0:
         return
-    expert = tl.load(blocks_ptr + block).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_M)
-    first = tl.load(blocks_ptr + most_blocks + block)
-    place = first + tl.minimum(lanes, count - 1)
-    x_row = place
-    if GATED:
-        x_row = tl.load(sorted_ptr + place) // top_k
+    expert, lanes, first, place, x_row = _block_at(
+        sorted_ptr, blocks_ptr, most_blocks, block, count, top_k, BLOCK_M, GATED
+    )
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     near = tl.minimum(rows, n - 1)
     spots = tl.arange(0, STEP)
     all_rows = 2 * n if GATED else n
     line = expert.to(tl.int32) * all_rows + tile * BLOCK_N
     own = expert * all_rows
-    w_at = w_ptr
-    up_at = w_ptr
-    if not TMA:
-        w_at = w_ptr + own * width + near[:, None] * width + spots[None, :]
-        up_at = w_at + n.to(tl.int64) * width
+    w_at, up_at = _weight_rows(w_ptr, own, near, spots, n, width, TMA)
     CODES: tl.constexpr = 8 if FP4 else 2
     STRIDE: tl.constexpr = CODES // PARTS
     columns = tl.arange(0, STEP * STRIDE)
@@ -332,9 +316,7 @@ def grouped4_kernel(
             column = rows % PARTS * (n // PARTS) + rows // PARTS
     else:
         y_row = tl.load(sorted_ptr + place)
-    inside = (rows < n)[:, None] & (lanes < count)[None, :]
-    y_at = y_ptr + y_row.to(tl.int64)[None, :] * n + column[:, None]
-    tl.store(y_at, y.to(OUT), mask=inside)
+    _store_block(y_ptr, y, y_row, rows, column, lanes, count, n)
 
 
 # --- few pairs: rows of the chosen experts, on plain cores ---
@@ -501,9 +483,7 @@ def gated_rows4_kernel(
     gate = _whole_rows(tl.sum(total, 2), rows, x_scale, sw_at, whole_at, bias_ptr, own, groups, unit, CHANNEL)
     up = _whole_rows(tl.sum(total_up, 2), rows + n, x_scale, sw_at, whole_at, bias_ptr, own, groups, unit, CHANNEL)
     y = _activate(gate, up, KIND, ALPHA, LIMIT, SHIFT, OUT)
-    tl.store(y_ptr + pair.to(tl.int64) * n + rows[:, None], y.to(OUT))
-    if amax_ptr is not None:
-        tl.store(amax_ptr + pair * tl.num_programs(0) + tl.program_id(0) + tl.arange(0, 1), _amax(y, 0))
+    _store_hidden(y_ptr, amax_ptr, y, pair, rows, n, OUT)
 
 
 @triton.jit
@@ -568,11 +548,7 @@ def down_rows4_kernel(
     """
     E8M0: tl.constexpr = whole_ptr is None
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    slots = tl.arange(0, TOP_K)
-    token = tl.program_id(1).to(tl.int64)
-    pairs = token * top_k + slots
-    ids = tl.load(ids_ptr + pairs, mask=slots < top_k, other=-1)
-    legal = (ids >= 0) & (ids < experts)
+    token, pairs, ids, legal = _experts_of(ids_ptr, top_k, experts, TOP_K)
     own = tl.where(legal, ids, 0).to(tl.int64) * n
     cols = tl.arange(0, BLOCK)
     w_at = w_ptr + (own[None, :, None] + rows[:, None, None]) * width + cols[None, None, :]
@@ -604,7 +580,4 @@ def down_rows4_kernel(
         tl.sum(total, 2), rows, scale, (sw_ptr + own * groups)[None, :], whole_at, bias_ptr, own[None, :], groups,
         _unit_of(FORMAT), GROUP == 0,
     )  # fmt: skip
-    y = tl.where(legal[None, :], y.to(OUT).to(tl.float32), 0.0)
-    if weights_ptr is not None:
-        y = y * tl.load(weights_ptr + pairs, mask=legal, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + token * n + rows, tl.sum(y, 1).to(OUT))
+    _store_token(y_ptr, y, weights_ptr, token, pairs, legal, rows, n, OUT)

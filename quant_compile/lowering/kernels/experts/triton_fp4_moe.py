@@ -3,30 +3,21 @@
 Never run on such a GPU by this project: every step is checked in Triton's interpreter, which is given the instruction's
 arithmetic, and compiled for sm100 and sm120, with the block-scaled instruction in the result.
 
-The steps are those of ``triton_moe``: ``align``, a gated product, quantization, a second product, and the weighted sum.
+The frame is ``_frame``: ``align``, a gated product, quantization, a second product, and the weighted sum.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.lowering.kernels._launch import ceil, pow2, triton_type
+from quant_compile.lowering.kernels.experts._frame import DTYPES, Pairs, activation_constants, grouped, source
 from quant_compile.lowering.kernels.experts._moe import estimate_moe
-from quant_compile.lowering.kernels.experts.triton_moe import (
-    DTYPES,
-    Pairs,
-    _activation,
-    _type,
-    add,
-    align,
-)
 from quant_compile.lowering.kernels.fp4._fp4 import block_scaled
 from quant_compile.lowering.kernels.fp4.triton_fp4 import GROUPS
 from quant_compile.lowering.moe import MoeKernel
@@ -53,26 +44,28 @@ class Tiles:
     band: int = 8
 
 
-@lru_cache(maxsize=1)
-def _source() -> Any:
-    return import_module("quant_compile.lowering.kernels.experts._triton_fp4_moe")
-
-
-def _pow2(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
-
-
 def tiles(problem: MoeProblem, tokens: int, target: Target) -> Tiles:
     """Without measurement: blocks a little above the mean number of pairs of an expert."""
     mean = 1.25 * tokens * problem.top_k / problem.experts
     if target.arch >= 120:
-        return Tiles(min(64, max(16, _pow2(int(mean)))), 64, 128, 4, 3)
-    return Tiles(min(128, max(16, _pow2(int(mean)))), 128, 256, 4, 3)
+        return Tiles(min(64, max(16, pow2(int(mean)))), 64, 128, 4, 3)
+    return Tiles(min(128, max(16, pow2(int(mean)))), 128, 256, 4, 3)
 
 
 def group_of(problem: MoeProblem) -> int:
     """Codes that share a scale."""
     return GROUPS[family_of(problem.scheme).name]
+
+
+def products(
+    x: Planes, pairs: Pairs, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None, scale2: Tensor | None,
+    problem: MoeProblem, chosen: Tiles,
+) -> Tensor:  # fmt: skip
+    """All steps between ``align`` and ``add``."""
+    hidden = first(x, pairs, w13, b13, problem, chosen)
+    inner = quantize(hidden, pairs, scale2, problem, chosen)
+    amax = hidden[1] if len(hidden) > 1 else None
+    return second(inner, amax, pairs, w2, b2, scale2, problem, chosen)
 
 
 def first(x: Planes, pairs: Pairs, w13: Planes, b13: Tensor | None, problem: MoeProblem, chosen: Tiles) -> Planes:
@@ -89,13 +82,13 @@ def first(x: Planes, pairs: Pairs, w13: Planes, b13: Tensor | None, problem: Moe
 def quantize(hidden: Planes, pairs: Pairs, scale2: Tensor | None, problem: MoeProblem, chosen: Tiles) -> Planes:
     """Result of ``first`` -> codes [T k, kp/2] and scales [T k, kp/G], as ``quantize_input`` of each expert's rows."""
     group, (rows, n) = group_of(problem), hidden[0].shape
-    nv, groups = group == GROUPS["nvfp4"], -(-n // group)
+    nv, groups = group == GROUPS["nvfp4"], ceil(n, group)
     device = hidden[0].device
     codes = torch.empty((rows, groups * group // 2), dtype=torch.uint8, device=device)
     scale = torch.empty((rows, groups), dtype=torch.float8_e4m3fn if nv else torch.uint8, device=device)
     most = pairs.blocks.shape[1]
     block_n = max(group, 2048 // chosen.block_m)
-    _source().fp4_quantize_kernel[(most, -(-n // block_n))](
+    source("_triton_fp4_moe").fp4_quantize_kernel[(most, ceil(n, block_n))](
         hidden[0], codes, scale, hidden[1] if len(hidden) > 1 else None, scale2 if nv else None, pairs.blocks, most, n,
         groups, GROUP=group, NV=nv, BLOCK_M=chosen.block_m, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
@@ -117,36 +110,13 @@ def _launch(
     problem: MoeProblem, chosen: Tiles, gated: bool,
 ) -> None:  # fmt: skip
     n, k, most = y.shape[1], 2 * x[0].shape[1], pairs.blocks.shape[1]
-    _source().fp4_grouped_kernel[(most * -(-n // (chosen.block_n // 2 if gated else chosen.block_n)),)](
+    source("_triton_fp4_moe").fp4_grouped_kernel[(most * ceil(n, chosen.block_n // 2 if gated else chosen.block_n),)](
         x[0], w[0], x[1].contiguous(), w[1], x[2] if len(x) > 2 else None, w[2] if len(w) > 2 else None, scale2, bias, y,
         amax, pairs.order, pairs.blocks, most, n, k, problem.top_k,
         GATED=gated, GROUP=group_of(problem), BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k,
-        BAND=chosen.band, EVEN_K=k % chosen.block_k == 0, **_activation(problem.activation),
-        OUT=_type(problem.dtype), num_warps=chosen.warps, num_stages=chosen.stages,
+        BAND=chosen.band, EVEN_K=k % chosen.block_k == 0, **activation_constants(problem.activation),
+        OUT=triton_type(problem.dtype), num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
-
-
-def run(
-    x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
-    scale2: Tensor | None, problem: MoeProblem,
-) -> Tensor:  # fmt: skip
-    """The block for any number of tokens [T, H] -> [T, H]; arguments as for ``MoeKernel.run``."""
-    chosen = tiles(problem, ids.shape[0], Target.of(ids.device))
-    return launch(x, ids, weights, w13, b13, w2, b2, scale2, problem, chosen)
-
-
-def launch(
-    x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
-    scale2: Tensor | None, problem: MoeProblem, chosen: Tiles,
-) -> Tensor:  # fmt: skip
-    """``run`` with one choice of tiles."""
-    ids = ids.contiguous()
-    pairs = align(ids, problem.experts, chosen.block_m)
-    hidden = first(x, pairs, w13, b13, problem, chosen)
-    inner = quantize(hidden, pairs, scale2, problem, chosen)
-    amax = hidden[1] if len(hidden) > 1 else None
-    parts = second(inner, amax, pairs, w2, b2, scale2, problem, chosen)
-    return add(parts, ids, weights if weights is None else weights.contiguous(), problem)
 
 
 def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
@@ -168,4 +138,5 @@ def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     return Rank(cost)
 
 
+run, launch = grouped(tiles, products)
 MOE_KERNELS = (MoeKernel("triton_fp4_moe", "experts", fit, run),)

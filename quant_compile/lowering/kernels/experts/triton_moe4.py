@@ -2,64 +2,51 @@
 forms), FP4 under 16-bit inputs (NVFP4A16, MXFP4A16).
 
 ``triton_moe4_decode`` for few (token, expert) pairs and ``triton_moe4`` for any number of tokens, from planes in row form
-("experts"). Sorting of pairs and the sum over experts are ``triton_moe``'s, and steps can be called apart as there. The Triton
-source, in ``_triton_moe4``, is imported at the first launch.
+("experts"). The frame of both is ``_frame``, the Triton source ``_triton_moe4``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import import_module
 from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
+from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.kernels._launch import ceil, descriptor, pow2, triton_type
 from quant_compile.lowering.kernels._roofline import roof, shared_memory
-from quant_compile.lowering.kernels.experts.triton_moe import (
-    COUNT_PAIRS,
-    DECODE_PAIRS,
+from quant_compile.lowering.kernels.experts._frame import (
+    MAGIC,
     DecodePlan,
     Pairs,
     Plan,
     Rows,
     Tiles,
-    _activation,
-    _ceil,
-    _needs_amax,
-    _pow2,
-    _scale_strides,
-    _target,
-    _type,
-    _warps,
-    active_experts,
-    add,
-    align,
+    activation_constants,
     code_of,
+    decode,
+    decode_bytes,
+    down_arguments,
+    few_pairs,
+    grouped,
+    grouped_rank,
+    hidden_rows,
+    interpreted,
     reject_block,
+    scale_strides,
+    source,
+    warps_of,
 )
 from quant_compile.lowering.moe import MoeKernel
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import Target
 
-MAGIC = 0x4B000000  # 2**23 as f32 bits
 WHOLE_ROW = 1 << 24  # columns of a group that no row is longer than
 LEAST_GROUP = 64  # 8-bit tensor cores take 32 codes at a time, and a step is half a group: its even or its odd columns
-
-
-@lru_cache(maxsize=1)
-def _source() -> Any:
-    return import_module("quant_compile.lowering.kernels.experts._triton_moe4")
-
-
-@lru_cache(maxsize=1)
-def _interpreted() -> bool:
-    return "Interpreted" in type(_source().split_kernel).__name__
 
 
 def format_of(scheme: Scheme) -> str:
@@ -106,6 +93,15 @@ def group_of(scheme: Scheme, codes: int) -> int:
 # --- steps of the grouped form ---
 
 
+def products(
+    x: Planes, pairs: Pairs, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None, scale2: Tensor | None,
+    problem: MoeProblem, chosen: Plan,
+) -> Tensor:  # fmt: skip
+    """All steps between ``align`` and ``add``."""
+    hidden = first(x, pairs, w13, b13, scale2, problem, chosen.first)
+    return second(hidden, pairs, w2, b2, problem, chosen.second)
+
+
 def codes_of(scheme: Scheme) -> int:
     """Codes in a unit that the grouped form reads: words of FP4, bytes of int4."""
     return 8 if format_of(scheme) == "fp4" else 2
@@ -122,9 +118,9 @@ def split(x: Tensor, parts: int) -> Tensor:
         return x
     y = torch.empty_like(x)
     tokens, size = x.shape[0], x.shape[1] // parts
-    block = min(1024 // parts, _pow2(size))
+    block = min(1024 // parts, pow2(size))
     codes = torch.int8 if x.dtype.itemsize == 1 else torch.int16
-    _source().split_kernel[(tokens, _ceil(size, block))](
+    source("_triton_moe4").split_kernel[(tokens, ceil(size, block))](
         x.view(codes), y.view(codes), size, BLOCK=block, PARTS=parts, num_warps=4
     )
     return y
@@ -158,8 +154,8 @@ def quantize(hidden: Tensor, problem: MoeProblem, scale2: Tensor | None = None) 
     rows, n = hidden.shape
     codes = torch.empty((rows, n), dtype=code, device=hidden.device)
     scale = scale2 if scale2 is not None else torch.empty((rows, 1), dtype=torch.float32, device=hidden.device)
-    block = _pow2(n // 2)
-    _source().quantize_split_kernel[(rows,)](
+    block = pow2(n // 2)
+    source("_triton_moe4").quantize_split_kernel[(rows,)](
         hidden, scale2, codes, scale, n // 2, BLOCK=block, LIMIT=limit, num_warps=min(8, max(1, block // 256))
     )
     return codes, scale
@@ -180,22 +176,16 @@ def _launch(
     data = own.codes.view(torch.int32) if codes == 8 else own.codes
     n, width, step = y.shape[1], data.shape[-1], tiles.block_k // codes
     tma = tiles.tma and width * data.itemsize % 16 == 0
-    _source().grouped4_kernel[(most * _ceil(n, tiles.block_n),)](
-        x[0], _descriptor(data, tiles.block_n, step) if tma else data, x[1] if len(x) > 1 else None,
+    source("_triton_moe4").grouped4_kernel[(most * ceil(n, tiles.block_n),)](
+        x[0], descriptor(data, tiles.block_n, step) if tma else data, x[1] if len(x) > 1 else None,
         own.scale, own.whole, own.zero, bias, y,
-        pairs.order, pairs.blocks, most, n, width, own.scale.shape[-1], problem.top_k, _scale_strides(x)[0],
+        pairs.order, pairs.blocks, most, n, width, own.scale.shape[-1], problem.top_k, scale_strides(x)[0],
         GATED=gated, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STEP=step, BAND=tiles.band, EVEN=width % step == 0,
         TMA=tma, FORMAT=format_of(problem.scheme), PARTS=parts_of(problem.scheme, tiles),
         GROUP=group_of(problem.scheme, codes),
-        **_activation(problem.activation), OUT=_type(problem.dtype), ASM=not _interpreted(),
+        **activation_constants(problem.activation), OUT=triton_type(problem.dtype), ASM=not interpreted(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-
-
-def _descriptor(data: Tensor, rows: int, columns: int) -> Any:
-    """Tensor descriptor of all experts' rows."""
-    descriptor = import_module("triton.tools.tensor_descriptor").TensorDescriptor
-    return descriptor.from_tensor(data.view(-1, data.shape[-1]), [rows, columns])
 
 
 # --- steps of the decode form ---
@@ -206,16 +196,14 @@ def gated_rows(
 ) -> Planes:
     """Hidden layer of each pair, unsorted: ([T k, I],), then the largest magnitude of each ``rows.block_n`` values
     [T k, I / block_n] f32 where the scheme needs one scale per row. ``early``: the next kernel may start at once."""
-    p, early = problem, early and not _interpreted()
-    pairs, parts = ids.numel(), p.intermediate // rows.block_n
-    y = torch.empty((pairs, p.intermediate), dtype=p.dtype, device=ids.device)
-    amax = torch.empty((pairs, parts), dtype=torch.float32, device=ids.device) if _needs_amax(p.scheme) else None
+    p = problem
+    y, amax = hidden_rows(ids, p, rows)
     w = _weights(w13, p.scheme)
     inputs = x[0].view(torch.int64) if format_of(p.scheme) == "int8" else x[0]
-    _source().gated_rows4_kernel[(parts, pairs)](
+    source("_triton_moe4").gated_rows4_kernel[(p.intermediate // rows.block_n, ids.numel())](
         inputs, w.codes.view(torch.int32), x[1] if len(x) > 1 else None, w.scale, w.whole, w.zero, b13, ids, y, amax,
-        p.intermediate, p.hidden // 8, w.scale.shape[-1], p.top_k, p.experts, _scale_strides(x)[0], MAGIC,
-        **_row_constants(p, p.hidden, rows), **_activation(p.activation), OUT=_type(p.dtype), EARLY=early,
+        p.intermediate, p.hidden // 8, w.scale.shape[-1], p.top_k, p.experts, scale_strides(x)[0], MAGIC,
+        **_row_constants(p, p.hidden, rows), **activation_constants(p.activation), OUT=triton_type(p.dtype), EARLY=early,
         num_warps=rows.warps,
     )  # fmt: skip
     return (y,) if amax is None else (y, amax)
@@ -229,19 +217,15 @@ def down_rows(
 
     ``early``: only straight after ``gated_rows`` with the same; anything older than that is complete, hidden rows are waited for.
     """
-    p, early = problem, early and not _interpreted()
+    p = problem
     y = torch.empty((ids.shape[0], p.hidden), dtype=p.dtype, device=ids.device)
-    amax = hidden[1] if len(hidden) > 1 else None
-    parts = amax.shape[1] if amax is not None else 1
+    amax, parts, common = down_arguments(hidden, p)
     w = _weights(w2, p.scheme)
-    limit, code = code_of(p.scheme)
-    _source().down_rows4_kernel[(p.hidden // rows.block_n, ids.shape[0])](
+    source("_triton_moe4").down_rows4_kernel[(p.hidden // rows.block_n, ids.shape[0])](
         hidden[0], amax, scale2 if p.scheme.static else None, w.codes.view(torch.int32),
         w.scale, w.whole, w.zero, b2, ids, weights, y,
         p.hidden, p.intermediate // 8, w.scale.shape[-1], p.top_k, p.experts, parts, MAGIC,
-        TOP_K=_pow2(p.top_k), PARTS=_pow2(parts), QUANTIZE=limit if p.scheme.input_activations is not None else 0.0,
-        CODE=_type(code), **_row_constants(p, p.intermediate, rows), OUT=_type(p.dtype), EARLY=early,
-        num_warps=rows.warps, launch_pdl=early,
+        **common, **_row_constants(p, p.intermediate, rows), EARLY=early, num_warps=rows.warps, launch_pdl=early,
     )  # fmt: skip
     return y
 
@@ -256,7 +240,7 @@ def _row_constants(problem: MoeProblem, k: int, rows: Rows) -> dict[str, Any]:
         "EVEN": k % rows.block_k == 0,
         "FORMAT": format_of(problem.scheme),
         "GROUP": group,
-        "ASM": not _interpreted(),
+        "ASM": not interpreted(),
     }
 
 
@@ -266,7 +250,7 @@ def _row_constants(problem: MoeProblem, k: int, rows: Rows) -> dict[str, Any]:
 def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
     """How ``triton_moe4`` runs this many tokens on ``target``, without measurement."""
     mean = tokens * problem.top_k / problem.experts
-    block_m = min(64, max(16, _pow2(int(mean))))
+    block_m = min(64, max(16, pow2(int(mean))))
     return Plan(_tiles(problem, block_m, True, target), _tiles(problem, block_m, False, target))
 
 
@@ -292,63 +276,22 @@ def _tiles(problem: MoeProblem, block_m: int, gated: bool, target: Target) -> Ti
 
 def decode_plan(problem: MoeProblem, target: Target) -> DecodePlan:
     """How ``triton_moe4_decode`` runs, without measurement: 16 bytes per thread and row where a step divides k."""
-    experts, group = _pow2(problem.top_k), problem.scheme.weights.group_size or 0
+    experts, group = pow2(problem.top_k), problem.scheme.weights.group_size or 0
     fp4 = format_of(problem.scheme) == "fp4"
     # NVFP4A16 on a H200: two steps of half the size are faster than one, which holds twice the registers.
-    first = _row_step(problem.hidden, min(2048, _pow2(problem.hidden) // 2) if fp4 else 4096, group)
+    first = _row_step(problem.hidden, min(2048, pow2(problem.hidden) // 2) if fp4 else 4096, group)
     second = _row_step(problem.intermediate, 4096 // experts, group)
     whole = _row_step(1 << 20, 4096 // experts, group)
     return DecodePlan(
-        Rows(4, first, _warps(first * 4)), Rows(4, second, _warps(whole * 4 * experts)), target.arch >= 90
+        Rows(4, first, warps_of(first * 4)), Rows(4, second, warps_of(whole * 4 * experts)), target.arch >= 90
     )
 
 
 def _row_step(k: int, most: int, group: int) -> int:
     """The largest step up to ``most`` inputs that divides k, or ``most`` where only short ones do; whole groups."""
-    most = max(128, group, min(most, _pow2(k)))
+    most = max(128, group, min(most, pow2(k)))
     step = gcd(k, most)
     return step if step >= max(group, min(256, most)) else most
-
-
-def run_decode(
-    x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
-    scale2: Tensor | None, problem: MoeProblem,
-) -> Tensor:  # fmt: skip
-    """The block for few tokens [T, H] -> [T, H]; arguments as for ``MoeKernel.run``."""
-    chosen = decode_plan(problem, _target(ids.device))
-    return launch_decode(x, ids, weights, w13, b13, w2, b2, scale2, problem, chosen)
-
-
-def launch_decode(
-    x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
-    scale2: Tensor | None, problem: MoeProblem, chosen: DecodePlan,
-) -> Tensor:  # fmt: skip
-    """Run one plan of the decode form; arguments and result as for ``run_decode``."""
-    ids = ids.contiguous()
-    weights = weights if weights is None else weights.contiguous()
-    hidden = gated_rows(x, ids, w13, b13, problem, chosen.first, chosen.early)
-    return down_rows(hidden, ids, weights, w2, b2, scale2, problem, chosen.second, chosen.early)
-
-
-def run(
-    x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
-    scale2: Tensor | None, problem: MoeProblem,
-) -> Tensor:  # fmt: skip
-    """The block for any number of tokens [T, H] -> [T, H]; arguments as for ``MoeKernel.run``."""
-    chosen = plan(problem, ids.shape[0], _target(ids.device))
-    return launch(x, ids, weights, w13, b13, w2, b2, scale2, problem, chosen)
-
-
-def launch(
-    x: Planes, ids: Tensor, weights: Tensor | None, w13: Planes, b13: Tensor | None, w2: Planes, b2: Tensor | None,
-    scale2: Tensor | None, problem: MoeProblem, chosen: Plan,
-) -> Tensor:  # fmt: skip
-    """Run one plan; arguments and result as for ``run``."""
-    ids = ids.contiguous()
-    pairs = align(ids, problem.experts, chosen.first.block_m)
-    hidden = first(x, pairs, w13, b13, scale2, problem, chosen.first)
-    parts = second(hidden, pairs, w2, b2, problem, chosen.second)
-    return add(parts, ids, weights if weights is None else weights.contiguous(), problem)
 
 
 def _reject(problem: MoeProblem, target: Target) -> Reject | None:
@@ -378,33 +321,32 @@ def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     refusal = _reject(problem, target)
     if refusal is not None:
         return refusal
-    limits, p = roof(target), problem
-    pairs, cells = tokens * p.top_k, 3.0 * p.hidden * p.intermediate
-    chosen = plan(p, tokens, target)
-    active = active_experts(p, tokens)
-    weights = active * cells * bits_per_weight(p.scheme) / 8
+    p, chosen = problem, plan(problem, tokens, target)
+    pairs, quantized = tokens * p.top_k, p.scheme.input_activations is not None
     between = (pairs * (p.hidden + 2.0 * p.intermediate) * 2 + tokens * p.hidden * 2) * p.dtype.itemsize
-    quantized = p.scheme.input_activations is not None
-    rows = max(pairs + active * chosen.first.block_m / 2, active * chosen.first.block_m)
-    math = 2.0 * rows * cells / ((limits.math8 if quantized else limits.math16) * 0.3)
-    launches = 5 + quantized + (pairs > COUNT_PAIRS)
-    return Rank(limits.launch * launches + max((weights + between) / (limits.bandwidth * 0.6), math))
+    return grouped_rank(
+        p,
+        tokens,
+        target,
+        chosen.block_m,
+        between=between,
+        launches=5 + quantized,
+        efficiency=0.3,
+        bandwidth_efficiency=0.6,
+    )
 
 
 def fit_decode(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     """Few tokens: at most DECODE_PAIRS pairs."""
-    refusal = _reject(problem, target)
+    refusal = _reject(problem, target) or few_pairs(problem, tokens)
     if refusal is not None:
         return refusal
-    p, pairs = problem, tokens * problem.top_k
-    if pairs > DECODE_PAIRS:
-        return Reject(f"serves at most {DECODE_PAIRS} pairs of a token and an expert, got {pairs}")
-    limits, cells = roof(target), 3.0 * p.hidden * p.intermediate
-    # Pairs that share an expert read it anew.
-    memory = pairs * cells * bits_per_weight(p.scheme) / 8 / (limits.bandwidth * 0.5)
-    return Rank(limits.launch * 2 + memory)
+    limits = roof(target)
+    return Rank(limits.launch * 2 + decode_bytes(problem, tokens) / (limits.bandwidth * 0.5))
 
 
+run, launch = grouped(plan, products)
+run_decode, launch_decode = decode(decode_plan, gated_rows, down_rows)
 MOE_KERNELS = (
     MoeKernel("triton_moe4_decode", "experts", fit_decode, run_decode),
     MoeKernel("triton_moe4", "experts", fit, run),

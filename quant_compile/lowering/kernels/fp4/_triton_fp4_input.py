@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_compile.lowering.kernels.experts._triton_fp4_moe import _mx_scale, _nv_scale, _round_e2m1
-from quant_compile.lowering.kernels.experts._triton_moe import ALL_NAN, _amax
+from quant_compile.lowering.kernels._triton_pieces import ALL_NAN, _amax
+from quant_compile.lowering.kernels.fp4._triton_fp4_codes import _mx_scale, _nv_scale, _round_e2m1
 
 
 @triton.jit

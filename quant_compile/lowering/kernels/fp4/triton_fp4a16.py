@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, bits_per_weight
+from quant_compile.lowering.kernels._launch import sm_count_of, triton_type
 from quant_compile.lowering.kernels._roofline import estimate
-from quant_compile.lowering.kernels.weight_only.triton_w4a16 import sm_count_of, triton_type
 from quant_compile.lowering.registry import Kernel, Problem, Rank, anyhow
 from quant_compile.lowering.schemes.fp4 import MXFP4, NVFP4
 from quant_compile.lowering.target import Target

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quant_compile.lowering.kernels._triton_pieces import _dp4a, _tile_of
+
 
 @triton.jit
 def _start_early(w_rows, line, k, LINES: tl.constexpr, PDL: tl.constexpr):
@@ -32,14 +34,6 @@ def _start_early(w_rows, line, k, LINES: tl.constexpr, PDL: tl.constexpr):
         )
         gdc_wait()
         gdc_launch_dependents()
-
-
-@triton.jit
-def _dp4a(a, b, total):
-    """total + the dot product of the four int8 in a and in b, int32."""
-    return tl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
-    )
 
 
 @triton.jit
@@ -228,15 +222,6 @@ def slices_kernel(
         y = y + tl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
     inside = (rows < n)[:, None] & (tokens < m)[None, :]
     tl.store(y_ptr + tokens[None, :] * n + rows[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _tile_of(pid, tiles_a, tiles_b, GROUP: tl.constexpr):
-    """Tile coordinates of program ``pid``: GROUP rows of tiles are walked column by column, which keeps both in L2."""
-    band = GROUP * tiles_b
-    first = (pid // band) * GROUP
-    height = tl.minimum(tiles_a - first, GROUP)
-    return first + (pid % band) % height, (pid % band) // height
 
 
 @triton.jit(do_not_specialize=["rows_a", "rows_b", "sa_group", "sb_group", "steps"])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
+from quant_compile.lowering.kernels._launch import ceil, descriptor, pow2, target_of
 from quant_compile.lowering.kernels._roofline import estimate, shared_memory
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
@@ -69,19 +70,11 @@ def groups(problem: Problem) -> tuple[int, int]:
     return problem.scheme.weights.block_structure or (0, 0)
 
 
-def _blocks(size: int, block: int) -> int:
-    return (size + block - 1) // block
-
-
-def _pow2(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
-
-
 def gemv_config(problem: Problem, m: int, target: Target) -> Config:
     """Programs of a few rows of w and 16 bytes of each row per thread and load."""
-    block_k = min(2048, max(512, _pow2(problem.k)))
+    block_k = min(2048, max(512, pow2(problem.k)))
     rows = gcd(4, groups(problem)[0] or 4)
-    return Config("gemv", min(_pow2(m), GEMV_ROWS), rows, block_k, warps=block_k // 512, stages=1)
+    return Config("gemv", min(pow2(m), GEMV_ROWS), rows, block_k, warps=block_k // 512, stages=1)
 
 
 def config(problem: Problem, m: int, target: Target) -> Config:
@@ -100,11 +93,11 @@ def _slices_config(problem: Problem, m: int, target: Target) -> Config:
 
 
 def _tall_config(problem: Problem, m: int, target: Target) -> Config:
-    block_m = max(16, _pow2(m))
+    block_m = max(16, pow2(m))
     block_k = min(128, groups(problem)[1] or 128)
     block_n = 128 if problem.n >= 128 * target.sm_count else 64
-    tiles = _blocks(problem.n, block_n)
-    steps = _blocks(problem.k, block_k)
+    tiles = ceil(problem.n, block_n)
+    steps = ceil(problem.k, block_k)
     split = 1
     while tiles * split < target.sm_count and steps >= 16 * split:
         split *= 2
@@ -129,8 +122,8 @@ def _wide_config(problem: Problem, m: int, target: Target) -> Config:
 
 def _wave_cost(problem: Problem, m: int, target: Target, block_m: int, block_n: int) -> float:
     """Time in units of one multiply-add per multiprocessor, larger tiles being more efficient, in whole waves."""
-    tiles = _blocks(m, block_m) * _blocks(problem.n, block_n)
-    waves = _blocks(tiles, target.sm_count)
+    tiles = ceil(m, block_m) * ceil(problem.n, block_n)
+    waves = ceil(tiles, target.sm_count)
     return waves * block_m * block_n * (1 + 64 / block_m + 64 / block_n)
 
 
@@ -210,23 +203,18 @@ def _interpreted() -> bool:
     return not hasattr(_source().gemv_kernel, "warmup") or "Interpreted" in type(_source().gemv_kernel).__name__
 
 
-def _target(device: torch.device) -> Target:
-    """The launch's device; the interpreter, which runs on CPU tensors, plays an sm90."""
-    return Target.of(device) if device.type == "cuda" else Target.fake("sm90")
-
-
 def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """y [m, n] of ``problem.dtype`` from x codes [m, k] and w codes [n, k], float8 or int8, and their f32 scales.
 
     x scale [m, 1], [1] or [m, g] with any strides; w scale [n, 1] or [n/bn, k/bk]. Formula: (x @ w.T) * x scale *
     w scale + bias, group scales inside the sum. Source: the family's ``linear``.
     """
-    return launch(x, w, bias, problem, config(problem, rows_of(x[0]), _target(x[0].device)))
+    return launch(x, w, bias, problem, config(problem, rows_of(x[0]), target_of(x[0].device)))
 
 
 def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """As ``run``, for at most four tokens."""
-    return launch(x, w, bias, problem, gemv_config(problem, rows_of(x[0]), _target(x[0].device)))
+    return launch(x, w, bias, problem, gemv_config(problem, rows_of(x[0]), target_of(x[0].device)))
 
 
 def recorded(problem: Problem, m: int, target: Target) -> Config | None:
@@ -263,7 +251,7 @@ def _launch_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
         left, right, k, block_k = left.view(torch.int32), right.view(torch.int32), k // 4, block_k // 4
     enqueue(
         _source().gemv_kernel,
-        (_blocks(problem.n, plan.block_n),),
+        (ceil(problem.n, plan.block_n),),
         left,
         right,
         x[1],
@@ -290,7 +278,7 @@ def _launch_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
 def _launch_slices(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Config, y: Tensor) -> None:
     enqueue(
         _source().slices_kernel,
-        (_blocks(problem.n, plan.block_n),),
+        (ceil(problem.n, plan.block_n),),
         x[0],
         w[0],
         x[1],
@@ -322,7 +310,7 @@ def _launch_tile(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
     x_side = (x, m, n, plan.block_m, x_strides)
     w_side = (w, n, 1, plan.block_n, w_strides)
     a, b = (w_side, x_side) if tall else (x_side, w_side)
-    steps = _blocks(_blocks(k, plan.block_k), plan.split)
+    steps = ceil(ceil(k, plan.block_k), plan.split)
     common = _common(problem, bias)
     out = y
     if plan.split > 1:
@@ -332,7 +320,7 @@ def _launch_tile(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
     operands = [_operand(side[0][0], side[3], plan) for side in (a, b)]
     enqueue(
         _source().tile_kernel,
-        (_blocks(a[1], a[3]) * _blocks(b[1], b[3]), plan.split),
+        (ceil(a[1], a[3]) * ceil(b[1], b[3]), plan.split),
         *operands,
         a[0][1],
         b[0][1],
@@ -368,8 +356,7 @@ def _launch_tile(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
 def _operand(data: Tensor, rows: int, plan: Config) -> Any:
     if not plan.tma:
         return data
-    descriptor = import_module("triton.tools.tensor_descriptor").TensorDescriptor
-    return descriptor.from_tensor(data, [rows, plan.block_k])
+    return descriptor(data, rows, plan.block_k)
 
 
 def _reduce(parts: Tensor, x: Planes, w: Planes, bias: Tensor | None, problem: Problem, y: Tensor) -> None:
@@ -377,7 +364,7 @@ def _reduce(parts: Tensor, x: Planes, w: Planes, bias: Tensor | None, problem: P
     x_row, _, w_row, _ = _strides(x, w, problem)
     enqueue(
         _source().reduce_kernel,
-        (_blocks(n, 512), m),
+        (ceil(n, 512), m),
         parts,
         x[1],
         w[1],

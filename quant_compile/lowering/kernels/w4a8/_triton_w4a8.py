@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_compile.lowering.kernels.scaled._triton_scaled_mm import _dp4a, _tile_of
+from quant_compile.lowering.kernels._triton_pieces import _dp4a, _tile_of
 
 # Two words of 8-bit operands out of four bytes of nibbles; ptxas turns each pair of logic steps into one instruction.
 INT8_ASM = tl.constexpr(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, bits_per_weight
+from quant_compile.lowering.kernels._launch import sm_count_of
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.w4a8 import humming_4bit
-from quant_compile.lowering.kernels.weight_only.triton_w4a16 import sm_count_of
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import aligned, enqueue, rows_of

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.kernels._launch import ceil, pow2, target_of, triton_type
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
@@ -50,14 +51,6 @@ class Config:
     split: int = 1
 
 
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def _pow2(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
-
-
 def float8(scheme: Scheme) -> bool:
     """Whether inputs are e4m3."""
     return scheme.input_activations is not None and scheme.input_activations.type == "float"
@@ -75,11 +68,11 @@ def config(problem: Problem, m: int, target: Target) -> Config:
         wide = m > 128 and target.arch >= 90 and float8(problem.scheme)
         return Config(128 if wide else 64, 128, warps, 3)
     # Below 16 columns sm90 and sm100 would multiply e4m3 as f16 on the older tensor core instruction.
-    block_m = max(16 if float8(problem.scheme) else 8, _pow2(m))
+    block_m = max(16 if float8(problem.scheme) else 8, pow2(m))
     # Scales and zero points of QServe's groups are loads of single bytes, fewer in wide tiles.
     few = block_m <= 32 and problem.scheme.weights.strategy != "channel_group"
     block_n = 64 if few else 128
-    tiles, steps = _blocks(problem.n, block_n), _blocks(problem.k, 2 * step_pairs(problem.scheme))
+    tiles, steps = ceil(problem.n, block_n), ceil(problem.k, 2 * step_pairs(problem.scheme))
     split = 1
     while tiles * split < (2.0 if few else 1.5) * target.sm_count and steps >= 16 * split:
         split *= 2
@@ -154,11 +147,6 @@ def _interpreted() -> bool:
     return "Interpreted" in type(_source().gemv_kernel).__name__
 
 
-def _target(device: torch.device) -> Target:
-    """The launch's device; the interpreter, which runs on CPU tensors, plays an sm90."""
-    return Target.of(device) if device.type == "cuda" else Target.fake("sm90")
-
-
 def _views(x: Tensor, dtype: torch.dtype) -> Tensor:
     """8-bit codes [m, k] as words of ``dtype``, k padded with zeros to whole words."""
     codes = x.view(torch.int8)
@@ -210,7 +198,7 @@ def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     Formula: sums of codes per group times the group's scale (QServe: integers across all of k), times x scale, plus
     bias. Source: the family's ``linear``.
     """
-    return launch(x, w, bias, problem, config(problem, rows_of(x[0]), _target(x[0].device)))
+    return launch(x, w, bias, problem, config(problem, rows_of(x[0]), target_of(x[0].device)))
 
 
 def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Config) -> Tensor:
@@ -219,12 +207,12 @@ def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Co
     words, step = _views(x[0], torch.int16), step_pairs(problem.scheme)
     pairs = words.shape[1]
     planes = _weight(x, w, scheme)
-    steps = _blocks(_blocks(pairs, step), plan.split)
-    split = _blocks(_blocks(pairs, step), steps)
+    steps = ceil(ceil(pairs, step), plan.split)
+    split = ceil(ceil(pairs, step), steps)
     y = torch.empty((m, n), dtype=problem.dtype, device=words.device)
     out = y if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=words.device)
     enqueue(
-        _source().tile_kernel, (_blocks(n, plan.block_n) * _blocks(m, plan.block_m), split),
+        _source().tile_kernel, (ceil(n, plan.block_n) * ceil(m, plan.block_m), split),
         words, w[0], x[1], planes.scale, planes.group_scale, planes.zero, planes.total, bias if split == 1 else None, out,
         m, n, pairs, planes.groups, _sx_row(x), steps,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, STEP=step, PAIRS_PER_GROUP=(scheme.weights.group_size or 0) // 2,
@@ -237,13 +225,10 @@ def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Co
 
 def _sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """f32 parts [split, m, n] added in order, plus bias -> y [m, n]."""
-    import triton.language as tl
-
-    types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     kernel = import_module("quant_compile.lowering.kernels.weight_only._triton_w4a16").sum_parts_kernel
     enqueue(
         kernel,
-        (_blocks(y.numel(), 1024),),
+        (ceil(y.numel(), 1024),),
         parts,
         None,
         bias,
@@ -252,7 +237,7 @@ def _sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
         y.shape[1],
         parts.shape[0],
         BLOCK=1024,
-        OUT=types[y.dtype],
+        OUT=triton_type(y.dtype),
         num_warps=4,
     )
     return y
@@ -260,7 +245,7 @@ def _sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
 
 def gemv_tokens(problem: Problem, m: int, target: Target | None = None) -> int:
     """Rows of x of a program of ``triton_w4a8_gemv``."""
-    return min(GEMV_TOKENS, _pow2(m))
+    return min(GEMV_TOKENS, pow2(m))
 
 
 def gemv_config(problem: Problem, tokens: int) -> tuple[int, int, int]:
@@ -280,7 +265,7 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Ten
     tokens = gemv_tokens(problem, rows_of(x[0]))
     block_n, block_k, warps = gemv_config(problem, tokens)
     enqueue(
-        _source().gemv_kernel, (_blocks(n, block_n), _blocks(m, tokens)),
+        _source().gemv_kernel, (ceil(n, block_n), ceil(m, tokens)),
         codes, weights, x[1], planes.scale, planes.group_scale, planes.zero, planes.total, bias, y,
         m, n, words, planes.groups, _sx_row(x),
         M=tokens, BLOCK_N=block_n, BLOCK_K=block_k, WORDS_PER_GROUP=(scheme.weights.group_size or 0) // 8,
@@ -311,9 +296,9 @@ def _decode(
     out: Tensor, scale: Tensor | None, groups: int, problem: Problem,
 ) -> None:  # fmt: skip
     group, width = (problem.scheme.weights.group_size or 0) // 2, data.shape[1]
-    block_n, bytes_ = 8, max(256, _pow2(group))
+    block_n, bytes_ = 8, max(256, pow2(group))
     enqueue(
-        _source().decode_kernel, (_blocks(problem.n, block_n), _blocks(width, bytes_)),
+        _source().decode_kernel, (ceil(problem.n, block_n), ceil(width, bytes_)),
         data, row_scale, group_scale, zero, out, scale, problem.n, problem.k, width, groups,
         BLOCK_N=block_n, BYTES=bytes_, BYTES_PER_GROUP=group, NIBBLES=scale is None, num_warps=4,
     )  # fmt: skip

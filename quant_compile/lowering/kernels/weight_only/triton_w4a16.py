@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, bits_per_weight
 from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.kernels._launch import sm_count_of, triton_type
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.weight_only._weight_only import refuse
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank, anyhow
@@ -179,18 +180,6 @@ def _kernels() -> Any:
     from quant_compile.lowering.kernels.weight_only import _triton_w4a16
 
     return _triton_w4a16
-
-
-@lru_cache(maxsize=None)
-def triton_type(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
-
-
-@lru_cache(maxsize=None)
-def sm_count_of(device: torch.device) -> int:
-    return Target.of(device).sm_count if device.type == "cuda" else 1
 
 
 def _pairs(x: Tensor) -> Tensor:
