@@ -19,6 +19,7 @@ from quant_compile.lowering.moe import MoeDispatch, choose_moe, serves
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target, default_policy
+from quant_compile.lowering.trace import analysed_once
 from quant_compile.lowering.tune import measured, source_hash
 from quant_compile.lowering.tune_moe import measured_moe
 from quant_compile.model import names as naming
@@ -97,9 +98,14 @@ def _device_of(inputs: Sequence[Any]) -> torch.device:
 
 
 def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
-    patches: dict[str, Any] = {}
+    from torch._inductor import config
+
+    # Sizes of planes are known, and Dynamo guards those of inputs: not to be checked again at every call.
+    patches: dict[str, Any] = {"size_asserts": False}
     if target.device == "cuda":
         patches["split_reductions"] = False  # keeps act·mul + amax + quantize in one kernel at few rows
+        if hasattr(config, "static_launch_user_defined_triton_kernels"):
+            patches["static_launch_user_defined_triton_kernels"] = True  # without Triton's own, slow launcher
     if options.mode != "default":
         patches |= torch._inductor.list_mode_options(options.mode)
     patches |= dict(options.inductor)
@@ -108,7 +114,7 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
         from torch._inductor.compile_fx import compile_fx
 
         try:
-            with expanding(), torch.compiler.config.patch(cache_key_tag=_cache_tag()):  # type: ignore[attr-defined]
+            with expanding(), analysed_once(), torch.compiler.config.patch(cache_key_tag=_cache_tag()):  # type: ignore[attr-defined]
                 return compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[arg-type]
         except exceptions_allowed_to_be_fallback as error:
             # Dynamo answers these with a graph break and runs the frame eagerly, in 16 bits and in silence.

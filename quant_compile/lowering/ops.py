@@ -15,7 +15,9 @@ runs in a fresh process.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.ops import dense_ids, expert_rows
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.moe import parse_moe_dispatch
-from quant_compile.lowering.registry import Kernel, Norm, Problem, input_kernels
+from quant_compile.lowering.registry import Kernel, Norm, Problem, input_kernels, kernels
 from quant_compile.lowering.select import parse_dispatch
 
 LIBRARY = torch.library.Library("sglq_kernels", "DEF")
@@ -32,13 +34,19 @@ LIBRARY.define("linear(Tensor[] x, Tensor[] w, Tensor? bias, str dispatch) -> Te
 
 
 def _linear(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str) -> Tensor:
-    chosen = parse_dispatch(dispatch)
-    problem, data = chosen.problem, x[0]
-    lead = data.shape[:-1]
+    problem, bounds, chosen = _ready(dispatch)
+    lead = x[0].shape[:-1]
     m = math.prod(lead)
     if m == 0 or problem.n == 0:
-        return data.new_empty((*lead, problem.n), dtype=problem.dtype)
-    return run_linear(chosen.kernel_for(m), problem, x, w, bias)
+        return x[0].new_empty((*lead, problem.n), dtype=problem.dtype)
+    return run_linear(chosen[bisect_left(bounds, m)], problem, x, w, bias)
+
+
+@lru_cache(maxsize=None)
+def _ready(dispatch: str) -> tuple[Problem, tuple[int, ...], tuple[Kernel, ...]]:
+    """A dispatch as calls need it: its problem, the largest m of each range but the last, and the ranges' kernels."""
+    chosen = parse_dispatch(dispatch)
+    return chosen.problem, tuple(m for m, _ in chosen.table[:-1]), tuple(kernels()[name] for _, name in chosen.table)
 
 
 def run_linear(

@@ -42,6 +42,14 @@ class Problem:
     has_bias: bool = False
     siblings: int = 1
 
+    def __hash__(self) -> int:
+        """Computed once: a problem is looked up at every call of some kernels."""
+        known = self.__dict__.get("_hash")
+        if known is None:
+            fields = (self.scheme, self.n, self.k, self.dtype, self.has_bias, self.siblings)
+            known = self.__dict__["_hash"] = hash(fields)
+        return known
+
 
 @dataclass(frozen=True)
 class Rank:

@@ -8,9 +8,10 @@ graph has a branch for each range of it, and a kernel cuts its launch up for the
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -54,6 +55,48 @@ def enqueue(kernel: Any, grid: tuple[Any, ...], *args: Any, **kwargs: Any) -> No
 
     kwargs.pop("launch_pdl", None)
     wrap_triton(kernel)[grid](*args, **kwargs)
+
+
+@contextmanager
+def analysed_once() -> Generator[None]:
+    """torch asks of every launch which arguments its kernel writes, by compiling it to Triton's IR: once for each kind is enough.
+
+    A kind is the kernel, its constants, and the types of its other arguments. Without those names in torch, nothing happens.
+    """
+    from torch._higher_order_ops import triton_kernel_wrap as wrap
+    from torch._inductor import ir
+
+    with ExitStack() as stack:
+        for name in ("identify_mutated_tensors", "identify_accessed_tensors"):
+            original = getattr(wrap, name, None)
+            if original is not None:
+                remembered = _remembering(original)
+                for module in (wrap, ir):
+                    if hasattr(module, name):
+                        stack.enter_context(patch.object(module, name, remembered))
+        yield
+
+
+def _remembering(analyse: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    def remembered(kernel: Any, kwargs: dict[str, Any], *more: Any, **options: Any) -> Any:
+        source = kernel
+        while hasattr(source, "fn"):  # an autotuner holds a Triton function, which holds a Python function
+            source = source.fn
+        key = (id(source), tuple((name, _kind(value)) for name, value in kwargs.items()), repr((more, options)))
+        if key not in known:
+            known[key] = analyse(kernel, kwargs, *more, **options)
+        return known[key]
+
+    return remembered
+
+
+def _kind(value: Any) -> str:
+    """What an argument is to the analysis: a tensor's type and size, anything else as it is."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{tuple(value.shape)}"
+    return f"{value.get_dtype()}{value.get_size()}" if hasattr(value, "get_dtype") else repr(value)
 
 
 def recordable(op: Any, fake: Callable[..., Any]) -> Any:

@@ -9,6 +9,12 @@ ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
+def _words(ptr, WORD: tl.constexpr):
+    """A pointer whose elements are read as ``WORD``; whoever launches passes the tensor as it is."""
+    return ptr.to(tl.pointer_type(WORD), bitcast=True)
+
+
+@triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=ALL_NAN)
 

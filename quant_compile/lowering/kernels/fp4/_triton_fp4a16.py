@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant_compile.lowering.kernels._triton_pieces import _words
+
 FROM_E2M1 = tl.constexpr(2.0**126)
 FROM_E4M3 = tl.constexpr(2.0**120)
 # Bits that stay, as int32: sign and three (e2m1) or seven (e4m3) bits from the position that an arithmetic shift left them.
@@ -125,6 +127,9 @@ def gemv_fp4_kernel(
     Rows of w and of x are separate tensors of one shape: Triton then gives all loads the same threads.
     """
     GROUPS: tl.constexpr = WORDS // VECTOR
+    w_ptr, s_ptr = _words(w_ptr, tl.int32), _words(s_ptr, tl.uint8)
+    if X64:
+        x_ptr = _words(x_ptr, tl.int64)
     width = units * LANES
     first_row = tl.program_id(0) * BN
     words = tl.arange(0, WORDS)
@@ -208,6 +213,7 @@ def matmul_fp4_kernel(
     Even and odd columns are two products, so that nibbles never change places; x is taken apart instead. Weights are the
     tall operand, which goes from registers into the tensor core.
     """
+    s_ptr = _words(s_ptr, tl.uint8)
     first_row = tl.program_id(0) * BN
     first_token = tl.program_id(1) * BM
     start = tl.program_id(2) * bytes_per_split
@@ -247,6 +253,7 @@ def dequantize_fp4_kernel(
     OUT: tl.constexpr,
 ):  # fmt: skip
     """Weights as a plain matrix [n, k] in ``OUT``, each rounded once."""
+    s_ptr = _words(s_ptr, tl.uint8)
     first = tl.program_id(1) * BYTES
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(row, n - 1).to(tl.int64)

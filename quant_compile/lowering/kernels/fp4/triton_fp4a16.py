@@ -104,8 +104,8 @@ def _source() -> Any:
 
 
 def _planes(w: Planes) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes and scales as bytes, and the global scale of each row (NVFP4)."""
-    return w[0], w[1].view(torch.uint8), w[2] if len(w) == 3 else None
+    """Codes and scales, which kernels read as bytes, and the global scale of each row (NVFP4)."""
+    return w[0], w[1], w[2] if len(w) == 3 else None
 
 
 def _group_bytes(problem: Problem) -> int:
@@ -145,7 +145,7 @@ def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: 
     y = rows.new_empty(m, problem.n)
     enqueue(
         _source().gemv_fp4_kernel, (-(-problem.n // plan.rows),),
-        rows.reshape(-1).view(torch.int64) if wide else rows, data.view(torch.int32), scale, whole, bias, y,
+        rows, data, scale, whole, bias, y,
         m, problem.n, problem.k // 4 if wide else problem.k, width // lanes,
         M=1 << (rows_of(rows) - 1).bit_length(), BN=plan.rows, WORDS=plan.words, LANES=lanes, VECTOR=_group_bytes(problem) // 4,
         EVEN=width % plan.words == 0 and problem.k == width * 8, E8M0=whole is None, X64=wide,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quant_compile.lowering.kernels._triton_pieces import _dp4a, _tile_of
+from quant_compile.lowering.kernels._triton_pieces import _dp4a, _tile_of, _words
 
 
 @triton.jit
@@ -101,11 +101,13 @@ def gemv_kernel(
 ):
     """Rows [pid * BLOCK_N, +BLOCK_N) of w times the M (1, 2 or 4) >= m rows of x.
 
-    Under DP4A x and w are int32 views of int8 data, and k and BLOCK_K count words. GROUP_K > 0: scales per group of
+    Under DP4A x and w are read as int32 words of int8, and k and BLOCK_K count words. GROUP_K > 0: scales per group of
     GROUP_K inputs and block of GROUP_N rows; BLOCK_N divides GROUP_N, so a program meets one row of weight scales.
     """
     ACC: tl.constexpr = tl.int32 if INTEGER else tl.float32
     VECTOR: tl.constexpr = 1 if DP4A else 16
+    if DP4A:
+        x_ptr, w_ptr = _words(x_ptr, tl.int32), _words(w_ptr, tl.int32)
     first = tl.program_id(0) * BLOCK_N
     rows = first + tl.arange(0, BLOCK_N)
     w_rows = w_ptr + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * k

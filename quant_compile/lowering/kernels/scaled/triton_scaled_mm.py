@@ -248,7 +248,7 @@ def _launch_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, pl
     left, right, k, block_k = x[0], w[0], problem.k, plan.block_k
     dp4a = problem.scheme.weights.type == "int" and k % 4 == 0 and not _interpreted()
     if dp4a:
-        left, right, k, block_k = left.view(torch.int32), right.view(torch.int32), k // 4, block_k // 4
+        k, block_k = k // 4, block_k // 4
     enqueue(
         _source().gemv_kernel,
         (ceil(problem.n, plan.block_n),),

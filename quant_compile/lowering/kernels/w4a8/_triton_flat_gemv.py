@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant_compile.lowering.kernels._triton_pieces import _words
 from quant_compile.lowering.kernels.w4a8._triton_w4a8 import _every_other, _four
 
 
@@ -18,10 +19,11 @@ def flat_kernel(
     M: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, GROUPED: tl.constexpr,
     EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of w times the M tokens from program_id(1) * M on; x is int64 words of eight int8.
+    """ROWS rows of w times the M tokens from program_id(1) * M on; x is read as int64 words of eight int8.
 
     A span is CHUNKS * 32 columns, under one scale where GROUPED; PARTS spans run side by side.
     """
+    x_ptr = _words(x_ptr, tl.int64)
     # Axes [row, part, word]: Triton deals threads to ties among axes from the first on, so a warp reads neighbouring rows.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first_token = tl.program_id(1) * M

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_compile.lowering.kernels._triton_pieces import _dp4a, _tile_of
+from quant_compile.lowering.kernels._triton_pieces import _dp4a, _tile_of, _words
 
 # Two words of 8-bit operands out of four bytes of nibbles; ptxas turns each pair of logic steps into one instruction.
 INT8_ASM = tl.constexpr(
@@ -110,11 +110,12 @@ def tile_kernel(
 ):  # fmt: skip
     """Rows of w (first operand) by tokens, one tile; program_id(1) is a part of k when SPLIT > 1.
 
-    x int16 [m, pairs], w u8 [n, pairs]; sw [n] and group_scale [n, groups], or either one. A step is STEP pairs, inside one
+    x [m, pairs], read as int16, w u8 [n, pairs]; sw [n] and group_scale [n, groups], or either one. A step is STEP pairs, inside one
     group. sum_ptr and zero_ptr [n]: QServe per channel; zero_ptr [n, groups]: PROGRESSIVE. SPLIT 2: f32 parts [parts, m, n]
     without bias.
     """
     SUMS: tl.constexpr = tl.float32 if FLOAT8 else tl.int32
+    x_ptr = _words(x_ptr, tl.int16)
     # A sum of its own for each group: float, or integer under QServe's integer scales (PROGRESSIVE).
     GROUPED: tl.constexpr = PAIRS_PER_GROUP > 0
     WIDE: tl.constexpr = tl.int32 if PROGRESSIVE or not (GROUPED or FLOAT8) else tl.float32
@@ -262,10 +263,11 @@ def gemv_kernel(
 ):  # fmt: skip
     """BLOCK_N rows of w times the M (1, 2 or 4) tokens from program_id(1) * M on.
 
-    x int64 [m, words], w int32 [n, words]: a word is eight weights. Scales, zero points and sums as in ``tile_kernel``.
+    x [m, words] is read as int64, w [n, words] as int32: a word is eight weights. Scales, zero points and sums as in ``tile_kernel``.
     """
     GROUPED: tl.constexpr = WORDS_PER_GROUP > 0
     UNIT: tl.constexpr = 1.0 if PROGRESSIVE else 0.0625
+    x_ptr, w_ptr = _words(x_ptr, tl.int64), _words(w_ptr, tl.int32)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * M
     row = tl.minimum(rows, n - 1)

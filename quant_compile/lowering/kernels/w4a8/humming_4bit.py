@@ -397,10 +397,16 @@ def _gemm(problem: Problem, order: str, folded: bool, top: int, device: torch.de
     return _humming.compile_gemm(fields, device, _humming.heuristic_tuning(fields, top, device), order)
 
 
+@lru_cache(maxsize=None)
+def _alone(problem: Problem) -> Problem:
+    """What a GEMM is compiled for: neither the bias nor the number of siblings matters to it."""
+    return replace(problem, has_bias=False, siblings=1)
+
+
 def _preparer(order: str, folded: bool = False) -> Callable[[Problem, int, torch.device], Tensor]:
     def prepare(problem: Problem, m: int, device: torch.device) -> Tensor:
         """Compile the GEMM that serves m rows; humming's compiler is a process of its own, so threads run it side by side."""
-        return _gemm(replace(problem, has_bias=False, siblings=1), order, folded, range_of(m), device)
+        return _gemm(_alone(problem), order, folded, range_of(m), device)
 
     return prepare
 

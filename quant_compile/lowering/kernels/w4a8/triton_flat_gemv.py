@@ -86,7 +86,7 @@ def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
 def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, chosen: Plan) -> Tensor:
     """Run one plan, for up to four tokens; arguments and result as for ``run``."""
     codes = x[0].contiguous()
-    words = (codes if aligned(codes, 16) else codes.clone()).view(torch.int64)
+    words = codes if aligned(codes, 16) else codes.clone()
     m, n, group = words.shape[0], problem.n, problem.scheme.weights.group_size
     tokens = tokens_of(problem, rows_of(codes))
     columns = group or 128

@@ -22,7 +22,7 @@ from quant_compile.lowering.kernels._launch import ceil, pow2, target_of, triton
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.target import Target
-from quant_compile.lowering.trace import enqueue, rows_of
+from quant_compile.lowering.trace import aligned, enqueue, rows_of
 
 GEMV_ROWS = 8
 GEMV_TOKENS = 4  # tokens of one program
@@ -147,16 +147,11 @@ def _interpreted() -> bool:
     return "Interpreted" in type(_source().gemv_kernel).__name__
 
 
-def _views(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """8-bit codes [m, k] as words of ``dtype``, k padded with zeros to whole words."""
-    codes = x.view(torch.int8)
-    spare = -codes.shape[1] % dtype.itemsize
-    if spare:
-        codes = pad(codes, (0, spare))
-    codes = codes.contiguous()
-    if codes.data_ptr() % dtype.itemsize:
-        codes = codes.clone()
-    return codes.view(dtype)
+def _whole_words(x: Tensor, size: int) -> Tensor:
+    """8-bit codes [m, k], k padded with zeros to whole words of ``size`` bytes, which lie where words may."""
+    spare = -x.shape[1] % size
+    codes = pad(x.view(torch.int8), (0, spare)) if spare else x.contiguous()
+    return codes if aligned(codes, size) else codes.clone()
 
 
 def _sx_row(x: Planes) -> int:
@@ -204,8 +199,8 @@ def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
 def launch(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: Config) -> Tensor:
     """Run one plan; arguments and result as for ``run``."""
     scheme, m, n = problem.scheme, x[0].shape[0], problem.n
-    words, step = _views(x[0], torch.int16), step_pairs(problem.scheme)
-    pairs = words.shape[1]
+    words, step = _whole_words(x[0], 2), step_pairs(problem.scheme)
+    pairs = words.shape[1] // 2
     planes = _weight(x, w, scheme)
     steps = ceil(ceil(pairs, step), plan.split)
     split = ceil(ceil(pairs, step), steps)
@@ -258,8 +253,8 @@ def gemv_config(problem: Problem, tokens: int) -> tuple[int, int, int]:
 def run_gemv(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """As ``run``, for at most eight tokens of int8 and k in whole words."""
     scheme, m, n = problem.scheme, x[0].shape[0], problem.n
-    codes, weights = _views(x[0], torch.int64), w[0].view(torch.int32)
-    words = weights.shape[1]
+    codes, weights = _whole_words(x[0], 8), w[0]
+    words = weights.shape[1] // 4
     planes = _weight(x, w, scheme)
     y = torch.empty((m, n), dtype=problem.dtype, device=codes.device)
     tokens = gemv_tokens(problem, rows_of(x[0]))

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant_compile.lowering.kernels._triton_pieces import _words
+
 # --- pieces ---
 
 
@@ -149,6 +151,12 @@ def gemv_w4_kernel(
 
     A chunk is 16J columns under one scale. G chunks run at a time, in different warps; only last sums leave a thread.
     """
+    if not X32:
+        x_ptr = _words(x_ptr, tl.int32)
+    if not S32:
+        s_ptr = _words(s_ptr, tl.int32)
+    if z_ptr is not None:
+        z_ptr = _words(z_ptr, tl.uint8)
     # Axes [tq, quad, g, i3]: Triton deals threads to ties among axes from the first on, so a warp reads the words of
     # neighbouring lanes, chunks go to different warps, and inputs and weights agree on who holds what.
     tq = tl.arange(0, 4)[:, None, None, None]
@@ -293,6 +301,10 @@ def dequantize_w4_kernel(
 ):  # fmt: skip
     """Weights as a plain matrix [n, columns] in ``OUT``."""
     first_block, first_tile = tl.program_id(0) * RB, tl.program_id(1) * NB
+    if not S32:
+        s_ptr = _words(s_ptr, tl.int32)
+    if z_ptr is not None:
+        z_ptr = _words(z_ptr, tl.uint8)
     w = _decode_tile(
         w_ptr, s_ptr, z_ptr, first_block, first_tile, blocks, padded_n, groups, near, far,
         BLOCKS_PER_GROUP, CHANNEL, EVEN, S32, BF16, NB, RB, OUT,
@@ -309,6 +321,9 @@ def matmul_w4_kernel(
     BM: tl.constexpr, NB: tl.constexpr, RB: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = x @ w.T on tensor cores, weights decoded in registers; with SPLIT, f32 parts [splits, m, n] instead."""
+    s_ptr = _words(s_ptr, tl.int32)
+    if z_ptr is not None:
+        z_ptr = _words(z_ptr, tl.uint8)
     first_tile = tl.program_id(0) * NB
     first_row = tl.program_id(1) * BM
     first = tl.program_id(2) * blocks_per_split

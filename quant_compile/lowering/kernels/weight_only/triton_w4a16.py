@@ -33,7 +33,7 @@ from quant_compile.lowering.kernels.weight_only._weight_only import refuse
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank, anyhow
 from quant_compile.lowering.schemes.weight_only import group_of, pack_nibbles, unpack_nibbles
 from quant_compile.lowering.target import Target
-from quant_compile.lowering.trace import enqueue, rows_of
+from quant_compile.lowering.trace import aligned, enqueue, rows_of
 
 TILE_ROWS, TILE_COLUMNS, LOCKS = 64, 64, 2048
 CHUNK_ROWS = 2048  # rows that are rearranged at a time, so that packing needs little memory beside its result
@@ -183,12 +183,10 @@ def _kernels() -> Any:
 
 
 def _pairs(x: Tensor) -> Tensor:
-    """x [m, k] of 16 bits -> int32 words of two inputs; k is padded to even."""
+    """x [m, k] of 16 bits, to be read as words of two inputs; k is padded to even."""
     if x.shape[1] % 2:
         x = pad(x, (0, 1))
-    if x.data_ptr() % 4:
-        x = x.clone()
-    return x.view(torch.int32)
+    return x if aligned(x, 4) else x.clone()
 
 
 def gemv_config(n: int, k: int, group: int, sm_count: int) -> dict[str, int]:
@@ -229,8 +227,8 @@ def run_gemv(
         (padded_n // (8 * settings["Q"]),),
         row if wide else _pairs(row),
         w[0],
-        w[1] if wide else w[1].view(torch.int32),
-        None if scheme.weights.symmetric else w[2].view(torch.uint8),
+        w[1],
+        None if scheme.weights.symmetric else w[2],
         bias,
         y,
         problem.n,
@@ -263,11 +261,10 @@ def _decode_arguments(w: Planes, problem: Problem, blocks_per_step: int) -> tupl
     """What every kernel that decodes tiles takes: planes and sizes, and the constants."""
     padded_n, padded_k = padded(problem)
     channel = _per_channel(problem.scheme)
-    wide = problem.dtype == torch.float32
     blocks = padded_k // 16
     group = group_of(problem.scheme, problem.k)
-    planes = (w[0], w[1] if wide else w[1].view(torch.int32))
-    zero = None if problem.scheme.weights.symmetric else w[2].view(torch.uint8)
+    planes = (w[0], w[1])
+    zero = None if problem.scheme.weights.symmetric else w[2]
     constants = {
         "BLOCKS_PER_GROUP": blocks + blocks_per_step if channel else group // 16,
         "CHANNEL": channel,
