@@ -99,7 +99,7 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
     patches: dict[str, Any] = {}
     if target.device == "cuda":
         patches["split_reductions"] = False  # keeps act·mul + amax + quantize in one kernel at few rows
-    if options.mode != "default":
+    if options.mode not in ("auto", "default"):
         patches |= torch._inductor.list_mode_options(options.mode)
     patches |= dict(options.inductor)
 

@@ -21,6 +21,7 @@ ORDER = (
     ("policy", "inspect", "options"),
     ("runtime",),
     ("backend",),
+    ("generation",),
     ("calibrate", "explain", "api"),
     ("",),
     ("cli", "demo"),
