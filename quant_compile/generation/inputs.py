@@ -27,6 +27,8 @@ class Slot:
             self.buffer = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         self.source: Tensor | None = None
         self._version = -1
+        if value.dim() == 4 and value.shape[2] == 1:  # a mask: as long as the cache, which may be of any length
+            torch._dynamo.maybe_mark_dynamic(self.buffer, 3)
         self._shape, self._dtype, self._device = value.shape, value.dtype, value.device
 
     def accepts(self, value: Any) -> bool:

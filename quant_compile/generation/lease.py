@@ -170,18 +170,18 @@ class Lease:
 
     # -- calls of the model --------------------------------------------------------------------------------------------
 
-    def fill(self, inputs: dict[str, Any], tokens: int, run: Callable[..., tuple[Any, tuple[int, ...], bool]]) -> Any:
+    def fill(self, inputs: dict[str, Any], tokens: int, run: Callable[..., tuple[Any, tuple[int, ...]]]) -> Any:
         """A call with several tokens, or the first one.
 
         Args:
-            run: calls the model; (its outputs, the graphs that ran, whether any of them is new).
+            run: calls the model; (its outputs, the graphs that ran).
         """
-        made, graphs, new = run(**inputs)
+        made, graphs = run(**inputs)
         if not self.length:
             self.filled_by = graphs
             caches.fill(self.cache)
         if self.shared.recorder is not None:
-            self.shared.weights.look(again=new)
+            self.shared.weights.look()  # while the device is busy with the prompt
         self.length += tokens
         self._template = None
         return made

@@ -28,6 +28,11 @@ from quant_compile.generation.weights import Weights
 HOOKS = ("generate", "_prepare_cache_for_generation", "prepare_inputs_for_generation")
 
 
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What records decode steps on a device; None where nothing does."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
 @dataclass(eq=False)
 class Call:
     """One call of ``generate``.
@@ -185,8 +190,7 @@ class Loop:
     def _share(self) -> Shared:
         if self._shared is None:
             model = self._of()
-            device: torch.device = model.device
-            recorder: Recorder | None = CudaRecorder(device) if self._records and device.type == "cuda" else None
+            recorder = recorder_for(model.device) if self._records else None
             chunked = getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None)
             writes = self._quick and chunked is None
             inside, names = self.step.inside, self.step.names

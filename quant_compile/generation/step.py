@@ -60,7 +60,6 @@ class Step:
         self.inside, self.outside, self.names = inside, outside, names
         self.leases: dict[int, Lease] = {}
         self._dynamic = dynamic
-        self._known: set[int] = set()
         self._depth = threading.local()
 
     def __enter__(self) -> Step:
@@ -82,15 +81,13 @@ class Step:
             return self.inside(*args, **(self._marked(kwargs)))
         return self.outside(*args, **kwargs)
 
-    def _fill(self, **inputs: Any) -> tuple[Any, tuple[int, ...], bool]:
+    def _fill(self, **inputs: Any) -> tuple[Any, tuple[int, ...]]:
         _SEEN.graphs = []
         try:
             made = self.inside(**self._marked(inputs))
         finally:
             graphs, _SEEN.graphs = tuple(_SEEN.graphs), None
-        new = not self._known.issuperset(graphs)
-        self._known.update(graphs)
-        return made, graphs, new
+        return made, graphs
 
     def _marked(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: marked(name, value) for name, value in inputs.items()} if self._dynamic else inputs

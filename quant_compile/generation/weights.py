@@ -7,8 +7,8 @@ token; a Parameter that is replaced, or moved to other memory, when a call of ``
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,28 +24,23 @@ class Weights:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._slots: list[tuple[dict[str, Any], str]] = []
         self._places: list[tuple[int, int]] = []
         self._watched: list[Tensor] = []
         self._versions: list[int] = []
         self._changes = 0
 
-    def look(self, again: bool) -> None:
-        """Compare all that a graph may read; at the start of a call.
-
-        Args:
-            again: modules may have been exchanged since the last look.
-        """
-        if again or not self._slots:
-            self._slots = list(_slots(self._model()))
-        held = [values[name] for values, name in self._slots]
+    def look(self) -> None:
+        """Compare all that a graph may read; when a call begins. Dynamo guards neither Parameters nor which modules hold them."""
+        model = self._model()
+        held = list(_tensors(model)) if model is not None else []
         with torch._C.DisableTorchFunctionSubclass():
-            places = [(id(t), 0 if t is None or _released(t) else t.data_ptr()) for t in held]
-            if places != self._places:
-                self._places = places
-                self._changes += 1
-                self._watched = [t for t in held if isinstance(t, Parameter) and not t.is_inference() and not _released(t)]
-                self._versions = list(map(_VERSION, self._watched))
+            places = [(id(tensor), 0 if _released(tensor) else tensor.data_ptr()) for tensor in held]
+            if places == self._places:
+                return
+            self._places = places
+            self._changes += 1
+            self._watched = [t for t in held if isinstance(t, Parameter) and not t.is_inference() and not _released(t)]
+            self._versions = list(map(_VERSION, self._watched))
 
     def state(self) -> tuple[int, int]:
         """Counts that move when a weight is updated in place or planes are packed anew; cheap."""
@@ -57,12 +52,14 @@ class Weights:
         return self._changes, STORE.epoch
 
 
-def _slots(model: nn.Module | None) -> Any:
-    for module in model.modules() if model is not None else ():
-        for held in (module._parameters, module._buffers):
-            for name, value in held.items():
-                if value is not None:
-                    yield held, name
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """As ``parameters`` and ``buffers`` do, with repetitions and several times faster."""
+    stack = [module]
+    while stack:
+        held = vars(stack.pop())
+        for values in (held["_parameters"], held["_buffers"]):
+            yield from (value for value in values.values() if value is not None)
+        stack += [child for child in held["_modules"].values() if child is not None]
 
 
 def _released(tensor: Tensor) -> bool:

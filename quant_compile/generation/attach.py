@@ -58,22 +58,17 @@ class Call:
         installed: what was there before; on the model's own call only.
     """
 
-    def __init__(self, run: Callable[..., Any], dynamic: bool, installed: Installed | None = None) -> None:
-        self.run, self.installed, self._dynamic = run, installed, dynamic
+    def __init__(
+        self, module: nn.Module, run: Callable[..., Any], dynamic: bool, installed: Installed | None = None
+    ) -> None:
+        self.run, self.installed = run, installed
+        self._plain, self._dynamic = module._call_impl, dynamic
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # part of a larger graph
+            return self._plain(*args, **kwargs)
         if self._dynamic:
             kwargs = {name: marked(name, value) for name, value in kwargs.items()}
-        return self.run(*args, **kwargs)
-
-
-class GeneratingCall(Call):
-    """The call of a model that generates."""
-
-    def __init__(self, step: Step, installed: Installed) -> None:
-        super().__init__(step, False, installed)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
 
 
@@ -98,7 +93,7 @@ def install(
     compiled = partial(_compiled, dynamic=dynamic, fullgraph=fullgraph)
     kind = mixin(model)
     if kind is None:
-        installed.set(model, CALL, Call(compiled(model, options), False, installed))
+        installed.set(model, CALL, Call(model, compiled(model, options), False, installed))
         return
     name = cache_name(kind)
     inside = compiled(model, _inside(options))
@@ -109,8 +104,8 @@ def install(
     records = Options.of(options).mode in RECORDED
     installed.loop = Loop(model, step, note, records)
     for part in _called_apart(model):
-        installed.set(part, CALL, Call(compiled(part, _inside(options)), dynamic is not False))
-    installed.set(model, CALL, GeneratingCall(step, installed))
+        installed.set(part, CALL, Call(part, compiled(part, _inside(options)), dynamic is not False))
+    installed.set(model, CALL, Call(model, step, False, installed))
     for hook in HOOKS:
         installed.set(model, hook, installed.loop.hook(hook))
     config = getattr(model, "generation_config", None)
