@@ -106,7 +106,7 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
         patches["split_reductions"] = False  # keeps act·mul + amax + quantize in one kernel at few rows
         if hasattr(config, "static_launch_user_defined_triton_kernels"):
             patches["static_launch_user_defined_triton_kernels"] = True  # without Triton's own, slow launcher
-    if options.mode != "default":
+    if options.mode not in ("auto", "default"):
         patches |= torch._inductor.list_mode_options(options.mode)
     patches |= dict(options.inductor)
 

@@ -24,6 +24,7 @@ ORDER = (
     ("options",),
     ("runtime",),
     ("backend",),
+    ("generation",),
     ("inspect", "calibrate", "explain", "api"),
     ("",),
     ("cli", "demo"),
