@@ -18,7 +18,7 @@ from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.generation.lease import Names
 from quant_compile.generation.loop import HOOKS, Loop
 from quant_compile.generation.step import Step, marked, noted
-from quant_compile.inspect.weights import linear_weights
+from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options
 
 CALL = "_compiled_call_impl"
@@ -135,7 +135,7 @@ def _inside(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compiled(module: nn.Module, options: dict[str, Any], **arguments: Any) -> Callable[..., Any]:
-    """A module's call, compiled; also of modules whose forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
+    """A module's call, compiled; also where its forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
     call = module._call_impl
     if trace_rules.check(type(module).forward):
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Recorder(Protocol):
 class CudaRecorder:
     """CUDA graphs that share one memory pool; made on one stream, since each stream costs memory for good."""
 
-    _streams: dict[torch.device, torch.cuda.Stream] = {}
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
