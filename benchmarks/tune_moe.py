@@ -28,8 +28,8 @@ import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference
 from quant_compile.ir.scheme import Scheme, parse
-from quant_compile.lowering.kernels import triton_moe as moe
-from quant_compile.lowering.kernels import triton_moe4 as moe4
+from quant_compile.lowering.kernels.experts import triton_moe as moe
+from quant_compile.lowering.kernels.experts import triton_moe4 as moe4
 from quant_compile.lowering.moe import STACKED
 from quant_compile.lowering.target import Target
 
@@ -126,7 +126,7 @@ class _Warm:
 def compile_ahead(jobs: Sequence[tuple[MoeProblem, int, Plan]]) -> int:
     """Compile every kernel of some plans, from tensors without data; the number that failed."""
     for module, names in KERNELS.items():
-        source = import_module(f"quant_compile.lowering.kernels.{module}")
+        source = import_module(f"quant_compile.lowering.kernels.experts.{module}")
         for name in names:
             function = getattr(source, name)
             if not isinstance(function, _Warm):

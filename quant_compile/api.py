@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch._dynamo import trace_rules
 
 from quant_compile.backend import sglquant
-from quant_compile.inspect import naming
-from quant_compile.inspect.ledger import LEDGER
-from quant_compile.inspect.weights import unwrap
 from quant_compile.ir.errors import OptionError, StaleWeightError, WeightError
 from quant_compile.ir.report import Report
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import STORE
+from quant_compile.model import names as naming
+from quant_compile.model.ledger import LEDGER
+from quant_compile.model.weights import unwrap
 from quant_compile.options import Options, PolicySource
 
 

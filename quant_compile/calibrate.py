@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from quant_compile.inspect.weights import linear_weights, possible_weights
 from quant_compile.ir.errors import MissingScalesError, OptionError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import Scheme
-from quant_compile.policy import Policy, scale_key
+from quant_compile.model.weights import linear_weights, possible_weights
+from quant_compile.policy import Policy
+from quant_compile.rules import scale_key
 
 _SAMPLE = 1 << 20
 # operand positions (input, weight) by function name; the last three multiply by the experts of a block

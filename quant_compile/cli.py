@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quant_compile.ir.errors import OptionError, QuantError
+from quant_compile.ir.family import bits_per_weight
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from quant_compile.inspect.plan import Plan
     from quant_compile.lowering.target import Target
+    from quant_compile.model.plan import Plan
 
 TARGETS = ("cpu", "sm80", "sm89", "sm90", "sm100", "sm120")
 # What Dynamo calls a parameter or buffer of a module; "args_0" where forward is wrapped, as by transformers 5.24.
@@ -130,13 +131,13 @@ def _presets_table() -> Table:
         table.add_column(column, justify="right" if column == "bits a weight" else "left")
     for name, scheme in sorted(PRESETS.items()):
         inputs = scheme.input_activations.spec if scheme.input_activations else "16 bits"
-        table.add_row(name, scheme.weights.spec, inputs, f"{scheme.bits_per_weight:.3g}", _cost(scheme))
+        table.add_row(name, scheme.weights.spec, inputs, f"{bits_per_weight(scheme):.3g}", _cost(scheme))
     return table
 
 
 def _cost(scheme: Any) -> str:
     """What a scheme costs, in one line."""
-    share = f"{scheme.bits_per_weight / 16:.0%} of the bytes of bf16"
+    share = f"{bits_per_weight(scheme) / 16:.0%} of the bytes of bf16"
     inputs = scheme.input_activations
     if inputs is None:
         return f"{share}; multiplies in 16 bits, so it helps where weights are the bottleneck"
@@ -181,7 +182,7 @@ def _check(arguments: argparse.Namespace) -> int:
     policy = Policy.load(arguments.policy)  # first, since a mistake in it needs no model
     _quiet_transformers()
     from quant_compile.inspect.models import build_model
-    from quant_compile.inspect.plan import Plan
+    from quant_compile.model.plan import Plan
 
     plan = Plan.of(policy, build_model(_model_spec(arguments, arguments.model)))
     if arguments.json:
@@ -209,7 +210,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     _quiet_transformers()
     from quant_compile.explain import explain
     from quant_compile.inspect.models import build_model, example_inputs
-    from quant_compile.inspect.plan import Plan
+    from quant_compile.model.plan import Plan
 
     model = build_model(_model_spec(arguments, arguments.model))
     plan = Plan.of(policy, model)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import quant_compile
 from quant_compile.ir.errors import QuantError
+from quant_compile.ir.family import bits_per_weight
 from quant_compile.policy import Policy
 
 POLICIES = ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16")
@@ -193,7 +194,7 @@ def measure(lm: TinyLM, policy: str, windows: Tensor, prompt: Tensor) -> tuple[O
     whole = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     outcome = Outcome(
         policy=policy,
-        bits=16.0 if report is None else bits_per_weight(policy),
+        bits=16.0 if report is None else bits_of(policy),
         perplexity=ppl,
         tokens_per_second=(NEW_TOKENS - 1) / seconds,
         weight_bytes=whole if report is None else report.bytes_after,
@@ -204,10 +205,10 @@ def measure(lm: TinyLM, policy: str, windows: Tensor, prompt: Tensor) -> tuple[O
     return outcome, report
 
 
-def bits_per_weight(policy: str) -> float:
+def bits_of(policy: str) -> float:
     """Bits that the policy's default scheme stores per weight, group scales included."""
     scheme = Policy.load(policy).default
-    return 16.0 if scheme is None else scheme.bits_per_weight
+    return 16.0 if scheme is None else bits_per_weight(scheme)
 
 
 def results_table(outcomes: Sequence[Outcome]) -> Table:

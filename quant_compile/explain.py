@@ -14,9 +14,6 @@ import torch
 from torch import fx, nn
 from torch.nn import Parameter
 
-from quant_compile.inspect import naming
-from quant_compile.inspect.ledger import LEDGER
-from quant_compile.inspect.weights import unwrap
 from quant_compile.ir.graph import lines
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.report import Report, WeightLine
@@ -24,6 +21,9 @@ from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_la
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import Dispatch, choose, fits
 from quant_compile.lowering.target import Target, default_policy
+from quant_compile.model import names as naming
+from quant_compile.model.ledger import LEDGER
+from quant_compile.model.weights import unwrap
 from quant_compile.options import Options, PolicySource
 from quant_compile.runtime import Choosers, GraphRunner
 
@@ -101,13 +101,13 @@ class _Collector:
         self.before += ["graph:", *lines(runner.pristine)]
         self.after += ["graph:", *lines(variant.graph)]
         dispatches = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
-        for site in runner.sites:
+        for site in runner.found.linears:
             if site.slot in dispatches:
                 self._plan(inputs[site.slot], dispatches[site.slot], (site.n, site.k))
-        for site in runner.batched:
+        for site in runner.found.batched:
             if site.slot in dispatches:
                 self._plan(inputs[site.slot], dispatches[site.slot], (site.n, site.k), site.experts)
-        for block in runner.blocks:
+        for block in runner.found.blocks:
             sizes = ((2 * block.intermediate, block.hidden), (block.hidden, block.intermediate))
             for slot, size in zip(block.slots, sizes, strict=True):
                 if slot in dispatches:

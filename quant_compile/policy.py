@@ -8,17 +8,14 @@ Reads the policy's file and, for the content hash, its scales file; knows nothin
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import hashlib
 import json
-import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import yaml
@@ -27,10 +24,9 @@ import quant_compile.lowering.schemes  # noqa: F401  # pyright: ignore[reportUnu
 from quant_compile.ir.errors import PolicyError, SchemeError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
+from quant_compile.model.plan import Plan
+from quant_compile.rules import CONVENTIONS, Condition, Decision, Rule, SiteInfo, conventional, matcher, rule_reason
 from quant_compile.yaml_lines import Document, KeyPath, read_yaml
-
-if TYPE_CHECKING:
-    from quant_compile.inspect.plan import Plan
 
 __all__ = ["CONVENTIONS", "KEEP", "Condition", "Decision", "Fuse", "Policy", "Rule", "SiteInfo", "shipped_policies"]
 
@@ -38,14 +34,6 @@ VERSION = 1
 KEEP = "keep"
 KINDS = ("linear", "moe")
 SHIPPED = Path(__file__).parent / "policies"
-_COMPARE: dict[str, Callable[[int, int], bool]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-    ">": operator.gt,
-    "<": operator.lt,
-    "%": lambda value, number: value % number == 0,
-}
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
 _POLICY_KEYS = (
     "version", "name", "default", "rules", "strict", "allow_reference", "fallback", "fuse", "release_weights", "scales",
@@ -63,149 +51,6 @@ _ARG_TYPES: dict[str, tuple[type, str]] = {
     "block_structure": (list, "a list [rows, columns]"),
     "format": (str, "text"),
 }
-
-
-@dataclass(frozen=True)
-class SiteInfo:
-    """What rules see of one weight.
-
-    Attributes:
-        names: every qualified name of the Parameter without its ``.weight``: ``("model.embed_tokens", "lm_head")``.
-        kind: ``linear`` or ``moe`` (an expert parameter with a leading expert dimension).
-        module_class: class name of the module that holds it, None when unknown.
-        n: output features.
-        k: input features.
-        is_output_embedding: it is what ``model.get_output_embeddings()`` multiplies by.
-        blocks: names of the expert blocks that it belongs to; rules may name these as well.
-    """
-
-    names: tuple[str, ...]
-    kind: str
-    module_class: str | None
-    n: int
-    k: int
-    is_output_embedding: bool = False
-    blocks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One shape condition: ``k >= 4096``, or ``k % 128`` for "k is a multiple of 128"."""
-
-    dim: str
-    op: str
-    value: int
-
-    def holds(self, site: SiteInfo) -> bool:
-        """Whether the site's n or k meets it."""
-        return _COMPARE[self.op](site.n if self.dim == "n" else site.k, self.value)
-
-    @property
-    def text(self) -> str:
-        """As it is written in a policy: ``>=4096``."""
-        return f"{self.op}{self.value}"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule: which weights, and their scheme.
-
-    Attributes:
-        match: a glob, ``re:`` and a regular expression, or a plain name that also matches as the end of a dotted name.
-        scheme: None keeps the weight as it is.
-        kind: only sites of this kind.
-        module: only weights of modules whose class name is this (a glob is allowed).
-        where: shape conditions that must all hold.
-        reason: the author's words, shown in plans and ledgers.
-        line: line in the policy file.
-        convention: a built-in rule, not the user's.
-    """
-
-    match: str
-    scheme: Scheme | None = None
-    kind: str | None = None
-    module: str | None = None
-    where: tuple[Condition, ...] = ()
-    reason: str | None = None
-    line: int | None = field(default=None, compare=False)
-    convention: bool = False
-
-    def matches(self, site: SiteInfo) -> bool:
-        """Whether the rule applies to ``site``; any alias of the weight may be the one that its pattern hits."""
-        if self.kind is not None and self.kind != site.kind:
-            return False
-        if self.module is not None and not fnmatch.fnmatchcase(site.module_class or "", self.module):
-            return False
-        hits = _matcher(self.match)
-        return any(hits(name) for name in (*site.names, *site.blocks)) and all(
-            condition.holds(site) for condition in self.where
-        )
-
-    @property
-    def selector(self) -> str:
-        """The rule's conditions in one line, for messages."""
-        parts = [f'match "{self.match}"']
-        parts += [f"kind {self.kind}"] if self.kind else []
-        parts += [f"module {self.module}"] if self.module else []
-        parts += [f"{condition.dim} {condition.text}" for condition in self.where]
-        return ", ".join(parts)
-
-
-@lru_cache(maxsize=4096)
-def _matcher(pattern: str) -> Callable[[str], bool]:
-    if pattern.startswith("re:"):
-        regex = re.compile(pattern[3:])
-        return lambda name: regex.fullmatch(name) is not None
-    if any(wildcard in pattern for wildcard in "*?["):
-        glob = re.compile(fnmatch.translate(pattern))
-        return lambda name: glob.match(name) is not None
-    return lambda name: name == pattern or name.endswith("." + pattern)
-
-
-def _convention(match: str, what: str) -> Rule:
-    return Rule(match, reason=what, convention=True)
-
-
-_HEAD, _ROUTER = "output head", "MoE router gate"
-# A proj_out inside a numbered block (diffusion transformers) is an ordinary linear, so no part of the name is a number.
-CONVENTIONS = (
-    _convention("lm_head", _HEAD),
-    _convention(r"re:(?:[^.\d][^.]*\.)*proj_out", _HEAD),
-    _convention("embed_out", _HEAD),
-    *(
-        _convention(name, _ROUTER)
-        for name in ("mlp.gate", "block_sparse_moe.gate", "shared_expert_gate", "router", "router.layer")
-    ),
-)
-
-
-def scale_key(name: str) -> str:
-    """Where a scales file keeps the input scale of a weight, with or without its ``.weight``."""
-    return f"{name.removesuffix('.weight')}.input_scale"
-
-
-TWO_SCHEMES = "the policy gives its two weights different schemes; an expert block has one"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a policy says of one weight.
-
-    Attributes:
-        scheme: None keeps the weight as it is.
-        reason: why, in words for the ledger.
-        origin: ``rule``, ``convention`` or ``default``.
-        rule: index into ``Policy.rules`` when a rule of the user decided.
-        line: line of that rule in the policy file.
-        refused: the policy names a scheme but the weight cannot have it; ``scheme`` is None and ``reason`` says why.
-    """
-
-    scheme: Scheme | None
-    reason: str
-    origin: str
-    rule: int | None = None
-    line: int | None = None
-    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -323,8 +168,8 @@ class Policy:
         """What ``site`` gets: the first matching rule's scheme, else a convention's, else the default."""
         for index, rule in enumerate(self.rules):
             if rule.matches(site):
-                return Decision(rule.scheme, _rule_reason(index, rule), "rule", index, rule.line)
-        what = _conventional(site)
+                return Decision(rule.scheme, rule_reason(index, rule), "rule", index, rule.line)
+        what = conventional(site)
         if what is not None:
             return Decision(None, f"kept by convention: {what}", "convention")
         return Decision(self.default, "default of the policy", "default")
@@ -337,27 +182,12 @@ class Policy:
         Raises:
             PolicyError: the same, when the policy is strict.
         """
-        from quant_compile.inspect.plan import Plan  # the plan is built from policies, hence the late import
-
         return Plan.of(self, model).enforce()
 
 
 def shipped_policies() -> dict[str, Path]:
     """Names of the policies that come with the package -> their files."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
-
-
-def _conventional(site: SiteInfo) -> str | None:
-    for rule in CONVENTIONS:
-        if rule.matches(site):
-            return rule.reason
-    return _HEAD if site.is_output_embedding else None
-
-
-def _rule_reason(index: int, rule: Rule) -> str:
-    line = f", line {rule.line}" if rule.line is not None else ""
-    author = f": {rule.reason}" if rule.reason else ""
-    return f"rule {index + 1} ({rule.selector}{line}){author}"
 
 
 def _scheme_value(scheme: Scheme | None) -> Any:
@@ -478,7 +308,7 @@ class _Reader:
         if not pattern:
             self.fail(path, "match must be a name, a glob, or re: and a regular expression")
         try:
-            _matcher(pattern)
+            matcher(pattern)
         except re.error as error:
             self.fail(path, f"match {pattern!r} is not a regular expression: {error}")
         return pattern

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from quant_compile.ir.family import bits_per_weight
 from quant_compile.ir.scheme import PRESETS
 from quant_compile.policy import Policy
 from tests import textbook
@@ -177,7 +178,7 @@ def test_every_scheme_has_the_quality_of_its_textbook() -> None:
     for key, row in rows.items():
         assert row["error"] is None and row["coverage"] == 1.0, key
         policy = Policy.load(textbook.POLICIES[row["scheme"]])
-        assert policy.default is not None and row["bits_per_weight"] == policy.default.bits_per_weight, key
+        assert policy.default is not None and row["bits_per_weight"] == bits_per_weight(policy.default), key
         inputs = policy.default.input_activations
         if inputs is not None and inputs.num_bits == 4:
             assert row["draws"] >= 8 and row["mean_error"] <= 0.005 / 2, key

@@ -11,8 +11,8 @@ import transformers
 from quant_compile import cli
 from quant_compile.inspect.kernels import kernel_choices
 from quant_compile.inspect.models import ModelSpec, build_model
-from quant_compile.inspect.plan import Plan
 from quant_compile.lowering.target import Target
+from quant_compile.model.plan import Plan
 from quant_compile.policy import Policy
 
 LLAMA = transformers.LlamaConfig(

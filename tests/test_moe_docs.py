@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from quant_compile.inspect.plan import Plan
 from quant_compile.ir import moe
+from quant_compile.model.plan import Plan
 from quant_compile.policy import CONVENTIONS, Policy, shipped_policies
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ import torch
 import transformers
 import yaml
 
-from quant_compile.inspect.plan import Plan
 from quant_compile.ir.scheme import PRESETS
+from quant_compile.model.plan import Plan
 from quant_compile.policy import SHIPPED, Policy, shipped_policies
 
 TINY = {

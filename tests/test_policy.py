@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from quant_compile.inspect.plan import Plan
 from quant_compile.ir.errors import PolicyError, PolicyWarning
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
+from quant_compile.model.plan import Plan
 from quant_compile.policy import Condition, Fuse, Policy, Rule, SiteInfo
 
 INT4_64 = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "symmetric": False}}

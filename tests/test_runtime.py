@@ -16,10 +16,10 @@ from torch.nn import Parameter
 
 import quant_compile
 from quant_compile import GradModeError, Policy
-from quant_compile.inspect.ledger import LEDGER, MORE_COPIES
 from quant_compile.ir.errors import GraphError, OptionError
 from quant_compile.ir.scheme import PRESETS, parse
 from quant_compile.lowering.weights import STORE
+from quant_compile.model.ledger import LEDGER, MORE_COPIES
 from tests.runtime_support import (
     EXACT,
     UNMERGED,

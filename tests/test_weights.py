@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from quant_compile import MissingScalesError, StaleWeightError, WeightError
-from quant_compile.inspect.ledger import packed_bytes
 from quant_compile.ir.family import family_of
 from quant_compile.ir.numerics import CHUNK_ELEMENTS
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.registry import ROWS, Layout, layouts
 from quant_compile.lowering.weights import MOST_FURTHER, Key, WeightStore, fingerprint, quantize
+from quant_compile.model.ledger import packed_bytes
 from tests.runtime_support import bf16
 
 BF16 = torch.bfloat16

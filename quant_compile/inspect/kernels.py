@@ -16,7 +16,6 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from quant_compile.inspect.plan import Plan, PlanEntry, label_of
 from quant_compile.ir.errors import NoKernelError
 from quant_compile.ir.family import PlaneSpec
 from quant_compile.ir.moe import Activation, MoeProblem
@@ -25,6 +24,7 @@ from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_ke
 from quant_compile.lowering.registry import Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, AnyProblem, Dispatch, Request, choose, fits, name_for
 from quant_compile.lowering.target import FAKE_SM_COUNT, RUN_ON, Target
+from quant_compile.model.plan import Plan, PlanEntry, label_of
 
 
 class _Everything(frozenset[str]):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import moe_reference
-from quant_compile.lowering.kernels import triton_moe as kernel
+from quant_compile.lowering.kernels.experts import triton_moe as kernel
 from quant_compile.lowering.target import Target
 from tests.lowering.test_triton_moe import SCHEMES, Case, relative
 from tests.moe_support import nudge, nudged

@@ -11,7 +11,7 @@ from torch import Tensor
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import triton_moe4 as kernel
+from quant_compile.lowering.kernels.experts import triton_moe4 as kernel
 from quant_compile.lowering.schemes import fp4
 from quant_compile.lowering.target import Target
 from tests.gpu.test_triton_moe import TOLERANCE, hidden_truth, limit, make, scatter, second_truth

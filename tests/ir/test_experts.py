@@ -24,7 +24,7 @@ from quant_compile.ir.graph import ExpertBiasRef, ExpertRef, copy_graph
 from quant_compile.lowering.weights import Key, pack_experts
 from quant_compile.passes.insert_moe import after, replace_block
 from quant_compile.passes.plan import SiteDecision
-from quant_compile.runtime import _expert_bias
+from quant_compile.runtime.call import _expert_bias
 from tests.moe_support import EXPERTS, FAMILIES, Family, one_thread, tokens
 
 __all__ = ["one_thread"]

@@ -14,8 +14,8 @@ from torch import Tensor
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import triton_fp4_moe as kernel
-from quant_compile.lowering.kernels import triton_moe
+from quant_compile.lowering.kernels.experts import triton_fp4_moe as kernel
+from quant_compile.lowering.kernels.experts import triton_moe
 from quant_compile.lowering.moe import choose_moe
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.schemes.fp4 import decode_e2m1, decode_e8m0
@@ -175,7 +175,7 @@ def test_quantizer_is_that_of_the_family() -> None:
 
 
 def compile_grouped(spec: str, arch: int, gated: bool, tokens: int, even: bool) -> Any:
-    from quant_compile.lowering.kernels import _triton_fp4_moe as source
+    from quant_compile.lowering.kernels.experts import _triton_fp4_moe as source
 
     problem = MoeProblem(parse(spec), 128, 2048, 768, 8, Activation("silu"), torch.bfloat16)
     chosen = kernel.tiles(problem, tokens, Target.fake(f"sm{arch}"))
@@ -218,7 +218,7 @@ def test_cubins_use_the_block_scaled_instruction(spec: str, arch: int, tokens: i
 @needs_triton
 @pytest.mark.parametrize("spec", SPECS)
 def test_quantizer_compiles(spec: str) -> None:
-    from quant_compile.lowering.kernels import _triton_fp4_moe as source
+    from quant_compile.lowering.kernels.experts import _triton_fp4_moe as source
 
     nv, constants = spec != "MXFP4", dict[str, Any]()
     types = {"h_ptr": "*bf16", "q_ptr": "*u8", "s_ptr": "*fp8e4nv" if nv else "*u8", "blocks_ptr": "*i32"}

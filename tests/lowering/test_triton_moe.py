@@ -14,8 +14,8 @@ import quant_compile.lowering.schemes  # noqa: F401
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import triton_moe as kernel
-from quant_compile.lowering.kernels import triton_moe4
+from quant_compile.lowering.kernels.experts import triton_moe as kernel
+from quant_compile.lowering.kernels.experts import triton_moe4
 from quant_compile.lowering.moe import STACKED, choose_moe
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import FAKE_OPS, Target
@@ -318,8 +318,8 @@ def launches(
     with monkeypatch.context() as patch:
         for source, names in KERNEL_NAMES.items():
             for name in names:
-                function = getattr(import_module(f"quant_compile.lowering.kernels.{source}"), name)
-                patch.setattr(f"quant_compile.lowering.kernels.{source}.{name}", Recorder(function, found))
+                function = getattr(import_module(f"quant_compile.lowering.kernels.experts.{source}"), name)
+                patch.setattr(f"quant_compile.lowering.kernels.experts.{source}.{name}", Recorder(function, found))
         p, scheme = problem, problem.scheme
 
         def empty(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:

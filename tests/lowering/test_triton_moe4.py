@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quant_compile.ir.family import Reject, family_of
 from quant_compile.ir.moe import MoeProblem
-from quant_compile.lowering.kernels import triton_moe
-from quant_compile.lowering.kernels import triton_moe4 as kernel
+from quant_compile.lowering.kernels.experts import triton_moe
+from quant_compile.lowering.kernels.experts import triton_moe4 as kernel
 from quant_compile.lowering.moe import choose_moe
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import FAKE_OPS, Target

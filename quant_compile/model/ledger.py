@@ -1,0 +1,182 @@
+"""What this process remembers of every Parameter that a compiled graph has read, and the report made of it.
+
+Graphs write here when they are compiled and when they meet new Parameters; ``report(model)`` reads. Parameters and models
+are held weakly.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from quant_compile.ir.report import Report, WeightLine
+from quant_compile.lowering.weights import STORE, Entry
+from quant_compile.model.names import names_in
+from quant_compile.model.weights import Weight, linear_weights, unwrap
+from quant_compile.rules import Decides
+
+MORE_COPIES = "packed more than once: graphs join it with different siblings, and its layout cannot be cut"
+
+
+@dataclass(eq=False)
+class Record:
+    """What graphs said of one Parameter."""
+
+    ref: weakref.ref[nn.Parameter]
+    scheme: str | None = None
+    named: bool = False
+    reason: str = ""
+    kernels: dict[str, None] = field(default_factory=dict)
+    layout: str = ""
+    misses: dict[str, None] = field(default_factory=dict)
+    readers: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Session:
+    """What is remembered of one model (or of calls whose model is unknown)."""
+
+    policy: Decides
+    target: str
+    notes: dict[str, None] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    checked: bool = False
+
+
+class Ledger:
+    """Records by Parameter, sessions by model."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, Record] = {}
+        self._sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+    def record(self, parameter: nn.Parameter) -> Record:
+        """The record of a Parameter, made on first sight."""
+        identity = id(parameter)
+        found = self._records.get(identity)
+        if found is not None and found.ref() is parameter:
+            return found
+
+        def forget(dead: weakref.ref[nn.Parameter]) -> None:
+            current = self._records.get(identity)
+            if current is not None and current.ref is dead:
+                del self._records[identity]
+
+        made = Record(weakref.ref(parameter, forget))
+        self._records[identity] = made
+        return made
+
+    def peek(self, parameter: nn.Parameter) -> Record | None:
+        """The record of a Parameter if there is one."""
+        found = self._records.get(id(parameter))
+        return found if found is not None and found.ref() is parameter else None
+
+    def session(self, model: nn.Module, policy: Decides, target: str) -> Session:
+        """The session of a model; a new policy starts a new one."""
+        found = self._sessions.get(model)
+        if found is None or (found.policy is not policy and found.policy.content_hash != policy.content_hash):
+            found = self._sessions[model] = Session(policy, target)
+        return found
+
+    def report(self, model: nn.Module) -> Report:
+        """The ledger of a model; see ``quant_compile.report``."""
+        model = unwrap(model)
+        session = self._session_of(model)
+        weights = {id(weight.parameter): weight for weight in linear_weights(model)}
+        names = names_in(model)
+        lines: list[WeightLine] = []
+        misses: list[tuple[str, str]] = []
+        for parameter in model.parameters():
+            record = self.peek(parameter)
+            name = names[id(parameter)].full
+            line = self._line(name, parameter, record, STORE.peek(parameter), weights.get(id(parameter)), session)
+            lines.append(line)
+            if record is not None and not line.named:
+                misses += [(name[0], reason) for reason in record.misses]
+        notes = [
+            *(session.notes if session else {}),
+            *([] if session else ["no compiled graph has read this model yet"]),
+        ]
+        timings = dict(session.timings) if session else {}
+        policy, target = (session.policy.name, session.target) if session else ("none", "none")
+        return Report(policy, target, tuple(lines), tuple(notes), tuple(misses), timings)
+
+    def _session_of(self, model: nn.Module) -> Session | None:
+        found = self._sessions.get(model)
+        if found is not None:
+            return found
+        inside = [self._sessions[m] for m in model.modules() if m in self._sessions]
+        if inside:
+            return inside[0]
+        wanted = set(map(id, model.parameters()))
+        around = (s for m, s in list(self._sessions.items()) if any(id(p) in wanted for p in m.parameters()))
+        return next(around, None)
+
+    def _line(
+        self,
+        names: tuple[str, ...],
+        parameter: nn.Parameter,
+        record: Record | None,
+        entry: Entry | None,
+        weight: Weight | None,
+        session: Session | None,
+    ) -> WeightLine:
+        size = parameter.numel() * parameter.element_size()
+        after = packed_bytes(parameter, entry)
+        if record is not None and record.scheme is not None and after:
+            copies = [MORE_COPIES] if entry is not None and entry.further else []
+            missed = [f"unquantized in some graph: {miss.splitlines()[0]}" for miss in record.misses]
+            reason = "; ".join([record.reason, *record.readers, *copies, *missed])
+            if record.readers:
+                after += size
+            kernels = " / ".join(record.kernels)
+            released = entry is not None and entry.released
+            return WeightLine(
+                names, size, after, record.scheme, record.layout, kernels, reason, True, released, bool(missed)
+            )
+        named, reason = self._kept(parameter, record, weight, session)
+        return WeightLine(names, size, size, None, "", "", reason, named)
+
+    @staticmethod
+    def _kept(
+        parameter: nn.Parameter, record: Record | None, weight: Weight | None, session: Session | None
+    ) -> tuple[bool, str]:
+        if record is not None and record.scheme is not None:
+            return True, f"{record.scheme}: to be packed at the next call"
+        if record is not None and (record.reason or record.misses):
+            return record.named, "; ".join([*([record.reason] if record.reason else []), *record.misses])
+        if weight is None:
+            what = "embedding or convolution" if parameter.dim() > 1 else "vector (norm, bias)"
+            return False, f"not a linear weight: {what}"
+        if session is None:
+            return False, "not compiled yet"
+        decision = session.policy.decide(weight.site)
+        if decision.scheme is None:
+            return False, decision.reason
+        return True, f"{decision.scheme.spec} by the policy, but no compiled graph has read it as a linear"
+
+
+def packed_bytes(parameter: nn.Parameter, entry: Entry | None) -> int:
+    """Bytes of a Parameter's share of all its packed planes."""
+    if entry is None:
+        return 0
+    total = 0
+    for slab in entry.slabs():
+        rows = dict(zip(slab.members, slab.rows, strict=True))
+        size = sum(plane.numel() * plane.element_size() for plane in slab.planes)
+        total += size * rows[id(parameter)] // max(1, sum(slab.rows))
+    if entry.input_scale is not None:
+        total += entry.input_scale.numel() * entry.input_scale.element_size()
+    return total
+
+
+def note(sessions: Iterable[Session], text: str) -> None:
+    """Add a note once."""
+    for session in sessions:
+        session.notes[text] = None
+
+
+LEDGER = Ledger()

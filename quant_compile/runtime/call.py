@@ -1,0 +1,202 @@
+"""The call path of one Dynamo graph: look up each weight's planes by identity, pick the graph variant, run it.
+
+Dynamo lets one graph serve many weights (other instances, other layers, replaced Parameters) and guards none of them. So
+nothing about a weight is baked in: each call identifies its Parameters (fast path: the same objects as in an earlier
+call, unchanged), and weights whose policy gives them other schemes than the traced ones get another variant of the graph,
+compiled from the same Dynamo graph with the same symbolic shapes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import Parameter
+
+from quant_compile.ir.experts import Verdicts
+from quant_compile.ir.graph import BiasRef, ExpertBiasRef, ExpertRef, Ref, ScaleRef, copy_graph
+from quant_compile.lowering.target import Target
+from quant_compile.lowering.weights import STORE, Key
+from quant_compile.options import Options, PolicySource
+from quant_compile.passes.insert_moe import weight_names
+from quant_compile.passes.plan import SiteDecision
+from quant_compile.runtime.decide import Choosers, Decider, Found, add_time
+from quant_compile.runtime.record import claim_weights, record, refuse_released, release_packed
+from quant_compile.runtime.variant import Compile, Variant, Variants
+
+_VERSION = attrgetter("_version")
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """A variant bound to the planes of particular Parameters; holds no Parameter."""
+
+    variant: Variant
+    pick_arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    planes: tuple[Tensor, ...]
+    pick_watched: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    stamp: tuple[int, ...]
+    epoch: int
+    generation: int
+
+
+class GraphRunner:
+    """What the backend returns to Dynamo for one graph."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        source: PolicySource,
+        options: Options,
+        compile_graph: Compile,
+        choosers: Choosers,
+        target: Target,
+    ) -> None:
+        self.source, self.options = source, options
+        self.pristine = copy_graph(gm)
+        self._parameters = {i: value for i, value in enumerate(inputs) if isinstance(value, Parameter)}
+        self._slots = tuple(self._parameters)
+        self._pick = _picker(self._slots)
+        verdicts = Verdicts()
+        self.found = Found.of(self.pristine, self._parameters, verdicts)
+        self._decider = Decider(self.found, source, choosers, target)
+        self._variants = Variants(
+            self.pristine, self.found, inputs, source, options, compile_graph, choosers, target, verdicts
+        )
+        self._lock = threading.RLock()
+        self._bindings: dict[tuple[int, ...], Binding] = {}
+        STORE.on_forget(self._forget)
+
+    def prepare(self) -> Variant:
+        """Compile the variant of the traced Parameters; called once, inside Dynamo's tracing context."""
+        parameters, self._parameters = self._parameters, {}
+        session, decisions = self._decider.decide(parameters)
+        self._decider.check_rules(parameters, session)
+        if self.options.releases(self.source.policy):
+            claim_weights(self.found, self.source.policy, parameters)
+        variant = self._variants.get(parameters, session, decisions, late=False)
+        record(self.found, parameters, session, decisions, variant)
+        self._variants.traced()
+        return variant
+
+    def __call__(self, *args: Any) -> Any:
+        parameters = self._pick(args)
+        self.source.reload_if_changed()
+        binding = self._bindings.get(tuple(map(id, parameters)))
+        if binding is None or not self._is_current(binding, parameters):
+            binding = self._bind(parameters)
+        return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
+
+    def _is_current(self, binding: Binding, parameters: tuple[Any, ...]) -> bool:
+        if binding.epoch != STORE.epoch or binding.generation != self.source.generation:
+            return False
+        return binding.stamp == _stamp(binding.pick_watched(parameters))
+
+    def _forget(self, identity: int) -> None:
+        for key in [key for key in list(self._bindings) if identity in key]:
+            self._bindings.pop(key, None)
+
+    def _bind(self, values: tuple[Any, ...]) -> Binding:
+        with self._lock:
+            parameters: dict[int, Parameter] = dict(zip(self._slots, values, strict=True))
+            generation = self.source.generation
+            session, decisions = self._decider.decide(parameters)
+            variant = self._variants.get(parameters, session, decisions, late=True)
+            refuse_released(parameters, variant)
+            started, before = time.perf_counter(), STORE.packed
+            planes = self._planes(variant, parameters, decisions)
+            if before != STORE.packed:
+                add_time(session, "packing", time.perf_counter() - started)
+            record(self.found, parameters, session, decisions, variant)
+            if self.options.releases(self.source.policy):
+                release_packed(parameters, variant)
+            watched = tuple(i for i, slot in enumerate(self._slots) if _watchable(parameters[slot]))
+            pick_watched = _picker(watched)
+            for key in [key for key, binding in list(self._bindings.items()) if binding.epoch != STORE.epoch]:
+                self._bindings.pop(key, None)
+            # Until no other thread changed any planes in between. Bounded: a graph with more groups of one weight than the store
+            # keeps slabs for packs anew each time; its binding is then out of date and is made again at the next call.
+            epoch, stamp = -1, ()
+            for _ in range(3):
+                epoch, stamp = STORE.epoch, _stamp(pick_watched(values))
+                planes = self._planes(variant, parameters, decisions)
+                if epoch == STORE.epoch:
+                    break
+            binding = Binding(variant, _picker(variant.arguments), planes, pick_watched, stamp, epoch, generation)
+            self._bindings[tuple(map(id, values))] = binding
+            return binding
+
+    def _planes(
+        self,
+        variant: Variant,
+        parameters: Mapping[int, Parameter],
+        decisions: Mapping[str, SiteDecision],
+    ) -> tuple[Tensor, ...]:
+        names = {slot: decisions[name].name for name, slot in self.found.readers}  # for errors
+        for block in self.found.blocks:
+            names |= dict(zip(block.slots, weight_names(decisions[block.node.name].name, block), strict=True))
+        return tuple(_resolve(ref, parameters, names) for ref in variant.refs)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Tuple of the values at ``positions``, at C speed where possible."""
+    if len(positions) == 0:
+        return lambda values: ()
+    if len(positions) == 1:
+        only = positions[0]
+        return lambda values: (values[only],)
+    return itemgetter(*positions)
+
+
+def _stamp(watched: tuple[Any, ...]) -> tuple[int, ...]:
+    """What shows an update in place (version) or a swap of storage (address)."""
+    return (*map(_VERSION, watched), *map(Tensor.data_ptr, watched))
+
+
+def _watchable(parameter: Parameter) -> bool:
+    entry = STORE.peek(parameter)
+    released = entry is not None and entry.released
+    return parameter.dim() > 0 and not released and not parameter.is_inference()
+
+
+def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[int, str]) -> Tensor:
+    if isinstance(ref, BiasRef):
+        return _joined_bias(ref, parameters)
+    if isinstance(ref, ExpertBiasRef):
+        return _expert_bias(ref, parameters)
+    if isinstance(ref, ExpertRef):
+        key = Key(ref.spec, ref.layout, ref.transposed, ref.dtype, ref.interleaved)
+        return STORE.expert_planes(parameters[ref.slot], key, ref.problem, names.get(ref.slot, "a weight"))[ref.index]
+    weights, called = (
+        tuple(parameters[slot] for slot in ref.slots),
+        tuple(names.get(slot, "a weight") for slot in ref.slots),
+    )
+    if isinstance(ref, ScaleRef):
+        return STORE.input_scale(weights, called)
+    keys = tuple(Key(ref.spec, ref.layout, flag, ref.dtype) for flag in ref.transposed)
+    return STORE.planes(weights, keys, called)[ref.index]
+
+
+def _joined_bias(ref: BiasRef, parameters: Mapping[int, Parameter]) -> Tensor:
+    device = next(parameters[slot].device for slot in ref.slots if slot is not None)
+    with torch.inference_mode(False), torch.no_grad():
+        parts = [
+            torch.zeros(size, dtype=ref.dtype, device=device) if slot is None else parameters[slot].detach()
+            for slot, size in zip(ref.slots, ref.sizes, strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def _expert_bias(ref: ExpertBiasRef, parameters: Mapping[int, Parameter]) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        bias = parameters[ref.slot].detach()
+        if ref.interleaved:
+            bias = torch.cat((bias[:, 0::2], bias[:, 1::2]), 1)
+        return bias.to(ref.dtype).contiguous()

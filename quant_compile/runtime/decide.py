@@ -1,0 +1,285 @@
+"""What becomes of each site of one graph: the policy's decision, whether the device serves it, and what the ledger hears of it.
+
+Reads the graph's sites, the Parameters of a call and the policy; writes decisions, misses and notes to the ledger, and
+calibrated input scales to the store. Compiles and packs nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import Parameter
+
+from quant_compile.ir.batched import BatchedSite, find_batched
+from quant_compile.ir.errors import MissingScalesError, PolicyError, PolicyWarning
+from quant_compile.ir.experts import MoeMiss, MoeSite, Verdicts, find_experts
+from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.scheme import Scheme
+from quant_compile.ir.sites import LinearSite, Miss, find_sites
+from quant_compile.lowering.moe import MoeDispatch
+from quant_compile.lowering.registry import Problem
+from quant_compile.lowering.select import Dispatch
+from quant_compile.lowering.target import Target
+from quant_compile.lowering.weights import STORE
+from quant_compile.model import names as naming
+from quant_compile.model.ledger import LEDGER, Session
+from quant_compile.model.weights import expert_site
+from quant_compile.options import PolicySource
+from quant_compile.passes.plan import SiteDecision
+from quant_compile.rules import TWO_SCHEMES, Decision, SiteInfo, scale_key
+
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
+
+
+@dataclass(frozen=True)
+class Choosers:
+    """How kernels are chosen: ``(problem, name) -> dispatch`` for linears, expert blocks, and products over row-form planes.
+
+    ``serves`` tells, without measuring, whether a device has kernels for a linear or a block.
+    """
+
+    linear: Callable[[Problem, str], Dispatch]
+    moe: Callable[[MoeProblem, str], MoeDispatch]
+    rows: Callable[[Problem, str], Dispatch]
+    serves: Callable[[Problem | MoeProblem], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """All that one graph has: blocks, products with all experts, linears, and what is none of them, with the reason."""
+
+    blocks: tuple[MoeSite, ...]
+    batched: tuple[BatchedSite, ...]
+    linears: tuple[LinearSite, ...]
+    misses: tuple[Miss | MoeMiss, ...]
+
+    @staticmethod
+    def of(gm: fx.GraphModule, parameters: Mapping[int, Any], verdicts: Verdicts) -> Found:
+        """Look through a copied Dynamo graph."""
+        blocks, unknown = find_experts(gm, parameters, verdicts)
+        taken = {node for block in blocks for node in block.nodes}
+        batched = find_batched(gm, parameters, taken)
+        taken |= {site.node for site in batched}
+        linears, misses = find_sites(gm, parameters, taken)
+        done = {site.slot for site in batched}
+        unknown = [miss for miss in unknown if not done.issuperset(miss.slots)]
+        explained = {slot for miss in unknown for slot in miss.slots}
+        misses = [miss for miss in misses if not explained.issuperset(miss.slots)]
+        return Found(tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown))
+
+    @property
+    def readers(self) -> list[tuple[str, int]]:
+        """(node name, slot) of every weight that a site multiplies by."""
+        single = [(site.node.name, site.slot) for site in (*self.linears, *self.batched)]
+        return single + [(block.node.name, slot) for block in self.blocks for slot in block.slots]
+
+
+class Decider:
+    """Decides the sites of one graph for the Parameters of a call."""
+
+    def __init__(self, found: Found, source: PolicySource, choosers: Choosers, target: Target) -> None:
+        self.found, self.source, self.target = found, source, target
+        self._choosers = choosers
+
+    def decide(self, parameters: Mapping[int, Parameter]) -> tuple[Session, dict[str, SiteDecision]]:
+        """The model's session, and node name of each site -> its decision.
+
+        Raises:
+            PolicyError: the policy is strict and a weight cannot have its scheme.
+            MissingScalesError: a static scheme has no calibrated scale.
+        """
+        owner = naming.owner_of(parameters.values())
+        names = naming.names_in(owner)
+        policy = self.source.policy
+        label = self.target.label
+        session = LEDGER.session(owner, policy, label) if owner is not None else Session(policy, label)
+        if self.source.is_default:
+            session.notes[f"no policy was given: {policy.name} is the default on this device"] = None
+        if owner is None and self.found.readers:
+            self._no_owner()
+        decisions: dict[str, SiteDecision] = {}
+        for site in self.found.linears:
+            parameter = parameters[site.slot]
+            known = names.get(id(parameter))
+            full = known.full if known else (_source_name(site.weight),)
+            info = SiteInfo(
+                tuple(name.removesuffix(".weight") for name in full),
+                "linear",
+                known.module_class if known else site.module_class,
+                site.n,
+                site.k,
+                known.is_output_embedding if known else False,
+            )
+            decision = self._served(policy.decide(info), partial(_linear_problem, site))
+            decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0])
+            if decision.scheme is not None and decision.scheme.static:
+                self._load_scale(parameter, full)
+        for block in self.found.blocks:
+            decisions[block.node.name] = self._decide_block(block, parameters, names)
+        for site in self.found.batched:
+            decisions[site.node.name] = self._decide_experts(
+                site.weight,
+                parameters[site.slot],
+                site.transposed,
+                names,
+                site.module_class,
+                partial(_rows_problem, site),
+            )
+        for miss in self.found.misses:
+            for slot in miss.slots:
+                known = names.get(id(parameters[slot]))
+                self._record_miss(parameters[slot], known, miss.reason, session)
+        self._enforce(parameters, names, decisions)
+        return session, decisions
+
+    def check_rules(self, parameters: Mapping[int, Parameter], session: Session) -> None:
+        """Once per model and policy: rules without effect are a warning and a note, an error when the policy is strict."""
+        owner = naming.owner_of(parameters.values())
+        if owner is None or session.checked:
+            return
+        for problem in self.source.policy.resolve(owner).problems:
+            session.notes[problem] = None
+        session.checked = True
+
+    def _no_owner(self) -> None:
+        """Rules go by names; without a model there are none, so rules would be ignored in silence."""
+        text = (
+            "cannot tell which model these weights belong to, so rules and conventions by name (lm_head) have no effect.\n"
+            "Fix: quant_compile.compile(model, policy), or compile the module itself instead of a function around it."
+        )
+        if self.source.policy.rules or self.source.policy.strict:
+            raise PolicyError(text)
+        warnings.warn(text, PolicyWarning, stacklevel=2)
+
+    def _enforce(
+        self,
+        parameters: Mapping[int, Parameter],
+        names: Mapping[int, naming.Names],
+        decisions: Mapping[str, SiteDecision],
+    ) -> None:
+        """A strict policy's weights have their schemes in every graph."""
+        if not self.source.policy.strict:
+            return
+        found = [f"{decision.name}: {decision.reason}" for decision in decisions.values() if decision.refused]
+        for miss in self.found.misses:
+            for slot in miss.slots:
+                known, record = names.get(id(parameters[slot])), LEDGER.peek(parameters[slot])
+                if known is not None and record is not None and record.named:
+                    found.append(f"{known.full[0]}: {miss.reason.splitlines()[0]}")
+        if found:
+            origin = self.source.policy.source or self.source.policy.name
+            listed = "\n".join(f"  {text}" for text in dict.fromkeys(found))
+            fix = "Fix: give them `keep` in a rule, or set strict: false."
+            raise PolicyError(
+                f"{origin}: the policy is strict, and weights cannot have their schemes:\n{listed}\n{fix}"
+            )
+
+    def _decide_block(
+        self, block: MoeSite, parameters: Mapping[int, Parameter], names: Mapping[int, naming.Names]
+    ) -> SiteDecision:
+        """One scheme for both weights of a block, each of which rules may name."""
+        parts = zip((block.w13, block.w2), block.slots, block.transposed, strict=True)
+        found = [
+            self._decide_experts(
+                node, parameters[slot], transposed, names, block.module_class, partial(_block_problem, block)
+            )
+            for node, slot, transposed in parts
+        ]
+        first, second = found
+        name = first.name.rpartition(".")[0] or first.name
+        if first.scheme != second.scheme:
+            return SiteDecision(None, TWO_SCHEMES, name, refused=True)
+        return SiteDecision(first.scheme, first.reason, name)
+
+    def _decide_experts(
+        self,
+        node: fx.Node,
+        parameter: Parameter,
+        transposed: bool,
+        names: Mapping[int, naming.Names],
+        module_class: str | None,
+        problem: Callable[[Scheme], Problem | MoeProblem],
+    ) -> SiteDecision:
+        known = names.get(id(parameter))
+        full = known.full if known else (_source_name(node),)
+        info = expert_site(full, known.module_class if known else module_class, parameter, transposed)
+        decision = self._served(self.source.policy.decide(info), problem)
+        if decision.scheme is not None and decision.scheme.static:
+            self._load_scale(parameter, full)
+        return SiteDecision(decision.scheme, decision.reason, full[0])
+
+    def _served(self, decision: Decision, problem: Callable[[Scheme], Problem | MoeProblem]) -> Decision:
+        """The decision, or its weights under 16-bit inputs where the policy allows that and only that has kernels here."""
+        scheme = decision.scheme
+        if self.source.policy.fallback is None or scheme is None or scheme.input_activations is None:
+            return decision
+        alone = Scheme(scheme.weights)
+        if self._choosers.serves(problem(scheme)) or not self._choosers.serves(problem(alone)):
+            return decision
+        reason = f"{decision.reason}; {alone.spec} by the policy's fallback: no kernel here multiplies {scheme.spec}"
+        return replace(decision, scheme=alone, reason=reason)
+
+    def _record_miss(self, parameter: Parameter, known: naming.Names | None, reason: str, session: Session) -> None:
+        record = LEDGER.record(parameter)
+        record.misses[reason] = None
+        if known is None or parameter.dim() < 2:
+            return
+        if parameter.dim() == 2:
+            n, k = parameter.shape
+            info = SiteInfo(known.rules, "linear", None, n, k, known.is_output_embedding)
+        else:
+            info = expert_site(known.full, known.module_class, parameter)
+        decision = session.policy.decide(info)
+        record.named = decision.scheme is not None
+        if not record.named:
+            record.reason = decision.reason
+
+    def _load_scale(self, parameter: Parameter, names: tuple[str, ...]) -> None:
+        entry = STORE.entry(parameter)
+        for name in names:
+            value = self.source.scales.get(scale_key(name))
+            if value is not None:
+                if value.numel() != 1 or not SMALLEST_SCALE <= float(value.to(torch.float32)) < float("inf"):
+                    shown = float(value) if value.numel() == 1 else f"{value.numel()} numbers"
+                    raise MissingScalesError(
+                        f"the input scale of {name} in {self.source.policy.scales} is {shown}, not a positive number.\n"
+                        "Fix: policy = quant_compile.calibrate(model, batches, policy) with inputs that are not all zeros or NaN."
+                    )
+                if entry.input_scale is None or not torch.equal(entry.input_scale.cpu(), value.reshape(1)):
+                    entry.input_scale = value.reshape(1).to(torch.float32)
+                return
+        raise MissingScalesError(
+            f"{names[0]} has a static scheme and no calibrated input scale in {self.source.policy.scales or 'the policy'}.\n"
+            "Fix: policy = quant_compile.calibrate(model, batches, policy), or use a dynamic scheme."
+        )
+
+
+def _linear_problem(site: LinearSite, scheme: Scheme) -> Problem:
+    return Problem(scheme, site.n, site.k, site.dtype, site.bias is not None)
+
+
+def _rows_problem(site: BatchedSite, scheme: Scheme) -> Problem:
+    return Problem(scheme, site.n, site.k, site.weight.meta["example_value"].dtype)
+
+
+def _block_problem(block: MoeSite, scheme: Scheme) -> MoeProblem:
+    sizes = (block.experts, block.hidden, block.intermediate, block.top_k)
+    has_bias = block.b13 is not None or block.b2 is not None
+    dtype = block.x.meta["example_value"].dtype
+    return MoeProblem(scheme, *sizes, block.activation, dtype, has_bias, block.weights is not None)
+
+
+def add_time(session: Session, key: str, seconds: float) -> None:
+    """Seconds spent on ``key``, for the report."""
+    session.timings[key] = session.timings.get(key, 0.0) + seconds
+
+
+def _source_name(weight: fx.Node) -> str:
+    source = getattr(weight, "_dynamo_source", None)
+    return source.name if source is not None else weight.name

@@ -1,0 +1,98 @@
+"""What a bound variant means for the model: lines in the ledger, weights that may be released, and those that may not.
+
+Reads decisions, variants and the options; writes to the ledger and, where the user asks for it, releases originals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.nn import Parameter
+
+from quant_compile.ir.errors import ReleasedWeightError
+from quant_compile.ir.graph import ExpertRef, PlaneRef
+from quant_compile.lowering.weights import STORE, claim
+from quant_compile.model import names as naming
+from quant_compile.model.ledger import LEDGER, Session
+from quant_compile.model.weights import linear_weights
+from quant_compile.passes.plan import SiteDecision
+from quant_compile.rules import Decides
+from quant_compile.runtime.decide import Found
+from quant_compile.runtime.variant import Variant
+
+ALSO_PLAIN = "also read unquantized (tied embedding or another use)"
+
+
+def record(
+    found: Found,
+    parameters: Mapping[int, Parameter],
+    session: Session,
+    decisions: Mapping[str, SiteDecision],
+    variant: Variant,
+) -> None:
+    """Write what became of every weight of a graph to the ledger."""
+    dispatch_of = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
+    for name, slot in found.readers:
+        decision = decisions[name]
+        parameter = parameters[slot]
+        record = LEDGER.record(parameter)
+        record.named = decision.scheme is not None or decision.refused
+        record.reason = decision.reason
+        spec = decision.scheme.spec if decision.scheme else None
+        if spec != record.scheme:
+            record.kernels.clear()
+            record.readers.clear()
+            STORE.entry(parameter).plain_readers.clear()
+            record.scheme = spec
+        STORE.keep_only(parameter, spec)
+        if spec is not None:
+            dispatch = dispatch_of[slot]
+            record.layout = dispatch.layout
+            record.kernels[dispatch.ranges] = None
+    for slot in variant.arguments:
+        parameter = parameters.get(slot)
+        if parameter is not None and parameter.dim() > 1:
+            LEDGER.record(parameter).readers[ALSO_PLAIN] = None
+            STORE.entry(parameter).plain_readers.add(ALSO_PLAIN)
+    for report in variant.reports:
+        if report.name == "merge_siblings":
+            for refusal in report.refused:
+                session.notes[f"not merged: {refusal}"] = None
+
+
+def claim_weights(found: Found, policy: Decides, parameters: Mapping[int, Parameter]) -> None:
+    """Every weight of the model that the policy names becomes releasable now, before guards over its class exist."""
+    owner = naming.owner_of(parameters.values())
+    if owner is not None:
+        for weight in linear_weights(owner):
+            if not weight.in_embedding and policy.decide(weight.site).scheme is not None:
+                claim(weight.parameter)
+    for _, slot in found.readers:
+        claim(parameters[slot])
+
+
+def release_packed(parameters: Mapping[int, Parameter], variant: Variant) -> None:
+    """Release the originals of a bound variant's weights that nothing else reads."""
+    owner = naming.owner_of(parameters.values())
+    embedded = {id(w.parameter) for w in linear_weights(owner) if w.in_embedding} if owner is not None else set[int]()
+    for ref in variant.refs:
+        if isinstance(ref, PlaneRef | ExpertRef) and ref.index == 0:
+            for slot in ref.slots if isinstance(ref, PlaneRef) else (ref.slot,):
+                if slot not in variant.arguments and id(parameters[slot]) not in embedded:
+                    STORE.release(parameters[slot])
+
+
+def refuse_released(parameters: Mapping[int, Parameter], variant: Variant) -> None:
+    """Raise where a variant reads a weight whose values are gone.
+
+    Raises:
+        ReleasedWeightError: with the weight's shape and the fix.
+    """
+    for slot in variant.arguments:
+        parameter = parameters.get(slot)
+        entry = STORE.peek(parameter) if parameter is not None else None
+        if entry is not None and entry.released:
+            raise ReleasedWeightError(
+                f"a graph reads a weight of shape {tuple(parameter.shape)} unquantized, but its original values were released.\n"  # type: ignore[union-attr]
+                "Fix: quant_compile.restore(model, source), or give this weight one scheme in every graph."
+            )

@@ -1,0 +1,194 @@
+"""Compile variants of one Dynamo graph: one for each assignment of schemes that its weights turn out to have.
+
+Reads decisions; runs the passes on a copy of the graph and gives the result to Inductor, while Dynamo traces or later,
+at a call, under Dynamo's fake mode and with its symbolic sizes. Knows no planes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch.nn import Parameter
+
+from quant_compile.ir.errors import GraphError, OptionError
+from quant_compile.ir.experts import Verdicts
+from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_inductor
+from quant_compile.lowering.target import Target
+from quant_compile.lowering.weights import STORE
+from quant_compile.model.ledger import Session
+from quant_compile.options import Options, PolicySource
+from quant_compile.passes import PIPELINE
+from quant_compile.passes.plan import PassReport, Plan, SiteDecision
+from quant_compile.runtime.decide import Choosers, Found, add_time
+
+Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """The graph compiled for one assignment of schemes."""
+
+    graph: fx.GraphModule
+    function: Callable[..., Any]
+    arguments: tuple[int, ...]
+    refs: tuple[Ref, ...]
+    reports: tuple[PassReport, ...]
+
+
+class Variants:
+    """The variants of one graph, compiled when they are first asked for."""
+
+    def __init__(
+        self,
+        pristine: fx.GraphModule,
+        found: Found,
+        inputs: Sequence[Any],
+        source: PolicySource,
+        options: Options,
+        compile_graph: Compile,
+        choosers: Choosers,
+        target: Target,
+        verdicts: Verdicts,
+    ) -> None:
+        self.pristine, self.found = pristine, found
+        self.source, self.options, self.target = source, options, target
+        self._compile, self._choosers, self._verdicts = compile_graph, choosers, verdicts
+        # Dynamo passes Python floats as 0-d tensors whose value only the real tensor still has when it is traced again.
+        self._scalars = {i: value for i, value in enumerate(inputs) if _is_scalar(value)}
+        self._shape_only = {i: _Shaped(value) for i, value in enumerate(inputs) if isinstance(value, Parameter)}
+        self._guards = 0
+        self._made: dict[Any, Variant] = {}
+
+    def traced(self) -> None:
+        """Dynamo is done: later variants may rely on no other conditions on sizes than those that it checks now."""
+        self._guards = _guard_count(self.pristine)
+
+    def get(
+        self,
+        parameters: Mapping[int, Parameter],
+        session: Session,
+        decisions: Mapping[str, SiteDecision],
+        late: bool,
+    ) -> Variant:
+        """The variant for these decisions; ``late``: compiled at a call, not while Dynamo traces."""
+        specs = tuple(d.scheme.spec if d.scheme else None for d in decisions.values())
+        classes = self._scale_classes(parameters, decisions)
+        fuse, request = self.source.policy.fuse, self.options.request(self.source.policy)
+        key = (specs, tuple(sorted(classes.items())), fuse, request)
+        found = self._made.get(key)
+        if found is None:
+            found = self._build(decisions, classes, session, late)
+            self._made[key] = found
+        return found
+
+    def _scale_classes(
+        self, parameters: Mapping[int, Parameter], decisions: Mapping[str, SiteDecision]
+    ) -> dict[int, int]:
+        """Slots of static sites -> the first slot with the same scale: only those may share a quantization."""
+        first: dict[float, int] = {}
+        classes: dict[int, int] = {}
+        for name, slot in self.found.readers:
+            scheme = decisions[name].scheme
+            if scheme is not None and scheme.static:
+                scale = STORE.entry(parameters[slot]).input_scale
+                classes[slot] = first.setdefault(float(scale) if scale is not None else 0.0, slot)
+        return classes
+
+    def _build(
+        self,
+        decisions: Mapping[str, SiteDecision],
+        classes: dict[int, int],
+        session: Session,
+        late: bool,
+    ) -> Variant:
+        gm = copy_graph(self.pristine)
+        found = Found.of(gm, self._shape_only, self._verdicts)
+        fuse = self.source.policy.fuse
+        plan = Plan(
+            found.linears,
+            decisions,
+            _timed(session, self._choosers.linear),
+            lambda slot: slot in self._shape_only,
+            classes,
+            fuse.share_quant,
+            fuse.merge_siblings,
+            found.blocks,
+            found.batched,
+            _timed(session, self._choosers.moe),
+            _timed(session, self._choosers.rows),
+            # A kernel takes a norm's eps as a number. Dynamo makes one of a float that is an input, but not once it is done.
+            None if late and self._scalars else self.target,
+        )
+        reports: list[PassReport] = []
+        for one_pass in PIPELINE:
+            started, selecting = time.perf_counter(), session.timings.get("selection", 0.0)
+            gm, report = one_pass(gm, plan)
+            reports.append(report)
+            selection = session.timings.get("selection", 0.0) - selecting
+            add_time(session, f"passes.{report.name}", time.perf_counter() - started - selection)
+        prepare_for_inductor(gm)
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        arguments = tuple(node.meta["argument"] for node in placeholders if "plane" not in node.meta)
+        refs = tuple(node.meta["plane"] for node in placeholders if "plane" in node.meta)
+        started = time.perf_counter()
+        scalars = {} if late else self._scalars
+        inputs = [scalars.get(node.meta.get("argument"), node.meta["example_value"]) for node in placeholders]
+        function = self._compile_late(gm, inputs) if late else self._compile(gm, inputs)
+        add_time(session, "inductor", time.perf_counter() - started)
+        return Variant(gm, function, arguments, refs, tuple(reports))
+
+    def _compile_late(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile at call time, under Dynamo's fake mode, so that dynamic sizes stay dynamic."""
+        mode = fake_mode_of(gm.graph)
+        # Without no_grad, inference_mode(False) would turn gradients on and AOTAutograd would trace a backward.
+        with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad(), tracing(TracingContext(mode)):
+            function = self._compile(gm, inputs)
+        if mode.shape_env and len(mode.shape_env.guards) > self._guards:
+            fresh = list(mode.shape_env.guards[self._guards :])
+            raise OptionError(
+                "this policy gives a layer that shares its graph another scheme, and compiling that scheme put new conditions on "
+                f"sizes that the shared graph does not check: {', '.join(str(g.expr) for g in fresh)}.\n"
+                "Fix: compile the whole model instead of single layers, or mark the sizes static (dynamic=False)."
+            )
+        return function
+
+
+def _timed(session: Session, choose: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    def timed(problem: Any, name: str) -> Any:
+        started = time.perf_counter()
+        try:
+            return choose(problem, name)
+        finally:
+            add_time(session, "selection", time.perf_counter() - started)
+
+    return timed
+
+
+class _Shaped:
+    """Shape and dtype of a Parameter, so that a runner need not keep the Parameter alive."""
+
+    def __init__(self, parameter: Parameter) -> None:
+        self.shape, self.dtype = parameter.shape, parameter.dtype
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and not isinstance(value, Parameter)
+
+
+def _guard_count(gm: fx.GraphModule) -> int:
+    """Conditions on sizes that Dynamo knows of when it finishes a graph, and so checks at each call."""
+    try:
+        env = fake_mode_of(gm.graph).shape_env
+    except GraphError:
+        return 0
+    return len(env.guards) if env else 0
