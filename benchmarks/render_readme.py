@@ -1,10 +1,12 @@
-"""Fill the README's tables from ``benchmarks/results/*.json`` and from the kernels' own answers: no number is typed.
+"""Fill the documents' tables from ``benchmarks/results/*.json`` and from the kernels' own answers: no number is typed.
 
-    python benchmarks/render_readme.py           # rewrite README.md
-    python benchmarks/render_readme.py --check   # exit 1 if it would change
+    python benchmarks/render_readme.py           # rewrite README.md and docs/*.md
+    python benchmarks/render_readme.py --check   # exit 1 if one would change
 
-A table stands between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->``. One whose results are absent is left empty, its
-heading included. Reads the README and the results; writes the README and nothing else.
+A table stands between ``<!-- table:NAME -->`` and ``<!-- end:NAME -->``, in any of the documents, once in all of them. One whose
+results are absent is left empty, its heading included; ``generate``, the README's own, says that it is not measured. Links in a table
+are written from the root and turned to the document it stands in. Reads the documents and the results; writes the documents and
+nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -21,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 RESULTS = ROOT / "benchmarks" / "results"
 
 Result = Mapping[str, Any]
@@ -80,6 +84,16 @@ def number(value: float | None, digits: int = 2) -> str:
 def percent(value: float | None) -> str:
     """A relative difference with its sign."""
     return NONE if value is None else f"{value:+.2%}"
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def generate(results: Path) -> str:
+    """What a user of ``generate`` sees; a sentence until there is a result."""
+    if read("generate", results) is None:
+        return "The speed of `generate` has not been measured yet; its table will stand here."
+    raise NotImplementedError("generate.json has no table yet")
 
 
 # --- end to end ------------------------------------------------------------------------------------------------------
@@ -351,7 +365,7 @@ def span(found: Sequence[str], targets: Sequence[str]) -> str:
     return found[0] if len(found) == 1 else f"{found[0]}–{found[-1]}"
 
 
-# --- the README ------------------------------------------------------------------------------------------------------
+# --- models with experts ---------------------------------------------------------------------------------------------
 
 
 MOE_CELLS = ("block T=1", "block T=16", "block T=2048", "decode B=1", "decode B=16", "prefill 1x2048")
@@ -434,7 +448,10 @@ def moe(results: Path) -> str:
     return "\n".join([text, markdown(header, rows), "", note])
 
 
+# --- the documents ---------------------------------------------------------------------------------------------------
+
 TABLES: dict[str, Callable[[Path], str]] = {
+    "generate": generate,
     "e2e": e2e,
     "gemm": gemm,
     "moe_e2e": moe_e2e,
@@ -446,42 +463,56 @@ TABLES: dict[str, Callable[[Path], str]] = {
 }
 
 
-def render(text: str, results: Path = RESULTS) -> str:
-    """``text`` with every table filled anew.
+def render(text: str, results: Path = RESULTS, document: Path = README) -> str:
+    """``text`` of ``document`` with every table filled anew.
 
     Raises:
         ValueError: a marker without its partner, or a table that nobody makes.
     """
-    opened = re.findall(r"^<!-- table:(\w+) -->$", text, flags=re.M)
-    closed = re.findall(r"^<!-- end:(\w+) -->$", text, flags=re.M)
+    opened, closed = marked(text), re.findall(r"^<!-- end:(\w+) -->$", text, flags=re.M)
     if opened != closed or set(opened) - set(TABLES) or len(set(opened)) < len(opened):
         raise ValueError(f"tables opened: {opened}, closed: {closed}, known: {sorted(TABLES)}")
     for name in opened:
-        made = TABLES[name](results)
+        made = relinked(TABLES[name](results), document)
         block = f"<!-- table:{name} -->\n" + (f"\n{made}\n\n" if made else "") + f"<!-- end:{name} -->"
         pattern = rf"^<!-- table:{name} -->$.*?^<!-- end:{name} -->$"
         text = re.sub(pattern, lambda _, block=block: block, text, flags=re.M | re.S)
     return text
 
 
+def marked(text: str) -> list[str]:
+    """Names of the tables that a document opens, in order."""
+    return re.findall(r"^<!-- table:(\w+) -->$", text, flags=re.M)
+
+
+def relinked(text: str, document: Path) -> str:
+    """Links from the root turned to links from ``document``."""
+
+    def turned(found: re.Match[str]) -> str:
+        return f"]({Path(os.path.relpath(ROOT / found[1], document.parent)).as_posix()})"
+
+    return re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", turned, text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the status is 1 when ``--check`` finds a difference."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is not up to date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a document is not up to date")
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
-    before = README.read_text(encoding="utf-8")
-    after = render(before)
-    if args.check:
-        print(
-            "README.md is up to date"
-            if before == after
-            else "README.md is out of date: run benchmarks/render_readme.py"
-        )
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    print("README.md:", "unchanged" if before == after else "rewritten")
-    return 0
+    stale = False
+    for document in DOCUMENTS:
+        before = document.read_text(encoding="utf-8")
+        after = render(before, document=document)
+        if before == after:
+            continue
+        stale = True
+        if not args.check:
+            document.write_text(after, encoding="utf-8")
+        print(f"{document.relative_to(ROOT)}: {'out of date; run make docs' if args.check else 'rewritten'}")
+    if not stale:
+        print("all tables are up to date")
+    return int(stale and args.check)
 
 
 if __name__ == "__main__":
