@@ -95,6 +95,7 @@ class Run:
     tasks: list[Task]
     endings: dict[tuple[str, str, str], str] = field(default_factory=dict)
     gpu_of: dict[Key, int] = field(default_factory=dict)
+    done: set[Key] = field(default_factory=set)
     started: float = field(default_factory=time.time)
     mutex: threading.Lock = field(default_factory=threading.Lock)
 
@@ -108,22 +109,35 @@ class Run:
         with contextlib.suppress(OSError, AttributeError):
             os.sched_setaffinity(0, self.cores(slot))
         while (task := self.next()) is not None:
-            for phase in task.phases:
-                key = (task.model, task.stack, phase)
-                if any((task.model, task.stack) == known[:2] for known in self.endings):
-                    continue  # it failed before, and would again
-                if time.time() > self.stop - LAST_CELL_S:
-                    self.endings[key] = "the time was up"
-                    continue
-                self.gpu_of.setdefault(key[:2], slot % self.args.gpus)
-                ending = self.process(key, slot % self.args.gpus)
-                if ending is not None:
-                    self.endings[key] = ending
+            try:
+                for phase in task.phases:
+                    self.step((task.model, task.stack, phase), slot % self.args.gpus)
+            finally:
+                self.done.add((task.model, task.stack))
+
+    def step(self, key: tuple[str, str, str], gpu: int) -> None:
+        """Run one process, unless the stack has failed before and would again, or the time is up."""
+        if any(key[:2] == known[:2] for known in self.endings):
+            return
+        if time.time() > self.stop - LAST_CELL_S:
+            self.endings[key] = "the time was up"
+            return
+        self.gpu_of.setdefault(key[:2], gpu)
+        ending = self.process(key, gpu)
+        if ending is not None:
+            self.endings[key] = ending
 
     def next(self) -> Task | None:
-        """The first task that nobody has taken."""
-        with self.mutex:
-            return self.tasks.pop(0) if self.tasks else None
+        """The first task that nobody has taken; other cells of a stack wait for its first ones, whose caches are empty."""
+        while True:
+            with self.mutex:
+                for task in self.tasks:
+                    if task.phases != ("rest",) or (task.model, task.stack) in self.done:
+                        self.tasks.remove(task)
+                        return task
+                if not self.tasks or time.time() > self.stop:
+                    return None
+            time.sleep(0.2)
 
     def cores(self, slot: int) -> set[int]:
         """This slot's share of the cores; all of them where stacks take turns."""

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 Key = tuple[str, str]
 # Logits that have less in common with bf16's belong to a broken stack. Random weights say nothing about quality: 4-bit
 # weights move these logits far (a cosine of 0.6), while logits of another model or of noise have a cosine of 0.
-LEAST_COSINE = 0.2
+LEAST_COSINE = 0.1
 
 
 @dataclass(frozen=True)
