@@ -382,13 +382,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--stacks", help="stacks of the Llama, in order of importance; default: all")
     parser.add_argument("--moe-stacks", help="stacks of the Qwen; empty: none")
-    parser.add_argument("--cells", choices=("acceptance", "all"), default="all")
+    parser.add_argument("--cells", choices=("acceptance", "all"), help="default: all; acceptance if tiny")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON, passed on to quant_compile.compile")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument(
         "--jobs", type=int, help="stacks at a time on a GPU; default: one for each four cores, at most 4"
     )
-    parser.add_argument("--seconds", type=float, default=570.0, help="everything ends after this")
+    parser.add_argument("--seconds", type=float, help="everything ends after this; default: 570, on a CPU 1800")
     parser.add_argument("--hold", type=float, default=100.0, help="seconds a process may keep its GPU to itself")
     parser.add_argument(
         "--acceptance", action="store_true", help="print what is required, what was measured, yes or no"
@@ -402,6 +402,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.cpu or args.tiny:
         args.policies = args.policies if args.policies != ",".join(POLICIES) else "W8A16"
         args.gpus = 1
+    args.cells = args.cells or ("acceptance" if args.tiny else "all")
+    args.seconds = args.seconds or (1800.0 if args.cpu else 570.0)
     if args.cpu:  # stacks compile with the device in hand there
         args.hold = args.seconds
     args.policies = _listed(args.policies)

@@ -9,6 +9,7 @@ Reads its setup from the command line, and the bundled tiny model for ``--cpu``;
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import statistics
 import sys
@@ -38,6 +39,8 @@ EOS = 2
 # Samples of one time: at least and at most this many, and no more once they took so many seconds.
 LEAST, MOST, ENOUGH_S = 3, 9, 1.5
 CALLS = 20
+# A stack that needs longer for a first token is not worth the others' time.
+SLOWEST_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,12 @@ class Worker:
         self.lock = DeviceLock(Path(self.setup.lock), self.settle)
 
     def settle(self) -> None:
-        """Wait for the device, and leave others the memory that is not in use."""
+        """Wait for the device, and leave others the memory that is not in use.
+
+        Unlike ``collect`` this leaves cuBLAS its workspaces, whose addresses recorded graphs may hold.
+        """
         synchronize(self.device)
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -285,7 +292,7 @@ class Worker:
         if hasattr(self.model, "_previous_max_cache_length"):
             del self.model._previous_max_cache_length
         self.cache = None
-        collect(self.device)
+        self.settle()
         if self.setup.stack == "inductor":
             length = prompt + self.setup.new_tokens
             self.cache = static_cache(self.model.config, batch, length, self.device, torch.bfloat16)
@@ -313,7 +320,7 @@ class Worker:
         """GiB at the peak of the first call, and held after it."""
         with self.lock.held():
             top = peak(self.device)
-            collect(self.device)
+            self.settle()
             self.emit("memory", peak_gib=top / GIB, held_gib=allocated(self.device) / GIB)
 
     # -- cells ---------------------------------------------------------------------------------------------------------
@@ -330,9 +337,11 @@ class Worker:
                     waited, started = self.lock.waited, time.perf_counter()
                     self.generate(inputs, self.tokens)
                     first = time.perf_counter() - started - (self.lock.waited - waited)
+                self.generate(inputs, 1)
+                if (seconds := self.generate(inputs, 1)) > SLOWEST_S:
+                    raise RuntimeError(f"skipped: a first token takes {seconds:.1f} s")
                 check = self.check(inputs, name)
                 self.generate(inputs, self.tokens)
-                self.generate(inputs, 1)
             self.meet(name)
             whole = [] if self.tokens == 1 else self.samples(lambda: self.generate(inputs, self.tokens))
             self.generate_quietly(inputs)
@@ -489,6 +498,8 @@ def times(whole: Sequence[float], start: Sequence[float], tokens: int, batch: in
     if not whole:
         return out
     total = statistics.median(whole)
+    if total <= first:
+        return out | {"reason": f"too noisy: {tokens} tokens took no longer than one"}
     return out | {
         "ms_per_token": (total - first) / (tokens - 1) * 1e3,
         "least_ms_per_token": (min(whole) - first) / (tokens - 1) * 1e3,
