@@ -6,7 +6,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0 triton==3.6.0
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sglquant demo
@@ -22,9 +22,14 @@ check: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/cpu_decode.py
+	$(BIN)/python benchmarks/generate.py --cpu
 	@if $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then \
-	  for script in gemm e2e moe moe_e2e compile_time; do $(BIN)/python benchmarks/$$script.py || exit; done; \
-	else echo 'no CUDA GPU: gemm, e2e, moe, moe_e2e and compile_time need one'; fi
+	  for script in generate gemm e2e moe moe_e2e compile_time; do $(BIN)/python benchmarks/$$script.py || exit; done; \
+	else echo 'no CUDA GPU: generate, gemm, e2e, moe, moe_e2e and compile_time need one'; fi
+
+# Fills the tables of README.md and docs/*.md from benchmarks/results and from the kernels' own answers.
+docs: $(VENV)/.installed
+	$(BIN)/python benchmarks/render_readme.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

@@ -24,6 +24,7 @@ from quant_compile.policy import Policy
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
 DOCUMENTS += [ROOT / "examples/tiny_lm/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+USAGE = ROOT / "docs" / "usage.md"
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -65,7 +66,14 @@ def test_relative_links_resolve(document: Path) -> None:
 
 
 def test_links_are_found() -> None:
-    assert "docs/architecture.md" in set(links(ROOT / "README.md"))
+    """The README leads to every document."""
+    found = set(links(ROOT / "README.md"))
+    assert "docs/architecture.md" in found
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= found
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 @every_document
@@ -79,8 +87,8 @@ def test_snippets_parse(document: Path) -> None:
 
 
 @pytest.mark.parametrize("index, rules", [(0, 2), (1, 1)])
-def test_the_policies_of_the_readme_load(index: int, rules: int, tmp_path: Path) -> None:
-    found = blocks(ROOT / "README.md", "yaml")
+def test_the_policies_of_the_usage_load(index: int, rules: int, tmp_path: Path) -> None:
+    found = blocks(USAGE, "yaml")
     assert len(found) == 2
     path = tmp_path / "policy.yaml"
     path.write_text(found[index], encoding="utf-8")
@@ -106,7 +114,7 @@ def first_column(document: Path, header: str) -> list[str]:
 
 
 def test_every_option_is_named() -> None:
-    assert first_column(ROOT / "README.md", "option") == list(Options.__dataclass_fields__)
+    assert first_column(USAGE, "option") == list(Options.__dataclass_fields__)
 
 
 def test_every_layout_is_named_with_its_kernels() -> None:
@@ -215,23 +223,95 @@ def test_the_story_of_mxfp4_is_the_history() -> None:
         assert commits not in whole or named == changed, (commits, changed - named)
 
 
-# --- the README's tables ---------------------------------------------------------------------------------------------
+# --- tables of results -----------------------------------------------------------------------------------------------
 
-FIX = "run: python benchmarks/render_readme.py"
+FIX = "run: make docs"
 
 
-def test_tables_of_the_readme_are_those_of_the_results(renderer: Any) -> None:
+def test_tables_are_those_of_the_results(renderer: Any) -> None:
+    """Every table stands in one document, as its file has it now; the README has that of ``generate``."""
     version = torch.version.cuda
     if version is not None and tuple(map(int, version.split("."))) < (12, 9):
         pytest.skip(f"torch for CUDA {version} has fewer block FP8 kernels than the table of kernels names")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^<!-- table:(\w+) -->$", text, flags=re.M)) == set(renderer.TABLES)
-    assert renderer.render(text) == text, FIX
+    texts = {path: path.read_text(encoding="utf-8") for path in renderer.DOCUMENTS}
+    assert set(texts) == {ROOT / "README.md", *(ROOT / "docs").glob("*.md")}
+    assert renderer.marked(texts[ROOT / "README.md"]) == ["generate"]
+    assert sorted(name for text in texts.values() for name in renderer.marked(text)) == sorted(renderer.TABLES)
+    for path, text in texts.items():
+        assert renderer.render(text, document=path) == text, f"{path.name}: {FIX}"
+
+
+def test_nothing_measured_is_typed() -> None:
+    """No document holds a speed-up outside of the tables; those of the benchmarks' own page come with their reasons."""
+    for document in (ROOT / "README.md", USAGE, ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "limits.md"):
+        text = document.read_text(encoding="utf-8")
+        text = re.sub(r"^<!-- table:(\w+) -->$.*?^<!-- end:\1 -->$", "", text, flags=re.S | re.M)
+        assert not re.findall(r"\d(?:×|x faster| times faster| tokens/s)", text), document.name
+
+
+def test_the_limit_of_experts_in_four_bits_is_what_the_table_says() -> None:
+    """For 512 tokens and more: W4A8 is never slower than bf16, the slowest of the others as much as docs/limits.md says."""
+    cells: dict[tuple[str, ...], float] = {}
+    for name in ("moe", "moe_4bit"):  # as in the table, the second file's cells replace the first's
+        rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["summary"]
+        cells |= {(r["scheme"], r["shape"], r["routing"], r["t"]): r["speedup"] for r in rows if r["t"] >= 512}
+    slower: dict[str, float] = {}
+    for (scheme, *_), speedup in cells.items():
+        if scheme.startswith(("W4", "NVFP4", "MXFP4", "QSERVE")):
+            slower[scheme] = max(slower.get(scheme, 0.0), 1 / speedup)
+    assert [scheme for scheme, most in slower.items() if most <= 1.0] == ["W4A8"]
+    text = " ".join((ROOT / "docs" / "limits.md").read_text(encoding="utf-8").split())
+    assert f"only W4A8 is never slower than bf16; the others are up to {max(slower.values()):.1f} times slower" in text
 
 
 MACHINE = {"gpu": "NVIDIA H200", "cpu": "some", "threads": 2, "versions": {"torch": "2.11.0", "triton": None}}
-CELL = {"ms": 2.0, "speedup": 1.5}
+CELL = {"ms": 2.0, "speedup": 1.5, "wall_ms": 2.25}
+TOKEN = {"ms_per_token": 4.0, "first_token_ms": 14.0, "speedup": 1.0, "first_token_speedup": 1.0}
 RESULTS: dict[str, dict[str, Any]] = {
+    "generate": {
+        "settings": {
+            "layers": {"Llama-3-8B": 16},
+            "options": {"guard": "never_slower"},
+            "new_tokens": 64,
+            "gpus": 2,
+            "processes_per_gpu": 4,
+        },
+        "rows": [
+            {
+                "model": "Llama-3-8B",
+                "stack": "hf-auto",
+                "cells": {"B=1 P=128": TOKEN, "B=8 P=32": TOKEN},
+                "cold": {"seconds": 40.0},
+                "warm": {"seconds": 20.0},
+                "memory": {"peak_gib": 9.5, "held_gib": 8.5},
+            },
+            {
+                "model": "Llama-3-8B",
+                "stack": "W4A8",
+                "cells": {
+                    "B=1 P=128": TOKEN | {"ms_per_token": 2.0, "speedup": 2.0, "first_token_speedup": None},
+                    "B=8 P=32": TOKEN | {"reason": "its logits are not finite"},
+                },
+                "cold": {"seconds": 60.0},
+            },
+            {
+                "model": "Llama-3-8B",
+                "stack": "W4A8:default",
+                "cells": {"B=1 P=128": {"reason": "not run: the time was up"}},
+                "calls": {"decode": {"host_ms": 1.25, "wall_ms": 2.5}},
+            },
+            {
+                "model": "Llama-3-8B",
+                "stack": "wrapper",
+                "cells": {},
+                "wrapper": {"weights": 300, "us_1": 9.6, "us_10": 9.9},
+            },
+        ],
+    },
+    "generate_cpu": {
+        "settings": {"layers": {}, "options": {}, "new_tokens": 64},
+        "rows": [{"model": "tiny-lm", "stack": "hf-auto", "cells": {"B=1 P=128": TOKEN}}],
+    },
     "e2e": {
         "settings": {"shape": "Llama-3-8B", "layers": 16, "batches": [1, 64], "cache_tokens": 2112, "filled": 2048},
         "rows": [
@@ -314,10 +394,23 @@ RESULTS: dict[str, dict[str, Any]] = {
     },
 }
 EXPECTED = {
+    "generate": [
+        "| stack | B=8 P=32 | B=1 P=128 |",
+        "| HF bf16, static cache, compiled by HF | 4.00 (1.00×) | 4.00 (1.00×) |",
+        "| W4A8 | wrong logits | 2.00 (2.00×) |",
+    ],
+    "generate_first_token": ["| W4A8 | wrong logits | 14.00 (–) |"],
+    "generate_start": [
+        "| Llama-3-8B | HF bf16, static cache, compiled by HF | 40.0 | 20.0 | 1.00× | 9.50 | 8.50 |",
+        "| Llama-3-8B | W4A8 | 60.0 | – | 1.50× | – | – |",
+        "| W4A8, no CUDA graphs | 1.25 / 2.50 |",
+        "Python of a call of a graph with 300 weights, by the number of models: 10 µs with 1 bound to it, 10 µs with 10 bound to it.",
+    ],
+    "generate_cpu": ["| HF bf16, static cache, compiled by HF | 4.00 (1.00×) |"],
     "e2e": [
         "| stack | decode B=1 | prefill 1x2048 | linears alone, B=1 | weights held, GiB |",
-        "| Inductor bf16 | 3.00 (1.00×) | 28.00 (1.00×) | 1.00× | 8.50 |",
-        "| W4A16 | 2.00 (1.50×) | 2.00 (1.50×) | 2.50× | 3.25 |",
+        "| Inductor bf16 | 3.00 / – (1.00×) | 28.00 / – (1.00×) | 1.00× | 8.50 |",
+        "| W4A16 | 2.00 / 2.25 (1.50×) | 2.00 / 2.25 (1.50×) | 2.50× | 3.25 |",
         "| torchao int4, group 128 (build: broken / pipe) | – | – | – | 3.50 |",
     ],
     "gemm": ["| W8A8 | 2.00× | 0.80× (16×32 M=1) | 2.00× |", "| W4A16 | – | – | – |"],
@@ -345,14 +438,49 @@ def test_a_table_is_rendered_from_its_file(name: str, renderer: Any, tmp_path: P
     assert out.startswith("a\n") and out.endswith("b\n") and "stale text" not in out
     lines = out.splitlines()
     assert [line for line in EXPECTED[name] if line not in lines] == []
-    assert "H200, torch 2.11.0, 2026-01-02" in out
+    assert "H200, torch 2.11.0, 2026-01-02" in out or name in ("generate_first_token", "generate_start")
     assert renderer.render(out, tmp_path) == out
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name != "generate"])
 def test_a_table_without_results_is_left_out(name: str, renderer: Any, tmp_path: Path) -> None:
     marks = f"<!-- table:{name} -->\n<!-- end:{name} -->"
     assert renderer.render(f"<!-- table:{name} -->\nstale text\n<!-- end:{name} -->", tmp_path) == marks
+
+
+def test_the_readme_says_that_generate_is_not_measured(renderer: Any, tmp_path: Path) -> None:
+    out = renderer.render("<!-- table:generate -->\n<!-- end:generate -->\n", tmp_path)
+    assert "has not been measured yet" in out and len(out.splitlines()) == 5
+
+
+def test_links_of_a_table_are_turned_to_its_document(renderer: Any) -> None:
+    text = "[a](benchmarks/README.md#x) [b](https://x.y/z) [c](#d) [e](docs/moe.md)"
+    assert renderer.relinked(text, ROOT / "README.md") == text
+    moved = "[a](../benchmarks/README.md#x) [b](https://x.y/z) [c](#d) [e](moe.md)"
+    assert renderer.relinked(text, ROOT / "docs" / "benchmarks.md") == moved
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_every_document_is_rendered(
+    stale: bool, renderer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--check`` tells and writes nothing; without it all files are filled."""
+    paths = (tmp_path / "a.md", tmp_path / "b.md")
+    for path, name in zip(paths, ("generate", "cpu_decode"), strict=True):
+        path.write_text(f"<!-- table:{name} -->\n{'old' if stale else ''}\n<!-- end:{name} -->\n", encoding="utf-8")
+    monkeypatch.setattr(renderer, "ROOT", tmp_path)
+    monkeypatch.setattr(renderer, "DOCUMENTS", paths)
+    if not stale:
+        assert renderer.main([]) == 0
+        capsys.readouterr()
+    before = [path.read_text(encoding="utf-8") for path in paths]
+    assert renderer.main(["--check"]) == int(stale)
+    assert capsys.readouterr().out.count("out of date") == 2 * stale
+    assert [path.read_text(encoding="utf-8") for path in paths] == before
+    assert renderer.main([]) == 0
+    filled = [path.read_text(encoding="utf-8") for path in paths]
+    assert "old" not in "".join(filled) and "measured" in filled[0] and "| W8A16 |" in filled[1]
+    assert renderer.main(["--check"]) == 0
 
 
 @pytest.mark.parametrize(
