@@ -1,18 +1,17 @@
 """Replace kernel ops by what they run, while Inductor's graph is traced: no Python of ours runs at a call then.
 
 Reads the dispatch of ``sglq_kernels.linear``. Where the number of rows m is known, its kernel is recorded. Where it is a
-symbol, one kernel is recorded, or two with ``torch.cond`` on the symbol between them. A kernel that cannot be recorded
-stays a call of the op.
+symbol, one kernel is recorded for all m up to SPLIT or for all above: Dynamo guards on which side m is, and compiles the other
+side when a call first has it. A kernel that cannot be recorded stays a call of the op, which looks m up at each call.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+from quant_compile.ir.family import Reject
 from quant_compile.lowering import ops
 from quant_compile.lowering.registry import Kernel, kernels
 from quant_compile.lowering.select import BUCKETS, Dispatch, parse_dispatch
@@ -27,55 +27,56 @@ from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import tracing
 
 _EXPANDING: ContextVar[bool] = ContextVar("sglquant_expanding", default=False)
-# Bounds below it do not count where m is a symbol: prompts of a few tokens are rare.
+_LATE: ContextVar[bool] = ContextVar("sglquant_late", default=False)
+# Graphs whose m is a symbol are compiled once for m up to it and once for more, each when first met.
+SPLIT = 1024
+# Fewer rows do not count there: prompts of a few tokens are rare.
 FEWEST = 16
 # Stands for all m above the last bucket.
 BEYOND = 2 * BUCKETS[-1]
 
 
 @contextmanager
-def expanding(on: bool = True) -> Generator[None]:
-    """Kernel ops traced inside become what they run, or stay as they are."""
-    token = _EXPANDING.set(on)
+def expanding() -> Generator[None]:
+    """Kernel ops traced inside become what they run."""
+    token = _EXPANDING.set(True)
     try:
         yield
     finally:
         _EXPANDING.reset(token)
 
 
-@dataclass(frozen=True)
-class Branch:
-    """What runs for m up to ``most`` (None: any): a kernel cut up for ``rows`` rows, recorded or called as an op."""
+@contextmanager
+def without_guards() -> Generator[None]:
+    """Inside, Dynamo is done with the graph, so that no condition on sizes may be added."""
+    token = _LATE.set(True)
+    try:
+        yield
+    finally:
+        _LATE.reset(token)
 
-    most: int | None
+
+@dataclass(frozen=True)
+class Served:
+    """What serves a whole range of m: a kernel, cut up for the ``rows`` of the range's end."""
+
     kernel: str
     rows: int
-    recorded: bool
 
 
-def branches(chosen: Dispatch, target: Target) -> tuple[Branch, ...]:
-    """What a graph whose m is a symbol runs: one kernel, or two with a bound between them.
+def served(chosen: Dispatch, many: bool) -> Served:
+    """The kernel of a graph whose m is a symbol: the one that serves most of its range, by the logarithm of m.
 
-    A graph traced with a symbol serves prompts. A branch more for each handful of rows would cost seconds of compilation, so
-    the last bound of the dispatch counts, and below it the kernel that serves most of the rest, by the logarithm of m. Graphs
-    of a known m, decode steps, have exactly the kernel that was chosen for it.
+    Args:
+        many: m is above SPLIT, else up to it. Fewer than FEWEST rows do not count: graphs with a symbol serve prompts.
     """
-    bounds = [bound for bound, _ in chosen.table[:-1] if bound >= FEWEST]
-    last = chosen.table[-1][1]
-    beyond = _branch(None, chosen, last, BEYOND, target)
-    if not bounds:
-        return (beyond,)
+    buckets = [m for m in (*BUCKETS, BEYOND) if (m > SPLIT if many else FEWEST <= m <= SPLIT)]
     spans: dict[str, float] = {}
-    for lower, upper in pairwise((1, *(bucket for bucket in BUCKETS if bucket <= bounds[-1]))):
+    for lower, upper in pairwise((SPLIT if many else FEWEST // 2, *buckets)):
         name = chosen.kernel_for(upper).name
         spans[name] = spans.get(name, 0.0) + math.log(upper / lower)
     longest = max(spans, key=lambda name: spans[name])
-    served = max(bucket for bucket in BUCKETS if bucket <= bounds[-1] and chosen.kernel_for(bucket).name == longest)
-    return _branch(bounds[-1], chosen, longest, served, target), beyond
-
-
-def _branch(most: int | None, chosen: Dispatch, name: str, rows: int, target: Target) -> Branch:
-    return Branch(most, name, rows, _plan(kernels()[name], chosen, rows, target) is not None)
+    return Served(longest, max(m for m in buckets if chosen.kernel_for(m).name == longest))
 
 
 def _plan(kernel: Kernel, chosen: Dispatch, rows: int, target: Target) -> Any:
@@ -90,52 +91,35 @@ def _expand(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str
     target = Target.of(x[0].device)
     m: Any = math.prod(x[0].shape[:-1])
     if isinstance(m, int):
-        kernel = chosen.kernel_for(m)
-        if _plan(kernel, chosen, m, target) is None:
+        kernel, rows = chosen.kernel_for(m), None
+    else:
+        many = _beyond(m)
+        if many is None:
             return NotImplemented
-        return _recorded(kernel, None, chosen, x, w, bias)
-    found = branches(chosen, target)
-    if not any(branch.recorded for branch in found):
+        found = served(chosen, many)
+        kernel, rows = kernels()[found.kernel], found.rows
+        if isinstance(kernel.fit(chosen.problem, SPLIT + 1 if many else 2, target), Reject):
+            return NotImplemented
+    if _plan(kernel, chosen, m if rows is None else rows, target) is None:
         return NotImplemented
-    if len(found) == 1:
-        return _run(found[0], chosen, x, w, bias)
-    return _cond(found[0], found[1], chosen, m, x, w, bias)
+    with tracing(rows):
+        return ops.run_linear(kernel, chosen.problem, x, w, bias)
+
+
+def _beyond(m: Any) -> bool | None:
+    """Whether a symbol m is above SPLIT, which Dynamo checks at each call from now on; None where it no longer can."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if statically_known_true(m > SPLIT):
+        return True
+    if statically_known_true(m <= SPLIT):
+        return False
+    return None if _LATE.get() else bool(m > SPLIT)
 
 
 def _is_zero(data: Tensor) -> bool:
     sizes: tuple[Any, ...] = tuple(data.shape)
     return any(isinstance(size, int) and size == 0 for size in sizes)
-
-
-def _recorded(
-    kernel: Kernel, rows: int | None, chosen: Dispatch, x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None
-) -> Tensor:
-    with tracing(rows):
-        return ops.run_linear(kernel, chosen.problem, x, w, bias)
-
-
-def _run(branch: Branch, chosen: Dispatch, x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    if not branch.recorded:
-        with expanding(False):
-            return ops.linear(list(x), list(w), bias, chosen.text)
-    return _recorded(kernels()[branch.kernel], branch.rows, chosen, x, w, bias)
-
-
-def _cond(
-    few: Branch, many: Branch, chosen: Dispatch, m: Any, x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None
-) -> Tensor:
-    """Both branches under ``torch.cond`` on the symbol m."""
-    from torch._higher_order_ops.cond import cond_op
-
-    operands = (*x, *w, *(() if bias is None else (bias,)))
-    split = len(x), len(x) + len(w)
-
-    def branch(which: Branch, *tensors: Tensor) -> tuple[Tensor]:
-        given = tensors[split[1]] if bias is not None else None
-        return (_run(which, chosen, tensors[: split[0]], tensors[split[0] : split[1]], given),)
-
-    (y,) = cond_op(m > few.most, partial(branch, many), partial(branch, few), operands)
-    return y
 
 
 def _rule(mode: FunctionalTensorMode, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:

@@ -76,8 +76,7 @@ class Kernel:
         reference: slow and exact; on a GPU only used when the policy or the options allow it.
         prepare: compile ahead for m rows on a device, where that takes seconds and may run in a thread.
         recorded: ``(problem, m, target) -> plan``: ``run`` may be recorded in Inductor's graph for m rows, which launches it
-            itself then; equal plans mean that launches for one m serve the other too. A plan of None: not for this m.
-            Without: never.
+            itself then. A launch for m rows serves fewer, too. A plan of None: not for this m. Without: never.
     """
 
     name: str

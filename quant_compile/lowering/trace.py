@@ -1,8 +1,8 @@
 """How kernels behave while Inductor's graph is being traced: they become part of it, so that its code launches them itself.
 
 A kernel that allows it is run once with fake tensors (``tracing``): library ops are recorded as they are, and ``enqueue``
-records Triton kernels as user-defined ones, which Inductor inlines into its wrapper. Where the number of rows is a symbol, the
-graph has a branch for each range of it, and a kernel cuts its launch up for the range's largest (``rows_of``).
+records Triton kernels as user-defined ones, which Inductor inlines into its wrapper. Where the number of rows is a symbol, a
+kernel cuts its launch up for the most that it is to serve (``rows_of``).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from quant_compile.ir.errors import GraphError, OptionError
 from quant_compile.ir.experts import Verdicts
 from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_inductor
+from quant_compile.lowering.expand import without_guards
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.ledger import Session
@@ -147,7 +148,12 @@ class Variants:
         """Compile at call time, under Dynamo's fake mode, so that dynamic sizes stay dynamic."""
         mode = fake_mode_of(gm.graph)
         # Without no_grad, inference_mode(False) would turn gradients on and AOTAutograd would trace a backward.
-        with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad(), tracing(TracingContext(mode)):
+        with (
+            torch.inference_mode(torch.is_inference_mode_enabled()),
+            torch.no_grad(),
+            tracing(TracingContext(mode)),
+            without_guards(),
+        ):
             function = self._compile(gm, inputs)
         if mode.shape_env and len(mode.shape_env.guards) > self._guards:
             fresh = list(mode.shape_env.guards[self._guards :])

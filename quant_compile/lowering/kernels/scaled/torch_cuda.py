@@ -23,7 +23,6 @@ from quant_compile.lowering.kernels._library import (
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Problem, Rank, anyhow
 from quant_compile.lowering.target import Target
-from quant_compile.lowering.trace import rows_of
 
 # _int_mm refuses up to 16 rows.
 INT_MM_ROWS = 32
@@ -103,17 +102,13 @@ def fit_int_mm(problem: Problem, m: int, target: Target) -> Rank | Reject:
     return Rank(estimate(problem, max(m, INT_MM_ROWS), target, 0.6, 8, launches=launches, extra_bytes=epilogue))
 
 
-def _int_mm_padded(problem: Problem, m: int, target: Target) -> bool:
-    return m <= 16
-
-
 def run_int_mm(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """[m, k] int8 times [n, k] int8 as an exact int32 sum, then x scale, w scale and bias in f32.
 
     Source: ``torch._int_mm`` (cuBLASLt).
     """
     data, m = x[0], x[0].shape[0]
-    if rows_of(data) <= 16:
+    if m <= 16:
         data = data.new_zeros((INT_MM_ROWS, problem.k))
         data[:m] = x[0]
     y = torch._int_mm(data, w[0].t())[:m] * x[1]
@@ -126,5 +121,5 @@ def run_int_mm(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> T
 KERNELS = (
     Kernel("torch_scaled_mm", "rows", fit_scaled_mm, run_scaled_mm, recorded=anyhow),
     Kernel("torch_scaled_mm_block", "rows", fit_scaled_mm_block, run_scaled_mm_block, column_scales=True),
-    Kernel("torch_int_mm", "rows", fit_int_mm, run_int_mm, recorded=_int_mm_padded),
+    Kernel("torch_int_mm", "rows", fit_int_mm, run_int_mm),
 )
