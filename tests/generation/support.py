@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -166,6 +167,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch, plain_inductor: CompileCounter) ->
 
     Dynamo runs nothing compiled under a dispatch mode, so the tape stops at the door of compiled code and goes on inside of it.
     """
+    gc.collect()  # the end of an earlier test's model would count as a change of weights
     made = TapeRecorder()
 
     def taped(gm: torch.fx.GraphModule, inputs: Any, config_patches: Any = None) -> Callable[..., Any]:
