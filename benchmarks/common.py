@@ -7,12 +7,14 @@ name the device and the versions, and no host name and no path.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import hashlib
 import importlib
 import importlib.metadata
 import json
 import math
+import os
 import random
 import re
 import statistics
@@ -95,12 +97,15 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def write_result(path: Path, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
+def write_result(
+    path: Path, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any], *, quiet: bool = False
+) -> None:
     """Write ``{**meta, date, rows}`` as JSON; absolute paths in texts are cut to their last part, NaN becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**meta, "date": time.strftime("%Y-%m-%d", time.gmtime()), "rows": list(rows)}
     path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
-    print(f"wrote {path.name}: {len(rows)} rows", flush=True)
+    if not quiet:
+        print(f"wrote {path.name}: {len(rows)} rows", flush=True)
 
 
 def _plain(value: Any) -> Any:
@@ -193,6 +198,67 @@ class Deadline:
     def passed(self) -> bool:
         """Whether the budget is spent."""
         return self.elapsed > self.seconds
+
+
+class DeviceLock:
+    """One process at a time on a device: a file lock that is held for all device work and let go of while compiling.
+
+    ``held`` and ``yielded`` set the state for a block and put the former one back, so either can stand inside the
+    other. While it is held the file names the holder and the second it began, for ``holder``. The kernel drops the lock
+    of a process that ends, however it ends.
+
+    Attributes:
+        waited: seconds this process has waited for the lock in all; they belong to no measurement.
+    """
+
+    def __init__(self, path: Path, settle: Callable[[], object] = lambda: None) -> None:
+        """``settle`` waits for the device; it is called before the lock is let go of."""
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT)
+        self._settle, self._held = settle, False
+        self.waited = 0.0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock in this block."""
+        yield from self._state(True)
+
+    @contextlib.contextmanager
+    def yielded(self) -> Iterator[None]:
+        """Let others have the device in this block, which must not use it."""
+        yield from self._state(False)
+
+    def take(self) -> None:
+        """Hold the lock from here to the end of the block around this."""
+        self._set(True)
+
+    def _state(self, wanted: bool) -> Iterator[None]:
+        before = self._held
+        self._set(wanted)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, wanted: bool) -> None:
+        if wanted == self._held:
+            return
+        if wanted:
+            started = time.perf_counter()
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self.waited += time.perf_counter() - started
+            os.pwrite(self._file, f"{os.getpid()} {time.time():.0f}\n".encode(), 0)
+        else:
+            with contextlib.suppress(Exception):  # a device that has failed says so at its next use
+                self._settle()
+            os.ftruncate(self._file, 0)
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._held = wanted
+
+
+def holder(path: Path) -> tuple[int, float] | None:
+    """(process, seconds so far) of whoever holds a ``DeviceLock``; None where nobody does."""
+    fields = path.read_text().split() if path.exists() else []
+    return (int(fields[0]), time.time() - float(fields[1])) if len(fields) == 2 else None
 
 
 def copies_for(nbytes: int) -> int:

@@ -189,7 +189,7 @@ def sgl_qserve(problem: Problem) -> Contender:
     """QServe's GEMMs as sgl-kernel exposes them: f16 input scales and sums, f16 out, weights in the kernels' own order."""
     import sgl_kernel
 
-    from quant_compile.lowering.kernels import sgl_qserve as ours
+    from quant_compile.lowering.kernels.w4a8 import sgl_qserve as ours
 
     if problem.scheme.weights.group_size is None:
 

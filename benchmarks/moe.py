@@ -37,10 +37,10 @@ from common import (
 from torch import Tensor
 
 import quant_compile.lowering.schemes  # noqa: F401  (registers the scheme families)
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import library_moe
+from quant_compile.lowering.kernels.experts import library_moe
 from quant_compile.lowering.moe import MoeKernel, moe_kernels, moe_layouts
 from quant_compile.lowering.target import Target
 
@@ -352,7 +352,7 @@ def floor_us(shape: Shape, scheme: str | None, sample: Sample, bandwidth: float 
         return None
     parsed = parse(scheme) if scheme else None
     chosen = int(sample.ids.unique().numel())
-    bits = parsed.bits_per_weight if parsed else 16.0
+    bits = bits_per_weight(parsed) if parsed else 16.0
     moved = chosen * shape.expert_elements * bits / 8 + 4 * sample.x.numel()
     wide, narrow = PEAKS.get(target.arch, (float("inf"), float("inf")))
     peak = narrow if parsed and parsed.input_activations else wide

@@ -327,6 +327,9 @@ def add_speedups(rows: Sequence[dict[str, Any]]) -> None:
             theirs = [time for peer in peers if (time := time_of(peer.get(name))) is not None]
             if own is not None:
                 cell["speedup"] = min(theirs) / own if theirs else None
+            if own is not None and "wall_ms" in cell:
+                walls = [peer[name]["wall_ms"] for peer in peers if "wall_ms" in peer.get(name, {})]
+                cell["wall_speedup"] = min(walls) / cell["wall_ms"] if walls else None
 
 
 def block_errors(row: dict[str, Any], work: Path, tokens: Sequence[int], bf16: str | None) -> None:
@@ -376,7 +379,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cache_tokens": CACHE_TOKENS,
         "filled": FILLED,
         "steps": args.steps,
-        "timing": "models: CUDA events around steps of an unbroken stream, median; blocks: CUDA graphs of many calls, median",
+        "timing": "models: CUDA events around steps of an unbroken stream, and wall clock with a sync after each step; "
+        "blocks: CUDA graphs of many calls; medians",
     }
     meta = {"benchmark": "moe_e2e", "machine": machine(args.device), "settings": settings}
     rows: list[dict[str, Any]] = []
@@ -401,8 +405,14 @@ def show(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
     )
     cells = [f"decode B={b}" for b in args.batches]
     cells += [name for row in rows for name in row if name.startswith("prefill")][:1]
-    header = ["model", "stack", *(part for name in cells for part in (f"{name} ms", "x", "compile s")), "logits err"]
-    lines = [[r["model"], r["stack"], *_fields(r, cells, ("ms", "speedup", "compile_s"))] for r in rows]
+    header = [
+        "model",
+        "stack",
+        *(part for name in cells for part in (f"{name} ms", "x", "wall", "compile s")),
+        "logits err",
+    ]
+    names = ("ms", "speedup", "wall_ms", "compile_s")
+    lines = [[r["model"], r["stack"], *_fields(r, cells, names)] for r in rows]
     print(table(header, [[*line, row.get("logits_error_to_bf16")] for line, row in zip(lines, rows)]))
     names = ("experts_ratio", "experts_ledger_ratio", "held_gib", "peak_gib", "weights_gib", "named_ratio", "coverage")
     memory = [{**r.get("first", {}), **r.get("memory", {}), **r.get("block_memory", {})} for r in rows]

@@ -33,6 +33,7 @@ from torch import Tensor
 
 import quant_compile
 from quant_compile import demo
+from quant_compile.ir.family import bits_per_weight
 from tests import textbook
 
 # Taken before anything is measured: files may change while a process goes on with what it has imported.
@@ -150,7 +151,7 @@ def measure(scheme: str, at: Setting) -> Row:
     """One row."""
     policy: Any = textbook.POLICIES[scheme]
     loaded = quant_compile.Policy.load(policy).default
-    bits = 16.0 if loaded is None else loaded.bits_per_weight
+    bits = 16.0 if loaded is None else bits_per_weight(loaded)
     draws = draws_of(scheme)
     try:
         fake = textbook.fake_quant_model(demo.load(at.name, device=at.device).model, scheme, amax=at.amax)

@@ -89,11 +89,147 @@ def percent(value: float | None) -> str:
 # --- generate --------------------------------------------------------------------------------------------------------
 
 
+GENERATE_STACKS = {
+    "hf-auto": "HF bf16, static cache, compiled by HF",
+    "hf-eager": "HF bf16, eager",
+    "inductor": "HF bf16, `torch.compile`",
+    "torchao-fp8": "torchao FP8 per row, compiled by HF",
+    "torchao-int4": "torchao int4, group 128, compiled by HF",
+}
+
+
 def generate(results: Path) -> str:
-    """What a user of ``generate`` sees; a sentence until there is a result."""
-    if read("generate", results) is None:
+    """What a user of ``generate`` sees a token; a sentence until there is a result."""
+    result = read("generate", results)
+    if result is None:
         return "The speed of `generate` has not been measured yet; its table will stand here."
-    raise NotImplementedError("generate.json has no table yet")
+    settings = result["settings"]
+    text = (
+        f"**`generate`, milliseconds a token**, by the wall clock: {shapes_of(result)}, seeded random weights, greedy, "
+        f"{settings['new_tokens']} new tokens, B prompts of P tokens. In parentheses: speed relative to the first row, "
+        f"bf16 that Hugging Face's own `generate` compiles with CUDA graphs. {options_of(result)}{NONE}: not run. "
+        f"{place(result, 'triton', 'transformers', 'torchao')}.\n"
+    )
+    return "\n".join([text, generate_table(result, "ms_per_token", "speedup")])
+
+
+def generate_first_token(results: Path) -> str:
+    """Time to the first token."""
+    result = read("generate", results)
+    if result is None:
+        return ""
+    text = (
+        "**`generate`, milliseconds to the first token**, in the same run: wall time of a `generate` of one token, and speed "
+        "relative to the first row. "
+        + (f"{result['settings']['gpus']} GPUs of one host." if result["settings"]["gpus"] > 1 else "One GPU.")
+        + "\n"
+    )
+    return "\n".join([text, generate_table(result, "first_token_ms", "first_token_speedup")])
+
+
+def generate_start(results: Path) -> str:
+    """First calls, memory, calls without CUDA graphs, and the wrapper."""
+    result = read("generate", results)
+    if result is None:
+        return ""
+    base = {row["model"]: start_s(row, "cold") for row in result["rows"] if row["stack"] == "hf-auto"}
+    rows = [
+        [row["model"], generate_name(row), number(start_s(row, "cold"), 1), number(start_s(row, "warm"), 1)]
+        + [times_as_long(start_s(row, "cold"), base.get(row["model"]))]
+        + [number(row.get("memory", {}).get(name)) for name in ("peak_gib", "held_gib")]
+        for row in result["rows"]
+        if "cold" in row
+    ]
+    header = ["model", "stack", "first call, s", "in a second process, s", "to HF's", "GiB at the peak", "GiB held"]
+    text = (
+        "**`generate`, the first call**, in the same run: everything that happens once, with empty caches and in a second process "
+        f"that finds them; {result['settings']['processes_per_gpu']} processes compile on the host at a time. Memory is the "
+        "allocator's, at the peak of that call and after it, 16-bit weights included unless they are released.\n"
+    )
+    return "\n".join([text, markdown(header, rows), *generate_calls(result)])
+
+
+def generate_calls(result: Result) -> list[str]:
+    """Host and wall time of single calls without CUDA graphs, and what the wrapper costs."""
+    found = [row for row in result["rows"] if row.get("calls")]
+    names = list(dict.fromkeys(name for row in found for name in row["calls"]))
+    rows = [
+        [generate_name(row)]
+        + [f"{c['host_ms']:.2f} / {c['wall_ms']:.2f}" if (c := row["calls"].get(name)) else NONE for name in names]
+        for row in found
+    ]
+    out = ["", "One call without CUDA graphs, B=1: milliseconds until it returns / until the GPU is done.", ""] * bool(
+        rows
+    )
+    out += [markdown(["stack", *names], rows)] * bool(rows)
+    for cost in [row["wrapper"] for row in result["rows"] if "wrapper" in row]:
+        counts = [(name.removeprefix("us_"), value) for name, value in cost.items() if name.startswith("us_")]
+        words = ", ".join(f"{value:.0f} µs with {count} bound to it" for count, value in counts)
+        out += ["", f"Python of a call of a graph with {cost['weights']} weights, by the number of models: {words}."]
+    return out
+
+
+def generate_cpu(results: Path) -> str:
+    """The bundled model's ``generate`` on a CPU."""
+    result = read("generate_cpu", results)
+    if result is None:
+        return ""
+    text = (
+        f"**`generate` on a CPU**: the bundled dense model, {result['settings']['new_tokens']} new tokens, B prompts of P tokens; "
+        "milliseconds a token by the wall clock and speed relative to bf16 that Hugging Face compiles. "
+        f"{place(result, 'transformers')}.\n"
+    )
+    return "\n".join([text, generate_table(result, "ms_per_token", "speedup")])
+
+
+def generate_table(result: Result, name: str, ratio: str) -> str:
+    """Stacks by cells; a stack without any such figure is left out."""
+    cells = list(dict.fromkeys(cell for row in result["rows"] for cell in row["cells"]))
+    cells.sort(key=lambda cell: [int(part) for part in reversed(re.findall(r"\d+", cell))])
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    rows: list[list[str]] = []
+    for row in result["rows"]:
+        found = [generate_cell(row["cells"].get(cell, {}), name, ratio) for cell in cells]
+        if set(found) != {NONE}:
+            rows.append([*([row["model"]] if len(models) > 1 else []), generate_name(row), *found])
+    return markdown([*(["model"] if len(models) > 1 else []), "stack", *cells], rows)
+
+
+def generate_cell(cell: Result, name: str, ratio: str) -> str:
+    """A time and its speed-up; one whose logits are wrong does not count."""
+    if cell.get(name) is None:
+        return NONE
+    if "reason" in cell:
+        return "wrong logits"
+    return f"{cell[name]:.2f} ({times(cell.get(ratio))})"
+
+
+def generate_name(row: Result) -> str:
+    """A stack in words."""
+    policy, _, mode = row["stack"].partition(":")
+    return f"{policy}, no CUDA graphs" if mode else GENERATE_STACKS.get(policy, policy)
+
+
+def shapes_of(result: Result) -> str:
+    """Models with their layers."""
+    known = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    return " and ".join(f"{name} shape, {result['settings']['layers'][name]} layers" for name in known)
+
+
+def options_of(result: Result) -> str:
+    """Options that the policies were compiled with, if any."""
+    options = result["settings"]["options"]
+    return f"Policies with {', '.join(f'`{key}={value!r}`' for key, value in options.items())}. " if options else ""
+
+
+def start_s(row: Result, name: str) -> float | None:
+    """Seconds of the first call of a stack's first (``cold``) or second (``warm``) process."""
+    return row.get(name, {}).get("seconds")
+
+
+def times_as_long(value: float | None, base: float | None) -> str:
+    """A duration relative to another; above 1: longer."""
+    return times(value / base if value and base else None)
 
 
 # --- end to end ------------------------------------------------------------------------------------------------------
@@ -115,7 +251,7 @@ def e2e(results: Path) -> str:
     text = (
         f"**A whole model**: {settings['shape']} shape, {settings['layers']} layers, seeded random weights, static cache "
         f"of {settings['cache_tokens']} tokens of which {settings['filled']} are filled, CUDA graphs. Milliseconds, and "
-        f"speed relative to Inductor in bf16. {place(result, 'triton', 'transformers', 'torchao')}.\n"
+        f"the stream's speed relative to Inductor in bf16. {WALL}. {place(result, 'triton', 'transformers', 'torchao')}.\n"
     )
     note = (
         "`linears alone` is the kernel time of the layers' linears, lm_head apart. `weights held` is what the allocator holds "
@@ -156,6 +292,17 @@ def released(rows: Sequence[Result]) -> str:
     return f" After release the quantized weights hold {words} of their bf16 bytes, by the allocator." if words else ""
 
 
+def stream_and_wall(cell: Result, speedup: float | None) -> str:
+    """Milliseconds in a stream / with a sync after each step, and the stream's speed-up; older results lack the second."""
+    return f"{cell['ms']:.2f} / {number(cell.get('wall_ms'))} ({times(speedup)})"
+
+
+WALL = (
+    "Two times: of steps in a stream that never drains / by the wall clock with a sync after each step, which "
+    f"results older than it lack ({NONE})"
+)
+
+
 def e2e_row(row: Result, cells: Sequence[str]) -> list[str]:
     """One stack; what an error left unmeasured is a dash, and the error stands beside the name."""
     name = STACKS.get(row["stack"], row["stack"])
@@ -164,7 +311,7 @@ def e2e_row(row: Result, cells: Sequence[str]) -> list[str]:
     out = [name]
     for cell in cells:
         found = row.get(cell)
-        out.append(f"{found['ms']:.2f} ({times(found['speedup'] or base)})" if found else NONE)
+        out.append(stream_and_wall(found, found["speedup"] or base) if found else NONE)
     linears = row.get("decode B=1 kernels")
     out.append(times(linears["linears_speedup"] or base) if linears else NONE)
     # Of the other stacks nothing is left to release: what they hold after the first step is what they hold.
@@ -392,7 +539,7 @@ def moe_e2e(results: Path) -> str:
     text = (
         f"**Models with experts**: {shapes}, seeded random weights, CUDA graphs. A block is a MoE module with its router, in "
         "microseconds; models in milliseconds. Speed is relative to the faster of Hugging Face's two bf16 implementations under "
-        f"Inductor in the same run; {NONE}: not run. {place(found[0], 'triton', 'transformers')}.\n"
+        f"Inductor in the same run; {NONE}: not run. Of models: {WALL[0].lower()}{WALL[1:]}. {place(found[0], 'triton', 'transformers')}.\n"
     )
     ordered = sorted(
         rows.values(), key=lambda row: (list(layers).index(row[0]), not row[1].startswith("Inductor"), row[1])
@@ -405,7 +552,7 @@ def moe_cell(cell: Result | None) -> str:
     time = (cell.get("ms") or cell.get("us")) if cell else None
     if cell is None or time is None:
         return NONE
-    return f"{time:.2f} ({times(cell['speedup'])})" if "ms" in cell else f"{time:.0f} ({times(cell['speedup'])})"
+    return stream_and_wall(cell, cell["speedup"]) if "ms" in cell else f"{time:.0f} ({times(cell['speedup'])})"
 
 
 def moe(results: Path) -> str:
@@ -452,6 +599,9 @@ def moe(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "generate": generate,
+    "generate_first_token": generate_first_token,
+    "generate_start": generate_start,
+    "generate_cpu": generate_cpu,
     "e2e": e2e,
     "gemm": gemm,
     "moe_e2e": moe_e2e,

@@ -28,8 +28,9 @@ import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference
 from quant_compile.ir.scheme import Scheme, parse
-from quant_compile.lowering.kernels import triton_moe as moe
-from quant_compile.lowering.kernels import triton_moe4 as moe4
+from quant_compile.lowering.kernels.experts import _frame
+from quant_compile.lowering.kernels.experts import triton_moe as moe
+from quant_compile.lowering.kernels.experts import triton_moe4 as moe4
 from quant_compile.lowering.moe import STACKED
 from quant_compile.lowering.target import Target
 
@@ -51,15 +52,13 @@ TOKENS = (1, 16, 64, 512, 2048, 4096)
 TOLERANCE = 5e-3
 CHOICES = 8  # draws of the router that take turns
 KERNELS = {
-    "_triton_moe": (
-        "count_kernel", "align_kernel", "grouped_kernel", "quantize_kernel", "sum_kernel", "gated_rows_kernel",
-        "down_rows_kernel",
-    ),
+    "_triton_frame": ("count_kernel", "align_kernel", "sum_kernel"),
+    "_triton_moe": ("grouped_kernel", "quantize_kernel", "gated_rows_kernel", "down_rows_kernel"),
     "_triton_moe4": (
         "split_kernel", "quantize_split_kernel", "grouped4_kernel", "gated_rows4_kernel", "down_rows4_kernel",
     ),
 }  # fmt: skip
-Plan = moe.Plan | moe.DecodePlan
+Plan = _frame.Plan | _frame.DecodePlan
 
 
 def problem_of(spec: str, experts: int, top_k: int, hidden: int, inner: int) -> MoeProblem:
@@ -75,7 +74,7 @@ def kernels_of(problem: MoeProblem) -> Any:
 # --- candidates ---
 
 
-def tiles_of(problem: MoeProblem, tokens: int, target: Target) -> Iterator[moe.Plan]:
+def tiles_of(problem: MoeProblem, tokens: int, target: Target) -> Iterator[_frame.Plan]:
     """The default plan, then others, with block_m around the default's."""
     default = kernels_of(problem).plan(problem, tokens, target)
     yield default
@@ -87,25 +86,25 @@ def tiles_of(problem: MoeProblem, tokens: int, target: Target) -> Iterator[moe.P
             continue
         for block_n, warps, stages in shapes:
             one = replace(default.second, block_m=rows, block_n=block_n, warps=warps, stages=stages, tma=tma)
-            yield moe.Plan(replace(one, block_n=int(grouped)) if grouped else one, one)
+            yield _frame.Plan(replace(one, block_n=int(grouped)) if grouped else one, one)
 
 
-def rows_of(problem: MoeProblem, target: Target) -> Iterator[moe.DecodePlan]:
+def rows_of(problem: MoeProblem, target: Target) -> Iterator[_frame.DecodePlan]:
     """The default plan of the decode form, then others."""
     default = kernels_of(problem).decode_plan(problem, target)
     yield default
     for block_n, (grow, warps) in itertools.product((2, 4, 8), ((1, 1), (1, 2), (2, 2), (1, 0.5), (0.5, 0.5))):
         first, second = (
-            moe.Rows(block_n, max(128, int(rows.block_k * grow)), max(1, min(8, int(rows.warps * warps))))
+            _frame.Rows(block_n, max(128, int(rows.block_k * grow)), max(1, min(8, int(rows.warps * warps))))
             for rows in (default.first, default.second)
         )
-        yield moe.DecodePlan(first, second, default.early)
+        yield _frame.DecodePlan(first, second, default.early)
 
 
 def plans_of(problem: MoeProblem, tokens: int, target: Target) -> list[Plan]:
     """All distinct candidates for this many tokens, defaults first."""
     plans: list[Plan] = list(tiles_of(problem, tokens, target))
-    if tokens * problem.top_k <= 2 * moe.DECODE_PAIRS:
+    if tokens * problem.top_k <= 2 * _frame.DECODE_PAIRS:
         plans += rows_of(problem, target)
     return list(dict.fromkeys(plans))
 
@@ -126,7 +125,7 @@ class _Warm:
 def compile_ahead(jobs: Sequence[tuple[MoeProblem, int, Plan]]) -> int:
     """Compile every kernel of some plans, from tensors without data; the number that failed."""
     for module, names in KERNELS.items():
-        source = import_module(f"quant_compile.lowering.kernels.{module}")
+        source = import_module(f"quant_compile.lowering.kernels.experts.{module}")
         for name in names:
             function = getattr(source, name)
             if not isinstance(function, _Warm):
@@ -228,7 +227,7 @@ def make_tokens(problem: MoeProblem, tokens: int, device: str) -> Tokens:
 def launch(block: Block, tokens: Tokens, plan: Plan, choice: int = 0) -> Tensor:
     """A whole block."""
     module = kernels_of(block.problem)
-    run: Any = module.launch_decode if isinstance(plan, moe.DecodePlan) else module.launch
+    run: Any = module.launch_decode if isinstance(plan, _frame.DecodePlan) else module.launch
     ids = tokens.ids[choice % CHOICES]
     return run(tokens.x, ids, tokens.weights, block.w13, None, block.w2, None, None, block.problem, plan)
 
@@ -236,27 +235,27 @@ def launch(block: Block, tokens: Tokens, plan: Plan, choice: int = 0) -> Tensor:
 # --- measuring ---
 
 
-def label_of(tiles: moe.Tiles | moe.Rows) -> str:
+def label_of(tiles: _frame.Tiles | _frame.Rows) -> str:
     """A configuration as one word."""
-    if isinstance(tiles, moe.Rows):
+    if isinstance(tiles, _frame.Rows):
         return f"n{tiles.block_n}k{tiles.block_k}w{tiles.warps}"
     return f"m{tiles.block_m}n{tiles.block_n}k{tiles.block_k}w{tiles.warps}s{tiles.stages}{'t' if tiles.tma else ''}"
 
 
 def steps(
     block: Block, tokens: Tokens, plans: Sequence[Plan]
-) -> Iterator[tuple[str, moe.Tiles | moe.Rows, Callable[[int], Tensor]]]:
+) -> Iterator[tuple[str, _frame.Tiles | _frame.Rows, Callable[[int], Tensor]]]:
     """(step, configuration, call) of both products of every plan, each configuration once."""
-    p, seen = block.problem, set[tuple[str, moe.Tiles | moe.Rows]]()
+    p, seen = block.problem, set[tuple[str, _frame.Tiles | _frame.Rows]]()
     hidden: dict[object, Any] = {}
-    aligned: dict[int, list[moe.Pairs]] = {}
+    aligned: dict[int, list[_frame.Pairs]] = {}
     for plan in plans:
-        if isinstance(plan, moe.DecodePlan):
+        if isinstance(plan, _frame.DecodePlan):
             form, first, second = "rows", decode_first(block, tokens, plan), decode_second(block, tokens, plan, hidden)
         else:
             m = plan.first.block_m
             if m not in aligned:
-                aligned[m] = [moe.align(ids, p.experts, m) for ids in tokens.ids]
+                aligned[m] = [_frame.align(ids, p.experts, m) for ids in tokens.ids]
             form, first = "tiles", grouped_first(block, tokens, plan, aligned[m])
             second = grouped_second(block, tokens, plan, aligned[m], hidden)
         for name, tiles, call in ((f"{form} 1", plan.first, first), (f"{form} 2", plan.second, second)):
@@ -265,7 +264,7 @@ def steps(
                 yield name, tiles, call
 
 
-def decode_first(block: Block, tokens: Tokens, plan: moe.DecodePlan) -> Callable[[int], Tensor]:
+def decode_first(block: Block, tokens: Tokens, plan: _frame.DecodePlan) -> Callable[[int], Tensor]:
     """First product of the decode form."""
     return lambda i: kernels_of(block.problem).gated_rows(
         tokens.x, tokens.ids[i % CHOICES], block.w13, None, block.problem, plan.first
@@ -273,7 +272,7 @@ def decode_first(block: Block, tokens: Tokens, plan: moe.DecodePlan) -> Callable
 
 
 def decode_second(
-    block: Block, tokens: Tokens, plan: moe.DecodePlan, hidden: dict[object, Any]
+    block: Block, tokens: Tokens, plan: _frame.DecodePlan, hidden: dict[object, Any]
 ) -> Callable[[int], Tensor]:
     """Second kernel of the decode form, on hidden rows of one draw."""
     key = ("rows", plan.first.block_n)
@@ -287,7 +286,9 @@ def decode_second(
     )
 
 
-def grouped_first(block: Block, tokens: Tokens, plan: moe.Plan, pairs: list[moe.Pairs]) -> Callable[[int], Tensor]:
+def grouped_first(
+    block: Block, tokens: Tokens, plan: _frame.Plan, pairs: list[_frame.Pairs]
+) -> Callable[[int], Tensor]:
     """First product of the grouped form."""
     return lambda i: kernels_of(block.problem).first(
         tokens.x, pairs[i % CHOICES], block.w13, None, None, block.problem, plan.first
@@ -295,7 +296,7 @@ def grouped_first(block: Block, tokens: Tokens, plan: moe.Plan, pairs: list[moe.
 
 
 def grouped_second(
-    block: Block, tokens: Tokens, plan: moe.Plan, pairs: list[moe.Pairs], hidden: dict[object, Any]
+    block: Block, tokens: Tokens, plan: _frame.Plan, pairs: list[_frame.Pairs], hidden: dict[object, Any]
 ) -> Callable[[int], Tensor]:
     """Second product of the grouped form, on hidden rows of one draw (their order does not matter to time)."""
     if "tiles" not in hidden:
@@ -309,9 +310,9 @@ def grouped_second(
 
 def checked(
     block: Block, tokens: Tokens, plans: Sequence[Plan], deadline: Deadline
-) -> tuple[dict[str, tuple[moe.Tiles | moe.Rows, Callable[[int], Tensor]]], dict[str, str]]:
+) -> tuple[dict[str, tuple[_frame.Tiles | _frame.Rows, Callable[[int], Tensor]]], dict[str, str]]:
     """Configurations that agree with the first of their step, and the errors of the others."""
-    good: dict[str, tuple[moe.Tiles | moe.Rows, Callable[[int], Tensor]]] = {}
+    good: dict[str, tuple[_frame.Tiles | _frame.Rows, Callable[[int], Tensor]]] = {}
     bad: dict[str, str] = {}
     truth: dict[str, Tensor] = {}
     for step, tiles, call in steps(block, tokens, plans):
@@ -335,9 +336,9 @@ def whole(block: Block, tokens: Tokens, count: int, plans: Sequence[Plan]) -> di
     """Whole blocks: the default plan of each form, its small steps, and bf16 grouped products."""
     p = block.problem
     calls: dict[str, Callable[[int], object]] = {}
-    grouped = next(plan for plan in plans if isinstance(plan, moe.Plan))
+    grouped = next(plan for plan in plans if isinstance(plan, _frame.Plan))
     calls["block/tiles"] = lambda i: launch(block, tokens, grouped, i)
-    rows = [plan for plan in plans if isinstance(plan, moe.DecodePlan)]
+    rows = [plan for plan in plans if isinstance(plan, _frame.DecodePlan)]
     if rows:
         calls["block/rows"] = lambda i: launch(block, tokens, rows[0], i)
     if rows and count == 1:
@@ -346,12 +347,12 @@ def whole(block: Block, tokens: Tokens, count: int, plans: Sequence[Plan]) -> di
         for second in {plan.second for plan in rows}:  # what overlaps cannot be timed apart
             whole_plan = replace(rows[0], second=second)
             calls[f"both/{label_of(second)}"] = lambda i, plan=whole_plan: launch(block, tokens, plan, i)
-    calls["step/align"] = lambda i: moe.align(tokens.ids[i % CHOICES], p.experts, grouped.first.block_m)
+    calls["step/align"] = lambda i: _frame.align(tokens.ids[i % CHOICES], p.experts, grouped.first.block_m)
     hidden = torch.randn(count * p.top_k, p.intermediate, device=tokens.ids[0].device, dtype=p.dtype)
     if p.scheme.input_activations is not None:
         calls["step/quantize"] = lambda i: kernels_of(p).quantize(hidden, p)
     parts = torch.randn(count * p.top_k, p.hidden, device=hidden.device, dtype=p.dtype)
-    calls["step/add"] = lambda i: moe.add(parts, tokens.ids[i % CHOICES], tokens.weights, p)
+    calls["step/add"] = lambda i: _frame.add(parts, tokens.ids[i % CHOICES], tokens.weights, p)
     return calls
 
 
@@ -393,7 +394,7 @@ def measure_cell(
     good, bad = checked(block, tokens, plans, deadline)
     errors: dict[str, float] = {}
     if count <= 64:
-        for name, form in (("tiles", moe.Plan), ("rows", moe.DecodePlan)):
+        for name, form in (("tiles", _frame.Plan), ("rows", _frame.DecodePlan)):
             plan = next((plan for plan in plans if isinstance(plan, form)), None)
             if plan is not None:
                 errors[name] = truth_error(block, tokens, plan)

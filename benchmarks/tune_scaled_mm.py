@@ -22,9 +22,9 @@ import torch
 import quant_compile.lowering.schemes  # noqa: F401
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import triton_scaled_mm as kernel
 from quant_compile.lowering.kernels._roofline import roof
-from quant_compile.lowering.kernels.triton_scaled_mm import Config
+from quant_compile.lowering.kernels.scaled import triton_scaled_mm as kernel
+from quant_compile.lowering.kernels.scaled.triton_scaled_mm import Config
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.target import Target
 

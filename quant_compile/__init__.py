@@ -8,7 +8,7 @@ print(quant_compile.report(model))
 
 from __future__ import annotations
 
-from quant_compile.api import compile, refresh, release, report, restore
+from quant_compile.api import compile, refresh, release, report, restore, uncompile
 from quant_compile.calibrate import calibrate
 from quant_compile.ir.errors import (
     CoverageError,
@@ -53,4 +53,5 @@ __all__ = [
     "release",
     "report",
     "restore",
+    "uncompile",
 ]

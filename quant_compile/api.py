@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch._dynamo import trace_rules
 
-from quant_compile.backend import sglquant
+from quant_compile.generation import install, uninstall
 from quant_compile.ir.errors import OptionError, StaleWeightError, WeightError
 from quant_compile.ir.report import Report
 from quant_compile.lowering.target import Target, default_policy
-from quant_compile.lowering.weights import STORE
+from quant_compile.lowering.weights import STORE, disclaim
 from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.weights import unwrap
 from quant_compile.options import Options, PolicySource
+from quant_compile.policy import Policy
 
 
 def compile(
@@ -41,6 +42,7 @@ def compile(
         OptionError, PolicyError, WeightError: nothing of the model has been changed.
     """
     parsed = Options.of({**options, "policy": policy})
+    how = {"dynamic": dynamic, "fullgraph": fullgraph}
     if any(parameter.is_meta for parameter in model.parameters()):
         raise WeightError(
             "the model is on the meta device and has no weights. Fix: load it first (from_pretrained, or to_empty + load_state_dict)."
@@ -54,23 +56,32 @@ def compile(
     session.notes |= dict.fromkeys(problems)
     if policy is None:
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
-    _compile_call(model, options={**options, "policy": source.policy}, dynamic=dynamic, fullgraph=fullgraph)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.disable_compile = True  # transformers would compile decode a second time, with its own backend
+    options = {**options, "policy": source.policy}
+    install(model, options, partial(_note, weakref.ref(unwrap(model)), source.policy, target.label), **how)
     return model
 
 
-def _compile_call(model: nn.Module, **arguments: Any) -> None:
-    """``model.compile``, also for modules whose forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
-    if not trace_rules.check(type(model).forward):
-        model.compile(backend=sglquant, **arguments)
-        return
+def _note(model: weakref.ref[nn.Module], policy: Policy, target: str, text: str) -> None:
+    found = model()
+    if found is not None:
+        LEDGER.session(found, policy, target).notes[text] = None
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model._call_impl(*args, **kwargs)
 
-    model._compiled_call_impl = torch.compile(call, backend=sglquant, **arguments)
+def uncompile(model: nn.Module) -> nn.Module:
+    """Give a model back as it was before ``compile``: its calls, its ``generate``, its generation config; planes are freed.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StaleWeightError: weights are released, so that the model cannot run without its planes; nothing has been changed.
+    """
+    inner = unwrap(model)
+    STORE.refresh(inner.parameters())
+    uninstall(model)
+    for parameter in inner.parameters():
+        disclaim(parameter)
+    return model
 
 
 def report(model: nn.Module) -> Report:

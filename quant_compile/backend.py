@@ -14,11 +14,13 @@ from torch.nn import Parameter
 
 from quant_compile.ir.errors import GradModeError, GraphError, OptionError, RecompileLimitWarning
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.lowering.expand import expanding
 from quant_compile.lowering.moe import MoeDispatch, choose_moe, serves
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target, default_policy
-from quant_compile.lowering.tune import measured
+from quant_compile.lowering.trace import analysed_once
+from quant_compile.lowering.tune import measured, source_hash
 from quant_compile.lowering.tune_moe import measured_moe
 from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER
@@ -96,10 +98,15 @@ def _device_of(inputs: Sequence[Any]) -> torch.device:
 
 
 def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
-    patches: dict[str, Any] = {}
+    from torch._inductor import config
+
+    # Sizes of planes are known, and Dynamo guards those of inputs: not to be checked again at every call.
+    patches: dict[str, Any] = {"size_asserts": False}
     if target.device == "cuda":
         patches["split_reductions"] = False  # keeps act·mul + amax + quantize in one kernel at few rows
-    if options.mode != "default":
+        if hasattr(config, "static_launch_user_defined_triton_kernels"):
+            patches["static_launch_user_defined_triton_kernels"] = True  # without Triton's own, slow launcher
+    if options.mode not in ("auto", "default"):
         patches |= torch._inductor.list_mode_options(options.mode)
     patches |= dict(options.inductor)
 
@@ -107,12 +114,20 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
         from torch._inductor.compile_fx import compile_fx
 
         try:
-            return compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[arg-type]
+            with expanding(), analysed_once(), torch.compiler.config.patch(cache_key_tag=_cache_tag()):  # type: ignore[attr-defined]
+                return compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[arg-type]
         except exceptions_allowed_to_be_fallback as error:
             # Dynamo answers these with a graph break and runs the frame eagerly, in 16 bits and in silence.
             raise GraphError(f"Inductor cannot compile the quantized graph: {error}") from error
 
     return compile_graph
+
+
+def _cache_tag() -> str:
+    """The user's tag of compile caches and a hash of the kernels' sources, which are part of what Inductor compiles here."""
+    tag = torch.compiler.config.cache_key_tag
+    ours = f"sglquant-{source_hash()}"
+    return tag if tag.endswith(ours) else f"{tag}{ours}"
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quant_compile.ir.errors import OptionError, QuantError
+from quant_compile.ir.family import bits_per_weight
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,13 +138,13 @@ def _presets_table() -> Table:
         table.add_column(column, justify="right" if column == "bits a weight" else "left")
     for name, scheme in sorted(PRESETS.items()):
         inputs = scheme.input_activations.spec if scheme.input_activations else "16 bits"
-        table.add_row(name, scheme.weights.spec, inputs, f"{scheme.bits_per_weight:.3g}", _cost(scheme))
+        table.add_row(name, scheme.weights.spec, inputs, f"{bits_per_weight(scheme):.3g}", _cost(scheme))
     return table
 
 
 def _cost(scheme: Any) -> str:
     """What a scheme costs, in one line."""
-    share = f"{scheme.bits_per_weight / 16:.0%} of the bytes of bf16"
+    share = f"{bits_per_weight(scheme) / 16:.0%} of the bytes of bf16"
     inputs = scheme.input_activations
     if inputs is None:
         return f"{share}; multiplies in 16 bits, so it helps where weights are the bottleneck"

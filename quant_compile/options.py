@@ -22,7 +22,7 @@ from quant_compile.lowering.registry import kernels as known_kernels
 from quant_compile.lowering.select import Request
 from quant_compile.policy import Policy
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TUNE = ("off", "quick", "full")
 
 
@@ -32,7 +32,8 @@ class Options:
 
     Attributes:
         policy: preset name, shipped policy, YAML path, dict or Policy; None: the device's default preset.
-        mode: an Inductor mode (torch.compile refuses its own ``mode`` beside options).
+        mode: ``auto`` (CUDA graphs of ``generate``'s decode step) or an Inductor mode (torch.compile refuses its own ``mode``
+            beside options); ``default``: no CUDA graphs.
         release_weights: free the original weights after packing.
         kernels: ``auto``, ``reference``, or {scheme or ``*``: kernel name, or a list of one of linears and one of expert blocks}.
         tune: ``off`` (cost estimates), ``quick`` or ``full`` (measure on this GPU, cached on disk).
@@ -40,7 +41,7 @@ class Options:
     """
 
     policy: Any = None
-    mode: str = "default"
+    mode: str = "auto"
     release_weights: bool | None = None
     kernels: str | Mapping[str, str | Sequence[str]] = "auto"
     tune: str = "quick"

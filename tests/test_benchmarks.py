@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from quant_compile.ir.family import bits_per_weight
 from quant_compile.ir.scheme import PRESETS
 from quant_compile.policy import Policy
 from tests import textbook
@@ -161,6 +162,269 @@ def test_kernel_sums_leave_lm_head_out(module: Any) -> None:
     assert sums["top"][0] == {"name": "gemm_head", "us": 100.0, "calls": 1.0, "linear": True}
 
 
+# --- generate --------------------------------------------------------------------------------------------------------
+
+LLAMA, QWEN = "Llama-3-8B", "Qwen3-30B-A3B"
+GENERATE_STACKS = ("hf-auto", "hf-eager", "inductor", "FP8_DYNAMIC", "W4A16", "W4A8", "FP8_DYNAMIC:default", "wrapper")
+
+
+@pytest.mark.slow
+def test_generate_smoke(tmp_path: Path) -> None:
+    result = run("generate.py", tmp_path, "--stacks", "hf-auto,W8A16,no-such-policy", "--cells", "acceptance")
+    bf16, quantized, broken = result["rows"]
+    assert bf16["error"] is None and quantized["error"] is None
+    for row in (bf16, quantized):
+        assert row["cold"]["seconds"] > 0 and row["warm"]["seconds"] > 0
+        for cell in ("B=1 P=8", "B=2 P=8", "B=1 P=16"):
+            assert row["cells"][cell]["first_token_ms"] > 0
+            assert row["cells"][cell]["cosine_least"] > 0.99, "int8 weights under 16-bit inputs are close to bf16"
+        assert row["cells"]["B=2 P=16"] == {"reason": "not run: not asked for"}
+    assert all("no-such-policy" in cell["reason"] for cell in broken["cells"].values())
+    assert {criterion["point"] for criterion in result["acceptance"]} == {1, 2, 3, 4}
+
+
+def generated(model: str, stack: str, kind: str, phase: str = "first", **values: Any) -> dict[str, Any]:
+    return {"model": model, "stack": stack, "phase": phase, "kind": kind, **values}
+
+
+def full_run(rows: Any, ms: dict[str, float]) -> list[dict[str, Any]]:
+    """Lines of a run in which everything was measured; ``ms`` by stack, for tokens as for first tokens."""
+    lines = []
+    for model, stacks in ((LLAMA, GENERATE_STACKS), (QWEN, ("hf-auto", "hf-eager", "inductor", "FP8_DYNAMIC"))):
+        for stack in stacks:
+            if stack == "wrapper":
+                lines.append(generated(model, stack, "wrapper", weights=300, us_1=20.0, us_10=20.0))
+                continue
+            for phase, seconds in (("cold", 60.0), ("first", 24.0), ("rest", 30.0)):
+                lines.append(generated(model, stack, "first", phase, seconds=seconds))
+            for name in ("decode", "prefill 512", "prefill 2048"):
+                lines.append(generated(model, stack, "call", call=name, host_ms=ms[stack], wall_ms=ms[stack]))
+            for batch, prompt in rows.Grid().cells(model):
+                times = {"ms_per_token": ms[stack], "first_token_ms": ms[stack], "finite": True, "varied": True}
+                lines.append(generated(model, stack, "cell", cell=f"B={batch} P={prompt}", **times))
+    return lines
+
+
+FAST = dict.fromkeys(GENERATE_STACKS, 8.0) | {"FP8_DYNAMIC": 4.0, "W4A16": 4.0, "W4A8": 4.0, "FP8_DYNAMIC:default": 6.0}
+POLICIES = ("FP8_DYNAMIC", "W4A16", "W4A8")
+
+
+def accepted(module: Any, lines: Any) -> tuple[list[Any], list[dict[str, Any]]]:
+    rows = module("generate_rows")
+    keys = list(dict.fromkeys((line["model"], line["stack"]) for line in full_run(rows, FAST)))
+    merged = rows.merge(keys, lines, {}, rows.Grid())
+    rows.add_ratios(merged)
+    return rows.acceptance(merged, rows.Grid(), POLICIES), merged
+
+
+def test_acceptance_of_a_run_that_is_fast_enough(module: Any) -> None:
+    found, merged = accepted(module, full_run(module("generate_rows"), FAST))
+    assert [criterion.what for criterion in found if not criterion.passed] == []
+    assert {criterion.measured for criterion in found if criterion.point == 1} == {2.0}
+    row = next(row for row in merged if row["stack"] == "FP8_DYNAMIC")
+    assert (row["cold"]["seconds"], row["warm"]["seconds"]) == (60.0, 24.0), "the third process counts for nothing"
+
+
+@pytest.mark.parametrize(
+    ("stack", "ms", "failing"),
+    [
+        ("W4A8", 4.8, 1),  # 1.67 instead of 1.7, and everything else holds
+        ("W4A8", 8.1, 3),  # every cell of both tables as well
+        ("FP8_DYNAMIC:default", 8.5, 5),  # host times over 1.05, decode slower, prefill below 1.2
+        ("hf-eager", 5.0, 1),  # the better of two bf16 is what the first token is compared with: 1.25 at prompt 2048
+    ],
+)
+def test_acceptance_of_a_run_that_is_too_slow(stack: str, ms: float, failing: int, module: Any) -> None:
+    found, _ = accepted(module, full_run(module("generate_rows"), {**FAST, stack: ms}))
+    assert sum(not criterion.passed for criterion in found) == failing
+
+
+def test_nothing_passes_that_was_not_measured(module: Any) -> None:
+    lines = full_run(module("generate_rows"), FAST)
+    assert not any(criterion.passed for criterion in accepted(module, [])[0])
+    missing = [line for line in lines if not (line["stack"] == "W4A16" and line.get("cell") == "B=32 P=2048")]
+    failed = [criterion for criterion in accepted(module, missing)[0] if not criterion.passed]
+    assert [criterion.missing for criterion in failed] == ["1 of 12 cells"] * 2
+    assert all("W4A16, every cell" in criterion.what and criterion.measured == 2.0 for criterion in failed)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"finite": False}, "its logits are not finite"),
+        ({"varied": False}, "its logits are all alike"),
+        ({"cosine_least": 0.01}, "its logits have a cosine of 0.01 to bf16's"),
+        ({"cosine_least": float("nan")}, "its logits have a cosine of nan to bf16's"),
+        ({"cosine_least": 0.6}, None),
+    ],
+)
+def test_a_broken_stack_cannot_win(values: dict[str, Any], reason: str | None, module: Any) -> None:
+    assert module("generate_rows").insane(values) == reason
+
+
+def test_logits_are_compared_step_by_step(module: Any, tmp_path: Path) -> None:
+    rows, worker = module("generate_rows"), module("generate_worker")
+    names = ("hf-eager", "W4A16", "W4A8")
+    bf16 = torch.randn(3, 2, 50)
+    broken = torch.cat((bf16[:2], torch.randn(1, 2, 50) * 0.01 + bf16[:1]))  # the last step repeats the first one's
+    for stack, logits in zip(names, (bf16, bf16 * 2, broken), strict=True):
+        torch.save(logits, worker.logits_file(tmp_path, LLAMA, stack, "B=1 P=128"))
+    lines = [
+        generated(LLAMA, s, "cell", cell="B=1 P=128", first_token_ms=1.0, ms_per_token=1.0) for s in ("hf-auto", *names)
+    ]
+    merged = rows.merge([(LLAMA, stack) for stack in ("hf-auto", *names)], lines, {}, rows.Grid())
+    rows.compare_logits(merged, tmp_path)
+    rows.add_ratios(merged)
+    auto, _, good, bad = (row["cells"]["B=1 P=128"] for row in merged)
+    assert "cosine_first" not in auto and good["cosine_least"] == pytest.approx(1.0) and good["speedup"] == 1.0
+    assert bad["cosine_first"] == pytest.approx(1.0) and "cosine" in bad["reason"] and "speedup" not in bad
+
+
+def test_cells_that_were_not_run_say_why(module: Any) -> None:
+    rows = module("generate_rows")
+    lines = [
+        generated(LLAMA, "W4A8", "begin", cell="B=1 P=128"),
+        generated(LLAMA, "W4A8", "cell", cell="B=1 P=128", first_token_ms=1.0),
+        generated(LLAMA, "W4A8", "begin", cell="B=8 P=128"),
+    ]
+    endings = {(LLAMA, "W4A8", "first"): "it held the device for over 100 s"}
+    (row,) = rows.merge([(LLAMA, "W4A8")], lines, endings, rows.Grid())
+    assert list(row["cells"]) == [f"B={b} P={p}" for b, p in rows.Grid().cells(LLAMA)]
+    assert row["cells"]["B=1 P=128"] == {"first_token_ms": 1.0}
+    assert row["cells"]["B=8 P=128"] == {"reason": "not done: it held the device for over 100 s"}
+    assert row["cells"]["B=32 P=2048"] == {"reason": "not run: it held the device for over 100 s"}
+
+
+def test_what_the_acceptance_asks_for_comes_first(module: Any) -> None:
+    grid = module("generate_rows").Grid()
+    assert grid.cells(LLAMA)[:5] == ((1, 128), (8, 128), (32, 128), (1, 512), (1, 2048))
+    assert grid.cells(QWEN)[0] == (1, 128) and len(grid.cells(QWEN)) == len(set(grid.cells(LLAMA))) == 12
+    generate = module("generate")
+    tasks = generate.plan(generate._arguments([]))
+    assert [task.stack for task in tasks[:4]] == ["hf-auto", "FP8_DYNAMIC", "W4A16", "W4A8"]
+    begun = next(index for index, task in enumerate(tasks) if task.phases == ("rest",))
+    assert all(task.phases == ("rest",) for task in tasks[begun:]) and {QWEN, LLAMA} == {t.model for t in tasks[:begun]}
+
+
+def test_a_token_is_the_rest_of_a_generate(module: Any) -> None:
+    times = module("generate_worker").times([1.0, 1.3, 9.0], [0.3, 0.1, 0.3], tokens=11, batch=8)
+    assert times["first_token_ms"] == 300.0 and times["ms_per_token"] == pytest.approx(100.0)
+    assert times["tokens_per_s"] == pytest.approx(8 * 11 / 1.3)
+    assert "ms_per_token" not in module("generate_worker").times([], [0.1], tokens=1, batch=1)
+    noisy = module("generate_worker").times([0.1], [0.2], tokens=4, batch=1)
+    assert "ms_per_token" not in noisy and "too noisy" in noisy["reason"]
+
+
+def test_one_process_at_a_time_holds_a_device(module: Any, tmp_path: Path) -> None:
+    common, path = module("common"), tmp_path / "lock"
+    settled: list[int] = []
+    first, second = common.DeviceLock(path, lambda: settled.append(1)), common.DeviceLock(path)
+    assert common.holder(path) is None
+    with first.held():
+        assert common.holder(path)[0] == os.getpid()
+        with first.held(), first.yielded():
+            assert common.holder(path) is None and settled == [1]
+            with second.held(), second.held():  # waits forever if the first still has it
+                assert common.holder(path) is not None
+            with first.yielded():
+                first.take()
+            assert common.holder(path) is None
+        assert common.holder(path) is not None and first.waited < 1.0
+    assert common.holder(path) is None
+    code = f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}]\nfrom common import *\nwith DeviceLock(Path({str(path)!r})).held(): print(1)"
+    with first.held():
+        waiting = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=8)
+    assert waiting.communicate(timeout=60)[0] == b"1\n"
+
+
+def test_the_device_is_free_while_dynamo_and_inductor_compile(module: Any, tmp_path: Path) -> None:
+    worker, common = module("generate_worker"), module("common")
+    lock = common.DeviceLock(tmp_path / "lock")
+    seen: list[tuple[str, bool]] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        seen.append(("backend", common.holder(tmp_path / "lock") is not None))
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, inputs)
+
+    def stub(gm: Any, inputs: Any, **ignored: Any) -> Any:
+        seen.append(("inductor", common.holder(tmp_path / "lock") is not None))
+        return gm.forward
+
+    setup = worker.Setup(
+        LLAMA, "W8A16", "first", (), (), 4, "cpu", True, {}, 0.0, str(tmp_path), str(tmp_path / "lock")
+    )
+    process = worker.Worker(setup)
+    process.lock = lock
+    torch._dynamo.reset()
+    with worker.patch("torch._inductor.compile_fx.compile_fx", stub), lock.held(), process.compiling_yields():
+        out = torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(3))
+        assert common.holder(tmp_path / "lock") is not None, "calls have the device"
+    assert out.tolist() == [1.0] * 3 and seen == [("backend", True), ("inductor", False)]
+
+
+WORKER = """
+import fcntl, json, os, sys, time
+setup = json.loads(sys.argv[1])
+path = f"{setup['folder']}/{setup['model']}.{setup['stack'].replace(':', '-')}.{setup['phase']}.jsonl"
+def emit(kind, **values):
+    line = {"model": setup["model"], "stack": setup["stack"], "phase": setup["phase"], "kind": kind}
+    with open(path, "a") as file:
+        file.write(json.dumps(line | values) + "\\n")
+if setup["stack"] == "hf-eager":
+    sys.exit("it is broken")
+emit("first", seconds=1.0 if setup["phase"] == "cold" else 0.25)
+for batch, prompt in setup["cells"] if setup["phase"] != "cold" else ():
+    emit("begin", cell=f"B={batch} P={prompt}")
+    if setup["stack"] == "W4A8":
+        lock = os.open(setup["lock"], os.O_RDWR | os.O_CREAT)
+        os.write(lock, f"{os.getpid()} {time.time() - 50}".encode())
+        time.sleep(60)
+    if setup["stack"] == "W4A16" and batch == 2:
+        time.sleep(60)
+    emit("cell", cell=f"B={batch} P={prompt}", ms_per_token=2.0, first_token_ms=3.0)
+"""
+
+
+def test_a_run_keeps_what_it_has_when_processes_fail_hang_or_meet_the_end(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = module("generate")
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(generate, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(generate, "LAST_CELL_S", 1.0)
+    monkeypatch.setattr(generate, "STOP_S", 1.0)
+    stacks = "hf-auto,hf-eager,W4A8,W4A16"
+    options = [
+        "--tiny",
+        "--cells",
+        "all",
+        "--jobs",
+        "4",
+        "--hold",
+        "20",
+        "--seconds",
+        "8",
+        "--acceptance",
+        "--stacks",
+        stacks,
+    ]
+    generate.main([*options, "--out", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    auto, broken, holding, slow = result["rows"]
+    assert [cell["speedup"] for cell in auto["cells"].values()] == [1.0] * 4 and auto["warm"]["seconds"] == 0.25
+    assert {cell["reason"] for cell in broken["cells"].values()} == {"not run: it is broken"}
+    assert holding["cells"]["B=1 P=8"] == {"reason": "not done: it held the device for over 20 s"}
+    assert holding["cells"]["B=2 P=16"] == {"reason": "not run: it held the device for over 20 s"}
+    assert slow["cells"]["B=1 P=8"]["speedup"] == 1.0
+    assert slow["cells"]["B=2 P=8"] == {"reason": "not done: the time was up"}
+    assert slow["cells"]["B=1 P=16"] == {"reason": "not run: the time was up"}
+    assert result["machine"]["source"] and result["acceptance"]
+
+
 # --- quality ---------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +441,7 @@ def test_every_scheme_has_the_quality_of_its_textbook() -> None:
     for key, row in rows.items():
         assert row["error"] is None and row["coverage"] == 1.0, key
         policy = Policy.load(textbook.POLICIES[row["scheme"]])
-        assert policy.default is not None and row["bits_per_weight"] == policy.default.bits_per_weight, key
+        assert policy.default is not None and row["bits_per_weight"] == bits_per_weight(policy.default), key
         inputs = policy.default.input_activations
         if inputs is not None and inputs.num_bits == 4:
             assert row["draws"] >= 8 and row["mean_error"] <= 0.005 / 2, key

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ ORDER = (
     ("options",),
     ("runtime",),
     ("backend",),
+    ("generation",),
     ("inspect", "calibrate", "explain", "api"),
     ("",),
     ("cli", "demo"),
@@ -101,6 +102,41 @@ ALL = [found for file in FILES for found in imports_in(file)]
 OWN = [found for found in ALL if found.target == PACKAGE or found.target.startswith(f"{PACKAGE}.")]
 
 
+def circles(imports: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
+    """Strongly connected modules of a graph (module, module that it imports): groups in which each needs each other's."""
+    graph: dict[str, set[str]] = {}
+    for here, there in imports:
+        graph.setdefault(here, set()).add(there)
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        found, waiting = set[str](), [start]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - found
+            found |= new
+            waiting.extend(new)
+        reached[start] = found
+    groups = {
+        tuple(sorted(other for other in reached[module] if module in reached.get(other, ())))
+        for module in graph
+        if module in reached[module]
+    }
+    return sorted(groups)
+
+
+def way_through(circle: Sequence[str], imports: Iterable[tuple[str, str]]) -> str:
+    """The shortest way through a circle and back to its first module, for people."""
+    graph = {here: sorted(there for at, there in imports if at == here and there in circle) for here in circle}
+    ways = [(circle[0],)]
+    while ways:
+        way = ways.pop(0)
+        for there in graph[way[-1]]:
+            if there == circle[0]:
+                return " -> ".join((*way, there))
+            if there not in way:
+                ways.append((*way, there))
+    raise ValueError(f"{circle} is no circle")
+
+
 def wrong_way(found: Import) -> bool:
     """Whether an import points from a part to one that comes after it."""
     return RANK[part_of(found.target)] > RANK[part_of(module_of(found.file))]
@@ -116,6 +152,37 @@ def test_imports_point_one_way() -> None:
     """Late imports too, except the one that is stated below."""
     wrong = {f"{module_of(i.file)}:{i.line} imports {i.target}" for i in OWN if wrong_way(i)}
     assert not wrong
+
+
+def module_graph() -> list[tuple[str, str]]:
+    """(module, module that it imports), late imports and those for the type checker included; names without the package's."""
+    modules = {module_of(file) for file in FILES}
+
+    def own(module: str) -> str:
+        while module not in modules:  # a name of a module, not a module
+            module = module.rpartition(".")[0]
+        return module
+
+    pairs = {(module_of(found.file), own(found.target)) for found in OWN}
+    return sorted((here.removeprefix(f"{PACKAGE}."), there.removeprefix(f"{PACKAGE}.")) for here, there in pairs)
+
+
+def test_no_two_modules_need_each_other() -> None:
+    """No circle of imports, at the top or late: every module can be read, and moved, after those that it imports."""
+    graph = module_graph()
+    found = [way_through(circle, graph) for circle in circles(graph)]
+    assert not found, "circles of imports: " + "; ".join(found)
+
+
+def test_a_circle_is_found() -> None:
+    """Of two, of three, and of one with itself; named by its way. What only hangs on a circle is no part of it."""
+    graph = [("a", "b"), ("b", "c"), ("c", "b"), ("c", "d"), ("d", "e"), ("e", "f"), ("f", "d"), ("f", "g"), ("h", "h")]
+    assert circles(graph) == [("b", "c"), ("d", "e", "f"), ("h",)]
+    ways = [way_through(circle, graph) for circle in circles(graph)]
+    assert ways == ["b -> c -> b", "d -> e -> f -> d", "h -> h"]
+    assert circles([("a", "b"), ("a", "c"), ("b", "c")]) == []
+    known = {module for pair in module_graph() for module in pair}
+    assert {"ir.family", "ir.scheme", "lowering.kernels.experts.triton_moe"} <= known
 
 
 def test_inside_a_folder_nothing_imports_its_users() -> None:

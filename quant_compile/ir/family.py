@@ -87,7 +87,7 @@ def register_family(family: Family) -> Family:
     FAMILIES.append(family)
     add_presets(family.presets)
     family_of.cache_clear()
-    stored_bits.cache_clear()
+    bits_per_weight.cache_clear()
     return family
 
 
@@ -108,8 +108,14 @@ def family_of(scheme: Scheme) -> Family:
 
 
 @lru_cache(maxsize=None)
-def stored_bits(scheme: Scheme) -> float:
-    """Bits of a large bf16 weight's planes for each of its elements; scales per row are too few to show."""
+def bits_per_weight(scheme: Scheme) -> float:
+    """Bits stored per weight of a large bf16 weight, by its family's planes: codes, scales of groups or blocks, zero points.
+
+    Scales per row are too few to show.
+
+    Raises:
+        SchemeError: no family implements the scheme.
+    """
     size = 1 << 20
     planes = family_of(scheme).weight_planes(scheme, size, size, torch.bfloat16)
     return round(8 * sum(plane.nbytes for plane in planes) / size**2, 4)

@@ -95,6 +95,13 @@ class ExpertBiasRef:
 Ref = PlaneRef | ScaleRef | BiasRef | ExpertRef | ExpertBiasRef
 
 
+def slots_of(ref: Ref) -> tuple[int, ...]:
+    """Positions of the weights that a plane is made of."""
+    if isinstance(ref, ExpertRef | ExpertBiasRef):
+        return (ref.slot,)
+    return tuple(slot for slot in ref.slots if slot is not None)
+
+
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose placeholders carry ``meta["argument"]``; shares the original's fake values, not its nodes."""
     graph = fx.Graph()

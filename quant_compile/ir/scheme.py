@@ -138,17 +138,6 @@ class Scheme:
         """Whether the input's scale must be calibrated before the model runs."""
         return self.input_activations is not None and not self.input_activations.dynamic
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits stored per weight of a large bf16 weight, by its family's planes: codes, scales of groups or blocks, zero points.
-
-        Raises:
-            SchemeError: no family implements the scheme.
-        """
-        from quant_compile.ir.family import stored_bits  # families are made of schemes
-
-        return stored_bits(self)
-
     @staticmethod
     def from_fields(data: Mapping[str, Any], where: str = "scheme") -> Scheme:
         """Build from ``{weights: {...}, input_activations: {...}}``."""

@@ -14,7 +14,10 @@ runs in a fresh process.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.ops import dense_ids, expert_rows
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.moe import parse_moe_dispatch
-from quant_compile.lowering.registry import Norm, input_kernels
+from quant_compile.lowering.registry import Kernel, Norm, Problem, input_kernels, kernels
 from quant_compile.lowering.select import parse_dispatch
 
 LIBRARY = torch.library.Library("sglq_kernels", "DEF")
@@ -31,19 +34,33 @@ LIBRARY.define("linear(Tensor[] x, Tensor[] w, Tensor? bias, str dispatch) -> Te
 
 
 def _linear(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str) -> Tensor:
+    problem, bounds, chosen = _ready(dispatch)
+    lead = x[0].shape[:-1]
+    m = math.prod(lead)
+    if m == 0 or problem.n == 0:
+        return x[0].new_empty((*lead, problem.n), dtype=problem.dtype)
+    return run_linear(chosen[bisect_left(bounds, m)], problem, x, w, bias)
+
+
+@lru_cache(maxsize=None)
+def _ready(dispatch: str) -> tuple[Problem, tuple[int, ...], tuple[Kernel, ...]]:
+    """A dispatch as calls need it: its problem, the largest m of each range but the last, and the ranges' kernels."""
     chosen = parse_dispatch(dispatch)
-    problem = chosen.problem
+    return chosen.problem, tuple(m for m, _ in chosen.table[:-1]), tuple(kernels()[name] for _, name in chosen.table)
+
+
+def run_linear(
+    kernel: Kernel, problem: Problem, x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None
+) -> Tensor:
+    """One kernel over input planes [..., s] -> [..., n]."""
     data = x[0]
     lead = data.shape[:-1]
     # Not by k: several codes may share an element.
     rows = data.flatten(0, -2) if len(lead) > 1 else data
-    m = rows.shape[0]
-    if m == 0 or problem.n == 0:
-        return data.new_empty((*lead, problem.n), dtype=problem.dtype)
     if not rows.is_contiguous():
         rows = rows.contiguous()
-    planes = (rows, *(_flat_scale(scale, m) for scale in x[1:]))
-    y = chosen.kernel_for(m).run(planes, tuple(w), bias, problem)
+    planes = (rows, *(_flat_scale(scale, rows.shape[0]) for scale in x[1:]))
+    y = kernel.run(planes, tuple(w), bias, problem)
     return y if len(lead) == 1 else y.view(*lead, problem.n)
 
 

@@ -2,7 +2,7 @@
 
 A *layout* is how a weight's planes lie in memory; several kernels may read one layout, so that they can share one packed
 copy and be chosen by M at run time. A *kernel* answers ``fit`` (a rank, or a refusal with its reason) and can ``run``.
-Every module of ``lowering/kernels`` whose name has no leading underscore offers ``KERNELS`` and, if it brings its own,
+Every module under ``lowering/kernels`` whose name has no leading underscore offers ``KERNELS`` and, if it brings its own,
 ``LAYOUTS``, or ``INPUTS``: kernels that quantize inputs where Inductor is not left to it.
 """
 
@@ -42,6 +42,14 @@ class Problem:
     has_bias: bool = False
     siblings: int = 1
 
+    def __hash__(self) -> int:
+        """Computed once: a problem is looked up at every call of some kernels."""
+        known = self.__dict__.get("_hash")
+        if known is None:
+            fields = (self.scheme, self.n, self.k, self.dtype, self.has_bias, self.siblings)
+            known = self.__dict__["_hash"] = hash(fields)
+        return known
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -67,6 +75,9 @@ class Kernel:
         column_scales: needs the input's group scales in column-major order (stride 1 along m).
         reference: slow and exact; on a GPU only used when the policy or the options allow it.
         prepare: compile ahead for m rows on a device, where that takes seconds and may run in a thread.
+        recorded: ``(problem, m, target) -> plan``: ``run`` may be recorded in Inductor's graph for m rows, which launches it
+            itself then; equal plans mean that launches for one m serve the other too. A plan of None: not for this m.
+            Without: never.
     """
 
     name: str
@@ -76,6 +87,12 @@ class Kernel:
     column_scales: bool = False
     reference: bool = False
     prepare: Callable[[Problem, int, torch.device], object] | None = None
+    recorded: Callable[[Problem, int, Target], object | None] | None = None
+
+
+def anyhow(problem: Problem, m: int, target: Target) -> object:
+    """For ``Kernel.recorded``: one launch serves every m."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -142,8 +159,11 @@ ROWS = Layout(
 @lru_cache(maxsize=1)
 def _modules() -> tuple[object, ...]:
     package = importlib.import_module("quant_compile.lowering.kernels")
-    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
-    return tuple(importlib.import_module(f"{package.__name__}.{name}") for name in names)
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    files = (module.name for module in found if not module.ispkg)
+    # By file name: of equal costs the first kernel wins, and the folder that a file is in must not decide that.
+    names = sorted(name.rpartition(".")[::-1] for name in files)
+    return tuple(importlib.import_module(f"{folder}.{file}") for file, _, folder in names if not file.startswith("_"))
 
 
 @lru_cache(maxsize=1)

@@ -100,9 +100,19 @@ def _environment_key(gpu: str) -> str:
             digest.update(f"{library}={importlib.metadata.version(library)}".encode())
         except importlib.metadata.PackageNotFoundError:
             continue
-    for file in sorted((Path(__file__).parent / "kernels").glob("*.py")):
-        digest.update(file.read_bytes())
+    digest.update(sources(Path(__file__).parent / "kernels"))
     return digest.hexdigest()[:16]
+
+
+def sources(folder: Path) -> bytes:
+    """All Python sources below a folder, one after the other."""
+    return b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """Hash of all that decides what a kernel op is compiled to."""
+    return hashlib.sha256(sources(Path(__file__).parent)).hexdigest()[:16]
 
 
 def measured(target: Target, level: str) -> CostOf | None:

@@ -511,6 +511,13 @@ def claim(parameter: Parameter) -> None:
         parameter.__class__ = ReleasableParameter
 
 
+def disclaim(parameter: Parameter) -> None:
+    """Take back ``claim``, of a weight that has its values."""
+    if type(parameter) is ReleasableParameter and not parameter.released_by_sglquant:
+        parameter.__class__ = Parameter
+        vars(parameter).pop("released_by_sglquant", None)
+
+
 def _wait(planes: Planes) -> None:
     """Planes packed on one stream may be read on another as soon as the store's lock is free."""
     for device in {plane.device for plane in planes if plane.is_cuda}:

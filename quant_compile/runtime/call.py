@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.nn import Parameter
 
 from quant_compile.ir.experts import Verdicts
-from quant_compile.ir.graph import BiasRef, ExpertBiasRef, ExpertRef, Ref, ScaleRef, copy_graph
+from quant_compile.ir.graph import BiasRef, ExpertBiasRef, ExpertRef, Ref, ScaleRef, copy_graph, slots_of
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.options import Options, PolicySource
@@ -40,10 +40,49 @@ class Binding:
     variant: Variant
     pick_arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     planes: tuple[Tensor, ...]
-    pick_watched: Callable[[tuple[Any, ...]], tuple[Any, ...]]
-    stamp: tuple[int, ...]
+    watched: Watched
     epoch: int
     generation: int
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """The Parameters that planes were made of, by position, and what shows a change of them.
+
+    Attributes:
+        positions: among the graph's Parameters.
+        pick: those Parameters.
+        versions: show updates in place.
+        addresses: show another storage; one for each Parameter of the graph, None where it is not watched.
+    """
+
+    positions: list[int]
+    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    versions: tuple[int, ...]
+    addresses: list[int | None]
+
+    @staticmethod
+    def of(parameters: tuple[Any, ...], positions: Sequence[int]) -> Watched:
+        """As they are now."""
+        pick = _picker(positions)
+        addresses: list[int | None] = [None] * len(parameters)
+        for position in positions:
+            addresses[position] = parameters[position].data_ptr()
+        return Watched(list(positions), pick, _versions(pick(parameters)), addresses)
+
+    def unchanged(self, parameters: tuple[Any, ...]) -> bool:
+        """Whether nothing shows a change; two passes over the Parameters in C."""
+        if self.versions != _versions(self.pick(parameters)):
+            return False
+        return _SAME_ADDRESSES(list(parameters), self.addresses, self.positions)
+
+
+def _same_addresses(tensors: list[Any], addresses: list[int | None], positions: list[int]) -> bool:
+    return all(tensors[position].data_ptr() == addresses[position] for position in positions)
+
+
+# In C where torch was built with CUDA.
+_SAME_ADDRESSES = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", _same_addresses)
 
 
 class GraphRunner:
@@ -97,7 +136,7 @@ class GraphRunner:
     def _is_current(self, binding: Binding, parameters: tuple[Any, ...]) -> bool:
         if binding.epoch != STORE.epoch or binding.generation != self.source.generation:
             return False
-        return binding.stamp == _stamp(binding.pick_watched(parameters))
+        return binding.watched.unchanged(parameters)
 
     def _forget(self, identity: int) -> None:
         for key in [key for key in list(self._bindings) if identity in key]:
@@ -117,19 +156,19 @@ class GraphRunner:
             record(self.found, parameters, session, decisions, variant)
             if self.options.releases(self.source.policy):
                 release_packed(parameters, variant)
-            watched = tuple(i for i, slot in enumerate(self._slots) if _watchable(parameters[slot]))
-            pick_watched = _picker(watched)
+            packed = {slot for ref in variant.refs for slot in slots_of(ref)}
+            positions = [i for i, slot in enumerate(self._slots) if slot in packed and _watchable(parameters[slot])]
             for key in [key for key, binding in list(self._bindings.items()) if binding.epoch != STORE.epoch]:
                 self._bindings.pop(key, None)
             # Until no other thread changed any planes in between. Bounded: a graph with more groups of one weight than the store
             # keeps slabs for packs anew each time; its binding is then out of date and is made again at the next call.
-            epoch, stamp = -1, ()
+            epoch, watched = -1, Watched.of(values, positions)
             for _ in range(3):
-                epoch, stamp = STORE.epoch, _stamp(pick_watched(values))
+                epoch, watched = STORE.epoch, Watched.of(values, positions)
                 planes = self._planes(variant, parameters, decisions)
                 if epoch == STORE.epoch:
                     break
-            binding = Binding(variant, _picker(variant.arguments), planes, pick_watched, stamp, epoch, generation)
+            binding = Binding(variant, _picker(variant.arguments), planes, watched, epoch, generation)
             self._bindings[tuple(map(id, values))] = binding
             return binding
 
@@ -155,9 +194,8 @@ def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, 
     return itemgetter(*positions)
 
 
-def _stamp(watched: tuple[Any, ...]) -> tuple[int, ...]:
-    """What shows an update in place (version) or a swap of storage (address)."""
-    return (*map(_VERSION, watched), *map(Tensor.data_ptr, watched))
+def _versions(parameters: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(map(_VERSION, parameters))
 
 
 def _watchable(parameter: Parameter) -> bool:

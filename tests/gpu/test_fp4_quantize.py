@@ -11,7 +11,7 @@ from torch import Tensor
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import ops
-from quant_compile.lowering.kernels import triton_fp4_input as kernel
+from quant_compile.lowering.kernels.fp4 import triton_fp4_input as kernel
 from tests.lowering.test_triton_fp4_input import FLIPPED, WEIGHTINGS, assert_equal, bits, exact_rows, flipped, weight_of
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,7 @@ from torch import Tensor
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.scheme import PRESETS, parse
-from quant_compile.lowering.kernels import triton_fp4a16 as a16
+from quant_compile.lowering.kernels.fp4 import triton_fp4a16 as a16
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.schemes import fp4
 from quant_compile.lowering.target import Target

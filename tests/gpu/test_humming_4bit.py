@@ -11,7 +11,7 @@ import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels import _humming
-from quant_compile.lowering.kernels import humming_4bit as humming
+from quant_compile.lowering.kernels.w4a8 import humming_4bit as humming
 from quant_compile.lowering.registry import Kernel, Problem
 from quant_compile.lowering.target import Target, probe_library
 

@@ -13,8 +13,8 @@ from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering import schemes as _schemes  # noqa: F401  (registers the families)
-from quant_compile.lowering.kernels import library_moe, sgl_w4a8_moe, torch_moe_decoded
-from quant_compile.lowering.kernels._moe import Groups, group_pairs, weigh_and_sum
+from quant_compile.lowering.kernels.experts import library_moe, sgl_w4a8_moe, torch_moe_decoded
+from quant_compile.lowering.kernels.experts._moe import Groups, group_pairs, weigh_and_sum
 from quant_compile.lowering.moe import MoeKernel, moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Rank, Reject
 from quant_compile.lowering.target import Target

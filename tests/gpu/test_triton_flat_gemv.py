@@ -8,8 +8,8 @@ import torch
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import humming_4bit
-from quant_compile.lowering.kernels import triton_flat_gemv as gemv
+from quant_compile.lowering.kernels.w4a8 import humming_4bit
+from quant_compile.lowering.kernels.w4a8 import triton_flat_gemv as gemv
 from quant_compile.lowering.registry import Problem
 
 pytestmark = pytest.mark.gpu

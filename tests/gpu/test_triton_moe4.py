@@ -6,21 +6,37 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import triton_moe4 as kernel
+from quant_compile.lowering.kernels.experts import _frame
+from quant_compile.lowering.kernels.experts import triton_moe4 as kernel
 from quant_compile.lowering.schemes import fp4
 from quant_compile.lowering.target import Target
-from tests.gpu.test_triton_moe import TOLERANCE, hidden_truth, limit, make, scatter, second_truth
+from tests.gpu.moe_checks import (
+    CHOICES,
+    TOLERANCE,
+    aligned,
+    check_blocks_of_every_size,
+    check_equal_bits,
+    check_every_step,
+    check_one_wrong_expert,
+    check_replays,
+    check_unusual_choices,
+    check_whole,
+    hidden_truth,
+    make,
+    scatter,
+    second_truth,
+    supported,
+)
 from tests.lowering.test_triton_moe import Case, relative
 from tests.lowering.test_triton_moe4 import PRESETS, QSERVE, SCHEMES, plain
 
 pytestmark = pytest.mark.gpu
 
-# TOLERANCE and ``limit`` are those of test_triton_moe and for its reasons: bf16 rounding alone is 1.7e-3, the rest is room for
+# TOLERANCE and ``limit`` are those of ``moe_checks`` and for its reasons: bf16 rounding alone is 1.7e-3, the rest is room for
 # the order of f32 sums and, of e4m3, sm90's short sums within a group. Weights of FP4 are exact in bf16; int4 is exact.
 TOKENS = (1, 5, 16, 64, 300, 2048)
 # (experts, top k, hidden, intermediate): few large experts, many small ones, and sizes that no tile or group divides
@@ -28,20 +44,12 @@ SIZES = ((8, 2, 512, 1024), (128, 8, 512, 256), (7, 3, 224, 160), (5, 1, 1056, 2
 FORMATS = (*PRESETS, *QSERVE)
 
 
-def supported(case: Case) -> None:
-    answer = kernel.fit(case.problem, 1, Target.of("cuda"))
-    if isinstance(answer, Reject):
-        pytest.skip(answer.reason)
-
-
-def check_grouped(case: Case, plan: kernel.Plan) -> None:
+def check_grouped(case: Case, plan: _frame.Plan) -> None:
     """First product, quantization and second product, each on the very input that the kernel before it gave."""
     p = case.problem
     parts = kernel.parts_of(p.scheme, plan.first)
-    flat = case.ids.flatten()
-    legal = int(((flat >= 0) & (flat < p.experts)).sum())
-    pairs = kernel.align(case.ids, p.experts, plan.first.block_m)
-    order = pairs.order[:legal].long()
+    pairs, order = aligned(case, plan)
+    legal = order.numel()
     hidden = kernel.product(case.x, pairs, case.w13, case.b13, p, plan.first)
     truth = hidden_truth(case)[order]
     planes: Planes = (hidden,)
@@ -54,124 +62,54 @@ def check_grouped(case: Case, plan: kernel.Plan) -> None:
         assert torch.equal(plain(planes[0][:legal].float(), parts), expected[0].float())
         assert torch.equal(planes[1] if p.scheme.static else planes[1][:legal], expected[1])
     in_order = (plain(planes[0].float(), parts).to(planes[0].dtype), *planes[1:])
-    by_pair = tuple(scatter(plane, order, flat.numel()) for plane in in_order)
+    by_pair = tuple(scatter(plane, order, case.ids.numel()) for plane in in_order)
     if len(case.x) == 3:  # of QServe's channels the truth also takes the sums of rows, which kernels make themselves
         by_pair = (*by_pair, by_pair[0].float().sum(-1, keepdim=True))
-    y = kernel.add(kernel.second(planes, pairs, case.w2, case.b2, p, plan.second), case.ids, case.weights, p)
+    y = _frame.add(kernel.second(planes, pairs, case.w2, case.b2, p, plan.second), case.ids, case.weights, p)
     assert relative(y, second_truth(case, by_pair)) <= TOLERANCE
     assert torch.equal(y, kernel.launch(*case.arguments, chosen=plan))
-
-
-def check_decode(case: Case, plan: kernel.DecodePlan) -> None:
-    """Hidden rows alone, then the second kernel on those very rows."""
-    p = case.problem
-    flat = case.ids.flatten()
-    legal = (flat >= 0) & (flat < p.experts)
-    hidden = kernel.gated_rows(case.x, case.ids, case.w13, case.b13, p, plan.first)
-    rows = torch.where(legal[:, None], hidden[0], 0)
-    assert relative(rows, hidden_truth(case)) <= TOLERANCE
-    if len(hidden) > 1:
-        amax = rows.float().abs().unflatten(1, (-1, plan.first.block_n)).amax(-1)
-        assert torch.equal(torch.where(legal[:, None], hidden[1], 0), amax)
-    y = kernel.down_rows(hidden, case.ids, case.weights, case.w2, case.b2, case.scale2, p, plan.second)
-    planes: Planes = (rows,)
-    if p.scheme.input_activations is not None:
-        planes = family_of(p.scheme).quantize_input(rows, p.scheme, case.scale2)
-    assert relative(y, second_truth(case, planes)) <= TOLERANCE
-    assert torch.equal(y, kernel.launch_decode(*case.arguments, chosen=plan))
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("spec", SCHEMES)
 def test_every_step_matches_the_truth(spec: str, sizes: tuple[int, int, int, int]) -> None:
-    target = Target.of("cuda")
-    for tokens in TOKENS:
-        case = make(spec, tokens, sizes)
-        supported(case)
-        check_grouped(case, kernel.plan(case.problem, tokens, target))
-        if tokens * case.problem.top_k <= kernel.DECODE_PAIRS:
-            check_decode(case, kernel.decode_plan(case.problem, target))
+    check_every_step(kernel, spec, TOKENS, sizes, check_grouped)
 
 
 @pytest.mark.parametrize("spec", FORMATS)
 def test_blocks_of_every_size(spec: str) -> None:
-    """The block sizes, load paths and orders of columns that the choice might take for other numbers of tokens or GPUs."""
+    """The orders of columns that other GPUs take, too."""
     target = Target.of("cuda")
     case = make(spec, 77, (8, 2, 512, 384))
-    supported(case)
-    for tokens in (1, 100, 200, 400, 8192):
-        plan = kernel.plan(case.problem, tokens, target)
-        check_grouped(case, plan)
-        if target.arch >= 90:
-            check_grouped(case, kernel.Plan(replace(plan.first, tma=True), replace(plan.second, tma=True)))
+    check_blocks_of_every_size(kernel, case, check_grouped)
     if case.problem.scheme.input_activations is None and target.arch < 100:
         joined = replace(kernel.plan(case.problem, 77, target).second, block_n=64, block_k=128, joined=True)
-        check_grouped(case, kernel.Plan(joined, joined))
+        check_grouped(case, _frame.Plan(joined, joined))
 
 
 @pytest.mark.parametrize("spec", SCHEMES)
 def test_whole_block(spec: str) -> None:
-    """Against the truth from tokens to result: flipped codes of the hidden layer are part of it and stay below the limit."""
     for tokens in (1, 4, 64, 700):
         for dtype in (torch.bfloat16, torch.float16):
-            case = make(
-                spec, tokens, (16, 4, 1024, 768), dtype=dtype, activation="gelu_tanh" if tokens == 4 else "silu"
-            )
-            supported(case)
-            expected = case.expected()
-            assert relative(kernel.run(*case.arguments), expected) <= limit(case)
-            if tokens * 4 <= kernel.DECODE_PAIRS:
-                assert relative(kernel.run_decode(*case.arguments), expected) <= limit(case)
+            activation = "gelu_tanh" if tokens == 4 else "silu"
+            check_whole(kernel, make(spec, tokens, (16, 4, 1024, 768), dtype=dtype, activation=activation))
 
 
 @pytest.mark.parametrize("spec", FORMATS)
-@pytest.mark.parametrize("ids", ("out of range", "one expert", "none legal", "int32"))
+@pytest.mark.parametrize("ids", CHOICES)
 def test_unusual_choices(spec: str, ids: str) -> None:
-    for tokens in (3, 200):
-        case = make(spec, tokens, (6, 2, 256, 256))
-        supported(case)
-        if ids == "out of range":
-            case.ids[::2, 0], case.ids[1, 1] = 6, -(2**40)
-            case.ids[0, 1] = 2**40
-        elif ids == "one expert":
-            case.ids[:] = 4
-        elif ids == "none legal":
-            case.ids[:] = 6
-        else:
-            case.ids = case.ids.int()
-        for run in (kernel.run, kernel.run_decode):
-            if run is kernel.run or tokens == 3:
-                actual = run(*case.arguments)
-                assert relative(actual, case.expected()) <= limit(case)
-                assert ids != "none legal" or actual.eq(0).all()
+    check_unusual_choices(kernel, spec, ids)
 
 
 @pytest.mark.parametrize("spec", SCHEMES)
 def test_graph_replays_follow_new_choices(spec: str) -> None:
-    """Captured once, replayed with other ids and other crowding: no shape and no host value depends on them."""
-    for tokens, run in ((1, kernel.run_decode), (4, kernel.run_decode), (4, kernel.run), (500, kernel.run)):
-        case = make(spec, tokens, (32, 4, 256, 384))
-        supported(case)
-        run(*case.arguments)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = run(*case.arguments)
-        for shift in (0, 5, 11):
-            case.ids.copy_((case.ids + shift) % 32 if shift < 11 else torch.full_like(case.ids, 3))
-            graph.replay()
-            replayed = y.clone()
-            assert torch.equal(replayed, run(*case.arguments))
-            assert relative(replayed, case.expected()) <= limit(case)
+    check_replays(kernel, spec)
 
 
 @pytest.mark.parametrize("spec", FORMATS)
 def test_equal_inputs_give_equal_bits(spec: str) -> None:
     for tokens, run in ((2, kernel.run_decode), (300, kernel.run)):
-        case = make(spec, tokens, (16, 4, 512, 512))
-        supported(case)
-        first = run(*case.arguments)
-        assert all(torch.equal(first, run(*case.arguments)) for _ in range(5))
+        check_equal_bits(kernel, run, spec, tokens)
 
 
 def all_codes(spec: str, columns: int) -> Planes:
@@ -198,7 +136,7 @@ def test_every_code_under_every_scale(spec: str, joined: bool) -> None:
     ids = torch.zeros(size, 1, dtype=torch.int64, device="cuda")
     plan = kernel.plan(problem, size, Target.of("cuda"))
     tiles = replace(plan.second, joined=joined, block_k=128 if joined else plan.second.block_k)
-    pairs = kernel.align(ids, 1, tiles.block_m)
+    pairs = _frame.align(ids, 1, tiles.block_m)
     eye = torch.eye(size, device="cuda", dtype=torch.bfloat16)
     got = kernel.second(
         (kernel.split(eye, kernel.parts_of(problem.scheme, tiles)),), pairs, planes, None, problem, tiles
@@ -223,7 +161,7 @@ def test_every_code_of_int4() -> None:
         planes = (data, torch.ones(1, 256, 1, device="cuda", dtype=torch.bfloat16))
         ids = torch.zeros(128, 1, dtype=torch.int64, device="cuda")
         plan = kernel.plan(problem, 128, Target.of("cuda"))
-        pairs = kernel.align(ids, 1, plan.second.block_m)
+        pairs = _frame.align(ids, 1, plan.second.block_m)
         eye = kernel.split(torch.eye(128, device="cuda").to(dtype), 2)
         got = kernel.second((eye, torch.ones(128, 1, device="cuda")), pairs, planes, None, problem, plan.second)
         wanted = torch.stack((data[0, :, 0] & 15, data[0, :, 0] >> 4), 1).float().repeat(1, 64).t() - 8
@@ -235,7 +173,7 @@ def test_not_a_number_survives(spec: str) -> None:
     """NaN of a token spoils this token, that of a weight's scale its output, in both forms; nothing else."""
     for run in (kernel.run, kernel.run_decode):
         case = make(spec, 3, (4, 1, 256, 256))
-        supported(case)
+        supported(kernel, case)
         case.ids[:, 0] = torch.tensor([0, 1, 2], device="cuda")
         if case.w2[1].dtype.itemsize == 1:
             case.w2[1].view(torch.uint8)[1, 5, 0] = 0xFF
@@ -252,12 +190,5 @@ def test_not_a_number_survives(spec: str) -> None:
     ("spec", "factor"), [("NVFP4A16", 1.05), ("W4A8", 1.05), ("W4AFP8", 1.2), *((spec, 1.05) for spec in QSERVE)]
 )
 def test_the_tolerance_notices_one_wrong_expert(spec: str, factor: float) -> None:
-    """Negative control: one expert's second weight scaled is seen. (5 % under FP8 inputs are seen step by step.)"""
-    case = make(spec, 64, (4, 2, 256, 256))
-    supported(case)
-    expected, bound = case.expected(), limit(case)
-    last: Tensor = case.w2[2] if spec == "NVFP4A16" else case.w2[1]
-    last[2] *= factor
-    actual = kernel.run(*case.arguments)
-    assert relative(actual, expected) > bound
-    assert relative(actual, case.expected()) <= limit(case)
+    """Negative control. (5 % under FP8 inputs are seen step by step.)"""
+    check_one_wrong_expert(kernel, spec, 2 if spec == "NVFP4A16" else 1, factor)

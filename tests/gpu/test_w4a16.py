@@ -8,8 +8,8 @@ import torch
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, Reject
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import humming_w4a16, torch_int4
-from quant_compile.lowering.kernels import triton_w4a16 as w4
+from quant_compile.lowering.kernels.weight_only import humming_w4a16, torch_int4
+from quant_compile.lowering.kernels.weight_only import triton_w4a16 as w4
 from quant_compile.lowering.registry import ROWS, Kernel, Layout, Problem
 from quant_compile.lowering.schemes import weight_only
 from quant_compile.lowering.target import Target, probe_library

@@ -9,8 +9,8 @@ from torch import Tensor
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import sgl_int8_decoded, sgl_qserve
-from quant_compile.lowering.kernels import triton_w4a8 as w4a8
+from quant_compile.lowering.kernels.w4a8 import sgl_int8_decoded, sgl_qserve
+from quant_compile.lowering.kernels.w4a8 import triton_w4a8 as w4a8
 from quant_compile.lowering.registry import ROWS, Kernel, Layout, Problem
 from quant_compile.lowering.target import Target
 

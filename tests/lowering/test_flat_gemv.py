@@ -8,8 +8,8 @@ import torch
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Reject, family_of
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import humming_4bit
-from quant_compile.lowering.kernels import triton_flat_gemv as gemv
+from quant_compile.lowering.kernels.w4a8 import humming_4bit
+from quant_compile.lowering.kernels.w4a8 import triton_flat_gemv as gemv
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import choose
 from quant_compile.lowering.target import FAKE_OPS, Target
@@ -45,7 +45,7 @@ def test_numbers(spec: str) -> None:
 @pytest.mark.parametrize("arch", [80, 89, 90])
 def test_cubins(arch: int) -> None:
     """dp4a, and 16 bytes of weights in a load."""
-    from quant_compile.lowering.kernels import _triton_flat_gemv as source
+    from quant_compile.lowering.kernels.w4a8 import _triton_flat_gemv as source
 
     types = {
         "x_ptr": "*i64",

@@ -17,8 +17,8 @@ import quant_compile  # noqa: F401  (registers the schemes)
 from quant_compile.ir.errors import NoKernelError
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import fp4_native, triton_fp4
-from quant_compile.lowering.kernels._fp4 import padded, unswizzle
+from quant_compile.lowering.kernels.fp4 import fp4_native, triton_fp4
+from quant_compile.lowering.kernels.fp4._fp4 import padded, unswizzle
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import choose
 from quant_compile.lowering.target import FAKE_OPS, Target
@@ -229,7 +229,7 @@ def test_dense_numbers_with_the_block_scaled_product_emulated(spec: str) -> None
 @pytest.mark.parametrize("arch", [100, 120])
 @pytest.mark.parametrize("even", [True, False])
 def test_cubins_use_the_block_scaled_instruction(spec: str, arch: int, even: bool) -> None:
-    from quant_compile.lowering.kernels import _triton_fp4 as source
+    from quant_compile.lowering.kernels.fp4 import _triton_fp4 as source
 
     tiles = triton_fp4.tiles(4096, Target.fake(f"sm{arch}"))
     scale = "*fp8e4nv" if spec == "NVFP4" else "*u8"

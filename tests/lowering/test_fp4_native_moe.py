@@ -16,9 +16,9 @@ from quant_compile.ir.errors import NoKernelError
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import fp4_native_moe
-from quant_compile.lowering.kernels._fp4 import unswizzle
-from quant_compile.lowering.kernels._moe import Groups, group_pairs
+from quant_compile.lowering.kernels.experts import fp4_native_moe
+from quant_compile.lowering.kernels.experts._moe import Groups, group_pairs
+from quant_compile.lowering.kernels.fp4._fp4 import unswizzle
 from quant_compile.lowering.moe import choose_moe, moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.schemes.fp4 import decode_e2m1, decode_e8m0, pack_codes, round_e2m1

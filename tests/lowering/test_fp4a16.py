@@ -10,7 +10,7 @@ import torch
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import triton_fp4a16 as a16
+from quant_compile.lowering.kernels.fp4 import triton_fp4a16 as a16
 from quant_compile.lowering.registry import Problem, Rank
 from quant_compile.lowering.schemes import fp4
 from quant_compile.lowering.target import FAKE_OPS, Target
@@ -198,7 +198,7 @@ def types_of(kernel, e8m0: bool, **pointers: str) -> dict[str, str]:
 def test_cubins(arch: int, e8m0: bool) -> None:
     import triton.language as tl
 
-    from quant_compile.lowering.kernels import _triton_fp4a16 as kernels
+    from quant_compile.lowering.kernels.fp4 import _triton_fp4a16 as kernels
 
     none = {"bias_ptr": None} | ({"global_ptr": None} if e8m0 else {})
     shared = {"E8M0": e8m0, "EVEN": True, "OUT": tl.bfloat16}

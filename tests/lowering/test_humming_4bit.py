@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import humming_4bit as humming
 from quant_compile.lowering.kernels._humming import order_of
-from quant_compile.lowering.kernels.triton_w4a16 import pack_tiles
+from quant_compile.lowering.kernels.w4a8 import humming_4bit as humming
+from quant_compile.lowering.kernels.weight_only.triton_w4a16 import pack_tiles
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.schemes.fp4 import unpack_codes
 from quant_compile.lowering.schemes.weight_only import unpack_nibbles

@@ -13,7 +13,8 @@ from quant_compile.ir import numerics
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.scheme import PRESETS, Scheme, parse
 from quant_compile.lowering import schemes as _schemes  # noqa: F401  (registers the families)
-from quant_compile.lowering.kernels import deep_gemm, sgl_fp8, sgl_int8, torch_cpu, torch_cuda
+from quant_compile.lowering.kernels.cpu import torch_cpu
+from quant_compile.lowering.kernels.scaled import deep_gemm, sgl_fp8, sgl_int8, torch_cuda
 from quant_compile.lowering.registry import Kernel, Problem, Rank, Reject, kernels, layouts
 from quant_compile.lowering.target import Target
 

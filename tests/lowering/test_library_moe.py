@@ -14,9 +14,11 @@ from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import schemes as _schemes  # noqa: F401  (registers the families)
-from quant_compile.lowering.kernels import library_moe, torch_moe_decoded, triton_fp4a16, triton_w4a8
-from quant_compile.lowering.kernels._moe import group_pairs, weigh_and_sum
-from quant_compile.lowering.kernels.triton_w4a16 import unpack_tiles
+from quant_compile.lowering.kernels.experts import library_moe, torch_moe_decoded
+from quant_compile.lowering.kernels.experts._moe import group_pairs, weigh_and_sum
+from quant_compile.lowering.kernels.fp4 import triton_fp4a16
+from quant_compile.lowering.kernels.w4a8 import triton_w4a8
+from quant_compile.lowering.kernels.weight_only.triton_w4a16 import unpack_tiles
 from quant_compile.lowering.moe import moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Problem, Rank, Reject
 from quant_compile.lowering.target import Target
@@ -390,7 +392,7 @@ def test_pieces_in_the_interpreter(function: str) -> None:
 @pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_activation_compiles(arch: int, kind: str) -> None:
-    from quant_compile.lowering.kernels._triton_moe_rows import activate_kernel
+    from quant_compile.lowering.kernels.experts._triton_moe_rows import activate_kernel
 
     types = {
         "hidden_ptr": "*bf16", "bias_ptr": "*bf16", "expert_ptr": "*i16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32",
@@ -405,7 +407,7 @@ def test_activation_compiles(arch: int, kind: str) -> None:
 
 @needs_triton
 def test_sum_compiles() -> None:
-    from quant_compile.lowering.kernels._triton_moe_rows import weigh_kernel
+    from quant_compile.lowering.kernels.experts._triton_moe_rows import weigh_kernel
 
     types = {
         "rows_ptr": "*bf16", "place_ptr": "*i32", "weight_ptr": "*fp32", "end_ptr": "*i32", "bias_ptr": "*bf16",

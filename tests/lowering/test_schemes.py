@@ -11,7 +11,7 @@ from torch import Tensor
 import quant_compile  # noqa: F401  (registers the schemes)
 from quant_compile.ir import numerics
 from quant_compile.ir.errors import SchemeError
-from quant_compile.ir.family import FAMILIES, Family, Planes, family_of
+from quant_compile.ir.family import FAMILIES, Family, Planes, bits_per_weight, family_of
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
 from quant_compile.lowering.schemes.weight_only import pack_nibbles, unpack_nibbles
 from quant_compile.policy import Policy
@@ -152,7 +152,7 @@ def test_bits_per_weight_is_what_planes_take() -> None:
     for name, scheme in ALL.items():
         specs = family_of(scheme).weight_planes(scheme, 1024, 4096, torch.bfloat16)
         bits = 8 * sum(spec.nbytes for spec in specs) / (1024 * 4096)
-        assert bits == pytest.approx(scheme.bits_per_weight, abs=0.02), name
+        assert bits == pytest.approx(bits_per_weight(scheme), abs=0.02), name
 
 
 @pytest.mark.parametrize("name", [n for n, s in ALL.items() if s.weights.num_bits == 8])

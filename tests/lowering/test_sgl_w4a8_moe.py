@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quant_compile.ir.family import Planes
 from quant_compile.ir.moe import Activation, MoeProblem
-from quant_compile.lowering.kernels import library_moe, sgl_w4a8_moe
+from quant_compile.lowering.kernels.experts import library_moe, sgl_w4a8_moe
 from quant_compile.lowering.moe import moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Rank, Reject
 from quant_compile.lowering.schemes.weight_only import unpack_nibbles

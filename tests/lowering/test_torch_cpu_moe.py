@@ -12,8 +12,8 @@ from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import schemes as _schemes  # noqa: F401  (registers the families)
-from quant_compile.lowering.kernels import torch_cpu
-from quant_compile.lowering.kernels._moe import chosen_experts, group_pairs, weigh_and_sum
+from quant_compile.lowering.kernels.cpu import torch_cpu
+from quant_compile.lowering.kernels.experts._moe import chosen_experts, group_pairs, weigh_and_sum
 from quant_compile.lowering.moe import MoeKernel, choose_moe, moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Rank, Reject
 from quant_compile.lowering.target import Target
@@ -173,7 +173,7 @@ def test_integer_sums_are_exact(linear: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def moe_module() -> object:
-    from quant_compile.lowering.kernels import torch_cpu_moe
+    from quant_compile.lowering.kernels.experts import torch_cpu_moe
 
     return torch_cpu_moe
 

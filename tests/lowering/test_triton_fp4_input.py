@@ -13,7 +13,7 @@ import quant_compile  # noqa: F401  (registers the schemes)
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import ops
-from quant_compile.lowering.kernels import triton_fp4_input as kernel
+from quant_compile.lowering.kernels.fp4 import triton_fp4_input as kernel
 from quant_compile.lowering.registry import Norm, input_kernel
 from quant_compile.lowering.target import FAKE_OPS, Target
 from tests.lowering.test_triton_moe import mend_float8
@@ -253,7 +253,7 @@ def test_refusals(spec: str, dtype: torch.dtype, target: Target, reason: str) ->
 @pytest.mark.parametrize("spec", ["NVFP4_STATIC", "MXFP4"])
 @pytest.mark.parametrize("arch", [90, 100, 120])
 def test_norm_compiles_without_a_stack(spec: str, arch: int, k: int, tmp_path: Path) -> None:
-    from quant_compile.lowering.kernels import _triton_fp4_input as source
+    from quant_compile.lowering.kernels.fp4 import _triton_fp4_input as source
 
     nv = spec == "NVFP4_STATIC"
     group = 16 if nv else 32
@@ -275,7 +275,7 @@ def test_norm_compiles_without_a_stack(spec: str, arch: int, k: int, tmp_path: P
 @pytest.mark.parametrize("k", [200, 4096])
 @pytest.mark.parametrize("arch", [90, 100, 120])
 def test_rows_compile_without_a_stack(arch: int, k: int, tmp_path: Path) -> None:
-    from quant_compile.lowering.kernels import _triton_fp4_input as source
+    from quant_compile.lowering.kernels.fp4 import _triton_fp4_input as source
 
     block, warps = kernel.block_and_warps(k, 16, kernel.ROWS_BLOCK)
     types = dict.fromkeys(("x_ptr", "maxima_ptr"), "*bf16") | {

@@ -14,8 +14,9 @@ from torch import Tensor
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import triton_fp4_moe as kernel
-from quant_compile.lowering.kernels import triton_moe
+from quant_compile.lowering.kernels import _launch
+from quant_compile.lowering.kernels.experts import _frame
+from quant_compile.lowering.kernels.experts import triton_fp4_moe as kernel
 from quant_compile.lowering.moe import choose_moe
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.schemes.fp4 import decode_e2m1, decode_e8m0
@@ -81,7 +82,7 @@ def check(spec: str, tokens: int, hidden: int, inner: int, options: dict[str, An
     if tokens > 2:
         case.ids[0, 0], case.ids[-1, -1] = -1, 9
     p = case.problem
-    pairs = triton_moe.align(case.ids, p.experts, SMALL.block_m)
+    pairs = _frame.align(case.ids, p.experts, SMALL.block_m)
     legal = pairs.order[: int(pairs.blocks[2].sum())].tolist()
     truth, experts = plain_first(case, legal)
     found = kernel.first(case.x, pairs, case.w13, case.b13, p, SMALL)
@@ -140,7 +141,7 @@ def check_quantizer() -> None:
         if spec != "NVFP4_STATIC":
             rows[35, 50], rows[36, 3] = float("nan"), float("inf")
         scale2 = torch.tensor([0.02]) if spec == "NVFP4_STATIC" else None
-        pairs = triton_moe.align(ids, 2, 16)
+        pairs = _frame.align(ids, 2, 16)
         amax = torch.stack([rows[:30].abs().max(), rows[30:].abs().max()]).view(torch.int32)
         hidden = (rows, amax) if spec == "NVFP4" else (rows,)
         found = kernel.quantize(hidden, pairs, scale2, p, SMALL)
@@ -175,7 +176,7 @@ def test_quantizer_is_that_of_the_family() -> None:
 
 
 def compile_grouped(spec: str, arch: int, gated: bool, tokens: int, even: bool) -> Any:
-    from quant_compile.lowering.kernels import _triton_fp4_moe as source
+    from quant_compile.lowering.kernels.experts import _triton_fp4_moe as source
 
     problem = MoeProblem(parse(spec), 128, 2048, 768, 8, Activation("silu"), torch.bfloat16)
     chosen = kernel.tiles(problem, tokens, Target.fake(f"sm{arch}"))
@@ -195,8 +196,8 @@ def compile_grouped(spec: str, arch: int, gated: bool, tokens: int, even: bool) 
     constants = {name: None for name in constants if name not in pointers}
     constants |= {
         "GATED": gated, "GROUP": kernel.group_of(problem), "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n,
-        "BLOCK_K": chosen.block_k, "BAND": chosen.band, "EVEN_K": even, "OUT": kernel._type(torch.bfloat16),
-        **kernel._activation(problem.activation),
+        "BLOCK_K": chosen.block_k, "BAND": chosen.band, "EVEN_K": even, "OUT": _launch.triton_type(torch.bfloat16),
+        **_frame.activation_constants(problem.activation),
     }  # fmt: skip
     return compile_cubin(
         source.fp4_grouped_kernel, arch, types | pointers, constants, num_warps=chosen.warps,
@@ -218,7 +219,7 @@ def test_cubins_use_the_block_scaled_instruction(spec: str, arch: int, tokens: i
 @needs_triton
 @pytest.mark.parametrize("spec", SPECS)
 def test_quantizer_compiles(spec: str) -> None:
-    from quant_compile.lowering.kernels import _triton_fp4_moe as source
+    from quant_compile.lowering.kernels.experts import _triton_fp4_moe as source
 
     nv, constants = spec != "MXFP4", dict[str, Any]()
     types = {"h_ptr": "*bf16", "q_ptr": "*u8", "s_ptr": "*fp8e4nv" if nv else "*u8", "blocks_ptr": "*i32"}

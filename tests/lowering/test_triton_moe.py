@@ -14,8 +14,8 @@ import quant_compile.lowering.schemes  # noqa: F401
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import triton_moe as kernel
-from quant_compile.lowering.kernels import triton_moe4
+from quant_compile.lowering.kernels.experts import _frame, triton_moe4
+from quant_compile.lowering.kernels.experts import triton_moe as kernel
 from quant_compile.lowering.moe import STACKED, choose_moe
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import FAKE_OPS, Target
@@ -114,7 +114,7 @@ def check_align(tokens: int, top_k: int, experts: int, block_m: int) -> None:
     """Order, blocks and unused blocks against a plain loop; illegal ids of either sign are left out."""
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-2, experts + 3, (tokens, top_k), generator=generator)
-    pairs = kernel.align(ids, experts, block_m)
+    pairs = _frame.align(ids, experts, block_m)
     flat = ids.flatten().tolist()
     order: list[int] = []
     blocks: list[list[int]] = []
@@ -138,12 +138,12 @@ def check_aligns() -> None:
 # --- the grouped form ---
 
 
-def check_steps(case: Case, plan: kernel.Plan) -> None:
+def check_steps(case: Case, plan: _frame.Plan) -> None:
     """Each step alone, fed with the truth of the step before, then the whole."""
     p = case.problem
     family = family_of(p.scheme)
     quantized = p.scheme.input_activations is not None
-    pairs = kernel.align(case.ids, p.experts, plan.first.block_m)
+    pairs = _frame.align(case.ids, p.experts, plan.first.block_m)
     hidden = kernel.first(case.x, pairs, case.w13, case.b13, case.scale2, p, plan.first)
     legal = [pair for pair, e in enumerate(case.ids.flatten().tolist()) if 0 <= e < p.experts]
     order = pairs.order[: len(legal)].long()
@@ -208,7 +208,7 @@ def check_other_tiles() -> None:
     for spec in ("FP8_BLOCK", "W4A16"):
         case = Case(spec, 5, 3, 2, 256, 144)
         plan = kernel.plan(case.problem, 5, SM90)
-        check_steps(case, kernel.Plan(replace(plan.first, block_n=64, tma=True), replace(plan.second, tma=True)))
+        check_steps(case, _frame.Plan(replace(plan.first, block_n=64, tma=True), replace(plan.second, tma=True)))
 
 
 def check_activations() -> None:
@@ -218,7 +218,7 @@ def check_activations() -> None:
         expected = case.expected()
         assert relative(kernel.run(*case.arguments), expected) <= TOLERANCE, text
         plan = kernel.decode_plan(case.problem, SM90)
-        wide = kernel.DecodePlan(replace(plan.first, block_n=16), replace(plan.second, block_n=16))
+        wide = _frame.DecodePlan(replace(plan.first, block_n=16), replace(plan.second, block_n=16))
         assert relative(kernel.launch_decode(*case.arguments, chosen=wide), expected) <= TOLERANCE, text
 
 
@@ -245,7 +245,7 @@ def check_decode(spec: str) -> None:
     cases[0].ids[0, 0], cases[1].ids[1] = -1, 3
     for case in cases:
         plan = kernel.decode_plan(case.problem, SM90)
-        wide = kernel.DecodePlan(replace(plan.first, block_n=16), replace(plan.second, block_n=16))
+        wide = _frame.DecodePlan(replace(plan.first, block_n=16), replace(plan.second, block_n=16))
         actual = kernel.launch_decode(*case.arguments, chosen=wide)
         expected = case.expected()
         assert expected.abs().max() > 0.1
@@ -300,10 +300,8 @@ TYPES = {
     torch.int64: "i64", torch.int16: "i16", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
 KERNEL_NAMES = {
-    "_triton_moe": (
-        "count_kernel", "align_kernel", "grouped_kernel", "quantize_kernel", "sum_kernel", "gated_rows_kernel",
-        "down_rows_kernel",
-    ),
+    "_triton_frame": ("count_kernel", "align_kernel", "sum_kernel"),
+    "_triton_moe": ("grouped_kernel", "quantize_kernel", "gated_rows_kernel", "down_rows_kernel"),
     "_triton_moe4": (
         "split_kernel", "quantize_split_kernel", "grouped4_kernel", "gated_rows4_kernel", "down_rows4_kernel",
     ),
@@ -318,8 +316,8 @@ def launches(
     with monkeypatch.context() as patch:
         for source, names in KERNEL_NAMES.items():
             for name in names:
-                function = getattr(import_module(f"quant_compile.lowering.kernels.{source}"), name)
-                patch.setattr(f"quant_compile.lowering.kernels.{source}.{name}", Recorder(function, found))
+                function = getattr(import_module(f"quant_compile.lowering.kernels.experts.{source}"), name)
+                patch.setattr(f"quant_compile.lowering.kernels.experts.{source}.{name}", Recorder(function, found))
         p, scheme = problem, problem.scheme
 
         def empty(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
@@ -334,10 +332,10 @@ def launches(
         if a is not None:
             columns = 1 if a.group_size is None else -(-p.hidden // a.group_size)
             scale = empty(tokens, columns, dtype=torch.float32) if a.dynamic else empty(1, dtype=torch.float32)
-            x = (empty(tokens, p.hidden, dtype=kernel.code_of(scheme)[1]), scale)
+            x = (empty(tokens, p.hidden, dtype=_frame.code_of(scheme)[1]), scale)
         scale2 = empty(1, dtype=torch.float32) if scheme.static else None
         ids = empty(tokens, p.top_k, dtype=torch.int64)
-        run: Any = module.launch_decode if isinstance(plan, kernel.DecodePlan) else module.launch
+        run: Any = module.launch_decode if isinstance(plan, _frame.DecodePlan) else module.launch
         b13, b2 = empty(p.experts, 2 * p.intermediate), empty(p.experts, p.hidden)
         y = run(x, ids, empty(tokens, p.top_k, dtype=torch.float32), w13, b13, w2, b2, scale2, p, plan)
         assert y.shape == (tokens, p.hidden) and y.dtype == p.dtype
@@ -408,7 +406,7 @@ def test_cubin_of_odd_sizes(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks instead of whole steps, on every operand; weights through descriptors where rows allow it."""
     problem = problem_of(spec, 7, 208, 144, 3)
     plan = kernel.plan(problem, 100, SM90)
-    tma = kernel.Plan(replace(plan.first, tma=True), replace(plan.second, tma=True))
+    tma = _frame.Plan(replace(plan.first, tma=True), replace(plan.second, tma=True))
     for chosen in (plan, tma, kernel.decode_plan(problem, SM90)):
         for function, arguments in launches(problem, 5, chosen, monkeypatch):
             assert build(function, arguments, 90).asm["cubin"]

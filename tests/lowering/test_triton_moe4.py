@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quant_compile.ir.family import Reject, family_of
 from quant_compile.ir.moe import MoeProblem
-from quant_compile.lowering.kernels import triton_moe
-from quant_compile.lowering.kernels import triton_moe4 as kernel
+from quant_compile.lowering.kernels.experts import _frame, triton_moe
+from quant_compile.lowering.kernels.experts import triton_moe4 as kernel
 from quant_compile.lowering.moe import choose_moe
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import FAKE_OPS, Target
@@ -56,11 +56,11 @@ def plain(y: Tensor, parts: int) -> Tensor:
     return y.unflatten(-1, (parts, -1)).transpose(-1, -2).flatten(-2)
 
 
-def check_steps(case: Case, plan: kernel.Plan) -> None:
+def check_steps(case: Case, plan: _frame.Plan) -> None:
     """First product and quantization against the truth of each pair; then the whole."""
     p = case.problem
     family, flat = family_of(p.scheme), case.ids.flatten().tolist()
-    pairs = kernel.align(case.ids, p.experts, plan.first.block_m)
+    pairs = _frame.align(case.ids, p.experts, plan.first.block_m)
     order = pairs.order.tolist()[: sum(0 <= expert < p.experts for expert in flat)]
     truth = torch.empty(len(order), p.intermediate, dtype=p.dtype)
     for i, pair in enumerate(order):
@@ -98,7 +98,7 @@ def check_other_tiles() -> None:
     for spec in ("NVFP4A16", "W4A8", "QSERVE_W4A8_GROUP"):
         case = Case(spec, 5, 3, 2, 256, 160)
         plan = kernel.plan(case.problem, 5, SM90)
-        check_steps(case, kernel.Plan(replace(plan.first, tma=True), replace(plan.second, tma=True)))
+        check_steps(case, _frame.Plan(replace(plan.first, tma=True), replace(plan.second, tma=True)))
     case = Case("MXFP4A16", 5, 3, 2, 256, 160)
     plan = kernel.plan(case.problem, 5, Target.fake("sm100"))
     assert plan.first.joined and plan.second.joined
@@ -136,7 +136,7 @@ def check_not_a_number() -> None:
 def run_decode(case: Case) -> Tensor:
     """In few wide programs, which the interpreter runs one after the other."""
     plan = kernel.decode_plan(case.problem, SM90)
-    wide = kernel.DecodePlan(replace(plan.first, block_n=16), replace(plan.second, block_n=16))
+    wide = _frame.DecodePlan(replace(plan.first, block_n=16), replace(plan.second, block_n=16))
     return kernel.launch_decode(*case.arguments, chosen=wide)
 
 
@@ -216,7 +216,7 @@ def test_cubin_of_odd_sizes(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks instead of whole steps, on every operand; weights through descriptors where rows allow it; f16."""
     problem = replace(problem_of(spec, 7, 224, 160, 3), dtype=torch.float16)
     plan = kernel.plan(problem, 100, SM90)
-    tma = kernel.Plan(replace(plan.first, tma=True), replace(plan.second, tma=True))
+    tma = _frame.Plan(replace(plan.first, tma=True), replace(plan.second, tma=True))
     for chosen in (plan, tma, kernel.decode_plan(problem, SM90)):
         for function, arguments in launches(problem, 5, chosen, monkeypatch, kernel):
             assert build(function, arguments, 90).asm["cubin"]

@@ -11,7 +11,7 @@ import torch
 import quant_compile.lowering.schemes  # noqa: F401
 from quant_compile.ir.family import Reject, family_of
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import triton_scaled_mm as kernel
+from quant_compile.lowering.kernels.scaled import triton_scaled_mm as kernel
 from quant_compile.lowering.registry import Problem, Rank
 from quant_compile.lowering.target import FAKE_OPS, Target
 from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
@@ -133,7 +133,7 @@ def test_interpreted_check_can_fail() -> None:
 
 def compile_plan(plan: kernel.Config, problem: Problem, arch: int, even: bool = True) -> Any:
     """The cubin that a launch of ``plan`` would build on ``arch``."""
-    from quant_compile.lowering.kernels import _triton_scaled_mm as source
+    from quant_compile.lowering.kernels.scaled import _triton_scaled_mm as source
 
     integer = problem.scheme.weights.type == "int"
     names = {"e4m3": "*fp8e4nv", "e5m2": "*fp8e5"}
@@ -169,7 +169,7 @@ def compile_plan(plan: kernel.Config, problem: Problem, arch: int, even: bool = 
 
 
 def _compile_tile(plan: kernel.Config, arch: int, x: str, w: str, common: dict[str, Any], even: bool) -> Any:
-    from quant_compile.lowering.kernels import _triton_scaled_mm as source
+    from quant_compile.lowering.kernels.scaled import _triton_scaled_mm as source
 
     tall = plan.kind == "tall"
     (a, block_a), (b, block_b) = ((x, plan.block_m), (w, plan.block_n))
@@ -252,7 +252,7 @@ def test_early_start_reads_nothing_before_its_inputs_are_ready(spec: str) -> Non
 
 @needs_triton
 def test_reduce_cubin() -> None:
-    from quant_compile.lowering.kernels import _triton_scaled_mm as source
+    from quant_compile.lowering.kernels.scaled import _triton_scaled_mm as source
 
     types = {"parts_ptr": "*fp32", "sx_ptr": "*fp32", "sw_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
     types |= {name: "i32" for name in ("m", "n", "sx_row", "sw_row")}

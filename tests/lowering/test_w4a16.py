@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Reject
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import humming_w4a16, torch_int4
-from quant_compile.lowering.kernels import triton_w4a16 as w4
+from quant_compile.lowering.kernels.weight_only import humming_w4a16, torch_int4
+from quant_compile.lowering.kernels.weight_only import triton_w4a16 as w4
 from quant_compile.lowering.registry import Problem, Rank
 from quant_compile.lowering.schemes import weight_only
 from quant_compile.lowering.target import FAKE_OPS, Target
@@ -293,7 +293,7 @@ def types_of(kernel, pointers: dict[str, str]) -> dict[str, str]:
 def test_int4_cubins(arch: int, asymmetric: bool) -> None:
     import triton.language as tl
 
-    from quant_compile.lowering.kernels import _triton_w4a16 as kernels
+    from quant_compile.lowering.kernels.weight_only import _triton_w4a16 as kernels
 
     zero = {"z_ptr": "*u8"} if asymmetric else {}
     none = {"bias_ptr": None} | ({} if asymmetric else {"z_ptr": None})
@@ -327,7 +327,7 @@ def test_int4_cubins(arch: int, asymmetric: bool) -> None:
 def test_int8_cubins(arch: int) -> None:
     import triton.language as tl
 
-    from quant_compile.lowering.kernels import _triton_w4a16 as kernels
+    from quant_compile.lowering.kernels.weight_only import _triton_w4a16 as kernels
 
     pointers = {"x_ptr": "*bf16", "w_ptr": "*i8", "s_ptr": "*fp32", "y_ptr": "*bf16", "out_ptr": "*bf16"}
     even = {"bias_ptr": None, "EVEN": True, "OUT": tl.bfloat16}

@@ -14,11 +14,12 @@ from torch import Tensor
 
 import quant_compile  # noqa: F401  (registers the schemes)
 from quant_compile.ir.errors import SchemeError
-from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
 from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import STRATEGIES, QuantArgs, Scheme, parse
-from quant_compile.lowering.kernels import sgl_int8, sgl_int8_decoded, sgl_qserve
-from quant_compile.lowering.kernels import triton_w4a8 as kernel
+from quant_compile.lowering.kernels.scaled import sgl_int8
+from quant_compile.lowering.kernels.w4a8 import sgl_int8_decoded, sgl_qserve
+from quant_compile.lowering.kernels.w4a8 import triton_w4a8 as kernel
 from quant_compile.lowering.registry import Layout, Problem, Rank, kernels, layouts
 from quant_compile.lowering.schemes import fp8, int8, w4a8, weight_only
 from quant_compile.lowering.schemes.weight_only import pack_nibbles, unpack_nibbles
@@ -67,7 +68,7 @@ def test_channel_group_is_a_strategy_with_a_group_size() -> None:
     assert "channel_group" in STRATEGIES
     args = QuantArgs(4, "int", "channel_group", symmetric=False, group_size=128)
     assert args.spec == "int4.channel_group128.asym" and QuantArgs.from_spec(args.spec) == args
-    assert parse("QSERVE_W4A8_GROUP").weights == args and parse("QSERVE_W4A8_GROUP").bits_per_weight == 4 + 16 / 128
+    assert parse("QSERVE_W4A8_GROUP").weights == args and bits_per_weight(parse("QSERVE_W4A8_GROUP")) == 4 + 16 / 128
     for strategy, size in (("channel_group", None), ("channel", 128)):
         with pytest.raises(SchemeError, match="group_size"):
             QuantArgs(4, "int", strategy, group_size=size)
@@ -626,7 +627,7 @@ def test_the_double_can_fail() -> None:
 @pytest.mark.parametrize("name", [*PRESETS, *SYMMETRIC, GROUP32])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 7), (3, 33, 130), (9, 64, 512)])
 def test_cpu_kernel(name: str, m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quant_compile.lowering.kernels import torch_cpu_4bit
+    from quant_compile.lowering.kernels.cpu import torch_cpu_4bit
 
     monkeypatch.setattr(torch_cpu_4bit, "CHUNK_ELEMENTS", 7 * k)
     scheme = parse(name)
@@ -822,7 +823,7 @@ def weight_types(scheme: Scheme) -> dict[str, str]:
 
 def compile_tile(problem: Problem, plan: kernel.Config, arch: int, even: bool = True) -> Any:
     """The cubin that a launch of ``plan`` would build on ``arch``."""
-    from quant_compile.lowering.kernels import _triton_w4a8 as source
+    from quant_compile.lowering.kernels.w4a8 import _triton_w4a8 as source
 
     scheme = problem.scheme
     types = {"x_ptr": "*i16", "w_ptr": "*u8", "sx_ptr": "*fp32", **weight_types(scheme)}
@@ -838,7 +839,7 @@ def compile_tile(problem: Problem, plan: kernel.Config, arch: int, even: bool = 
 
 def compile_gemv(problem: Problem, m: int, arch: int, even: bool = True) -> Any:
     """The cubin that ``triton_w4a8_gemv`` would build on ``arch``."""
-    from quant_compile.lowering.kernels import _triton_w4a8 as source
+    from quant_compile.lowering.kernels.w4a8 import _triton_w4a8 as source
 
     block_n, block_k, warps = kernel.gemv_config(problem, m)
     types = {"x_ptr": "*i64", "w_ptr": "*i32", "sx_ptr": "*fp32", **weight_types(problem.scheme)}
@@ -884,7 +885,7 @@ def test_gemv_cubins(arch: int) -> None:
 @needs_triton
 @pytest.mark.parametrize("arch", [80, 90])
 def test_decode_cubins(arch: int) -> None:
-    from quant_compile.lowering.kernels import _triton_w4a8 as source
+    from quant_compile.lowering.kernels.w4a8 import _triton_w4a8 as source
 
     for spec in DECODED:
         types = {"w_ptr": "*u8", "out_ptr": "*i8", "scale_ptr": "*fp32", **weight_types(parse(spec))}
@@ -1018,7 +1019,7 @@ def _ptx(instruction: str, a: list[int]) -> int:
 @needs_triton
 def test_assembly_decodes_every_byte() -> None:
     """All bytes in all four places, with different neighbours: no carry from one code into the next."""
-    from quant_compile.lowering.kernels import _triton_w4a8 as source
+    from quant_compile.lowering.kernels.w4a8 import _triton_w4a8 as source
 
     for first in range(256):
         four = bytes((first + 67 * i) % 256 for i in range(4))
@@ -1031,7 +1032,7 @@ def test_assembly_decodes_every_byte() -> None:
 
 @needs_triton
 def test_assembly_splits_pairs_and_words() -> None:
-    from quant_compile.lowering.kernels import _triton_w4a8 as source
+    from quant_compile.lowering.kernels.w4a8 import _triton_w4a8 as source
 
     codes = bytes([1, 2, 3, 4, 250, 6, 7, 128])
     low, high = int.from_bytes(codes[:4], "little"), int.from_bytes(codes[4:], "little")

@@ -1,0 +1,77 @@
+"""What the product's own Python costs at each call: hundreds of tiny linears in one graph, and nothing behind the wrapper.
+
+Inductor is replaced by a stub that returns at once, so the time of a call is what the backend's function does before and
+after the compiled code: find the planes of every weight, check that none has changed, pass them on. Measured with one
+model bound to the graph and with several that take turns.
+
+    python benchmarks/wrapper_cost.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import table
+
+WEIGHTS, MODELS, CALLS = 300, (1, 10), 200
+SIZE = 128
+
+
+class Chain(torch.nn.Module):
+    """Linears one after the other."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        super().__init__()
+        make = {"bias": False, "device": device, "dtype": torch.bfloat16}
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(SIZE, SIZE, **make) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[m, 128] -> [m, 128]."""
+        for linear in self.linears:
+            x = linear(x)
+        return x
+
+
+def measure(device: torch.device, weights: int = WEIGHTS, models: Sequence[int] = MODELS) -> dict[str, Any]:
+    """Median microseconds of a call of the backend's function, by the number of models that take turns."""
+    from quant_compile.backend import sglquant
+
+    y = torch.zeros(1, SIZE, device=device, dtype=torch.bfloat16)
+    spent: list[float] = []
+    graphs = 0
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        policy = "W8A16" if device.type == "cpu" else "FP8_DYNAMIC"
+        function = sglquant(gm, inputs, options={"policy": policy, "tune": "off"})
+
+        def timed(*args: Any) -> Any:
+            started = time.perf_counter()
+            out = function(*args)
+            spent.append((time.perf_counter() - started) * 1e6)
+            return out
+
+        return timed
+
+    bound = [Chain(weights, device).eval().requires_grad_(False) for _ in range(max(models))]
+    out: dict[str, Any] = {"weights": weights, "calls": CALLS}
+    with torch.no_grad(), patch("torch._inductor.compile_fx.compile_fx", lambda *_, **__: lambda *args: (y,)):
+        for model in bound:
+            model.compile(backend=backend, dynamic=False)
+        for count in models:
+            for model in itertools.chain(bound[:count] * 3, itertools.islice(itertools.cycle(bound[:count]), CALLS)):
+                model(y)
+            out[f"us_{count}"] = statistics.median(spent[-CALLS:])
+    return out | {"graphs": graphs}
+
+
+if __name__ == "__main__":
+    found = measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(table(list(found), [list(found.values())]))

@@ -1,0 +1,165 @@
+"""Put a model's calls and its ``generate`` on compiled code, and take that away again.
+
+Only attributes of the instance are set, and ``generation_config.disable_compile``; ``uninstall`` puts back what was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import trace_rules
+
+from quant_compile.generation.facts import cache_name, mixin
+from quant_compile.generation.lease import Names
+from quant_compile.generation.loop import HOOKS, Loop
+from quant_compile.generation.step import Step, marked, noted
+from quant_compile.model.weights import linear_weights
+from quant_compile.options import Options
+
+CALL = "_compiled_call_impl"
+RECORDED = ("auto", "reduce-overhead", "max-autotune")  # modes whose decode steps become CUDA graphs
+WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+_NOTHING = object()
+
+
+@dataclass(eq=False)
+class Installed:
+    """What was there before: (object, name, its value or nothing) in the order in which it was changed."""
+
+    before: list[tuple[Any, str, Any]] = field(default_factory=list)
+    loop: Loop | None = None
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of an instance."""
+        self.before.append((owner, name, vars(owner).get(name, _NOTHING)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for owner, name, value in reversed(self.before):
+            if value is not _NOTHING:
+                setattr(owner, name, value)
+            elif name in vars(owner):
+                delattr(owner, name)
+        if self.loop is not None:
+            self.loop.pool.clear()
+
+
+class Call:
+    """A compiled call of a module, and how to take it away.
+
+    Attributes:
+        run: the compiled function.
+        installed: what was there before; on the model's own call only.
+    """
+
+    def __init__(
+        self, module: nn.Module, run: Callable[..., Any], dynamic: bool, installed: Installed | None = None
+    ) -> None:
+        self.run, self.installed = run, installed
+        self._plain, self._dynamic = module._call_impl, dynamic
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # part of a larger graph
+            return self._plain(*args, **kwargs)
+        if self._dynamic:
+            kwargs = {name: marked(name, value) for name, value in kwargs.items()}
+        return self.run(*args, **kwargs)
+
+
+def install(
+    model: nn.Module,
+    options: dict[str, Any],
+    note: Callable[[str], None],
+    *,
+    dynamic: bool | None,
+    fullgraph: bool,
+) -> None:
+    """Compile a model's calls in place.
+
+    Args:
+        options: of the backend.
+        note: writes into the model's report.
+        dynamic: as in torch.compile.
+        fullgraph: as in torch.compile.
+    """
+    uninstall(model)
+    installed = Installed()
+    compiled = partial(_compiled, dynamic=dynamic, fullgraph=fullgraph)
+    kind = mixin(model)
+    if kind is None:
+        installed.set(model, CALL, Call(model, compiled(model, options), False, installed))
+        return
+    name = cache_name(kind)
+    inside = compiled(model, _inside(options))
+    outside = inside if _inside(options) == options else compiled(model, options)
+    prefix = "decoder_" if getattr(model.config, "is_encoder_decoder", False) else ""
+    names = Names(f"{prefix}input_ids", f"{prefix}position_ids", f"{prefix}attention_mask", name)
+    step = Step(inside, outside, names, dynamic is not False)
+    records = Options.of(options).mode in RECORDED
+    installed.loop = Loop(model, step, note, records)
+    for part in _called_apart(model):
+        installed.set(part, CALL, Call(part, compiled(part, _inside(options)), dynamic is not False))
+    installed.set(model, CALL, Call(model, step, False, installed))
+    for hook in HOOKS:
+        installed.set(model, hook, installed.loop.hook(hook))
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        # transformers would compile decode a second time, with its own backend.
+        installed.set(config, "disable_compile", True)
+
+
+def uninstall(model: nn.Module) -> bool:
+    """Take away what ``install`` has set; whether there was anything."""
+    call = vars(model).get(CALL)
+    if not isinstance(call, Call) or call.installed is None:
+        return False
+    call.installed.undo()
+    return True
+
+
+def _inside(options: dict[str, Any]) -> dict[str, Any]:
+    """The options for calls inside of ``generate``: without Inductor's CUDA graphs, where there are some of ours."""
+    parsed = Options.of(options)
+    made = dict(options)
+    if parsed.mode in WITHOUT_GRAPHS:
+        made["mode"] = WITHOUT_GRAPHS[parsed.mode]
+    if parsed.mode in RECORDED and parsed.inductor.get("triton.cudagraphs"):
+        made["inductor"] = {**parsed.inductor, "triton.cudagraphs": False}
+    return made
+
+
+def _compiled(module: nn.Module, options: dict[str, Any], **arguments: Any) -> Callable[..., Any]:
+    """A module's call, compiled; also where its forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
+    call = module._call_impl
+    if trace_rules.check(type(module).forward):
+
+        def around(*args: Any, **kwargs: Any) -> Any:
+            return module._call_impl(*args, **kwargs)
+
+        call = around
+    return torch.compile(call, backend=noted, options=options, **arguments)
+
+
+def _called_apart(model: Any) -> Iterator[nn.Module]:
+    """Parts that ``generate`` or a user calls by themselves: encoders, towers, the model under its head."""
+    weighty = {weight.site.names[0] for weight in linear_weights(model)}
+    base = getattr(model, "base_model", model)
+    near = {*model.children(), *base.children(), base}
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    for name, part in model.named_modules():
+        wanted = part in near or part is encoder
+        if (
+            not wanted
+            or part is model
+            or isinstance(part, nn.ModuleList)
+            or type(part).__module__.startswith("torch.nn")
+        ):
+            continue
+        if any(weight.startswith(f"{name}.") for weight in weighty):
+            yield part

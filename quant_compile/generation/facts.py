@@ -1,0 +1,91 @@
+"""What transformers calls things, and when ``generate`` must go transformers' own way.
+
+The only module that reads names of transformers' internals; what is missing in a version is a reason, never an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+MODES = ("sample", "greedy_search", "beam_search", "beam_sample")
+ATTENTIONS = ("sdpa", "eager")
+NEEDED = ("_prepare_cache_for_generation", "prepare_inputs_for_generation", "_get_static_cache_init_shape")
+
+
+def mixin(model: nn.Module) -> type[Any] | None:
+    """transformers' GenerationMixin, if the model has it; without importing transformers."""
+    return next((kind for kind in type(model).__mro__ if kind.__name__ == "GenerationMixin"), None)
+
+
+def cache_name(kind: type[Any]) -> str:
+    """The argument of models that is a cache: ``past_key_values``, from transformers 5.2x on ``cache``."""
+    return "cache" if "cache" in inspect.signature(kind.prepare_inputs_for_generation).parameters else "past_key_values"
+
+
+def why_never(model: Any) -> str | None:
+    """Why no call of this model's ``generate`` can have a cache of ours; None if it can."""
+    kind = mixin(model)
+    missing = [name for name in NEEDED if not hasattr(kind, name)]
+    if missing:
+        return f"this version of transformers has no {', '.join(missing)}"
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return f"transformers does not compile {type(model).__name__} over a static cache"
+    if not model._supports_default_dynamic_cache():
+        return f"{type(model).__name__} has a cache of its own kind"
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or (getattr(model, "_tp_size", None) or 1) > 1:
+        return "its layers are on several devices"
+    dtypes = {p.dtype for p in model.parameters() if p.dim() > 1 and p.is_floating_point()}
+    if len(dtypes) > 1:
+        return f"its weights have several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+def why_plain(model: Any, config: Any, mode: Any) -> str | None:
+    """Why this call goes transformers' own way, though the user has not asked for that; None if it need not.
+
+    Args:
+        config: the call's generation config, with all arguments merged.
+        mode: its generation mode.
+    """
+    if getattr(mode, "value", mode) not in MODES:
+        return f"{getattr(mode, 'value', mode)} keeps a cache that grows"
+    if config.is_assistant:
+        return "an assistant takes tokens back from its cache"
+    attention = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
+    if attention not in ATTENTIONS:
+        return f"{attention} attention makes no masks of fixed size"
+    if torch.is_autocast_enabled(model.device.type):
+        return "under autocast the cache's dtype is not known before the first call"
+    return None
+
+
+def asked_for_plain(config: Any, kwargs: dict[str, Any], name: str) -> bool:
+    """Whether a call's arguments or its generation config choose a cache, or how to compile; what the user passes wins."""
+    chosen = ("cache_implementation", "compile_config", "disable_compile", "prefill_chunk_size", "custom_generate")
+    if any(kwargs.get(key) is not None for key in (*chosen, name, "past_key_values", "cache", "cache_params")):
+        return True
+    if kwargs.get("use_cache") is False:
+        return True
+    return config is not None and any(getattr(config, key, None) is not None for key in chosen)
+
+
+def chosen_by_config(config: Any) -> bool:
+    """Whether the merged generation config names a cache, or turns it off."""
+    chosen = ("cache_implementation", "compile_config", "prefill_chunk_size")
+    return any(getattr(config, key, None) is not None for key in chosen) or False in (
+        config.use_cache,
+        config.disable_compile,
+    )
+
+
+def prompt_length(inputs: dict[str, Any]) -> int:
+    """Tokens of the prompt as far as ``generate``'s prepared inputs tell; 0 if they do not."""
+    for name in ("position_ids", "attention_mask"):
+        value = inputs.get(name)
+        if isinstance(value, torch.Tensor):
+            return int(value.shape[-1])
+    return 0

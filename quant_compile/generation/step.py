@@ -1,0 +1,127 @@
+"""A compiled model's call: what is inside of ``generate`` with a cache of ours goes to its lease, all else straight to compiled code.
+
+Prompts get a dynamic length from the first on, so that one graph serves them all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from quant_compile.backend import sglquant
+from quant_compile.generation.lease import Lease, Names
+
+IDS = ("input_ids", "decoder_input_ids")
+EMBEDS = ("inputs_embeds", "decoder_inputs_embeds")
+LAST = (*IDS, "position_ids", "decoder_position_ids", "token_type_ids", "mm_token_type_ids")
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+class _Seen(threading.local):
+    graphs: list[int] | None = None
+
+
+_SEEN = _Seen()
+
+
+def noted(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend ``sglquant``, whose graphs say that they ran."""
+    run = sglquant(gm, example_inputs, mode=mode, options=options)
+    identity = id(run)
+
+    def call(*args: Any) -> Any:
+        if _SEEN.graphs is not None:
+            _SEEN.graphs.append(identity)
+        return run(*args)
+
+    return call
+
+
+class Step:
+    """What ``model(...)`` calls.
+
+    Attributes:
+        inside: the compiled model for calls inside of ``generate``; its code has no CUDA graphs of Inductor's.
+        outside: for all other calls; the same one, unless Inductor's CUDA graphs were asked for.
+        leases: caches in use, by identity.
+    """
+
+    def __init__(self, inside: Callable[..., Any], outside: Callable[..., Any], names: Names, dynamic: bool) -> None:
+        self.inside, self.outside, self.names = inside, outside, names
+        self.leases: dict[int, Lease] = {}
+        self._dynamic = dynamic
+        self._depth = threading.local()
+
+    def __enter__(self) -> Step:
+        self._depth.value = getattr(self._depth, "value", 0) + 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._depth.value -= 1
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        lease = self.leases.get(id(kwargs.get(self.names.cache)))
+        if lease is not None and not args:
+            tokens = tokens_in(kwargs)
+            if tokens == 1 and lease.length:
+                return lease.decode(kwargs)
+            lease.reserve(tokens)
+            return lease.fill(kwargs, tokens, self._fill)
+        if getattr(self._depth, "value", 0):
+            return self.inside(*args, **(self._marked(kwargs)))
+        return self.outside(*args, **kwargs)
+
+    def _fill(self, **inputs: Any) -> tuple[Any, tuple[int, ...]]:
+        _SEEN.graphs = []
+        try:
+            made = self.inside(**self._marked(inputs))
+        finally:
+            graphs, _SEEN.graphs = tuple(_SEEN.graphs), None
+        return made, graphs
+
+    def _marked(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: marked(name, value) for name, value in inputs.items()} if self._dynamic else inputs
+
+
+def tokens_in(inputs: Mapping[str, Any]) -> int:
+    """How many tokens of each row a call has."""
+    for name in (*IDS, *EMBEDS):
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value.shape[1]
+    return 0
+
+
+def marked(name: str, value: Any) -> Any:
+    """An input whose length Dynamo shall take for a variable; another tensor over the same memory, so that the caller's stays as it is."""
+    if name in MASKS and isinstance(value, dict):
+        return {kind: marked(name, mask) for kind, mask in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    dims = [dim for dim in _dims(name, value) if value.shape[dim] > 1]
+    if not dims:
+        return value
+    value = value.detach()
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(value, dim)
+    return value
+
+
+def _dims(name: str, value: Tensor) -> tuple[int, ...]:
+    if name in LAST:
+        return (value.dim() - 1,)
+    if name in EMBEDS:
+        return (1,)
+    if name in MASKS:
+        return (2, 3) if value.dim() == 4 else (1,) if value.dim() == 2 else ()
+    return ()

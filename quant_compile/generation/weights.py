@@ -1,0 +1,66 @@
+"""Notice that a model's weights are no longer those that a CUDA graph was recorded with.
+
+A recorded graph reads planes and parameters where they lay. ``Weights`` counts the changes: an update in place is seen at each
+token; a Parameter that is replaced, or moved to other memory, when a call of ``generate`` begins.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from quant_compile.lowering.weights import STORE
+
+_VERSION = attrgetter("_version")
+
+
+class Weights:
+    """The Parameters and buffers of a model, and how often they have changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._places: list[tuple[int, int]] = []
+        self._watched: list[Tensor] = []
+        self._versions: list[int] = []
+        self._changes = 0
+
+    def look(self) -> None:
+        """Compare all that a graph may read; when a call begins. Dynamo guards neither Parameters nor which modules hold them."""
+        model = self._model()
+        held = list(_tensors(model)) if model is not None else []
+        with torch._C.DisableTorchFunctionSubclass():
+            places = [(id(tensor), 0 if _released(tensor) else tensor.data_ptr()) for tensor in held]
+            if places == self._places:
+                return
+            self._places = places
+            self._changes += 1
+            self._watched = [t for t in held if isinstance(t, Parameter) and not t.is_inference() and not _released(t)]
+            self._versions = list(map(_VERSION, self._watched))
+
+    def state(self) -> tuple[int, int]:
+        """Counts that move when a weight is updated in place or planes are packed anew; cheap."""
+        with torch._C.DisableTorchFunctionSubclass():
+            versions = list(map(_VERSION, self._watched))
+        if versions != self._versions:
+            self._versions = versions
+            self._changes += 1
+        return self._changes, STORE.epoch
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """As ``parameters`` and ``buffers`` do, with repetitions and several times faster."""
+    stack = [module]
+    while stack:
+        held = vars(stack.pop())
+        for values in (held["_parameters"], held["_buffers"]):
+            yield from (value for value in values.values() if value is not None)
+        stack += [child for child in held["_modules"].values() if child is not None]
+
+
+def _released(tensor: Tensor) -> bool:
+    return type(tensor) is not Parameter and getattr(tensor, "released_by_sglquant", False)
