@@ -5,11 +5,13 @@ VENV   ?= .venv
 # triton there. (The interpreter of newer tritons refuses masks that compile, so the tests pin 3.6.)
 TORCH  ?= torch==2.13.0 triton==3.6.0
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test check bench docs format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/sglquant demo
+	@echo 'sglquant demo: importing torch ...'
+	@$(BIN)/sglquant demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -34,12 +36,14 @@ docs: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
+# TORCH= keeps the torch that is there.
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e ".[test]"
-	touch $@
+	@echo 'making $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),@echo 'installing $(subst ==, ,$(TORCH)) ... (a large download)'; $(PIP) $(TORCH))
+	@echo 'installing sglquant and what its tests need ...'
+	@$(PIP) -e ".[test]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

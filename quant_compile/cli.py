@@ -89,7 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--tokens", type=_positive, default=16, metavar="N", help="tokens of the traced input")
     inspect.add_argument("--full", action="store_true", help="one line for every weight in the ledger")
     _model_arguments(inspect)
-    command("demo", _demo, "quantize a bundled small model with several policies and compare them")
+    demo = command("demo", _demo, "quantize bundled small models with several policies and compare them")
+    demo.add_argument("--full", action="store_true", default=None, help="show the ledger of each policy too")
+    demo.add_argument("--policies", nargs="+", metavar="P", help="presets or policy files for the dense model")
+    demo.add_argument("--moe-policies", nargs="*", metavar="P", help="of the mixture of experts; none: leave it out")
+    demo.add_argument(
+        "--model", metavar="DIR", help="folder made by examples/tiny_lm/train.py (default: the checkout's)"
+    )
+    demo.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU if there is one)")
     return parser
 
 
@@ -256,7 +263,9 @@ def _print_kernels(console: Console, plan: Plan, target: Target) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    return int(importlib.import_module("quant_compile.demo").main() or 0)
+    names = ("full", "policies", "moe_policies", "model", "device")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return int(importlib.import_module("quant_compile.demo").main(**given) or 0)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""The demo: the bundled tiny Llama in bf16 and under four policies, then the bundled MoE, on text they have never seen.
+"""The demo: the bundled tiny Llama and the tiny MoE in bf16 and quantized, on text they have never seen.
 
-Reads ``examples/tiny_lm/weights`` of a source checkout (or ``--model DIR``); writes to the terminal only. Each model
-runs compiled, in two graphs: one reads a window into a static KV cache, the other makes one token. Perplexity, speed
-and the printed continuation all come from these two graphs, so that compiling is paid twice a policy and no more. The MoE
-shows that experts are quantized and what it costs: one graph, compared with the eager model.
+Reads ``examples/tiny_lm/weights`` of a source checkout (or ``--model DIR``); writes to the terminal only. Each run compiles one
+graph, a step of one token for each of ``SEQUENCES`` texts over a static KV cache. Perplexity, speed and the printed continuation
+all come from this graph, so that compiling, which takes most of the time, is paid once. What torch and transformers have to say
+while they compile is kept back; our own warnings are shown.
 """
 
 from __future__ import annotations
 
-import argparse
+import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,22 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 import quant_compile
-from quant_compile.ir.errors import QuantError
-from quant_compile.ir.family import bits_per_weight
-from quant_compile.policy import Policy
+from quant_compile.ir.errors import PolicyWarning, QuantError, RecompileLimitWarning
 
 POLICIES = ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16")
 MOE_POLICIES = ("FP8_DYNAMIC",)
-MOE_WINDOWS = 4
 BASELINE = "bf16"
-WINDOW = 448
+SEQUENCES = 16
+WINDOW = 128
 NEW_TOKENS = 32
+SHOWN = 5  # the sequence whose continuation is printed
+SHOWN_TOKENS = 48  # of its prompt
+WIDTH = 140  # of what is piped or captured
 END = "<|end|>"
 WEIGHTS = Path(__file__).resolve().parents[1] / "examples" / "tiny_lm" / "weights"
 FILES = ("tokenizer.json", "heldout.txt")
@@ -57,18 +61,18 @@ class Outcome:
     """What one policy gave.
 
     Attributes:
+        model: ``dense`` or ``moe``.
         policy: its name, or ``bf16``.
-        bits: bits per quantized weight.
         perplexity: on the held-out windows.
-        tokens_per_second: decode, one sequence, greedy, with a KV cache.
+        tokens_per_second: greedy decode of all sequences at once, with a KV cache.
         weight_bytes: of all parameters as the model computes with them.
         coverage: quantized bytes over the bytes the policy names; None for bf16.
-        compile_seconds: the first call of both graphs.
-        continuation: greedy continuation of the prompt.
+        compile_seconds: the first call.
+        continuation: greedy continuation of the shown sequence.
     """
 
+    model: str
     policy: str
-    bits: float
     perplexity: float
     tokens_per_second: float
     weight_bytes: int
@@ -142,227 +146,278 @@ def perplexity(forward: Callable[[Tensor], Tensor], windows: Tensor) -> float:
 
 
 class Runner:
-    """A compiled causal LM with one static KV cache: reads windows of ``WINDOW`` tokens, decodes token by token."""
+    """A causal LM with a static KV cache: every call is the same step, one token of each sequence."""
 
-    def __init__(self, lm: TinyLM) -> None:
+    def __init__(self, lm: TinyLM, sequences: int, length: int) -> None:
+        """A cache for ``sequences`` texts of at most ``length`` tokens."""
         from transformers import StaticCache
 
         self.lm = lm
         config = lm.model.config
         self.device = lm.heldout.device
-        self.cache = StaticCache(config=config, max_cache_len=WINDOW + NEW_TOKENS)
+        self.cache = StaticCache(config=config, max_cache_len=length)
         # A cache that initialises itself inside a compiled call would belong to that graph.
-        self.cache.early_initialization(1, config.num_key_value_heads, config.head_dim, torch.bfloat16, self.device)
+        heads, size = config.num_key_value_heads, config.head_dim
+        self.cache.early_initialization(sequences, heads, size, torch.bfloat16, self.device)
 
-    def read(self, ids: Tensor) -> Tensor:
-        """Logits [1, WINDOW, vocabulary] of ``ids`` [1, WINDOW], with an empty cache before and a filled one after."""
+    def step(self, token: Tensor) -> Tensor:
+        """Logits [sequences, vocabulary] after one more token [sequences, 1] of each."""
+        # Contiguous, since a graph is for strides too.
+        return self.lm.model(input_ids=token.contiguous(), past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+    def read(self, ids: Tensor) -> Iterator[Tensor]:
+        """Logits [sequences, vocabulary] after each column of ``ids`` [sequences, tokens], from an empty cache on."""
         self.cache.reset()
-        return self.lm.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
+        for column in ids.split(1, dim=1):
+            yield self.step(column)
 
-    @torch.inference_mode()
-    def decode(self, prompt: Tensor, count: int) -> tuple[list[int], float]:
-        """``count`` greedy tokens after ``prompt`` [1, WINDOW], and the seconds that all but the first took."""
-        token = self.read(prompt)[:, -1:].argmax(-1)
+    def perplexity(self, windows: Tensor) -> tuple[float, Tensor]:
+        """exp of the mean negative log-likelihood over ``windows`` [sequences, length + 1], and the last logits."""
+        total, logits = 0.0, None
+        for logits, following in zip(self.read(windows[:, :-1]), windows[:, 1:].unbind(1), strict=True):
+            total += float(torch.nn.functional.cross_entropy(logits.float(), following))
+        assert logits is not None
+        return math.exp(total / (windows.shape[1] - 1)), logits
+
+    def decode(self, logits: Tensor, count: int) -> tuple[Tensor, float]:
+        """``count`` greedy tokens [sequences, count] from ``logits`` of the text so far, and the seconds of all but the first."""
+        token = logits.argmax(-1, keepdim=True)
         made = [token]
         self._wait()
         start = time.perf_counter()
         for _ in range(count - 1):
-            token = self.lm.model(input_ids=token, past_key_values=self.cache, use_cache=True).logits.argmax(-1)
+            token = self.step(token).argmax(-1, keepdim=True)
             made.append(token)
         self._wait()
-        seconds = time.perf_counter() - start
-        return torch.cat(made, dim=1)[0].tolist(), seconds
+        return torch.cat(made, dim=1), time.perf_counter() - start
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def measure(lm: TinyLM, policy: str, windows: Tensor, prompt: Tensor) -> tuple[Outcome, Any]:
-    """Compile ``lm`` for ``policy`` (``bf16``: Inductor alone) and measure it; the report is None for bf16."""
+@torch.inference_mode()
+def measure(
+    name: str, lm: TinyLM, policy: str, windows: Tensor, say: Callable[[str], None] = lambda doing: None
+) -> tuple[Outcome, Any]:
+    """Compile ``lm`` for ``policy`` (``bf16``: Inductor alone) and measure it; the report is None for bf16.
+
+    Args:
+        name: what to call the model.
+        lm: freshly loaded.
+        policy: a preset, a policy file, or ``bf16``.
+        windows: token ids [sequences, length + 1].
+        say: told what is being done.
+    """
+    say("compiling")
     if policy == BASELINE:
         lm.model.compile(backend="inductor")
     else:
         quant_compile.compile(lm.model, policy=policy)
-    runner = Runner(lm)
+    runner = Runner(lm, windows.shape[0], windows.shape[1] - 1 + NEW_TOKENS)
     start = time.perf_counter()
-    runner.decode(prompt, 3)
+    runner.step(windows[:, :1])
     compile_seconds = time.perf_counter() - start
-    ppl = perplexity(runner.read, windows)
-    tokens, seconds = runner.decode(prompt, NEW_TOKENS)
+    say("reading held-out text")
+    ppl, logits = runner.perplexity(windows)
+    say("writing")
+    tokens, seconds = runner.decode(logits, NEW_TOKENS)
     report: Any = None if policy == BASELINE else quant_compile.report(lm.model)
     whole = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     outcome = Outcome(
+        model=name,
         policy=policy,
-        bits=16.0 if report is None else bits_of(policy),
         perplexity=ppl,
-        tokens_per_second=(NEW_TOKENS - 1) / seconds,
+        tokens_per_second=(NEW_TOKENS - 1) * windows.shape[0] / seconds,
         weight_bytes=whole if report is None else report.bytes_after,
         coverage=None if report is None else report.coverage,
         compile_seconds=compile_seconds,
-        continuation=lm.tokenizer.decode(tokens),
+        continuation=lm.tokenizer.decode(tokens[min(SHOWN, len(tokens) - 1)].tolist()),
     )
     return outcome, report
 
 
-def bits_of(policy: str) -> float:
-    """Bits that the policy's default scheme stores per weight, group scales included."""
-    scheme = Policy.load(policy).default
-    return 16.0 if scheme is None else bits_per_weight(scheme)
-
-
-def results_table(outcomes: Sequence[Outcome]) -> Table:
-    """One line a policy, compared with the first."""
-    base = outcomes[0]
-    table = Table(title="Held-out perplexity, speed and memory", title_justify="left")
-    for column in ("policy", "bits/weight", "perplexity", "vs bf16", "tokens/s", "weights", "coverage", "compile"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+def results_table(outcomes: Sequence[Outcome], caption: str) -> Table:
+    """One line a run, compared with the same model in bf16."""
+    base = {outcome.model: outcome.perplexity for outcome in outcomes if outcome.policy == BASELINE}
+    table = Table(title="Held-out perplexity, speed and memory", title_justify="left", caption=caption)
+    for column in ("model", "policy", "perplexity", "to bf16", "tokens/s", "weights", "coverage", "compile"):
+        table.add_column(column, justify="left" if column in ("model", "policy") else "right")
     for outcome in outcomes:
         table.add_row(
+            outcome.model,
             outcome.policy,
-            f"{outcome.bits:.2f}",
             f"{outcome.perplexity:.3f}",
-            f"{outcome.perplexity / base.perplexity - 1:+.2%}",
+            f"{outcome.perplexity / base[outcome.model] - 1:+.2%}",
             f"{outcome.tokens_per_second:.0f}",
             f"{outcome.weight_bytes / 1e6:.2f} MB",
             "–" if outcome.coverage is None else f"{outcome.coverage:.1%}",
             f"{outcome.compile_seconds:.0f} s",
+            end_section=outcome is [other for other in outcomes if other.model == outcome.model][-1],
         )
     return table
 
 
-@dataclass(frozen=True)
-class ExpertOutcome:
-    """What one policy gave for the MoE.
+@contextmanager
+def quiet(console: Console) -> Generator[None]:
+    """Torch and transformers keep to errors; of the warnings, ours are shown, as one line each."""
+    import transformers
 
-    Attributes:
-        policy: its name, or ``bf16``.
-        perplexity: on the held-out windows.
-        weight_bytes: of all parameters as the model computes with them.
-        expert_bytes: of the experts alone.
-        coverage: quantized bytes over the bytes the policy names; None for bf16.
-        seconds: compiling and the first window; None for bf16, which runs eagerly.
-    """
+    levels = transformers.logging
+    before, bars = levels.get_verbosity(), levels.is_progress_bar_enabled()
+    levels.set_verbosity_error()
+    levels.disable_progress_bar()
+    torch._logging.set_logs(all=logging.ERROR)  # does nothing where TORCH_LOGS says otherwise
 
-    policy: str
-    perplexity: float
-    weight_bytes: int
-    expert_bytes: int
-    coverage: float | None = None
-    seconds: float | None = None
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        console.print(f"[yellow]warning:[/yellow] {escape(str(message))}", highlight=False)
 
-
-def measure_experts(model: Any, policy: str, windows: Tensor) -> tuple[ExpertOutcome, Any]:
-    """Compile an MoE model for ``policy`` (``bf16``: leave it eager) and measure it; the report is None for bf16."""
-    forward: Callable[[Tensor], Tensor] = lambda ids: model(input_ids=ids, use_cache=False).logits  # noqa: E731
-    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-    if policy == BASELINE:
-        experts = sum(size for name, size in sizes.items() if _is_expert(name))
-        return ExpertOutcome(policy, perplexity(forward, windows), sum(sizes.values()), experts), None
-    quant_compile.compile(model, policy=policy)
-    start = time.perf_counter()
-    perplexity(forward, windows[:1])
-    seconds = time.perf_counter() - start
-    ppl = perplexity(forward, windows)
-    report = quant_compile.report(model)
-    experts = sum(line.bytes_after for line in report.lines if _is_expert(line.names[0]))
-    return ExpertOutcome(policy, ppl, report.bytes_after, experts, report.coverage, seconds), report
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for ours in (PolicyWarning, RecompileLimitWarning):
+                warnings.simplefilter("default", ours)
+            warnings.showwarning = show
+            yield
+    finally:
+        torch._logging.set_logs()
+        levels.set_verbosity(before)
+        if bars:
+            levels.enable_progress_bar()
 
 
-def _is_expert(name: str) -> bool:
-    return "experts" in name.split(".")
+@contextmanager
+def few_threads(device: torch.device) -> Generator[str]:
+    """One thread on a CPU: these products are too small to share. Says where it runs."""
+    if device.type != "cpu":
+        yield str(device)
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield "one thread of the CPU"
+    finally:
+        torch.set_num_threads(before)
 
 
-def experts_table(outcomes: Sequence[ExpertOutcome]) -> Table:
-    """One line a policy, compared with the first."""
-    base = outcomes[0]
-    table = Table(title="The mixture of experts: held-out perplexity and memory", title_justify="left")
-    for column in ("policy", "perplexity", "vs bf16", "weights", "experts alone", "coverage", "compile"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    for outcome in outcomes:
-        table.add_row(
-            outcome.policy,
-            f"{outcome.perplexity:.3f}",
-            f"{outcome.perplexity / base.perplexity - 1:+.2%}",
-            f"{outcome.weight_bytes / 1e6:.2f} MB",
-            f"{outcome.expert_bytes / 1e6:.2f} MB",
-            "–" if outcome.coverage is None else f"{outcome.coverage:.1%}",
-            "–" if outcome.seconds is None else f"{outcome.seconds:.0f} s",
-        )
-    return table
+def described(model: Any) -> str:
+    """Class and size of a model, and its experts if it has any."""
+    config, size = model.config, sum(p.numel() for p in model.parameters())
+    text = f"{type(model).__name__}, {size / 1e6:.2f} M parameters"
+    if hasattr(config, "num_experts_per_tok"):
+        text += f", {config.num_local_experts} experts in each of {config.num_hidden_layers} layers"
+        text += f", {config.num_experts_per_tok} a token"
+    return text
 
 
-def show_experts(console: Console, args: argparse.Namespace) -> None:
-    """The MoE's part of the demo."""
-    lm = load("moe", args.model, args.device)
-    windows = windows_of(lm.heldout, WINDOW, min(args.windows, MOE_WINDOWS))
-    config = lm.model.config
+def introduce(console: Console, names: Sequence[str], folder: str | Path | None) -> str:
+    """Print what the models are; returns the end of the shown prompt."""
+    lm = None
+    for name in names:
+        lm = load(name, folder)
+        console.print(f"{name:5} {described(lm.model)}", highlight=False)
+    assert lm is not None
+    windows = windows_of(lm.heldout, WINDOW, SEQUENCES)
     console.print(
-        f"\n{type(lm.model).__name__}, {config.num_local_experts} experts in each of {config.num_hidden_layers} layers, "
-        f"{config.num_experts_per_tok} a token. {windows.shape[0]} windows.",
+        f"Both learned the Python standard library; they are measured on {len(windows)} held-out windows of {WINDOW} tokens.\n",
         highlight=False,
     )
-    outcomes: list[ExpertOutcome] = []
-    for policy in (BASELINE, *args.moe_policies):
-        torch.compiler.reset()
-        model = lm.model if policy == BASELINE else load("moe", args.model, args.device).model
-        with console.status(f"compiling and measuring {policy} ..."):
-            outcome, report = measure_experts(model, policy, windows)
-        outcomes.append(outcome)
-        if report is not None:
+    return lm.tokenizer.decode(windows[min(SHOWN, len(windows) - 1), -SHOWN_TOKENS - 1 : -1].tolist())
+
+
+def show_texts(console: Console, outcomes: Sequence[Outcome], prompt: str) -> None:
+    """The end of the prompt, and how each run goes on."""
+    console.print("\nThe prompt ends:", style="bold")
+    console.print(escape(prompt), highlight=False)
+    for outcome in outcomes:
+        console.print(f"\n{outcome.model} {outcome.policy} continues:", style="bold")
+        console.print(escape(outcome.continuation), highlight=False)
+
+
+def show_ledgers(console: Console, done: Sequence[tuple[Outcome, Any]], full: bool) -> None:
+    """Every ledger, or what the user must know of it: notes, and what the policy names and nothing quantized."""
+    for outcome, report in done:
+        if report is None:
+            continue
+        if full:
             console.print(report.table())
-    console.print(experts_table(outcomes))
+            continue
+        skips = [f"{weight}: {reason}" for weight, reason in report.skips] if report.coverage < 1 else []
+        for text in (*report.notes, *skips):
+            console.print(f"{outcome.model} {outcome.policy}: {escape(text)}", highlight=False)
 
 
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="sglquant demo", description="The bundled tiny models under several policies."
+def run_all(
+    console: Console, runs: Sequence[tuple[str, str]], folder: str | Path | None, device: torch.device
+) -> list[tuple[Outcome, Any]]:
+    """Measure each (model, policy) in turn, with a progress bar on a terminal, and a line for each that is done."""
+    columns = (
+        SpinnerColumn(),
+        MofNCompleteColumn(),
+        BarColumn(30),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
     )
-    parser.add_argument("--model", help="folder made by examples/tiny_lm/train.py (default: the checkout's)")
-    parser.add_argument("--name", default="dense", help="dense or moe (default: dense)")
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="presets or policy files")
-    parser.add_argument("--moe-policies", nargs="*", default=list(MOE_POLICIES), help="of the MoE; none: leave it out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--windows", type=int, default=8, help=f"held-out windows of {WINDOW} tokens")
-    return parser.parse_args(list(argv))
+    done: list[tuple[Outcome, Any]] = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("loading", total=len(runs))
+        for name, policy in runs:
+            torch.compiler.reset()  # a new model each time; nothing of the one before is wanted
+            start = time.perf_counter()
+            lm = load(name, folder, device)
+            windows = windows_of(lm.heldout, WINDOW, SEQUENCES)
+            say: Callable[[str], None] = lambda doing, at=f"{name} {policy}": progress.update(  # noqa: E731
+                task, description=f"{at}: {doing}"
+            )
+            done.append(measure(name, lm, policy, windows, say))
+            progress.advance(task)
+            outcome, seconds = done[-1][0], time.perf_counter() - start
+            console.print(
+                f"{name:5} {policy:12} compiled in {outcome.compile_seconds:.0f} s, all in {seconds:.0f} s",
+                highlight=False,
+            )
+    return done
 
 
-def main(argv: Sequence[str] = ()) -> int:
-    """Run the demo; returns the exit status (1: the model is missing)."""
-    args = _arguments(argv)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+def main(
+    policies: Sequence[str] = POLICIES,
+    moe_policies: Sequence[str] = MOE_POLICIES,
+    full: bool = False,
+    model: str | Path | None = None,
+    device: str | None = None,
+) -> int:
+    """Run the demo; returns the exit status (1: the model is missing).
+
+    Args:
+        policies: presets or policy files for the dense model; none: leave it out.
+        moe_policies: the same for the MoE.
+        full: print each policy's ledger too.
+        model: folder made by ``examples/tiny_lm/train.py``; None: the checkout's.
+        device: None: a GPU if there is one.
+    """
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    runs = [
+        (name, policy)
+        for name, own in (("dense", policies), ("moe", moe_policies))
+        if own
+        for policy in (BASELINE, *own)
+    ]
+    console.print(
+        f"sglquant demo: {len(runs)} runs of tiny language models, in bf16 and quantized; compiling takes most of the time.",
+        highlight=False,
+    )
     try:
-        lm = load(args.name, args.model, args.device)
+        with quiet(console), few_threads(place) as where:
+            prompt = introduce(console, list(dict.fromkeys(name for name, _ in runs)), model)
+            done = run_all(console, runs, model, place)
     except DemoError as error:
         console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
         return 1
-    windows = windows_of(lm.heldout, WINDOW, args.windows)
-    prompt = windows[min(2, len(windows) - 1)][None, :-1]
-    size = sum(p.numel() for p in lm.model.parameters())
-    console.print(
-        f"{type(lm.model).__name__}, {size / 1e6:.2f} M parameters, trained on the Python standard library. "
-        f"Perplexity on {windows.shape[0]} held-out windows of {WINDOW} tokens, {args.device}.",
-        highlight=False,
-    )
-    outcomes: list[Outcome] = []
-    for policy in (BASELINE, *args.policies):
-        torch.compiler.reset()  # a new model each time; nothing of the one before is wanted
-        with console.status(f"compiling and measuring {policy} ..."):
-            outcome, report = measure(load(args.name, args.model, args.device), policy, windows, prompt)
-        outcomes.append(outcome)
-        if report is not None:
-            console.print(report.table())
-    console.print(results_table(outcomes))
-    shown = lm.tokenizer.decode(prompt[0, -48:].tolist())
-    console.print("\nThe prompt ends:", style="bold")
-    console.print(escape(shown), highlight=False)
-    for outcome in outcomes:
-        console.print(f"\n{outcome.policy} continues:", style="bold")
-        console.print(escape(outcome.continuation), highlight=False)
-    if args.name != "moe" and args.moe_policies:
-        show_experts(console, args)
+    outcomes = [outcome for outcome, _ in done]
+    console.print()
+    console.print(results_table(outcomes, f"tokens/s: {SEQUENCES} sequences at once, on {where}"))
+    show_texts(console, outcomes, prompt)
+    console.print()
+    show_ledgers(console, done, full)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -35,7 +35,9 @@ class CompileCounter:
         self.graphs: list[torch.fx.GraphModule] = []
         self.patches: list[Any] = []
 
-    def __call__(self, gm: torch.fx.GraphModule, inputs: Any, config_patches: Any = None) -> Callable[..., Any]:
+    def __call__(
+        self, gm: torch.fx.GraphModule, inputs: Any, config_patches: Any = None, **_: Any
+    ) -> Callable[..., Any]:
         assert len(inputs) == len(gm.graph.find_nodes(op="placeholder"))
         self.graphs.append(gm)
         self.patches.append(config_patches)

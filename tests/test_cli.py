@@ -222,6 +222,13 @@ def test_demo_calls_the_demo(capsys: Captured, monkeypatch: pytest.MonkeyPatch) 
     assert run(capsys, "demo") == (0, "shown\n", "")
 
 
+def test_demo_gets_its_options(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setitem(sys.modules, "quant_compile.demo", types.SimpleNamespace(main=given.update))
+    assert run(capsys, "demo", "--full", "--policies", "W8A8", "p.yaml", "--moe-policies") == (0, "", "")
+    assert given == {"full": True, "policies": ["W8A8", "p.yaml"], "moe_policies": []}
+
+
 # inspect.
 
 

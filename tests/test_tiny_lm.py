@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+import transformers
 from torch import Tensor
 
 import quant_compile
 from quant_compile import demo
+from quant_compile.ir.errors import PolicyWarning
 from quant_compile.ir.family import family_of
 from tests import textbook
 from tests.runtime_support import CompileCounter, plain_inductor
@@ -266,27 +268,68 @@ def test_textbook_imports_nothing_of_the_product() -> None:
 def test_demo_reads_and_decodes_like_generate() -> None:
     """The demo's own loop over a static cache, eager: logits as without a cache, tokens as by transformers."""
     lm = demo.load()
-    runner = demo.Runner(lm)
-    prompt = demo.windows_of(lm.heldout, demo.WINDOW, 1)[:, :-1]
+    windows = demo.windows_of(lm.heldout, 48, 2)
+    prompt = windows[:, :-1]
+    runner = demo.Runner(lm, 2, 48 + 8)
     with torch.inference_mode():
         whole = forward_of(lm.model)(prompt)
-        assert (runner.read(prompt).float() - whole.float()).norm() < 0.02 * whole.float().norm()
-        tokens, seconds = runner.decode(prompt, 8)
+        read = torch.stack(list(runner.read(prompt)), dim=1)
+        assert (read.float() - whole.float()).norm() < 0.02 * whole.float().norm()
+        ppl, logits = runner.perplexity(windows)
+        assert ppl == pytest.approx(demo.perplexity(forward_of(lm.model), windows), rel=0.01)
+        tokens, seconds = runner.decode(logits, 8)
         theirs = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
-    assert tokens == theirs[0, demo.WINDOW :].tolist()
+    assert tokens.tolist() == theirs[:, 48:].tolist()
     assert seconds > 0
 
 
-def test_the_experts_of_the_demo(capsys: pytest.CaptureFixture[str], plain_inductor: CompileCounter) -> None:
-    args = demo._arguments(["--windows", "1", "--device", "cpu", "--moe-policies", "W8A8"])
-    demo.show_experts(Console(width=160), args)
-    shown = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
-    (bf16,) = [line for line in shown if line[1:2] == ["bf16"]]
-    (w8a8,) = [line for line in shown if line[1:2] == ["W8A8"]]
-    assert abs(float(w8a8[2]) / float(bf16[2]) - 1) < 0.05
-    assert float(w8a8[5].split()[0]) < 0.52 * float(bf16[5].split()[0])
-    assert w8a8[6] == "100.0%"
-    assert any(".experts." in line[1] and line[2] == "W8A8" for line in shown if len(line) > 2)
+def test_the_experts_of_the_demo(plain_inductor: CompileCounter) -> None:
+    """One graph serves perplexity, speed and text; the ledger is of that graph."""
+    lm = demo.load("moe")
+    windows = demo.windows_of(lm.heldout, 24, 4)
+    bf16 = demo.perplexity(forward_of(lm.model), windows)
+    sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in lm.model.named_parameters()}
+    w8a8, report = demo.measure("moe", lm, "W8A8", windows)
+    assert len(plain_inductor) == 1
+    assert abs(w8a8.perplexity / bf16 - 1) < 0.05
+    assert w8a8.tokens_per_second > 0 and w8a8.continuation
+    experts = [line for line in report.lines if ".experts." in line.names[0]]
+    assert experts and {line.scheme for line in experts} == {"W8A8"}
+    after = sum(line.bytes_after for line in experts)
+    assert after < 0.52 * sum(size for name, size in sizes.items() if ".experts." in name)
+    assert w8a8.coverage == 1.0
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_the_demo_prints(
+    full: bool, capfd: pytest.CaptureFixture[str], plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One table, one text a run, ledgers with ``--full`` alone, our warnings; nothing of torch's or transformers', nothing left changed."""
+    monkeypatch.setattr(demo, "WINDOW", 16)
+    monkeypatch.setattr(demo, "SEQUENCES", 2)
+    measure, threads = demo.measure, torch.get_num_threads()
+
+    def noisy(*arguments: Any) -> Any:
+        warnings.warn("torch has something to say", UserWarning, stacklevel=1)
+        warnings.warn("rule 7 matches nothing", PolicyWarning, stacklevel=1)
+        return measure(*arguments)
+
+    monkeypatch.setattr(demo, "measure", noisy)
+    filters, verbosity = list(warnings.filters), transformers.logging.get_verbosity()
+    assert demo.main(policies=["W8A8"], moe_policies=[], full=full, device="cpu") == 0
+    assert (warnings.filters, transformers.logging.get_verbosity()) == (filters, verbosity)
+    assert transformers.logging.is_progress_bar_enabled() and torch.get_num_threads() == threads
+    out, err = capfd.readouterr()
+    assert err == "" and len(plain_inductor) == 2
+    assert "torch has something to say" not in out and "warning: rule 7 matches nothing" in out
+    assert out.index("sglquant demo: 2 runs") < out.index("dense LlamaForCausalLM") < out.index("dense bf16")
+    rows = [[cell.strip() for cell in line.split("│")] for line in out.splitlines() if line.startswith("│ dense")]
+    (bf16,) = [row for row in rows if row[2] == "bf16"]
+    (w8a8,) = [row for row in rows if row[2] == "W8A8"]
+    assert bf16[4] == "+0.00%" and bf16[7] == "–" and w8a8[7] == "100.0%"
+    assert abs(float(w8a8[3]) / float(bf16[3]) - 1) < 0.05
+    assert out.count(" continues:") == 2 and out.count("Held-out perplexity") == 1
+    assert out.count("sglquant ledger: W8A8 on cpu") == full
 
 
 def test_missing_weights_are_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,5 +337,5 @@ def test_missing_weights_are_a_clear_error(tmp_path: Path, capsys: pytest.Captur
         demo.load(folder=tmp_path)
     with pytest.raises(demo.DemoError, match=r"no model 'huge'.*dense, moe"):
         demo.load("huge")
-    assert demo.main(["--model", str(tmp_path)]) == 1
+    assert demo.main(model=str(tmp_path)) == 1
     assert "Fix:" in capsys.readouterr().out
