@@ -42,7 +42,6 @@ def compile(
         OptionError, PolicyError, WeightError: nothing of the model has been changed.
     """
     parsed = Options.of({**options, "policy": policy})
-    how = {"dynamic": dynamic, "fullgraph": fullgraph}
     if any(parameter.is_meta for parameter in model.parameters()):
         raise WeightError(
             "the model is on the meta device and has no weights. Fix: load it first (from_pretrained, or to_empty + load_state_dict)."
@@ -57,7 +56,13 @@ def compile(
     if policy is None:
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
     options = {**options, "policy": source.policy}
-    install(model, options, partial(_note, weakref.ref(unwrap(model)), source.policy, target.label), **how)
+    install(
+        model,
+        options,
+        partial(_note, weakref.ref(unwrap(model)), source.policy, target.label),
+        dynamic=dynamic,
+        fullgraph=fullgraph,
+    )
     return model
 
 

@@ -38,6 +38,8 @@ class Options:
         kernels: ``auto``, ``reference``, or {scheme or ``*``: kernel name, or a list of one of linears and one of expert blocks}.
         tune: ``off`` (cost estimates), ``quick`` or ``full`` (measure on this GPU, cached on disk).
         inductor: Inductor config patches.
+        blocks: compile the repeated blocks of a model once for all of them instead of the whole model (in ``generate``); None: where
+            decode steps become CUDA graphs.
     """
 
     policy: Any = None
@@ -46,6 +48,7 @@ class Options:
     kernels: str | Mapping[str, str | Sequence[str]] = "auto"
     tune: str = "quick"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    blocks: bool | None = None
 
     @staticmethod
     def of(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -66,6 +69,8 @@ class Options:
         _one_of("tune", made.tune, TUNE)
         if made.release_weights not in (None, True, False):
             raise OptionError(f"release_weights must be true or false, got {made.release_weights!r}")
+        if made.blocks not in (None, True, False):
+            raise OptionError(f"blocks must be true or false, got {made.blocks!r}")
         if isinstance(made.kernels, str):
             _one_of("kernels", made.kernels, ("auto", "reference"), " or a dict {scheme: kernel}")
         elif not isinstance(made.kernels, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._dynamo import trace_rules
 
+from quant_compile.generation.blocks import Active, BlockCall, Blocks, blocks_of, shared_call
 from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.generation.lease import Names
 from quant_compile.generation.loop import HOOKS, Loop
@@ -96,12 +97,18 @@ def install(
         installed.set(model, CALL, Call(model, compiled(model, options), False, installed))
         return
     name = cache_name(kind)
-    inside = compiled(model, _inside(options))
-    outside = inside if _inside(options) == options else compiled(model, options)
+    parsed = Options.of(options)
+    records = parsed.mode in RECORDED
+    found = blocks_of(model, parsed.policy) if _by_blocks(model, parsed) else None
+    if found is None:
+        inside = compiled(model, _inside(options))
+        outside = inside if _inside(options) == options else compiled(model, options)
+    else:
+        inside = _blockwise(model, found, name, installed, _inside(options), dynamic, fullgraph)
+        outside = compiled(model, options)
     prefix = "decoder_" if getattr(model.config, "is_encoder_decoder", False) else ""
     names = Names(f"{prefix}input_ids", f"{prefix}position_ids", f"{prefix}attention_mask", name)
     step = Step(inside, outside, names, dynamic is not False)
-    records = Options.of(options).mode in RECORDED
     installed.loop = Loop(model, step, note, records)
     for part in _called_apart(model):
         installed.set(part, CALL, Call(part, compiled(part, _inside(options)), dynamic is not False))
@@ -112,6 +119,43 @@ def install(
     if config is not None:
         # transformers would compile decode a second time, with its own backend.
         installed.set(config, "disable_compile", True)
+
+
+def _by_blocks(model: nn.Module, options: Options) -> bool:
+    """Whether a model is compiled block by block: asked for, or where nobody sees what that costs the host."""
+    if options.blocks is not None or getattr(model.config, "is_encoder_decoder", False):
+        return bool(options.blocks)
+    return options.mode in RECORDED and any(parameter.is_cuda for parameter in model.parameters())
+
+
+def _blockwise(
+    model: nn.Module,
+    found: Blocks,
+    cache: str,
+    installed: Installed,
+    options: dict[str, Any],
+    dynamic: bool | None,
+    fullgraph: bool,
+) -> Callable[..., Any]:
+    """A call of the model in which its blocks are compiled, one graph for all, and the rest is eager."""
+    active = Active()
+    compiled = partial(_compiled_function, options=options, dynamic=dynamic, fullgraph=fullgraph)
+    run = compiled(shared_call())
+    free = marked if dynamic is not False else _as_it_is
+    for index, block in found.repeated:
+        installed.set(block, CALL, BlockCall(block, index, cache, run, active, free))
+    for module in found.single:
+        installed.set(module, CALL, BlockCall(module, 0, cache, compiled(shared_call()), active, free))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with active:
+            return model._call_impl(*args, **kwargs)
+
+    return call
+
+
+def _as_it_is(name: str, value: Any) -> Any:
+    return value
 
 
 def uninstall(model: nn.Module) -> bool:
@@ -143,7 +187,13 @@ def _compiled(module: nn.Module, options: dict[str, Any], **arguments: Any) -> C
             return module._call_impl(*args, **kwargs)
 
         call = around
-    return torch.compile(call, backend=noted, options=options, **arguments)
+    return _compiled_function(call, options, **arguments)
+
+
+def _compiled_function(
+    call: Callable[..., Any], options: dict[str, Any], dynamic: bool | None, fullgraph: bool
+) -> Callable[..., Any]:
+    return torch.compile(call, backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)
 
 
 def _called_apart(model: Any) -> Iterator[nn.Module]:

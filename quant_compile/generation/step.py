@@ -18,6 +18,7 @@ from quant_compile.generation.lease import Lease, Names
 IDS = ("input_ids", "decoder_input_ids")
 EMBEDS = ("inputs_embeds", "decoder_inputs_embeds")
 LAST = (*IDS, "position_ids", "decoder_position_ids", "token_type_ids", "mm_token_type_ids")
+HIDDEN = ("hidden_states", "position_embeddings")
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 
@@ -106,6 +107,8 @@ def marked(name: str, value: Any) -> Any:
     """An input whose length Dynamo shall take for a variable; another tensor over the same memory, so that the caller's stays as it is."""
     if name in MASKS and isinstance(value, dict):
         return {kind: marked(name, mask) for kind, mask in value.items()}
+    if name == "position_embeddings" and isinstance(value, tuple):
+        return tuple(marked(name, part) for part in value)
     if not isinstance(value, Tensor):
         return value
     dims = [dim for dim in _dims(name, value) if value.shape[dim] > 1]
@@ -122,6 +125,8 @@ def _dims(name: str, value: Tensor) -> tuple[int, ...]:
         return (value.dim() - 1,)
     if name in EMBEDS:
         return (1,)
+    if name in HIDDEN:
+        return (value.dim() - 2,)
     if name in MASKS:
         return (2, 3) if value.dim() == 4 else (1,) if value.dim() == 2 else ()
     return ()

@@ -1,0 +1,132 @@
+"""Compile a model's repeated blocks once for all of them, and run what is around them as it is.
+
+Compiling a whole model takes time with every layer. Dynamo guards no Parameters, and planes are inputs of compiled graphs, so one
+graph of a decoder layer serves all layers, if nothing in it tells them apart: a layer's number in the cache does, hence ``OneLayer``.
+Launching block by block costs the host more than one large graph does, which no one sees where steps are CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_compile.generation import caches
+from quant_compile.model.weights import linear_weights
+from quant_compile.rules import Decides
+
+FEWEST = 3  # blocks of one kind, for which one graph instead of one for each pays
+
+
+class OneLayer:
+    """What a block sees of a cache: the layer that it writes, whatever its number is."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers' caches."""
+        return self.layer.update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """As of transformers' caches."""
+        return self.layer.get_seq_length()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What is compiled of a model.
+
+    Attributes:
+        repeated: its blocks, with their layer of the cache.
+        single: modules outside of them whose weights the policy names.
+    """
+
+    repeated: tuple[tuple[int, nn.Module], ...]
+    single: tuple[nn.Module, ...]
+
+
+def blocks_of(model: nn.Module, policy: Decides) -> Blocks | None:
+    """The blocks of a decoder; None where they are not all that is to be quantized but for single linears."""
+    found = max(_lists(model), key=lambda item: len(item[1]), default=None)
+    if found is None:
+        return None
+    name, layers = found
+    inside = f"{name}."
+    single: dict[int, nn.Module] = {}
+    for weight in linear_weights(model):
+        if any(n.startswith(inside) for n in weight.site.names) or policy.decide(weight.site).scheme is None:
+            continue
+        module = model.get_submodule(weight.site.names[0])
+        if not isinstance(module, nn.Linear):
+            return None
+        single[id(module)] = module
+    return Blocks(tuple(enumerate(layers)), tuple(single.values()))
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists of enough modules of one class."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) >= FEWEST and len({type(m) for m in module}) == 1:
+            yield name, module
+
+
+class Active(threading.local):
+    """Whether this thread is inside of a call that runs block by block."""
+
+    depth = 0
+
+    def __enter__(self) -> Active:
+        self.depth += 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.depth -= 1
+
+
+class BlockCall:
+    """A block's call: compiled inside of a call that runs block by block, else as it was.
+
+    Args:
+        run: ``(block, *args, **kwargs)``, compiled.
+        index: the block's layer of the cache.
+        cache: what the block calls its cache.
+        marked: ``(name, value) -> value`` with lengths that may vary.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        cache: str,
+        run: Callable[..., Any],
+        active: Active,
+        marked: Callable[[str, Any], Any],
+    ) -> None:
+        self._plain, self._block, self._index, self._cache = block._call_impl, block, index, cache
+        self._run, self._active, self._marked = run, active, marked
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or not self._active.depth:
+            return self._plain(*args, **kwargs)
+        kwargs = {name: self._marked(name, value) for name, value in kwargs.items()}
+        found: Any = kwargs.get(self._cache)
+        if isinstance(found, caches.types().static):
+            kwargs[self._cache] = OneLayer(found.layers[self._index])
+        hidden = [self._marked("hidden_states", value) for value in args]
+        return self._run(self._block, *hidden, **kwargs)
+
+
+def shared_call() -> Callable[..., Any]:
+    """``(module, ...) -> module(...)`` with code of its own, for which Dynamo keeps graphs of its own."""
+    code = _call.__code__.replace(co_name="block")
+    return FunctionType(code, _call.__globals__, "block")
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
