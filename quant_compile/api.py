@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -43,7 +42,6 @@ def compile(
         OptionError, PolicyError, WeightError: nothing of the model has been changed.
     """
     parsed = Options.of({**options, "policy": policy})
-    how = {"dynamic": dynamic, "fullgraph": fullgraph}
     if any(parameter.is_meta for parameter in model.parameters()):
         raise WeightError(
             "the model is on the meta device and has no weights. Fix: load it first (from_pretrained, or to_empty + load_state_dict)."
@@ -58,7 +56,8 @@ def compile(
     if policy is None:
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
     options = {**options, "policy": source.policy}
-    install(model, options, partial(_note, weakref.ref(unwrap(model)), source.policy, target.label), **how)
+    note = partial(_note, weakref.ref(unwrap(model)), source.policy, target.label)
+    install(model, options, note, dynamic=dynamic, fullgraph=fullgraph)
     return model
 
 

@@ -15,9 +15,10 @@ from torch import nn
 from torch._dynamo import trace_rules
 
 from quant_compile.generation.facts import cache_name, mixin
+from quant_compile.generation.inputs import marked
 from quant_compile.generation.lease import Names
 from quant_compile.generation.loop import HOOKS, Loop
-from quant_compile.generation.step import Step, marked, noted
+from quant_compile.generation.step import Step, noted
 from quant_compile.inspect.weights import linear_weights
 from quant_compile.options import Options
 
@@ -135,7 +136,7 @@ def _inside(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compiled(module: nn.Module, options: dict[str, Any], **arguments: Any) -> Callable[..., Any]:
-    """A module's call, compiled; also of modules whose forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
+    """A module's call, compiled; also where forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
     call = module._call_impl
     if trace_rules.check(type(module).forward):
 
@@ -154,7 +155,12 @@ def _called_apart(model: Any) -> Iterator[nn.Module]:
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
     for name, part in model.named_modules():
         wanted = part in near or part is encoder
-        if not wanted or part is model or isinstance(part, nn.ModuleList) or type(part).__module__.startswith("torch.nn"):
+        if (
+            not wanted
+            or part is model
+            or isinstance(part, nn.ModuleList)
+            or type(part).__module__.startswith("torch.nn")
+        ):
             continue
         if any(weight.startswith(f"{name}.") for weight in weighty):
             yield part

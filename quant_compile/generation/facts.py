@@ -76,7 +76,10 @@ def asked_for_plain(config: Any, kwargs: dict[str, Any], name: str) -> bool:
 def chosen_by_config(config: Any) -> bool:
     """Whether the merged generation config names a cache, or turns it off."""
     chosen = ("cache_implementation", "compile_config", "prefill_chunk_size")
-    return any(getattr(config, key, None) is not None for key in chosen) or False in (config.use_cache, config.disable_compile)
+    return any(getattr(config, key, None) is not None for key in chosen) or False in (
+        config.use_cache,
+        config.disable_compile,
+    )
 
 
 def prompt_length(inputs: dict[str, Any]) -> int:

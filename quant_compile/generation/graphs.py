@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Recorder(Protocol):
 class CudaRecorder:
     """CUDA graphs that share one memory pool; made on one stream, since each stream costs memory for good."""
 
-    _streams: dict[torch.device, torch.cuda.Stream] = {}
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -109,17 +110,22 @@ def copier(value: Any, kept: Callable[[Any], Callable[[], Any] | None]) -> Calla
     if isinstance(value, Tensor):
         return value.clone
     if is_dataclass(value) and not isinstance(value, type):
-        named = {f.name: copier(getattr(value, f.name), kept) for f in fields(value) if getattr(value, f.name) is not None}
+        named = {
+            f.name: copier(getattr(value, f.name), kept) for f in fields(value) if getattr(value, f.name) is not None
+        }
         made = type(value)
         return lambda: made(**{name: part() for name, part in named.items()})
     if isinstance(value, dict):
-        items = {key: copier(item, kept) for key, item in value.items()}
+        items: dict[Any, Callable[[], Any]] = {key: copier(item, kept) for key, item in value.items()}
         return lambda: {key: item() for key, item in items.items()}
     if isinstance(value, tuple | list):
         parts = [copier(item, kept) for item in value]
-        kind = type(value)
-        return lambda: kind([part() for part in parts])
+        return partial(_sequence, type(value), parts)
     return lambda: value
+
+
+def _sequence(kind: Callable[[Any], Any], parts: list[Callable[[], Any]]) -> Any:
+    return kind([part() for part in parts])
 
 
 def python_state(layers: Layers) -> list[dict[str, Any]]:

@@ -242,7 +242,11 @@ def test_a_returned_cache_is_the_users(recorder: TapeRecorder) -> None:
     """It grows, as transformers' own, and no later call writes into it."""
     model = llama()
     eager = reference(model)
-    name = "cache" if "cache" in eager.generate(**prompt(), max_new_tokens=1, return_dict_in_generate=True) else "past_key_values"
+    name = (
+        "cache"
+        if "cache" in eager.generate(**prompt(), max_new_tokens=1, return_dict_in_generate=True)
+        else "past_key_values"
+    )
     compiled(model)
     first = tokens(model, prompt(), return_dict_in_generate=True)
     cache = first[name]

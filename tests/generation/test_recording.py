@@ -43,7 +43,15 @@ def test_a_step_is_recorded_once_and_replayed(plain_inductor: CompileCounter, re
 def test_other_calls_reuse_it(plain_inductor: CompileCounter, recorder: TapeRecorder) -> None:
     """A second call, another prompt length, another batch size and back: recordings are kept."""
     model = llama()
-    calls = [prompt(2, 7), prompt(2, 12, seed=6), prompt(4, 7), prompt(1, 5), prompt(2, 9, seed=8), prompt(4, 8), prompt(1, 9)]
+    calls = [
+        prompt(2, 7),
+        prompt(2, 12, seed=6),
+        prompt(4, 7),
+        prompt(1, 5),
+        prompt(2, 9, seed=8),
+        prompt(4, 8),
+        prompt(1, 9),
+    ]
     eager = reference(model)
     wanted = [tokens(eager, inputs) for inputs in calls]
     compiled(model)
@@ -176,7 +184,9 @@ def test_hidden_states_and_scores_of_all_steps(plain_inductor: CompileCounter, r
     assert recorder.recorded == 1
 
 
-def test_a_step_that_cannot_be_recorded_goes_on_compiled(plain_inductor: CompileCounter, recorder: TapeRecorder) -> None:
+def test_a_step_that_cannot_be_recorded_goes_on_compiled(
+    plain_inductor: CompileCounter, recorder: TapeRecorder
+) -> None:
     model = llama()
     wanted = tokens(reference(model), prompt())
     compiled(model)
