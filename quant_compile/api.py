@@ -56,13 +56,8 @@ def compile(
     if policy is None:
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
     options = {**options, "policy": source.policy}
-    install(
-        model,
-        options,
-        partial(_note, weakref.ref(unwrap(model)), source.policy, target.label),
-        dynamic=dynamic,
-        fullgraph=fullgraph,
-    )
+    note = partial(_note, weakref.ref(unwrap(model)), source.policy, target.label)
+    install(model, options, note, dynamic=dynamic, fullgraph=fullgraph)
     return model
 
 

@@ -16,9 +16,10 @@ from torch._dynamo import trace_rules
 
 from quant_compile.generation.blocks import Active, BlockCall, Blocks, blocks_of, shared_call
 from quant_compile.generation.facts import cache_name, mixin
+from quant_compile.generation.inputs import marked
 from quant_compile.generation.lease import Names
 from quant_compile.generation.loop import HOOKS, Loop
-from quant_compile.generation.step import Step, marked, noted
+from quant_compile.generation.step import Step, noted
 from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options
 
@@ -179,7 +180,7 @@ def _inside(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compiled(module: nn.Module, options: dict[str, Any], **arguments: Any) -> Callable[..., Any]:
-    """A module's call, compiled; also where its forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
+    """A module's call, compiled; also where forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
     call = module._call_impl
     if trace_rules.check(type(module).forward):
 

@@ -52,12 +52,12 @@ def types() -> Types:
     class KeptLayer(StaticLayer):
         @property
         def max_cache_len(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-            return self.keys.shape[-2]
+            return self.keys.shape[-2]  # pyright: ignore[reportOptionalMemberAccess]
 
     class KeptSlidingLayer(StaticSlidingWindowLayer):
         @property
         def max_cache_len(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-            return self.keys.shape[-2]
+            return self.keys.shape[-2]  # pyright: ignore[reportOptionalMemberAccess]
 
     layers: dict[type[Any], type[Any]] = {StaticLayer: KeptLayer, StaticSlidingWindowLayer: KeptSlidingLayer}
     return Types(KeptCache, EncoderDecoderCache, DynamicCache, layers)
@@ -70,11 +70,11 @@ def make(config: Any, shape: tuple[Any, Any], batch: int, length: int, dtype: to
         shape: heads and head size, each a number or one for each layer.
     """
     kinds = types()
-    made = kinds.static(config=config, max_cache_len=length)
-    if any(type(layer) not in kinds.layers for layer in made.layers):
-        return None
     # Ordinary tensors, whatever mode the caller is in: inference tensors could not be written outside of it.
     with torch.inference_mode(False), torch.no_grad():
+        made = kinds.static(config=config, max_cache_len=length)
+        if any(type(layer) not in kinds.layers for layer in made.layers):
+            return None
         made.early_initialization(batch_size=batch, num_heads=shape[0], head_dim=shape[1], dtype=dtype, device=device)
     for layer in made.layers:
         layer.__class__ = kinds.layers[type(layer)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -115,13 +116,16 @@ def copier(value: Any, kept: Callable[[Any], Callable[[], Any] | None]) -> Calla
         made = type(value)
         return lambda: made(**{name: part() for name, part in named.items()})
     if isinstance(value, dict):
-        items = {key: copier(item, kept) for key, item in value.items()}
+        items: dict[Any, Callable[[], Any]] = {key: copier(item, kept) for key, item in value.items()}
         return lambda: {key: item() for key, item in items.items()}
     if isinstance(value, tuple | list):
         parts = [copier(item, kept) for item in value]
-        kind = type(value)
-        return lambda: kind([part() for part in parts])
+        return partial(_sequence, type(value), parts)
     return lambda: value
+
+
+def _sequence(kind: Callable[[Any], Any], parts: list[Callable[[], Any]]) -> Any:
+    return kind([part() for part in parts])
 
 
 def python_state(layers: Layers) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,58 @@ from torch import Tensor
 
 from quant_compile.generation import caches
 
+IDS = ("input_ids", "decoder_input_ids")
+EMBEDS = ("inputs_embeds", "decoder_inputs_embeds")
+LENGTH_LAST = (*IDS, "position_ids", "decoder_position_ids", "token_type_ids", "mm_token_type_ids")
+HIDDEN = ("hidden_states", "position_embeddings")
 MASKS = ("attention_mask", "decoder_attention_mask")
 BY_KIND = ("full_attention", "sliding_attention")
+
+
+def tokens_in(inputs: Mapping[str, Any]) -> int:
+    """How many tokens of each row a call has."""
+    for name in (*IDS, *EMBEDS):
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value.shape[1]
+    return 0
+
+
+def mark(name: str, value: Any) -> None:
+    """Let Dynamo take an input's length for a variable, so that one graph serves every length of prompts, caches and encoders' states."""
+    if name in MASKS and isinstance(value, dict):
+        for mask in value.values():
+            mark(name, mask)
+    elif name == "encoder_outputs" and not isinstance(value, Tensor | None):
+        mark(name, value[0])
+    elif isinstance(value, Tensor):
+        for dim in _lengths(name, value):
+            if value.shape[dim] > 1:
+                torch._dynamo.maybe_mark_dynamic(value, dim)
+
+
+def marked(name: str, value: Any) -> Any:
+    """The same, of another tensor over the same memory, so that the caller's stays as it is."""
+    if isinstance(value, Tensor) and _lengths(name, value):
+        value = value.detach()
+    elif name in HIDDEN and isinstance(value, tuple):
+        return tuple(marked(name, part) for part in value)
+    elif name in MASKS and isinstance(value, dict):
+        return {kind: marked(name, mask) for kind, mask in value.items()}
+    mark(name, value)
+    return value
+
+
+def _lengths(name: str, value: Tensor) -> tuple[int, ...]:
+    if name in LENGTH_LAST:
+        return (value.dim() - 1,)
+    if name in EMBEDS or name == "encoder_outputs":
+        return (1,)
+    if name in HIDDEN:
+        return (value.dim() - 2,)
+    if name in MASKS:
+        return (2, 3) if value.dim() == 4 else (1,) if value.dim() == 2 else ()
+    return ()
 
 
 class Slot:
@@ -27,8 +78,6 @@ class Slot:
             self.buffer = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         self.source: Tensor | None = None
         self._version = -1
-        if value.dim() == 4 and value.shape[2] == 1:  # a mask: as long as the cache, which may be of any length
-            torch._dynamo.maybe_mark_dynamic(self.buffer, 3)
         self._shape, self._dtype, self._device = value.shape, value.dtype, value.device
 
     def accepts(self, value: Any) -> bool:
@@ -112,12 +161,17 @@ def slot_of(value: Any) -> Any:
     items = {name: slot_of(item) for name, item in _members(value).items()}
     if any(item is None for item in items.values()):
         return None
-    kind = type(value)
     if output:
-        return Several(value, items, lambda made: kind(**made))
-    if isinstance(value, dict):
-        return Several(value, items, dict)
-    return Several(value, items, lambda made: kind(made.values()))  # pyright: ignore[reportCallIssue]
+        return Several(value, items, partial(_output, type(value)))
+    return Several(value, items, dict if isinstance(value, dict) else partial(_sequence, type(value)))
+
+
+def _output(kind: Callable[..., Any], made: dict[Any, Any]) -> Any:
+    return kind(**made)
+
+
+def _sequence(kind: Callable[..., Any], made: dict[Any, Any]) -> Any:
+    return kind(made.values())
 
 
 def shape_of(value: Any) -> Any:

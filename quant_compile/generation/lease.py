@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant_compile.generation import caches
 from quant_compile.generation.graphs import Recorder, Recording, copier, counted, put_back, python_state
-from quant_compile.generation.inputs import Mask, Slot, masks_of, shape_of, slot_of
+from quant_compile.generation.inputs import Mask, Slot, mark, masks_of, shape_of, slot_of
 from quant_compile.generation.pool import Block
 from quant_compile.generation.weights import Weights
 
@@ -227,6 +227,8 @@ class Lease:
             )
             return None
         held = {name: slot.buffer for name, slot in slots.items()}
+        for name, value in held.items():
+            mark(name, value)
         masks = masks_of(held.get(self.shared.names.mask), self.cache) if self.shared.writes_masks else None
         return Plan(slots, held, masks)
 

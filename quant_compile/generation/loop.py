@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from quant_compile.generation import caches, facts
 from quant_compile.generation.graphs import CudaRecorder, Recorder
+from quant_compile.generation.inputs import tokens_in
 from quant_compile.generation.lease import Lease, Shared
 from quant_compile.generation.pool import AHEAD, Block, Key, Pool, rounded
-from quant_compile.generation.step import Step, tokens_in
+from quant_compile.generation.step import Step
 from quant_compile.generation.weights import Weights
 
 HOOKS = ("generate", "_prepare_cache_for_generation", "prepare_inputs_for_generation")

@@ -9,17 +9,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from quant_compile.backend import sglquant
+from quant_compile.generation.inputs import marked, tokens_in
 from quant_compile.generation.lease import Lease, Names
-
-IDS = ("input_ids", "decoder_input_ids")
-EMBEDS = ("inputs_embeds", "decoder_inputs_embeds")
-LAST = (*IDS, "position_ids", "decoder_position_ids", "token_type_ids", "mm_token_type_ids")
-HIDDEN = ("hidden_states", "position_embeddings")
-MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 class _Seen(threading.local):
@@ -92,41 +86,3 @@ class Step:
 
     def _marked(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: marked(name, value) for name, value in inputs.items()} if self._dynamic else inputs
-
-
-def tokens_in(inputs: Mapping[str, Any]) -> int:
-    """How many tokens of each row a call has."""
-    for name in (*IDS, *EMBEDS):
-        value = inputs.get(name)
-        if isinstance(value, Tensor) and value.dim() > 1:
-            return value.shape[1]
-    return 0
-
-
-def marked(name: str, value: Any) -> Any:
-    """An input whose length Dynamo shall take for a variable; another tensor over the same memory, so that the caller's stays as it is."""
-    if name in MASKS and isinstance(value, dict):
-        return {kind: marked(name, mask) for kind, mask in value.items()}
-    if name == "position_embeddings" and isinstance(value, tuple):
-        return tuple(marked(name, part) for part in value)
-    if not isinstance(value, Tensor):
-        return value
-    dims = [dim for dim in _dims(name, value) if value.shape[dim] > 1]
-    if not dims:
-        return value
-    value = value.detach()
-    for dim in dims:
-        torch._dynamo.maybe_mark_dynamic(value, dim)
-    return value
-
-
-def _dims(name: str, value: Tensor) -> tuple[int, ...]:
-    if name in LAST:
-        return (value.dim() - 1,)
-    if name in EMBEDS:
-        return (1,)
-    if name in HIDDEN:
-        return (value.dim() - 2,)
-    if name in MASKS:
-        return (2, 3) if value.dim() == 4 else (1,) if value.dim() == 2 else ()
-    return ()

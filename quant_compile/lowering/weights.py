@@ -514,7 +514,7 @@ def claim(parameter: Parameter) -> None:
 def disclaim(parameter: Parameter) -> None:
     """Take back ``claim``, of a weight that has its values."""
     if type(parameter) is ReleasableParameter and not parameter.released_by_sglquant:
-        parameter.__class__ = Parameter
+        parameter.__class__ = Parameter  # pyright: ignore[reportAttributeAccessIssue]
         vars(parameter).pop("released_by_sglquant", None)
 
 

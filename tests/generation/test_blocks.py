@@ -59,10 +59,13 @@ def test_uncompile_gives_the_blocks_back(plain_inductor: CompileCounter) -> None
 
 def test_models_without_such_blocks_are_compiled_whole(plain_inductor: CompileCounter) -> None:
     """GPT-2's blocks get positional arguments."""
-    config = GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=3, n_head=2, pad_token_id=0, eos_token_id=None)
+    config = GPT2Config(
+        vocab_size=96, n_positions=64, n_embd=32, n_layer=3, n_head=2, pad_token_id=0, eos_token_id=None
+    )
     model = seeded(lambda: GPT2LMHeadModel(config), 3)
     wanted = tokens(reference(model), prompt(2, 7))
     compiled(model, blocks=True)
     assert torch.equal(tokens(model, prompt(2, 7)), wanted)
+
 
 __all__ = ["plain_inductor"]
