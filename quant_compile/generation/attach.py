@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._dynamo import trace_rules
 
+from quant_compile.generation import caches
 from quant_compile.generation.blocks import Active, BlockCall, Blocks, blocks_of, shared_call
 from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.generation.inputs import marked
@@ -58,16 +59,23 @@ class Call:
     Attributes:
         run: the compiled function.
         installed: what was there before; on the model's own call only.
+        active: whether blocks inside of the module are run one by one.
     """
 
     def __init__(
-        self, module: nn.Module, run: Callable[..., Any], dynamic: bool, installed: Installed | None = None
+        self,
+        module: nn.Module,
+        run: Callable[..., Any],
+        dynamic: bool,
+        installed: Installed | None = None,
+        active: Active | None = None,
     ) -> None:
         self.run, self.installed = run, installed
-        self._plain, self._dynamic = module._call_impl, dynamic
+        self._plain, self._dynamic, self._active = module._call_impl, dynamic, active
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # part of a larger graph
+        by_blocks = self._active is not None and self._active.depth
+        if torch.compiler.is_dynamo_compiling() or by_blocks:  # part of a larger graph, or around smaller ones
             return self._plain(*args, **kwargs)
         if self._dynamic:
             kwargs = {name: marked(name, value) for name, value in kwargs.items()}
@@ -93,6 +101,8 @@ def install(
     uninstall(model)
     installed = Installed()
     compiled = partial(_compiled, dynamic=dynamic, fullgraph=fullgraph)
+    compiled_function = partial(_compiled_function, options=_inside(options), dynamic=dynamic, fullgraph=fullgraph)
+    active = Active()
     kind = mixin(model)
     if kind is None:
         installed.set(model, CALL, Call(model, compiled(model, options), False, installed))
@@ -105,14 +115,16 @@ def install(
         inside = compiled(model, _inside(options))
         outside = inside if _inside(options) == options else compiled(model, options)
     else:
-        inside = _blockwise(model, found, name, installed, _inside(options), dynamic, fullgraph)
         outside = compiled(model, options)
+        inside = _blockwise(model, found, active, outside, name, installed, compiled_function)
     prefix = "decoder_" if getattr(model.config, "is_encoder_decoder", False) else ""
     names = Names(f"{prefix}input_ids", f"{prefix}position_ids", f"{prefix}attention_mask", name)
     step = Step(inside, outside, names, dynamic is not False)
     installed.loop = Loop(model, step, note, records)
     for part in _called_apart(model):
-        installed.set(part, CALL, Call(part, compiled(part, _inside(options)), dynamic is not False))
+        around = found is not None and any(module is found.repeated[0][1] for module in part.modules())
+        run = compiled(part, _inside(options))
+        installed.set(part, CALL, Call(part, run, dynamic is not False, active=active if around else None))
     installed.set(model, CALL, Call(model, step, False, installed))
     for hook in HOOKS:
         installed.set(model, hook, installed.loop.hook(hook))
@@ -124,39 +136,41 @@ def install(
 
 def _by_blocks(model: nn.Module, options: Options) -> bool:
     """Whether a model is compiled block by block: asked for, or where nobody sees what that costs the host."""
-    if options.blocks is not None or getattr(model.config, "is_encoder_decoder", False):
-        return bool(options.blocks)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return False
+    if options.blocks is not None:
+        return options.blocks
     return options.mode in RECORDED and any(parameter.is_cuda for parameter in model.parameters())
 
 
 def _blockwise(
     model: nn.Module,
     found: Blocks,
+    active: Active,
+    whole: Callable[..., Any],
     cache: str,
     installed: Installed,
-    options: dict[str, Any],
-    dynamic: bool | None,
-    fullgraph: bool,
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
-    """A call of the model in which its blocks are compiled, one graph for all, and the rest is eager."""
-    active = Active()
-    compiled = partial(_compiled_function, options=options, dynamic=dynamic, fullgraph=fullgraph)
+    """A call of the model in which its blocks are compiled, one graph for all, and the rest is eager; with a cache of ours.
+
+    Args:
+        whole: the model compiled as one, for calls with any other cache.
+        compiled: compiles a function.
+    """
     run = compiled(shared_call())
-    free = marked if dynamic is not False else _as_it_is
     for index, block in found.repeated:
-        installed.set(block, CALL, BlockCall(block, index, cache, run, active, free))
+        installed.set(block, CALL, BlockCall(block, index, cache, run, active))
     for module in found.single:
-        installed.set(module, CALL, BlockCall(module, 0, cache, compiled(shared_call()), active, free))
+        installed.set(module, CALL, BlockCall(module, 0, cache, compiled(shared_call()), active))
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if not isinstance(kwargs.get(cache), caches.types().static):
+            return whole(*args, **kwargs)
         with active:
             return model._call_impl(*args, **kwargs)
 
     return call
-
-
-def _as_it_is(name: str, value: Any) -> Any:
-    return value
 
 
 def uninstall(model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_compile.generation import caches
+from quant_compile.generation.inputs import marked
 from quant_compile.model.weights import linear_weights
 from quant_compile.rules import Decides
 
@@ -96,7 +97,6 @@ class BlockCall:
         run: ``(block, *args, **kwargs)``, compiled.
         index: the block's layer of the cache.
         cache: what the block calls its cache.
-        marked: ``(name, value) -> value`` with lengths that may vary.
     """
 
     def __init__(
@@ -106,19 +106,18 @@ class BlockCall:
         cache: str,
         run: Callable[..., Any],
         active: Active,
-        marked: Callable[[str, Any], Any],
     ) -> None:
         self._plain, self._block, self._index, self._cache = block._call_impl, block, index, cache
-        self._run, self._active, self._marked = run, active, marked
+        self._run, self._active = run, active
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or not self._active.depth:
             return self._plain(*args, **kwargs)
-        kwargs = {name: self._marked(name, value) for name, value in kwargs.items()}
+        kwargs = {name: marked(name, value) for name, value in kwargs.items()}
         found: Any = kwargs.get(self._cache)
         if isinstance(found, caches.types().static):
             kwargs[self._cache] = OneLayer(found.layers[self._index])
-        hidden = [self._marked("hidden_states", value) for value in args]
+        hidden = [marked("hidden_states", value) for value in args]
         return self._run(self._block, *hidden, **kwargs)
 
 
