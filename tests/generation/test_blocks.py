@@ -20,6 +20,9 @@ def test_one_graph_serves_all_layers(plain_inductor: CompileCounter) -> None:
     for inputs, result in zip(calls, wanted, strict=True):
         assert torch.equal(tokens(model, inputs), result)
     assert len(plain_inductor) <= 3, "a prompt's graph without and with a mask, and a decode step's"
+    for graph in plain_inductor.graphs:
+        linears = graph.graph.find_nodes(op="call_function", target=torch.ops.sglq_kernels.linear.default)
+        assert len(linears) == 7, "one layer's"
     report = quant_compile.report(model)
     assert report.coverage == 1.0
     assert all(line.scheme for line in report.lines if "layers" in line.names[0] and "proj" in line.names[0])
