@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -113,8 +114,7 @@ def copier(value: Any, kept: Callable[[Any], Callable[[], Any] | None]) -> Calla
         named = {
             f.name: copier(getattr(value, f.name), kept) for f in fields(value) if getattr(value, f.name) is not None
         }
-        made = type(value)
-        return lambda: made(**{name: part() for name, part in named.items()})
+        return partial(_output, type(value), named)
     if isinstance(value, dict):
         items: dict[Any, Callable[[], Any]] = {key: copier(item, kept) for key, item in value.items()}
         return lambda: {key: item() for key, item in items.items()}
@@ -122,6 +122,18 @@ def copier(value: Any, kept: Callable[[Any], Callable[[], Any] | None]) -> Calla
         parts = [copier(item, kept) for item in value]
         return partial(_sequence, type(value), parts)
     return lambda: value
+
+
+def _output(kind: Callable[..., Any], parts: dict[str, Callable[[], Any]]) -> Any:
+    made = {name: part() for name, part in parts.items()}
+    if not (isinstance(kind, type) and issubclass(kind, OrderedDict)):
+        return kind(**made)
+    # transformers' constructor looks through the class's fields once for each of them, at every token.
+    output: Any = kind.__new__(kind)
+    vars(output).update(made)
+    for name, value in made.items():
+        OrderedDict.__setitem__(output, name, value)
+    return output
 
 
 def _sequence(kind: Callable[[Any], Any], parts: list[Callable[[], Any]]) -> Any:

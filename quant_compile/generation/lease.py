@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quant_compile.generation import caches
@@ -38,6 +39,7 @@ class Plan:
         slots: by name of the input.
         inputs: what the slots hold, as the model gets it.
         masks: those that each step writes for the next token; None: transformers makes them.
+        positions: the token's position, which each step counts up.
         recordings: by what they are bound to.
         tried: key -> state of the weights with which a step has run, so that the next may be recorded.
         refused: keys that cannot be recorded.
@@ -46,6 +48,7 @@ class Plan:
     slots: dict[str, Any]
     inputs: dict[str, Any]
     masks: list[Mask] | None
+    positions: Tensor | None
     recordings: dict[Any, Recording] = field(default_factory=dict)
     tried: dict[Any, Any] = field(default_factory=dict)
     refused: set[Any] = field(default_factory=set)
@@ -65,9 +68,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Template:
-    """Inputs of the next step but for its token and position, and the sliding windows that were full with them."""
+    """Inputs of the next step but for its token, at the addresses where the last step has left them.
+
+    Attributes:
+        inputs: by name.
+        positions: the next token's position.
+        full: sliding windows that were full in the last step; with others the masks are made in another way.
+    """
 
     inputs: dict[str, Any]
+    positions: Tensor | None
     full: tuple[bool, ...]
 
 
@@ -116,6 +126,10 @@ class Lease:
     _plan: Plan | None = None
     _offer: dict[str, Any] | None = None
     _template: Template | None = None
+    _skipped: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._sliding = caches.sliding(self.cache)
 
     @property
     def cache(self) -> Any:
@@ -134,15 +148,16 @@ class Lease:
         if large is None:
             return
         small = self.block
+        self._let_go()
         caches.move(small.cache, large.cache, self.length)
         small.cache, large.cache = large.cache, small.cache
         self.block = large
-        self._plan = self._offer = self._template = None
+        self._plan = self._offer = None
         self.retire(small)
 
     def rest(self) -> None:
         """Let go of the user's tensors."""
-        self._plan = self._offer = self._template = None
+        self._plan = self._offer = self._template = self._skipped = None
         for plan in self.block.plans.values():
             for slot in _slots(list(plan.slots.values())) if plan is not None else ():
                 slot.source = None
@@ -155,18 +170,39 @@ class Lease:
         kept = {n: v for n, v in inputs.items() if n not in (names.ids, names.positions, names.mask, names.cache)}
         same = all(value is given.get(name) for name, value in kept.items())
         self._offer = kept if same and self.shared.writes_masks else None
-        self._template = None
 
-    def next_inputs(self, ids: Tensor, given: dict[str, Any]) -> dict[str, Any] | None:
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next step's inputs are there but for the token, so that transformers need not make them."""
+        return self._template is not None
+
+    def next_inputs(self, ids: Tensor) -> dict[str, Any] | None:
         """Inputs of a step, made of those of the step before; None if transformers must make them."""
-        template, names = self._template, self.shared.names
-        if template is None or template.full != self._full():
+        template = self._template
+        if template is None:
             return None
-        made = {names.ids: ids[:, -1:], names.cache: self.cache, **template.inputs}
-        positions = given.get(names.positions)
+        if template.full != self._full():
+            self._let_go()
+            return None
+        return {self.shared.names.ids: ids[:, -1:], self.shared.names.cache: self.cache, **template.inputs}
+
+    def caught_up(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What transformers would know now, had it counted along while the steps went on by themselves."""
+        names, made = self.shared.names, dict(given)
+        positions, self._skipped = self._skipped, None
         if positions is not None:
-            made[names.positions] = positions[..., -1:]
+            made[names.positions] = positions
+        mask = made.get(names.mask)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] <= self.length:
+            missing = mask.new_ones((mask.shape[0], self.length + 1 - mask.shape[1]))
+            made[names.mask] = torch.cat((mask, missing), 1)
         return made
+
+    def _let_go(self) -> None:
+        """The next step's inputs are not what the last one has left."""
+        if self._template is not None and self._template.positions is not None:
+            self._skipped = self._template.positions.clone()
+        self._template = None
 
     # -- calls of the model --------------------------------------------------------------------------------------------
 
@@ -183,7 +219,7 @@ class Lease:
         if self.shared.recorder is not None:
             self.shared.weights.look()  # while the device is busy with the prompt
         self.length += tokens
-        self._template = None
+        self._let_go()
         return made
 
     def decode(self, inputs: dict[str, Any]) -> Any:
@@ -200,13 +236,17 @@ class Lease:
         made = run() if self.shared.recorder is None else self._recorded(plan, full, run, self.shared.recorder)
         self.length += 1
         if self._offer is not None and plan.masks is not None:
-            mask = {self.shared.names.mask: plan.inputs[self.shared.names.mask]} if plan.masks else {}
-            self._template = Template({**self._offer, **mask}, full)
+            self._template = self._template_of(plan, self._offer, full)
             self._offer = None
         return made
 
+    def _template_of(self, plan: Plan, kept: dict[str, Any], full: tuple[bool, ...]) -> Template:
+        names = self.shared.names
+        written = {name: plan.inputs[name] for name in (names.mask, names.positions) if name in plan.inputs}
+        return Template({**kept, **written}, plan.positions, full)
+
     def _full(self) -> tuple[bool, ...]:
-        return tuple(layer.cumulative_length_int >= layer.keys.shape[2] for layer in caches.sliding(self.cache))
+        return tuple(layer.cumulative_length_int >= layer.keys.shape[2] for layer in self._sliding)
 
     def _plan_for(self, inputs: dict[str, Any]) -> Plan | None:
         plan = self._plan
@@ -230,12 +270,14 @@ class Lease:
         for name, value in held.items():
             mark(name, value)
         masks = masks_of(held.get(self.shared.names.mask), self.cache) if self.shared.writes_masks else None
-        return Plan(slots, held, masks)
+        return Plan(slots, held, masks, held.get(self.shared.names.positions) if masks is not None else None)
 
     def _run(self, plan: Plan, full: bool) -> Any:
         made = self.shared.call(**plan.inputs, **{self.shared.names.cache: self.cache})
         for mask in plan.masks or ():
             mask.advance(self._layers, full)
+        if plan.positions is not None:
+            plan.positions.add_(1)
         return made
 
     def _recorded(self, plan: Plan, full: tuple[bool, ...], run: Callable[[], Any], recorder: Recorder) -> Any:

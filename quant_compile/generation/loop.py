@@ -1,7 +1,7 @@
 """``generate`` of one model: gives it a block of cache, prepares the inputs of its steps, and takes the block back.
 
-The sampling loop itself is transformers'. Three of its methods are wrapped on the instance: ``generate``, what makes the cache, and
-what prepares a step's inputs.
+The sampling loop itself is transformers'. Four of its methods are wrapped on the instance: ``generate``, what makes the cache, what
+prepares a step's inputs, and what counts them up for the next step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from quant_compile.generation.pool import AHEAD, Block, Key, Pool, rounded
 from quant_compile.generation.step import Step
 from quant_compile.generation.weights import Weights
 
-HOOKS = ("generate", "_prepare_cache_for_generation", "prepare_inputs_for_generation")
+HOOKS = (
+    "generate",
+    "_prepare_cache_for_generation",
+    "prepare_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -88,8 +93,7 @@ class Loop:
         self._stack = _Stack()
         self._originals = {name: getattr(model, name) for name in HOOKS}
         kind = facts.mixin(model)
-        own = getattr(type(model), "prepare_inputs_for_generation", None)
-        self._quick = own is getattr(kind, "prepare_inputs_for_generation", None)
+        self._quick = all(getattr(type(model), name, None) is getattr(kind, name, None) for name in HOOKS[2:])
         self._shared: Shared | None = None
         self._never: str | None = None
         self._asked = False
@@ -100,6 +104,7 @@ class Loop:
             "generate": self.generate,
             "_prepare_cache_for_generation": self.prepare_cache,
             "prepare_inputs_for_generation": self.prepare_inputs,
+            "_update_model_kwargs_for_generation": self.count_up,
         }
         return Hook(self._of(), name, bodies[name])
 
@@ -147,15 +152,23 @@ class Loop:
         one = count == 1 and lease.length > 0
         if one:
             lease.reserve(1)
-            made = lease.next_inputs(input_ids, kwargs)
+            made = lease.next_inputs(input_ids)
             if made is not None:
                 return made
+            kwargs = lease.caught_up(kwargs)
         else:
             lease.reserve(count or tokens_in({"input_ids": input_ids, "inputs_embeds": kwargs.get("inputs_embeds")}))
         made = original(input_ids, *args, **kwargs)
         if one:
             lease.offer(made, kwargs)
         return made
+
+    def count_up(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``_update_model_kwargs_for_generation``."""
+        lease = self.step.leases.get(id(model_kwargs.get(self.step.names.cache)))
+        if lease is not None and lease.goes_on:
+            return model_kwargs
+        return self._originals["_update_model_kwargs_for_generation"](outputs, model_kwargs, *args, **kwargs)
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 

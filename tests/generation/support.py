@@ -146,17 +146,16 @@ class TapeRecorder:
         return run()
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        if self.failure is not None:
-            run()
-            raise self.failure
-        self.recorded += 1
         tape = self.tape = Tape()
         try:
             with tape:
                 made = run()
+                if self.failure is not None:
+                    raise self.failure
         finally:
             self.tape = None
             tape.put_back()
+        self.recorded += 1
 
         def replay() -> None:
             self.replayed += 1
