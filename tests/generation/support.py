@@ -191,8 +191,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch, plain_inductor: CompileCounter) ->
 
         return call
 
-    original = attach._compiled
-    monkeypatch.setattr(attach, "_compiled", compiled_outside_of_the_tape)
+    original = attach._compiled_function
+    monkeypatch.setattr(attach, "_compiled_function", compiled_outside_of_the_tape)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", taped)
     monkeypatch.setattr("quant_compile.generation.loop.recorder_for", lambda device: made)
     return made

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 import quant_compile
-from tests.generation.support import SPEC, compiled, llama, prompt, reference, seeded, tokens
+from tests.generation.support import (
+    NEW,
+    SPEC,
+    TapeRecorder,
+    compiled,
+    llama,
+    prompt,
+    recorder,
+    reference,
+    seeded,
+    tokens,
+)
 from tests.runtime_support import CompileCounter, plain_inductor
 
 
@@ -26,6 +38,18 @@ def test_one_graph_serves_all_layers(plain_inductor: CompileCounter) -> None:
     report = quant_compile.report(model)
     assert report.coverage == 1.0
     assert all(line.scheme for line in report.lines if "layers" in line.names[0] and "proj" in line.names[0])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_by_blocks_are_recorded(padded: bool, plain_inductor: CompileCounter, recorder: TapeRecorder) -> None:
+    """What is around the blocks asks for no value, so that a stream may be captured."""
+    model = llama(num_hidden_layers=3)
+    wanted = tokens(reference(model), prompt(padded=padded))
+    compiled(model, blocks=True)
+    for _ in range(2):
+        assert torch.equal(tokens(model, prompt(padded=padded)), wanted)
+    assert recorder.recorded == 1 and recorder.replayed == 2 * (NEW - 1) - 1
+    assert not [note for note in quant_compile.report(model).notes if "recorded" in note]
 
 
 def test_a_head_that_the_policy_names_is_quantized(plain_inductor: CompileCounter) -> None:
@@ -71,4 +95,4 @@ def test_models_without_such_blocks_are_compiled_whole(plain_inductor: CompileCo
     assert torch.equal(tokens(model, prompt(2, 7)), wanted)
 
 
-__all__ = ["plain_inductor"]
+__all__ = ["plain_inductor", "recorder"]
