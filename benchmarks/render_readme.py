@@ -128,10 +128,16 @@ def generate_first_token(results: Path) -> str:
 
 
 def generate_start(results: Path) -> str:
-    """First calls, memory, calls without CUDA graphs, and the wrapper."""
-    result = read("generate", results)
+    """First calls, memory, calls without CUDA graphs, and the wrapper; of a run that was cut off while there is no whole one."""
+    whole = read("generate", results)
+    result = whole or read("generate_start", results)
     if result is None:
         return ""
+    run = (
+        "in the same run"
+        if whole
+        else f"in a run that ended before the rest was measured ({place(result, 'transformers')})"
+    )
     base = {row["model"]: start_s(row, "cold") for row in result["rows"] if row["stack"] == "hf-auto"}
     rows = [
         [row["model"], generate_name(row), number(start_s(row, "cold"), 1), number(start_s(row, "warm"), 1)]
@@ -142,7 +148,7 @@ def generate_start(results: Path) -> str:
     ]
     header = ["model", "stack", "first call, s", "in a second process, s", "to HF's", "GiB at the peak", "GiB held"]
     text = (
-        "**`generate`, the first call**, in the same run: everything that happens once, with empty caches and in a second process "
+        f"**`generate`, the first call**, {run}: everything that happens once, with empty caches and in a second process "
         f"that finds them; {result['settings']['processes_per_gpu']} processes compile on the host at a time. Memory is the "
         "allocator's, at the peak of that call and after it, 16-bit weights included unless they are released.\n"
     )

@@ -68,7 +68,9 @@ def test_cpu_kernels_match_the_reference(name: str, dtype: torch.dtype) -> None:
                 if kernel.layout not in packed:
                     packed[kernel.layout] = layouts()[kernel.layout].pack(weight, problem)
                 y = kernel.run(x, packed[kernel.layout], bias, problem)
-                limit = PACKED_TOLERANCE if "pack" in kernel.name else DEQUANT_TOLERANCE[dtype]
+                # torch_cpu_int8_bf16 rounds to bf16 before the scale and after it.
+                twice = "pack" in kernel.name or kernel.name == "torch_cpu_int8_bf16"
+                limit = PACKED_TOLERANCE if twice else DEQUANT_TOLERANCE[dtype]
                 assert (y.shape, y.dtype) == (reference.shape, dtype), kernel.name
                 assert relative_error(y, reference) <= limit, (kernel.name, n, k, m)
 
@@ -79,11 +81,18 @@ def test_every_scheme_has_a_cpu_kernel_besides_the_reference() -> None:
 
 
 def test_packed_cpu_kernels_are_chosen_for_decoding() -> None:
-    """int8 and int4 weights under bf16 inputs decode on the packed kernels, large batches on dequantization."""
-    for name, packed in (("W8A16", "torch_cpu_int8pack"), ("W4A16", "torch_cpu_int4pack")):
+    """int8 and int4 weights under bf16 inputs decode on the packed kernels, large batches on dequantization.
+
+    Of int8 to bf16, which is exact, where the CPU multiplies bf16.
+    """
+    eight = "torch_cpu_int8_bf16" if torch_cpu._bf16_units() else "torch_cpu_dequant"
+    for name, packed, large in (
+        ("W8A16", "torch_cpu_int8pack", eight),
+        ("W4A16", "torch_cpu_int4pack", "torch_cpu_dequant"),
+    ):
         problem = Problem(parse(name), 4096, 4096, BF16)
         best = {m: min(fitting(problem, m), key=lambda kernel: kernel.fit(problem, m, CPU).cost) for m in (1, 1024)}
-        assert (best[1].name, best[1024].name) == (packed, "torch_cpu_dequant")
+        assert (best[1].name, best[1024].name) == (packed, large)
 
 
 def test_int8_product_is_exact() -> None:
@@ -163,6 +172,9 @@ REFUSALS = [
     ("torch_cpu_int8pack", "W8A8", (64, 128), BF16, CPU, "8-bit integer weights with 16-bit inputs"),
     ("torch_cpu_int8pack", "W8A16", (64, 128), F32, CPU, "only bfloat16 is vectorized, got torch.float32"),
     ("torch_cpu_int8pack", "W8A16", (64, 120), BF16, CPU, "k must be a multiple of 32, got 120"),
+    ("torch_cpu_int8_bf16", "W8A16", (64, 128), BF16, Target.fake("sm90"), "CPU only"),
+    ("torch_cpu_int8_bf16", "W8A8", (64, 128), BF16, CPU, "8-bit integer weights with 16-bit inputs"),
+    ("torch_cpu_int8_bf16", "W8A16", (64, 128), F32, CPU, "multiplies bfloat16, got torch.float32"),
     ("torch_cpu_int_mm", "W8A8", (64, 128), BF16, Target.fake("sm90"), "CPU only"),
     ("torch_cpu_int_mm", "W8A16", (64, 128), BF16, CPU, "8-bit integer inputs"),
     ("torch_cpu_int_mm", "FP8_DYNAMIC", (64, 128), BF16, CPU, "8-bit integer inputs"),
