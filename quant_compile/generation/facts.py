@@ -13,6 +13,7 @@ from torch import nn
 
 MODES = ("sample", "greedy_search", "beam_search", "beam_sample")
 ATTENTIONS = ("sdpa", "eager")
+CHOICES = ("cache_implementation", "compile_config", "prefill_chunk_size")
 NEEDED = ("_prepare_cache_for_generation", "prepare_inputs_for_generation", "_get_static_cache_init_shape")
 
 
@@ -64,22 +65,21 @@ def why_plain(model: Any, config: Any, mode: Any) -> str | None:
 
 
 def asked_for_plain(config: Any, kwargs: dict[str, Any], name: str) -> bool:
-    """Whether a call's arguments or its generation config choose a cache, or how to compile; what the user passes wins."""
-    chosen = ("cache_implementation", "compile_config", "disable_compile", "prefill_chunk_size", "custom_generate")
-    if any(kwargs.get(key) is not None for key in (*chosen, name, "past_key_values", "cache", "cache_params")):
+    """Whether a call's arguments choose a cache, or how to compile; what the user passes wins."""
+    chosen = (*CHOICES, "disable_compile", "custom_generate", name, "past_key_values", "cache", "cache_params")
+    if any(kwargs.get(key) is not None for key in chosen):
         return True
-    if kwargs.get("use_cache") is False:
-        return True
-    return config is not None and any(getattr(config, key, None) is not None for key in chosen)
+    return kwargs.get("use_cache") is False or (config is not None and chosen_by_config(config))
 
 
 def chosen_by_config(config: Any) -> bool:
-    """Whether the merged generation config names a cache, or turns it off."""
-    chosen = ("cache_implementation", "compile_config", "prefill_chunk_size")
-    return any(getattr(config, key, None) is not None for key in chosen) or False in (
-        config.use_cache,
-        config.disable_compile,
-    )
+    """Whether a generation config names a cache, or turns ours off.
+
+    ``disable_compile=True`` says nothing: a copy of the config of a compiled model has it, and pipelines pass such copies.
+    """
+    if any(getattr(config, key, None) is not None for key in CHOICES):
+        return True
+    return config.use_cache is False or config.disable_compile is False
 
 
 def prompt_length(inputs: dict[str, Any]) -> int:

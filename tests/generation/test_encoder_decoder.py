@@ -48,15 +48,10 @@ def marian() -> Any:
     return bart_like(MarianMTModel, MarianConfig, max_position_embeddings=128)
 
 
-def whisper() -> Any:
-    more = {
-        "num_mel_bins": 8,
-        "max_source_positions": 20,
-        "max_target_positions": 64,
-        "suppress_tokens": None,
-        "begin_suppress_tokens": None,
-    }
-    return bart_like(WhisperForConditionalGeneration, WhisperConfig, **more)
+def whisper(positions: int = 20) -> Any:
+    ends = {"suppress_tokens": None, "begin_suppress_tokens": None}
+    sizes = {"num_mel_bins": 8, "max_source_positions": positions, "max_target_positions": 64}
+    return bart_like(WhisperForConditionalGeneration, WhisperConfig, **sizes, **ends)
 
 
 def sound(rows: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
