@@ -27,6 +27,7 @@ from quant_compile.options import Options, PolicySource
 from quant_compile.passes import PIPELINE
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 from quant_compile.runtime.decide import Choosers, Found, add_time
+from quant_compile.runtime.progress import Choosing
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -111,28 +112,24 @@ class Variants:
         gm = copy_graph(self.pristine)
         found = Found.of(gm, self._shape_only, self._verdicts)
         fuse = self.source.policy.fuse
+        choosing = Choosing(len(found.linears) + len(found.blocks) + len(found.batched))
         plan = Plan(
             found.linears,
             decisions,
-            _timed(session, self._choosers.linear),
+            _timed(session, self._choosers.linear, choosing),
             lambda slot: slot in self._shape_only,
             classes,
             fuse.share_quant,
             fuse.merge_siblings,
             found.blocks,
             found.batched,
-            _timed(session, self._choosers.moe),
-            _timed(session, self._choosers.rows),
+            _timed(session, self._choosers.moe, choosing),
+            _timed(session, self._choosers.rows, choosing),
             # A kernel takes a norm's eps as a number. Dynamo makes one of a float that is an input, but not once it is done.
             None if late and self._scalars else self.target,
         )
-        reports: list[PassReport] = []
-        for one_pass in PIPELINE:
-            started, selecting = time.perf_counter(), session.timings.get("selection", 0.0)
-            gm, report = one_pass(gm, plan)
-            reports.append(report)
-            selection = session.timings.get("selection", 0.0) - selecting
-            add_time(session, f"passes.{report.name}", time.perf_counter() - started - selection)
+        with choosing:
+            gm, reports = _rewritten(gm, plan, session)
         prepare_for_inductor(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")
         arguments = tuple(node.meta["argument"] for node in placeholders if "plane" not in node.meta)
@@ -165,12 +162,26 @@ class Variants:
         return function
 
 
-def _timed(session: Session, choose: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+def _rewritten(gm: fx.GraphModule, plan: Plan, session: Session) -> tuple[fx.GraphModule, list[PassReport]]:
+    """The graph after all passes, and what they report."""
+    reports: list[PassReport] = []
+    for one_pass in PIPELINE:
+        started, selecting = time.perf_counter(), session.timings.get("selection", 0.0)
+        gm, report = one_pass(gm, plan)
+        reports.append(report)
+        selection = session.timings.get("selection", 0.0) - selecting
+        add_time(session, f"passes.{report.name}", time.perf_counter() - started - selection)
+    return gm, reports
+
+
+def _timed(session: Session, choose: Callable[[Any, str], Any], choosing: Choosing) -> Callable[[Any, str], Any]:
     def timed(problem: Any, name: str) -> Any:
         started = time.perf_counter()
+        choosing.begins()
         try:
             return choose(problem, name)
         finally:
+            choosing.ends()
             add_time(session, "selection", time.perf_counter() - started)
 
     return timed
