@@ -111,6 +111,8 @@ def cubins(code: str, folder: Path) -> dict[str, int]:
     """Name of each Triton kernel in generated code -> size of what it is compiled to."""
     sizes: dict[str, int] = {}
     for number, (name, source) in enumerate(re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.S)):
+        # torch 2.11 copies texts into its code as they are, so that a line break in one is no Python.
+        assert r"\\n" not in source, "a constant of a kernel has a line break"
         file = folder / f"generated_{number}.py"
         text = ast.literal_eval(f"'''{source}'''")  # as Python reads it
         file.write_text(re.sub(r"triton_helpers\.set_driver_to_\w+\(\)", "", text))

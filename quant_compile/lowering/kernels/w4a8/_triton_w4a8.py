@@ -21,23 +21,23 @@ from quant_compile.lowering.kernels._triton_pieces import _dp4a, _tile_of, _word
 
 # Two words of 8-bit operands out of four bytes of nibbles; ptxas turns each pair of logic steps into one instruction.
 INT8_ASM = tl.constexpr(
-    """{ .reg .b32 t;
-    shl.b32 t, $2, 4; and.b32 t, t, 0xF0F0F0F0; xor.b32 $0, t, 0x80808080;
-    and.b32 t, $2, 0xF0F0F0F0; xor.b32 $1, t, 0x80808080; }"""
+    "{ .reg .b32 t; "
+    "shl.b32 t, $2, 4; and.b32 t, t, 0xF0F0F0F0; xor.b32 $0, t, 0x80808080; "
+    "and.b32 t, $2, 0xF0F0F0F0; xor.b32 $1, t, 0x80808080; }"
 )
 # Negative where bit 3 is clear (n = 1): magnitude (u ^ 7) + 1 and the sign bit, together n * 129; else the low three bits.
 E4M3_ASM = tl.constexpr(
-    """{ .reg .b32 u, n, t;
-    and.b32 u, $2, 0x0F0F0F0F; not.b32 n, u; shr.u32 n, n, 3; and.b32 n, n, 0x01010101;
-    mul.lo.u32 t, n, 7; xor.b32 t, u, t; and.b32 t, t, 0x07070707; mad.lo.u32 $0, n, 129, t;
-    shr.u32 u, $2, 4; and.b32 u, u, 0x0F0F0F0F; not.b32 n, u; shr.u32 n, n, 3; and.b32 n, n, 0x01010101;
-    mul.lo.u32 t, n, 7; xor.b32 t, u, t; and.b32 t, t, 0x07070707; mad.lo.u32 $1, n, 129, t; }"""
+    "{ .reg .b32 u, n, t; "
+    "and.b32 u, $2, 0x0F0F0F0F; not.b32 n, u; shr.u32 n, n, 3; and.b32 n, n, 0x01010101; "
+    "mul.lo.u32 t, n, 7; xor.b32 t, u, t; and.b32 t, t, 0x07070707; mad.lo.u32 $0, n, 129, t; "
+    "shr.u32 u, $2, 4; and.b32 u, u, 0x0F0F0F0F; not.b32 n, u; shr.u32 n, n, 3; and.b32 n, n, 0x01010101; "
+    "mul.lo.u32 t, n, 7; xor.b32 t, u, t; and.b32 t, t, 0x07070707; mad.lo.u32 $1, n, 129, t; }"
 )
 # Four bytes of nibbles ($2) less four zero points ($3): bit 7 is set before, which no byte can borrow past, and flipped after.
 ZEROS_ASM = tl.constexpr(
-    """{ .reg .b32 t;
-    and.b32 t, $2, 0x0F0F0F0F; or.b32 t, t, 0x80808080; sub.u32 t, t, $3; xor.b32 $0, t, 0x80808080;
-    shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F; or.b32 t, t, 0x80808080; sub.u32 t, t, $3; xor.b32 $1, t, 0x80808080; }"""
+    "{ .reg .b32 t; "
+    "and.b32 t, $2, 0x0F0F0F0F; or.b32 t, t, 0x80808080; sub.u32 t, t, $3; xor.b32 $0, t, 0x80808080; "
+    "shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F; or.b32 t, t, 0x80808080; sub.u32 t, t, $3; xor.b32 $1, t, 0x80808080; }"
 )
 PAIR_ASM = tl.constexpr("prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;")
 WORDS_ASM = tl.constexpr(
