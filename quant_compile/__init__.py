@@ -1,8 +1,7 @@
 """sglquant: a torch.compile backend that quantizes unmodified models and says what became of every weight.
 
 quant_compile.compile(model, policy="fp8_dynamic")     # in place; or torch.compile(model, backend="sglquant", options=...)
-with torch.inference_mode():
-    model.generate(**inputs, cache_implementation="static", disable_compile=True)
+model.generate(**inputs)
 print(quant_compile.report(model))
 """
 

@@ -144,7 +144,7 @@ class Lease:
         """Make room for more tokens, and one to spare, since masks are written ahead; the cache stays the same object."""
         if self.length + tokens < self.block.key.length:
             return
-        large = self.larger(self.length + tokens + 1)
+        large = self.larger(max(self.length + tokens + 1, 2 * self.block.key.length))
         if large is None:
             return
         small = self.block
