@@ -6,6 +6,7 @@ The only module that reads names of transformers' internals; what is missing in 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,31 @@ def mixin(model: nn.Module) -> type[Any] | None:
 def cache_name(kind: type[Any]) -> str:
     """The argument of models that is a cache: ``past_key_values``, from transformers 5.2x on ``cache``."""
     return "cache" if "cache" in inspect.signature(kind.prepare_inputs_for_generation).parameters else "past_key_values"
+
+
+def cache_shape(model: Any) -> tuple[Any, Any] | None:
+    """(heads, head size) of the decoder's cache, each a number or one for each layer; None if transformers does not know them, or is wrong.
+
+    A cache of another shape would be an error in the middle of a call, so the sizes are compared with those of key projections.
+    """
+    shape = model._get_static_cache_init_shape()
+    if shape is None:
+        return None
+    heads, size = shape
+    layers = max((len(part) for part in shape if isinstance(part, list | tuple)), default=1)
+    known = {
+        (heads if isinstance(heads, int) else heads[i]) * (size if isinstance(size, int) else size[i])
+        for i in range(layers)
+    }
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    found = {m.out_features for m in _key_projections(decoder)}
+    return shape if found <= known else None
+
+
+def _key_projections(decoder: nn.Module) -> Iterator[nn.Linear]:
+    for name, module in decoder.named_modules():
+        if name.rpartition(".")[2] in ("k_proj", "k") and isinstance(module, nn.Linear):
+            yield module
 
 
 def why_never(model: Any) -> str | None:

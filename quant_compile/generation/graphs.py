@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -37,6 +38,7 @@ class CudaRecorder:
     """CUDA graphs that share one memory pool; made on one stream, since each stream costs memory for good."""
 
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+    _busy: ClassVar[Any] = threading.RLock()  # one stream: another thread's work would become a part of a recording
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -53,11 +55,13 @@ class CudaRecorder:
 
     def warm(self, run: Run) -> Any:
         """One call on the stream of recordings."""
-        here, side = torch.cuda.current_stream(self._device), self._side()
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            made = run()
-        here.wait_stream(side)
+        here = torch.cuda.current_stream(self._device)
+        with self._busy:
+            side = self._side()
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                made = run()
+            here.wait_stream(side)
         return made
 
     def record(self, run: Run) -> tuple[Callable[[], None], Any]:
@@ -66,7 +70,10 @@ class CudaRecorder:
         if place not in self._pools:
             self._pools[place] = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pools[place], self._side(), capture_error_mode="thread_local"):
+        with (
+            self._busy,
+            torch.cuda.graph(graph, self._pools[place], self._side(), capture_error_mode="thread_local"),
+        ):
             made = run()
         return graph.replay, made
 

@@ -97,6 +97,7 @@ class Loop:
         self._shared: Shared | None = None
         self._never: str | None = None
         self._asked = False
+        self._shape: tuple[Any, Any] | None = None
 
     def hook(self, name: str) -> Hook:
         """What takes the place of a method."""
@@ -138,6 +139,7 @@ class Loop:
             call.lease = self._lease(call, given)
         if call is None or call.lease is None:
             return original(generation_config, model_kwargs, *args, **kwargs)
+        generation_config.disable_compile = True  # of this call; the model's own config may have been exchanged
         call.returns_more = bool(generation_config.return_dict_in_generate)
         model_kwargs[self.step.names.cache] = call.lease.cache
         return None
@@ -218,9 +220,11 @@ class Loop:
         encoded = inputs.get("encoder_outputs")
         source = int(encoded[0].shape[1]) if encoded is not None and model.config.is_encoder_decoder else 0
         config, dtype, device = model.config.get_text_config(decoder=True), model.dtype, model.device
+        if self._shape is None:
+            self._shape = facts.cache_shape(model)
+        shape = self._shape
 
         def take(tokens: int) -> Block | None:
-            shape = model._get_static_cache_init_shape()
             key = Key(rows, rounded(min(most, tokens)), source, dtype, device)
 
             def make() -> Any:

@@ -30,7 +30,7 @@ def no_grad() -> Any:
 
 
 def t5() -> Any:
-    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     config = T5Config(
         **sizes, pad_token_id=0, decoder_start_token_id=0, tie_word_embeddings=False, initializer_factor=3.0, **ENDLESS
     )

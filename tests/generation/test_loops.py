@@ -11,6 +11,9 @@ from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GenerationConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     TextIteratorStreamer,
@@ -238,6 +241,28 @@ def test_what_the_user_passes_wins(plain_inductor: CompileCounter) -> None:
     assert not any("own way" in note for note in quant_compile.report(model).notes), "that is no news to the user"
 
 
+def test_linear_attention_goes_transformers_own_way(plain_inductor: CompileCounter) -> None:
+    """A hybrid of convolutions and attention: its states cannot be made before the first call."""
+    config = Lfm2Config(
+        **{**SIZES, "num_hidden_layers": 2}, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+    )
+    model = seeded(lambda: Lfm2ForCausalLM(config))
+    wanted = tokens(reference(model), prompt())
+    compiled(model)
+    for _ in range(2):
+        assert torch.equal(tokens(model, prompt()), wanted)
+    assert any("own way" in note and "before the first call" in note for note in quant_compile.report(model).notes)
+
+
+def test_heads_that_transformers_does_not_know_go_its_own_way(plain_inductor: CompileCounter) -> None:
+    model = llama()
+    wanted = tokens(reference(model), prompt())
+    compiled(model)
+    model._get_static_cache_init_shape = lambda: (2, 16)
+    assert torch.equal(tokens(model, prompt()), wanted)
+    assert any("own way" in note for note in quant_compile.report(model).notes)
+
+
 def test_a_returned_cache_is_the_users(recorder: TapeRecorder) -> None:
     """It grows, as transformers' own, and no later call writes into it."""
     model = llama()
@@ -279,6 +304,28 @@ def test_a_returned_window_is_the_users(length: int, plain_inductor: CompileCoun
     longer = torch.cat((found.sequences, prompt(2, 3, seed=8)["input_ids"]), 1)
     inputs = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
     assert torch.equal(tokens(model, inputs, **{name: found[name]}), tokens(eager, inputs))
+
+
+def test_inference_mode_and_no_grad_in_turn(plain_inductor: CompileCounter) -> None:
+    """A cache that was made in the one is written in the other."""
+    model = llama()
+    wanted = tokens(reference(model), prompt())
+    compiled(model)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(tokens(model, prompt()), wanted)
+    assert len(loop_of(model).pool) == 1
+
+
+def test_another_generation_config(recorder: TapeRecorder) -> None:
+    model = llama()
+    wanted = tokens(reference(model), prompt())
+    compiled(model)
+    model.generation_config = GenerationConfig(max_new_tokens=NEW, pad_token_id=0)
+    assert torch.equal(model.generate(**prompt()), wanted)
+    passed = GenerationConfig(max_new_tokens=NEW, pad_token_id=0, do_sample=False)
+    assert torch.equal(model.generate(**prompt(), generation_config=passed), wanted)
+    assert recorder.recorded == 1 and passed.disable_compile is None
 
 
 def test_release_weights(recorder: TapeRecorder) -> None:
