@@ -106,10 +106,15 @@ def tensors(cache: Any) -> Iterator[Tensor]:
 
 
 def reset(cache: Any) -> None:
-    """Empty a cache in place."""
-    cache.reset()
+    """Empty a cache in place; in few launches, since the first token waits for it."""
+    torch._foreach_zero_(list(tensors(cache)))
     for part in parts(cache):
         part.fresh = True
+        for layer in part.layers:
+            if layer.is_sliding:
+                layer.cumulative_length_int = 0
+    for layer in getattr(cache, "is_updated", {}):  # whether the encoder's states are held
+        cache.is_updated[layer] = False
 
 
 def fill(cache: Any) -> None:
