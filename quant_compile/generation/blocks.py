@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quant_compile.generation import caches
 from quant_compile.generation.inputs import marked
-from quant_compile.model.weights import linear_weights
+from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.rules import Decides
 
 FEWEST = 3  # blocks of one kind, for which one graph instead of one for each pays
@@ -54,26 +54,33 @@ class Blocks:
 
 def blocks_of(model: nn.Module, policy: Decides) -> Blocks | None:
     """The blocks of a decoder; None where they are not all that is to be quantized but for single linears."""
-    found = max(_lists(model), key=lambda item: len(item[1]), default=None)
+    found = next(_layers(model), None)
     if found is None:
         return None
     name, layers = found
     inside = f"{name}."
+    modules = dict(model.named_modules())
     single: dict[int, nn.Module] = {}
-    for weight in linear_weights(model):
+    # What is eager around the blocks is not traced, so that a product with any other parameter would stay in 16 bits.
+    for weight in (*linear_weights(model), *possible_weights(model)):
         if any(n.startswith(inside) for n in weight.site.names) or policy.decide(weight.site).scheme is None:
             continue
-        module = model.get_submodule(weight.site.names[0])
-        if not isinstance(module, nn.Linear):
+        module = next((modules[n] for n in weight.site.names if isinstance(modules.get(n), nn.Linear)), None)
+        if module is None:
             return None
         single[id(module)] = module
     return Blocks(tuple(enumerate(layers)), tuple(single.values()))
 
 
-def _lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Lists of enough modules of one class."""
+def _layers(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists of modules of one class that are as many as the decoder has layers, the outermost first."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    within = set(decoder.modules())
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) >= FEWEST and len({type(m) for m in module}) == 1:
+        if not isinstance(module, nn.ModuleList) or module not in within:
+            continue
+        if len(module) == count >= FEWEST and len({type(m) for m in module}) == 1:
             yield name, module
 
 

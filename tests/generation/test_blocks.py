@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 import quant_compile
+from quant_compile.generation.blocks import blocks_of
+from quant_compile.policy import Policy
 from tests.generation.support import (
     NEW,
     SPEC,
@@ -93,6 +96,33 @@ def test_models_without_such_blocks_are_compiled_whole(plain_inductor: CompileCo
     wanted = tokens(reference(model), prompt(2, 7))
     compiled(model, blocks=True)
     assert torch.equal(tokens(model, prompt(2, 7)), wanted)
+
+
+class Tower(nn.Module):
+    """More modules of one class than the decoder has layers, which are none of its."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(9))
+
+
+def test_the_blocks_are_the_decoders_layers() -> None:
+    """Not the longest list: a tower, or experts in a list, may be longer."""
+    model = llama(num_hidden_layers=4)
+    model.tower = Tower()
+    found = blocks_of(model, Policy.load(SPEC))
+    assert found is not None and [block for _, block in found.repeated] == list(model.model.layers)
+    assert set(found.single) == set(model.tower.experts)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (2, 32, 32)], ids=["a matrix", "experts"])
+def test_other_weights_around_the_blocks_leave_the_model_whole(shape: tuple[int, ...]) -> None:
+    """Eager code is not traced: a product with such a parameter would stay in 16 bits in silence."""
+    model = llama(num_hidden_layers=4)
+    model.model.projection = nn.Parameter(torch.zeros(shape))
+    assert blocks_of(model, Policy.load(SPEC)) is None
+    kept = Policy.load({"default": SPEC, "rules": [{"match": "*projection", "scheme": "keep"}]})
+    assert blocks_of(model, kept) is not None
 
 
 __all__ = ["plain_inductor", "recorder"]
