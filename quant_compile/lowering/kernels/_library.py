@@ -85,3 +85,10 @@ def pad_rows(x: Planes, alignment: int) -> Planes:
         return padded, columns
     # The strides of a dimension of size 1 mean nothing, so the comparison is with what a fresh one would have.
     return data, scale if scale.stride() == (1, m) else scale.t().contiguous().t()
+
+
+def scaled_mm_result(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """An empty result of sgl-kernel's scaled products, which a recorded graph needs: a [m, k] times b [k, n] -> [m, n]."""
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)

@@ -18,6 +18,7 @@ from quant_compile.lowering.kernels._library import (
     output_dtype,
     pad_rows,
     row_scale,
+    scaled_mm_result,
 )
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Problem, Rank, anyhow
@@ -30,14 +31,7 @@ BLOCK_ROWS = 4
 @lru_cache(maxsize=None)
 def _op(name: str) -> Callable[..., Tensor]:
     importlib.import_module("sgl_kernel")
-    return recordable(getattr(torch.ops.sgl_kernel, name).default, _empty)
-
-
-def _empty(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
-) -> Tensor:
-    """Shape of the ops' result."""
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
+    return recordable(getattr(torch.ops.sgl_kernel, name).default, scaled_mm_result)
 
 
 def fit_rows(problem: Problem, m: int, target: Target) -> Rank | Reject:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject
-from quant_compile.lowering.kernels._library import arch_from, int8_rows, multiple, output_dtype, row_scale
+from quant_compile.lowering.kernels._library import (
+    arch_from,
+    int8_rows,
+    multiple,
+    output_dtype,
+    row_scale,
+    scaled_mm_result,
+)
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Problem, Rank, anyhow
 from quant_compile.lowering.target import Target
@@ -20,14 +27,7 @@ from quant_compile.lowering.trace import recordable
 @lru_cache(maxsize=None)
 def _op() -> Callable[..., Tensor]:
     importlib.import_module("sgl_kernel")
-    return recordable(torch.ops.sgl_kernel.int8_scaled_mm.default, _empty)
-
-
-def _empty(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
-) -> Tensor:
-    """Shape of the op's result."""
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
+    return recordable(torch.ops.sgl_kernel.int8_scaled_mm.default, scaled_mm_result)
 
 
 def refuse(problem: Problem, target: Target) -> Reject | None:
