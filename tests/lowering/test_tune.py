@@ -61,7 +61,7 @@ def test_file_name_follows_gpu_level_library_versions_and_kernel_sources(
     first = name()
     assert name() == first and tune.timings("H200", "quick").path.is_relative_to(tmp_path / "cache")
     seen = {first, name("H100"), name(level="full")}
-    source = copy / "kernels" / "_triton_w4a16.py"
+    source = copy / "kernels" / "weight_only" / "_triton_w4a16.py"
     source.write_text(source.read_text(encoding="utf-8") + "\n# edited\n", encoding="utf-8")
     seen.add(name())
     version = importlib.metadata.version
