@@ -23,7 +23,11 @@ MORE_COPIES = "packed more than once: graphs join it with different siblings, an
 
 @dataclass(eq=False)
 class Record:
-    """What graphs said of one Parameter."""
+    """What graphs said of one Parameter.
+
+    Attributes:
+        misses: products that read it unquantized; readers: other reads beside a quantized one; uses: of a weight that is none of a linear.
+    """
 
     ref: weakref.ref[nn.Parameter]
     scheme: str | None = None
@@ -33,6 +37,7 @@ class Record:
     layout: str = ""
     misses: dict[str, None] = field(default_factory=dict)
     readers: dict[str, None] = field(default_factory=dict)
+    uses: dict[str, None] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -148,6 +153,8 @@ class Ledger:
             return True, f"{record.scheme}: to be packed at the next call"
         if record is not None and (record.reason or record.misses):
             return record.named, "; ".join([*([record.reason] if record.reason else []), *record.misses])
+        if record is not None and record.uses and (weight is None or not weight.certain):
+            return False, "; ".join(record.uses)
         if weight is None:
             what = "embedding or convolution" if parameter.dim() > 1 else "vector (norm, bias)"
             return False, f"not a linear weight: {what}"

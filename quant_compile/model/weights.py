@@ -24,12 +24,14 @@ class Weight:
         parameter: the Parameter itself.
         in_embedding: an Embedding looks rows up in it, so the original stays whatever the linear does.
         has_bias: the module that holds it adds a bias.
+        certain: its module is a linear; else only names and sizes say so.
     """
 
     site: SiteInfo
     parameter: nn.Parameter
     in_embedding: bool
     has_bias: bool
+    certain: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def _weight(owners: list[_Owner], heads: frozenset[int]) -> Weight | None:
         return Weight(site, parameter, False, any("bias" in name for name in owner.module._parameters))
     site = SiteInfo(names, kind, type(owner.module).__name__, n, k, id(parameter) in heads)
     has_bias = isinstance(getattr(owner.module, "bias", None), nn.Parameter)
-    return Weight(site, parameter, any(_is_embedding(o.module) for o in owners), has_bias)
+    certain = any(isinstance(o.module, nn.Linear) or type(o.module).__name__ == "Conv1D" for o in owners)
+    return Weight(site, parameter, any(_is_embedding(o.module) for o in owners), has_bias, certain)
 
 
 def _role(owner: _Owner) -> tuple[str, bool] | None:

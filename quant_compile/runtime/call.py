@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from quant_compile.ir.experts import Verdicts
 from quant_compile.ir.graph import BiasRef, ExpertBiasRef, ExpertRef, Ref, ScaleRef, copy_graph, slots_of
+from quant_compile.ir.inline import inline
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.options import Options, PolicySource
@@ -99,7 +100,7 @@ class GraphRunner:
         target: Target,
     ) -> None:
         self.source, self.options = source, options
-        self.pristine = copy_graph(gm)
+        self.pristine = inline(copy_graph(gm))
         self._parameters = {i: value for i, value in enumerate(inputs) if isinstance(value, Parameter)}
         self._slots = tuple(self._parameters)
         self._pick = _picker(self._slots)

@@ -7,7 +7,7 @@ calibrated input scales to the store. Compiles and packs nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.nn import Parameter
 
+from quant_compile.ir.account import Read, Use, account
 from quant_compile.ir.batched import BatchedSite, find_batched
 from quant_compile.ir.errors import MissingScalesError, PolicyError, PolicyWarning
 from quant_compile.ir.experts import MoeMiss, MoeSite, Verdicts, find_experts
@@ -29,7 +30,7 @@ from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
 from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER, Session
-from quant_compile.model.weights import expert_site
+from quant_compile.model.weights import expert_site, linear_weights
 from quant_compile.options import PolicySource
 from quant_compile.passes.plan import SiteDecision
 from quant_compile.rules import TWO_SCHEMES, Decision, SiteInfo, scale_key
@@ -58,6 +59,7 @@ class Found:
     batched: tuple[BatchedSite, ...]
     linears: tuple[LinearSite, ...]
     misses: tuple[Miss | MoeMiss, ...]
+    reads: tuple[Read, ...] = ()
 
     @staticmethod
     def of(gm: fx.GraphModule, parameters: Mapping[int, Any], verdicts: Verdicts) -> Found:
@@ -71,7 +73,12 @@ class Found:
         unknown = [miss for miss in unknown if not done.issuperset(miss.slots)]
         explained = {slot for miss in unknown for slot in miss.slots}
         misses = [miss for miss in misses if not explained.issuperset(miss.slots)]
-        return Found(tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown))
+        sites = [(site.node, site.slot) for site in (*linears, *batched)]
+        reads = account(gm, parameters, sites, taken - {site.node for site in batched})
+        said = {slot for miss in (*misses, *unknown) for slot in miss.slots}
+        misses += [Miss(r.node, (r.slot,), r.reason) for r in reads if r.use.multiplies and r.slot not in said]
+        others = tuple(read for read in reads if not read.use.multiplies)
+        return Found(tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown), others)
 
     @property
     def readers(self) -> list[tuple[str, int]]:
@@ -135,7 +142,8 @@ class Decider:
             for slot in miss.slots:
                 known = names.get(id(parameters[slot]))
                 self._record_miss(parameters[slot], known, miss.reason, session)
-        self._enforce(parameters, names, decisions)
+        others = self._record_reads(owner, parameters, names, session)
+        self._enforce(parameters, names, decisions, others)
         return session, decisions
 
     def check_rules(self, parameters: Mapping[int, Parameter], session: Session) -> None:
@@ -162,16 +170,17 @@ class Decider:
         parameters: Mapping[int, Parameter],
         names: Mapping[int, naming.Names],
         decisions: Mapping[str, SiteDecision],
+        others: Sequence[Read],
     ) -> None:
-        """A strict policy's weights have their schemes in every graph."""
+        """A strict policy's weights have their schemes in every graph, wherever it reads them."""
         if not self.source.policy.strict:
             return
         found = [f"{decision.name}: {decision.reason}" for decision in decisions.values() if decision.refused]
-        for miss in self.found.misses:
-            for slot in miss.slots:
-                known, record = names.get(id(parameters[slot])), LEDGER.peek(parameters[slot])
-                if known is not None and record is not None and record.named:
-                    found.append(f"{known.full[0]}: {miss.reason.splitlines()[0]}")
+        missed = [(slot, miss.reason) for miss in self.found.misses for slot in miss.slots]
+        for slot, reason in [*missed, *((read.slot, read.reason) for read in others)]:
+            known, record = names.get(id(parameters[slot])), LEDGER.peek(parameters[slot])
+            if known is not None and record is not None and record.named:
+                found.append(f"{known.full[0]}: {reason.splitlines()[0]}")
         if found:
             origin = self.source.policy.source or self.source.policy.name
             listed = "\n".join(f"  {text}" for text in dict.fromkeys(found))
@@ -224,6 +233,27 @@ class Decider:
             return decision
         reason = f"{decision.reason}; {alone.spec} by the policy's fallback: no kernel here multiplies {scheme.spec}"
         return replace(decision, scheme=alone, reason=reason)
+
+    def _record_reads(
+        self,
+        owner: torch.nn.Module | None,
+        parameters: Mapping[int, Parameter],
+        names: Mapping[int, naming.Names],
+        session: Session,
+    ) -> list[Read]:
+        """Notes what reads weights without multiplying; returns those of linears, which no policy meant to be read so."""
+        weights = {id(w.parameter): w for w in linear_weights(owner)} if owner is not None and self.found.reads else {}
+        against: list[Read] = []
+        for read in self.found.reads:
+            parameter = parameters[read.slot]
+            weight = weights.get(id(parameter))
+            linear = weight is not None and not weight.in_embedding
+            if linear and (weight.certain or read.use is Use.RETURNED):
+                self._record_miss(parameter, names.get(id(parameter)), read.reason, session)
+                against.append(read)
+            else:
+                LEDGER.record(parameter).uses[read.reason] = None
+        return against
 
     def _record_miss(self, parameter: Parameter, known: naming.Names | None, reason: str, session: Session) -> None:
         record = LEDGER.record(parameter)
