@@ -23,6 +23,7 @@ from quant_compile.generation.loop import HOOKS, Loop
 from quant_compile.generation.step import Step, noted
 from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options
+from quant_compile.runtime.outside import Outside
 
 CALL = "_compiled_call_impl"
 RECORDED = ("auto", "reduce-overhead", "max-autotune")  # modes whose decode steps become CUDA graphs
@@ -59,6 +60,7 @@ class Call:
     Attributes:
         run: the compiled function.
         installed: what was there before; on the model's own call only.
+        outside: watches what runs outside of compiled graphs.
         active: whether blocks inside of the module are run one by one.
     """
 
@@ -67,10 +69,11 @@ class Call:
         module: nn.Module,
         run: Callable[..., Any],
         dynamic: bool,
+        outside: Outside,
         installed: Installed | None = None,
         active: Active | None = None,
     ) -> None:
-        self.run, self.installed = run, installed
+        self.run, self.installed, self._outside = run, installed, outside
         self._plain, self._dynamic, self._active = module._call_impl, dynamic, active
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +82,9 @@ class Call:
             return self._plain(*args, **kwargs)
         if self._dynamic:
             kwargs = {name: marked(name, value) for name, value in kwargs.items()}
+        if self._outside.due():
+            with self._outside.watching():
+                return self.run(*args, **kwargs)
         return self.run(*args, **kwargs)
 
 
@@ -99,13 +105,13 @@ def install(
         fullgraph: as in torch.compile.
     """
     uninstall(model)
-    installed = Installed()
+    installed, outside = Installed(), Outside(model, options["policy"])
     compiled = partial(_compiled, dynamic=dynamic, fullgraph=fullgraph)
     compiled_function = partial(_compiled_function, options=_inside(options), dynamic=dynamic, fullgraph=fullgraph)
     active = Active()
     kind = mixin(model)
     if kind is None:
-        installed.set(model, CALL, Call(model, compiled(model, options), False, installed))
+        installed.set(model, CALL, Call(model, compiled(model, options), False, outside, installed))
         return
     name = cache_name(kind)
     parsed = Options.of(options)
@@ -113,19 +119,19 @@ def install(
     found = blocks_of(model, parsed.policy) if _by_blocks(model, parsed) else None
     if found is None:
         inside = compiled(model, _inside(options))
-        outside = inside if _inside(options) == options else compiled(model, options)
+        plain = inside if _inside(options) == options else compiled(model, options)
     else:
-        outside = compiled(model, options)
-        inside = _blockwise(model, found, active, outside, name, installed, compiled_function)
+        plain = compiled(model, options)
+        inside = _blockwise(model, found, active, plain, name, installed, compiled_function)
     prefix = "decoder_" if getattr(model.config, "is_encoder_decoder", False) else ""
     names = Names(f"{prefix}input_ids", f"{prefix}position_ids", f"{prefix}attention_mask", name)
-    step = Step(inside, outside, names, dynamic is not False)
+    step = Step(inside, plain, names, dynamic is not False)
     installed.loop = Loop(model, step, note, records)
     for part in _called_apart(model):
         around = found is not None and any(module is found.repeated[0][1] for module in part.modules())
         run = compiled(part, _inside(options))
-        installed.set(part, CALL, Call(part, run, dynamic is not False, active=active if around else None))
-    installed.set(model, CALL, Call(model, step, False, installed))
+        installed.set(part, CALL, Call(part, run, dynamic is not False, outside, active=active if around else None))
+    installed.set(model, CALL, Call(model, step, False, outside, installed))
     for hook in HOOKS:
         installed.set(model, hook, installed.loop.hook(hook))
     config = getattr(model, "generation_config", None)
@@ -202,13 +208,24 @@ def _compiled(module: nn.Module, options: dict[str, Any], **arguments: Any) -> C
             return module._call_impl(*args, **kwargs)
 
         call = around
-    return _compiled_function(call, options, **arguments)
+    run = _compiled_function(call, options, **arguments)
+    return _with_recurrences(run) if any(isinstance(part, nn.RNNBase) for part in module.modules()) else run
 
 
 def _compiled_function(
     call: Callable[..., Any], options: dict[str, Any], dynamic: bool | None, fullgraph: bool
 ) -> Callable[..., Any]:
     return torch.compile(call, backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)
+
+
+def _with_recurrences(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled call during which Dynamo takes a recurrence for an op, instead of skipping the function that calls it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(allow_rnn=True):
+            return run(*args, **kwargs)
+
+    return call
 
 
 def _called_apart(model: Any) -> Iterator[nn.Module]:

@@ -53,14 +53,55 @@ class Read:
 
 
 PRODUCTS = {
-    *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "inner", "dot"),
-    *("einsum", "tensordot", "chain_matmul", "multi_dot", "bilinear", "scaled_dot_product_attention", "grouped_mm", "_scaled_mm"),
+    *(
+        "linear",
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "addbmm",
+        "mv",
+        "addmv",
+        "inner",
+        "dot",
+    ),
+    *(
+        "einsum",
+        "tensordot",
+        "chain_matmul",
+        "multi_dot",
+        "bilinear",
+        "scaled_dot_product_attention",
+        "grouped_mm",
+        "_scaled_mm",
+    ),
     *("vdot", "vecdot", "cdist", "kron", "outer", "ger", "addr", "_addmm_activation", "sparse_mm"),
 }
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 ATTENTION = {"multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"}
-TABLES = {"embedding", "embedding_bag", "index_select", "gather", "take", "take_along_dim", "index", "getitem", "__getitem__"}
-CASTS = {"to", "type", "type_as", "_to_copy", "view_as", "reshape_as", "expand_as"}  # a second tensor gives a dtype or a shape
+TABLES = {
+    "embedding",
+    "embedding_bag",
+    "index_select",
+    "gather",
+    "take",
+    "take_along_dim",
+    "index",
+    "getitem",
+    "__getitem__",
+}
+CASTS = {
+    "to",
+    "type",
+    "type_as",
+    "_to_copy",
+    "view_as",
+    "reshape_as",
+    "expand_as",
+}  # a second tensor gives a dtype or a shape
 MIXES = {"mul", "add", "sub", "div", "truediv", "where", "masked_fill", "__mul__", "__add__", "__sub__", "__truediv__"}
 
 
@@ -82,7 +123,7 @@ def account(
     reads: list[Read] = []
     for node in gm.graph.nodes:
         if node in results:
-            made[node] = None  # the other operand of a site is its input, whatever it is made of
+            made[node] = _beside(node, made)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             made[node] = None
             reads += _inside(gm, node, made, parameters)
@@ -92,6 +133,13 @@ def account(
                 slots = _weights_at(node, made, use) & matrices
                 reads += [Read(node, slot, use, _reason(node, use)) for slot in sorted(slots)]
     return reads
+
+
+def _beside(node: fx.Node, made: _Made) -> frozenset[int] | None:
+    """What a site's value is made of: its other operand is an input, but in a product of two weights."""
+    if plain_name(node) in ("linear", "conv1d") or any(made.get(i) is None for i in node.all_input_nodes):
+        return None
+    return frozenset[int]().union(*(made.get(i) or () for i in node.all_input_nodes))
 
 
 _Made = dict[fx.Node, frozenset[int] | None]  # Parameters that a value is made of; None: of activations too
@@ -105,7 +153,9 @@ def _inside(gm: fx.GraphModule, node: fx.Node, made: _Made, parameters: Mapping[
         if isinstance(leaf, fx.Node) and leaf.op == "get_attr"
         and isinstance(body := getattr(gm, str(leaf.target), None), fx.GraphModule)
     ]  # fmt: skip
-    operands = [leaf for leaf in pytree.tree_leaves(node.args) if not (isinstance(leaf, fx.Node) and leaf.op == "get_attr")]
+    operands = [
+        leaf for leaf in pytree.tree_leaves(node.args) if not (isinstance(leaf, fx.Node) and leaf.op == "get_attr")
+    ]
     reads: dict[tuple[int, Use], Read] = {}
     plain: set[int] = set()
     for body in bodies:
@@ -176,15 +226,20 @@ def _keeps_shape(source: fx.Node, mixed: fx.Node, made: _Made) -> bool:
     """Whether a matrix is still one after something was mixed into it (a mask, a scale); activations plus a table are none."""
     before, after = value_of(source), value_of(mixed)
     others = [i for i in mixed.all_input_nodes if i is not source]
-    smaller = all((v := value_of(i)) is None or before is None or v.dim() < before.dim() or made.get(i) is not None for i in others)
-    return bool(made.get(source)) and before is not None and after is not None and before.dim() == 2 and (
-        before.shape == after.shape and smaller
+    smaller = all(
+        (v := value_of(i)) is None or before is None or v.dim() < before.dim() or made.get(i) is not None
+        for i in others
+    )
+    return (
+        bool(made.get(source))
+        and before is not None
+        and after is not None
+        and before.dim() == 2
+        and (before.shape == after.shape and smaller)
     )
 
 
-def _weights_at(
-    node: fx.Node, made: _Made, use: Use | None = None
-) -> frozenset[int]:
+def _weights_at(node: fx.Node, made: _Made, use: Use | None = None) -> frozenset[int]:
     """Slots of the weights among a node's inputs."""
     if use is Use.RETURNED:
         # A Parameter as it is belongs to whoever asked for it; what was computed of one is on its way to a product.

@@ -40,7 +40,11 @@ def inline(gm: fx.GraphModule) -> fx.GraphModule:
 
 def body_of(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
     """The one subgraph that a wrapper calls."""
-    bodies = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr" and isinstance(_module(gm, a), fx.GraphModule)]
+    bodies = [
+        a
+        for a in node.args
+        if isinstance(a, fx.Node) and a.op == "get_attr" and isinstance(_module(gm, a), fx.GraphModule)
+    ]
     return _module(gm, bodies[0]) if len(bodies) == 1 else None
 
 
@@ -149,7 +153,9 @@ def _only_taken_apart(node: fx.Node) -> bool:
     if isinstance(node.meta.get("example_value"), Tensor):
         return True
     return all(
-        user.op == "call_function" and getattr(user.target, "__name__", "") == "getitem" and isinstance(user.args[1], int)
+        user.op == "call_function"
+        and getattr(user.target, "__name__", "") == "getitem"
+        and isinstance(user.args[1], int)
         for user in node.users
     )
 

@@ -15,7 +15,7 @@ from torch import nn
 from quant_compile.ir.report import Report, WeightLine
 from quant_compile.lowering.weights import STORE, Entry
 from quant_compile.model.names import names_in
-from quant_compile.model.weights import Weight, linear_weights, unwrap
+from quant_compile.model.weights import Weight, linear_weights, possible_weights, unwrap
 from quant_compile.rules import Decides
 
 MORE_COPIES = "packed more than once: graphs join it with different siblings, and its layout cannot be cut"
@@ -90,7 +90,7 @@ class Ledger:
         """The ledger of a model; see ``quant_compile.report``."""
         model = unwrap(model)
         session = self._session_of(model)
-        weights = {id(weight.parameter): weight for weight in linear_weights(model)}
+        weights = {id(weight.parameter): weight for weight in [*possible_weights(model), *linear_weights(model)]}
         names = names_in(model)
         lines: list[WeightLine] = []
         misses: list[tuple[str, str]] = []

@@ -78,7 +78,7 @@ def possible_weights(model: nn.Module) -> list[Weight]:
         parameter = getattr(owner.module, owner.attribute)
         if id(parameter) in listed or parameter.dim() not in (2, 3) or not parameter.is_floating_point():
             continue
-        if any(_is_embedding(o.module) for o in owners):
+        if any(isinstance(o.module, _NOT_LINEAR) for o in owners):
             continue
         names, module = tuple(dict.fromkeys(o.qualified for o in owners)), type(owner.module).__name__
         linear = SiteInfo(names, "linear", module, *parameter.shape[-2:])
@@ -151,7 +151,7 @@ def _role(owner: _Owner) -> tuple[str, bool] | None:
         return "moe", _stores_columns(owner.module)
     if parameter.dim() != 2 or _is_embedding(owner.module):
         return None
-    if not owner.attribute.endswith("weight"):
+    if not owner.attribute.endswith("weight") or isinstance(owner.module, _NOT_LINEAR):
         return None
     return "linear", type(owner.module).__name__ == "Conv1D"
 
@@ -166,6 +166,13 @@ def _stores_columns(module: nn.Module) -> bool:
         if as_rows != as_columns:
             return as_columns
     return bool(getattr(module, "is_transposed", False))
+
+
+# Modules of torch whose matrices are tables, kernels or factors.
+_NOT_LINEAR = (
+    *(nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU),
+)
 
 
 def _is_embedding(module: nn.Module) -> bool:

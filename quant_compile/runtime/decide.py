@@ -247,8 +247,7 @@ class Decider:
         for read in self.found.reads:
             parameter = parameters[read.slot]
             weight = weights.get(id(parameter))
-            linear = weight is not None and not weight.in_embedding
-            if linear and (weight.certain or read.use is Use.RETURNED):
+            if weight is not None and not weight.in_embedding and (weight.certain or read.use is Use.RETURNED):
                 self._record_miss(parameter, names.get(id(parameter)), read.reason, session)
                 against.append(read)
             else:

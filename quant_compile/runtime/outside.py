@@ -1,0 +1,212 @@
+"""What a model's calls run outside of compiled graphs: frames that Dynamo skipped, broke off or was told to leave alone.
+
+A backend hears of graphs only. So a model's first calls, and each call after one for which Dynamo compiled something, are watched by
+Python's own profile hook: a module's function that runs as it was written, and not as Dynamo's translation of it, runs unquantized.
+The hook is off while Dynamo compiles, and in all other calls.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import nn
+from torch._dynamo import callback
+from torch._dynamo import utils as dynamo
+
+from quant_compile.ir.errors import PolicyError
+from quant_compile.model.ledger import LEDGER
+from quant_compile.model.names import names_in
+from quant_compile.model.weights import linear_weights, possible_weights
+from quant_compile.rules import Decides
+
+_NEVER = {"extra_repr", "reset_parameters", "_apply", "_load_from_state_dict", "_save_to_state_dict", "_init_weights"}
+_SKIPPED: dict[tuple[str, int], str] = {}  # (file, line) of a function -> why Dynamo would not compile it
+
+
+@dataclass(frozen=True, eq=False)
+class _Ran:
+    """A function of a module that ran as it was written."""
+
+    module: nn.Module
+    code: CodeType
+
+
+class _Seen(threading.local):
+    ran: dict[tuple[int, CodeType], _Ran] | None = None
+
+
+class Outside:
+    """Watches the calls of one model.
+
+    Args:
+        model: held weakly.
+        policy: what its weights should become; a strict one makes reads outside of graphs an error.
+    """
+
+    def __init__(self, model: nn.Module, policy: Decides) -> None:
+        self._model, self._policy = weakref.ref(model), policy
+        self._seen = _Seen()
+        self._frames = -1
+        self._codes: dict[CodeType, None] = {}
+
+    def due(self) -> bool:
+        """Whether the next call is to be watched: the first, and after Dynamo was at work."""
+        return self._frames != _frames() and self._seen.ran is None and sys.getprofile() is None
+
+    @contextmanager
+    def watching(self) -> Generator[None]:
+        """Watch one call.
+
+        Raises:
+            PolicyError: the policy is strict, and the call read a weight that it names outside of compiled graphs.
+        """
+        self._codes = self._codes or _codes(self._model())
+        self._frames = _frames()
+        ran: dict[tuple[int, CodeType], _Ran] = {}
+        self._seen.ran = ran
+        with _profiling(self._look):
+            try:
+                yield
+            finally:
+                self._seen.ran = None
+        model = self._model()
+        if model is not None:
+            self._settle(model, list(ran.values()))
+
+    def _look(self, frame: FrameType, event: str, _: Any) -> None:
+        if event != "call" or frame.f_code not in self._codes:
+            return
+        module = frame.f_locals.get(frame.f_code.co_varnames[0])
+        if isinstance(module, nn.Module) and self._seen.ran is not None:
+            self._seen.ran.setdefault((id(module), frame.f_code), _Ran(module, frame.f_code))
+
+    def _settle(self, model: nn.Module, ran: list[_Ran]) -> None:
+        """Write what ran outside to the ledger.
+
+        Raises:
+            PolicyError: the policy is strict, and a weight that it names was read there.
+        """
+        if not ran:
+            return
+        _note_skips()
+        weights = {id(w.parameter): w for w in [*possible_weights(model), *linear_weights(model)]}
+        against, names = dict[str, None](), names_in(model)
+        for found in ran:
+            for parameter in _read_by(found):
+                weight = weights.get(id(parameter))
+                if weight is None or weight.in_embedding:
+                    continue
+                decision = self._policy.decide(weight.site)
+                record = LEDGER.record(parameter)
+                if decision.scheme is None:
+                    record.reason = record.reason or decision.reason
+                    continue
+                reason = _reason(found, ran)
+                record.named = True
+                record.misses[reason] = None
+                against[f"{names[id(parameter)].full[0]}: {reason}"] = None
+        if against and self._policy.strict:
+            origin = self._policy.source or self._policy.name
+            listed = "\n".join(f"  {text}" for text in against)
+            raise PolicyError(
+                f"{origin}: the policy is strict, and weights were read outside of the compiled graph:\n{listed}\n"
+                "Fix: change the model's code at the place named, give them `keep` in a rule, or set strict: false."
+            )
+
+
+@contextmanager
+def _profiling(look: Callable[[FrameType, str, Any], None]) -> Generator[None]:
+    """Python's profile hook in this thread, but not while Dynamo compiles."""
+    own, handler = threading.get_ident(), callback.callback_handler
+
+    def pause(*_: Any) -> None:
+        if threading.get_ident() == own:
+            sys.setprofile(None)
+
+    def go_on(*_: Any) -> None:
+        if threading.get_ident() == own:
+            sys.setprofile(look)
+
+    handler.register_start_callback(pause)
+    handler.register_end_callback(go_on)
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+        with suppress(ValueError):  # torch._dynamo.reset() drops them
+            handler.remove_start_callback(pause)
+        with suppress(ValueError):
+            handler.remove_end_callback(go_on)
+
+
+def _frames() -> int:
+    """How often Dynamo was asked to compile a frame in this process."""
+    return dynamo.counters["frames"]["total"]
+
+
+def _codes(model: nn.Module | None) -> dict[CodeType, None]:
+    """Code of every function that the classes of a model's modules define."""
+    found: dict[CodeType, None] = {}
+    classes = dict.fromkeys(
+        base for module in (model.modules() if model is not None else ()) for base in type(module).__mro__
+    )
+    for base in classes:
+        if not issubclass(base, nn.Module) or base is nn.Module:
+            continue
+        for name, function in vars(base).items():
+            code = getattr(_plain(function), "__code__", None)
+            if code is not None and name not in _NEVER and not name.startswith("__") and code.co_argcount:
+                found[code] = None
+    return found
+
+
+def _plain(function: Any) -> Any:
+    """The function under its decorators."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+def _read_by(ran: _Ran) -> Iterator[nn.Parameter]:
+    """Parameters that a function reads: of its module, and those of modules right under it that its code names."""
+    names, forward = set(ran.code.co_names), ran.code.co_name == "forward"
+    for attribute, parameter in ran.module._parameters.items():
+        if parameter is not None and (forward or attribute in names):
+            yield parameter
+    for name, child in ran.module._modules.items():
+        if child is not None and name in names:
+            for attribute, parameter in child._parameters.items():
+                if parameter is not None and attribute in names:
+                    yield parameter
+
+
+def _note_skips() -> None:
+    for metrics in dynamo.get_compilation_metrics():
+        reason = getattr(metrics, "fail_reason", None)
+        if reason and metrics.co_filename and metrics.co_firstlineno:
+            place = f"{metrics.fail_user_frame_filename}:{metrics.fail_user_frame_lineno}"
+            text = str(reason).strip().splitlines()[0].rstrip(".")
+            at = f" ({place})" if metrics.fail_user_frame_filename else ""
+            _SKIPPED[metrics.co_filename, metrics.co_firstlineno] = f"{text}{at}"
+
+
+def _reason(found: _Ran, ran: list[_Ran]) -> str:
+    """Why a function ran as it was written: Dynamo's word on it, or on the nearest function around it."""
+    own = type(found.module).__name__
+    around = [r for r in ran if r is found or any(found.module is module for module in r.module.modules())]
+    for outer in reversed(around):
+        why = _SKIPPED.get((outer.code.co_filename, outer.code.co_firstlineno))
+        if why is not None:
+            called = f"{type(outer.module).__name__}.{outer.code.co_name}"
+            return f"{own} ran outside of the compiled graph, because Dynamo would not compile {called}: {why}"
+    breaks = list(dynamo.counters["graph_break"])
+    why = f"the graph is broken off: {breaks[-1].strip().splitlines()[0]}" if breaks else "Dynamo has left it alone"
+    return f"{own} ran outside of the compiled graph, because {why}"

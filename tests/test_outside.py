@@ -1,0 +1,204 @@
+"""What runs outside of compiled graphs is in the account: skipped frames, breaks, functions that Dynamo leaves alone."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import quant_compile
+from quant_compile import PolicyError
+from quant_compile.runtime import outside
+from tests.runtime_support import CompileCounter, plain_inductor
+
+__all__ = ["plain_inductor"]
+STRICT = {"default": "W8A16", "strict": True}
+X = torch.randn(2, 5, 32)
+
+
+class Base(nn.Module):
+    """Linears around something that Dynamo does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.last = nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.first(x)))
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class ItemInLoop(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            if x.abs().max().item() > 1e9:
+                break
+        return x
+
+
+class PrintInLoop(ItemInLoop):
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            sys.stdout.write(f"{float(x.sum()):.0f}"[:0])
+        return x
+
+
+class Disabled(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(32, 32))
+
+    @torch.compiler.disable
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.own)
+
+
+class OfAChild(Base):
+    """Multiplies by the weight of a module that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = nn.Linear(32, 32)
+
+    @torch.compiler.disable
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(x, self.held.weight)
+
+
+@pytest.mark.parametrize("kind", [ItemInLoop, PrintInLoop, Disabled, OfAChild])
+def test_weights_read_outside_are_named(kind: type[Base], plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+    model = kind().eval().requires_grad_(False)
+    quant_compile.compile(model, "W8A16", kernels="reference")
+    with torch.no_grad():
+        model(X)
+    report = quant_compile.report(model)
+    named = {
+        "ItemInLoop": "layers.0.weight",
+        "PrintInLoop": "layers.0.weight",
+        "Disabled": "own",
+        "OfAChild": "held.weight",
+    }
+    reasons = dict(report.skips)
+    assert report.coverage < 1.0 and "outside of the compiled graph, because" in reasons[named[kind.__name__]]
+    with pytest.raises(quant_compile.CoverageError, match=r"outside of the compiled graph"):
+        report.require(1.0)
+    torch._dynamo.reset()
+    strict = kind().eval().requires_grad_(False)
+    quant_compile.compile(strict, STRICT, kernels="reference")
+    with (
+        torch.no_grad(),
+        pytest.raises(PolicyError, match=r"(?s)strict.*outside of the compiled graph.*Fix: ") as caught,
+    ):
+        strict(X)
+    assert named[kind.__name__] in str(caught.value)
+
+
+def test_dynamos_own_reason_and_place(plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+    model = ItemInLoop().eval().requires_grad_(False)
+    quant_compile.compile(model, "W8A16", kernels="reference")
+    with torch.no_grad():
+        model(X)
+    reason = dict(quant_compile.report(model).skips)["layers.0.weight"]
+    assert "item()" in reason and "test_outside.py" in reason and "ItemInLoop." in reason
+
+
+def test_what_a_rule_keeps_may_run_anywhere(plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+    model = Disabled().eval().requires_grad_(False)
+    rules = [{"match": "own", "scheme": "keep", "reason": "mine"}]
+    quant_compile.compile(model, {**STRICT, "rules": rules}, kernels="reference")
+    with torch.no_grad():
+        model(X)
+    assert quant_compile.report(model).coverage == 1.0
+
+
+def test_a_whole_model_is_not_watched_for_long(plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    watched: list[Any] = []
+    settle = outside.Outside._settle
+    monkeypatch.setattr(outside.Outside, "_settle", lambda *a: (watched.append(a[2]), settle(*a)))
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval().requires_grad_(False)
+    quant_compile.compile(model, STRICT, kernels="reference")
+    with torch.no_grad():
+        for _ in range(5):
+            model(X)
+    assert len(watched) == 2 and not any(watched)
+    assert sys.getprofile() is None
+
+
+def test_another_profiler_is_left_alone(plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+    model = Disabled().eval().requires_grad_(False)
+    quant_compile.compile(model, "W8A16", kernels="reference")
+
+    def mine(*_: Any) -> None: ...
+
+    sys.setprofile(mine)
+    try:
+        with torch.no_grad():
+            model(X)
+        assert sys.getprofile() is mine
+    finally:
+        sys.setprofile(None)
+    with torch.no_grad():
+        model(X)
+    assert "own" in dict(quant_compile.report(model).skips)
+
+
+def test_every_thread_is_watched(plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+    model = Disabled().eval().requires_grad_(False)
+    quant_compile.compile(model, STRICT, kernels="reference")
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            with torch.no_grad():
+                model(X)
+        except PolicyError as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert raised
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrences_do_not_take_the_linears_with_them(kind: Any, plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+
+    class Recurrent(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(32, 32, batch_first=True)
+
+        def middle(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rnn(x)[0]
+
+    model = Recurrent().eval().requires_grad_(False)
+    quant_compile.compile(model, "W8A16", kernels="reference")
+    with torch.no_grad():
+        model(X)
+    report = quant_compile.report(model)
+    skipped = {name for name, _ in report.skips}
+    assert skipped == {"rnn.weight_ih_l0", "rnn.weight_hh_l0"} and 0 < report.coverage < 1
+    assert {line.names[0] for line in report.lines if line.scheme} == {"first.weight", "last.weight"}
