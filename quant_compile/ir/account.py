@@ -106,7 +106,11 @@ MIXES = {"mul", "add", "sub", "div", "truediv", "where", "masked_fill", "__mul__
 
 
 def account(
-    gm: fx.GraphModule, parameters: Mapping[int, Any], sites: Iterable[tuple[fx.Node, int]], blocks: Collection[fx.Node]
+    gm: fx.GraphModule,
+    parameters: Mapping[int, Any],
+    sites: Iterable[tuple[fx.Node, int]],
+    blocks: Collection[fx.Node],
+    experts: Collection[int] = (),
 ) -> list[Read]:
     """Every reading of a matrix Parameter that is no site, in graph order.
 
@@ -115,6 +119,7 @@ def account(
         parameters: argument position -> Parameter.
         sites: (node, slot) of linears and products over all experts.
         blocks: all nodes of expert blocks.
+        experts: slots of their weights.
     """
     known = set(sites)
     results = {node for node, _ in known} | set(blocks)
@@ -124,6 +129,12 @@ def account(
     for node in gm.graph.nodes:
         if node in results:
             made[node] = _beside(node, made)
+            others = _weights_at(node, made) & matrices
+            reads += [
+                Read(node, s, Use.OTHER, f"an input of {plain_name(node)}")
+                for s in sorted(others)
+                if (node, s) not in known and s not in experts
+            ]
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             made[node] = None
             reads += _inside(gm, node, made, parameters)

@@ -74,7 +74,8 @@ class Found:
         explained = {slot for miss in unknown for slot in miss.slots}
         misses = [miss for miss in misses if not explained.issuperset(miss.slots)]
         sites = [(site.node, site.slot) for site in (*linears, *batched)]
-        reads = account(gm, parameters, sites, taken - {site.node for site in batched})
+        inside = taken - {site.node for site in batched}
+        reads = account(gm, parameters, sites, inside, {slot for block in blocks for slot in block.slots})
         said = {slot for miss in (*misses, *unknown) for slot in miss.slots}
         misses += [Miss(r.node, (r.slot,), r.reason) for r in reads if r.use.multiplies and r.slot not in said]
         others = tuple(read for read in reads if not read.use.multiplies)
