@@ -222,7 +222,7 @@ def _meets(node: fx.Node, made: _Made, weights: frozenset[int]) -> tuple[frozens
     if name in RECURRENT or name in ATTENTION:
         return None, Use.OPAQUE
     if "conv" in name:
-        return None, Use.CONVOLUTION
+        return None, Use.PRODUCT if _has_one_tap(node, made) else Use.CONVOLUTION
     if name in TABLES:
         # One matrix of many is still a weight; one row of a matrix is a look-up.
         table = next(i for i in node.all_input_nodes if made.get(i))
@@ -230,7 +230,14 @@ def _meets(node: fx.Node, made: _Made, weights: frozenset[int]) -> tuple[frozens
         return (weights, None) if name != "embedding" and value is not None and value.dim() > 2 else (None, Use.TABLE)
     if name in MIXES and any(_keeps_shape(i, node, made) for i in node.all_input_nodes):
         return weights, None
-    return None, Use.OTHER
+    summed = any(plain_name(user) in ("sum", "mean") for user in node.users)
+    return None, Use.PRODUCT if summed and name in ("mul", "__mul__") else Use.OTHER
+
+
+def _has_one_tap(node: fx.Node, made: _Made) -> bool:
+    """Whether a convolution's kernel has one position, so that it is a linear."""
+    kernels = [v for i in node.all_input_nodes if made.get(i) and (v := value_of(i)) is not None and v.dim() > 2]
+    return bool(kernels) and all(size == 1 for size in kernels[0].shape[2:])
 
 
 def _keeps_shape(source: fx.Node, mixed: fx.Node, made: _Made) -> bool:
@@ -283,7 +290,7 @@ def plain_name(node: fx.Node) -> str:
     if schema is not None:
         name = schema.name.partition("::")[2]
         return "grouped_mm" if "grouped_mm" in name else name
-    return name_of(node)
+    return name_of(node).removeprefix("linalg_")
 
 
 def _reason(node: fx.Node, use: Use) -> str:

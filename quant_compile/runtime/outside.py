@@ -13,12 +13,15 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import nn
-from torch._dynamo import callback
+from torch._dynamo import callback, eval_frame
 from torch._dynamo import utils as dynamo
+from torch.nn import functional
 
 from quant_compile.ir.errors import PolicyError
 from quant_compile.model.ledger import LEDGER
@@ -32,14 +35,16 @@ _SKIPPED: dict[tuple[str, int], str] = {}  # (file, line) of a function -> why D
 
 @dataclass(frozen=True, eq=False)
 class _Ran:
-    """A function of a module that ran as it was written."""
+    """A function that ran as it was written: a module's, or any other that was given ``parameters``."""
 
-    module: nn.Module
+    module: nn.Module | None
     code: CodeType
+    parameters: tuple[nn.Parameter, ...] = ()
+    called: str = ""
 
 
 class _Seen(threading.local):
-    ran: dict[tuple[int, CodeType], _Ran] | None = None
+    ran: dict[Any, _Ran] | None = None
 
 
 class Outside:
@@ -69,7 +74,7 @@ class Outside:
         """
         self._codes = self._codes or _codes(self._model())
         self._frames = _frames()
-        ran: dict[tuple[int, CodeType], _Ran] = {}
+        ran: dict[Any, _Ran] = {}
         self._seen.ran = ran
         with _profiling(self._look):
             try:
@@ -81,11 +86,23 @@ class Outside:
             self._settle(model, list(ran.values()))
 
     def _look(self, frame: FrameType, event: str, _: Any) -> None:
-        if event != "call" or frame.f_code not in self._codes:
+        ran, code = self._seen.ran, frame.f_code
+        if event != "call" or ran is None:
             return
-        module = frame.f_locals.get(frame.f_code.co_varnames[0])
-        if isinstance(module, nn.Module) and self._seen.ran is not None:
-            self._seen.ran.setdefault((id(module), frame.f_code), _Ran(module, frame.f_code))
+        if code in self._codes:
+            module = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(module, nn.Module):
+                ran.setdefault((id(module), code), _Ran(module, code))
+        elif _may_multiply(code):
+            given = frame.f_locals
+            function = given.get("fn") if code.co_filename == _DYNAMO else None
+            if getattr(function, "__module__", "").startswith(_OURS):
+                return
+            values = [*given.values(), *given.get("args", ()), *given.get("kwargs", {}).values()]
+            found = tuple(value for value in values if isinstance(value, nn.Parameter) and value.dim() > 1)
+            if found:
+                name = getattr(function, "__name__", code.co_name)
+                ran.setdefault((code, *map(id, found)), _Ran(None, code, found, name))
 
     def _settle(self, model: nn.Module, ran: list[_Ran]) -> None:
         """Write what ran outside to the ledger.
@@ -119,6 +136,23 @@ class Outside:
                 f"{origin}: the policy is strict, and weights were read outside of the compiled graph:\n{listed}\n"
                 "Fix: change the model's code at the place named, give them `keep` in a rule, or set strict: false."
             )
+
+
+_TORCH, _DYNAMO = str(Path(torch.__file__).parent), eval_frame.__file__
+_OURS = __name__.partition(".")[0]
+_WHERE = (str(Path(__file__).parents[1]), _TORCH)
+
+
+def _may_multiply(code: CodeType) -> bool:
+    """Whether a function outside of modules may compute with Parameters that it is given: not torch's own, ours, or compiled ones.
+
+    What Dynamo was told to leave alone is called through a function of Dynamo's.
+    """
+    if code.co_filename == _DYNAMO:
+        return code.co_name == "_fn"
+    if code.co_filename.startswith(_WHERE) and code.co_filename != functional.__file__:
+        return False
+    return not any(name.startswith(("__compiled_fn", "__resume_at")) for name in code.co_names)
 
 
 @contextmanager
@@ -176,7 +210,10 @@ def _plain(function: Any) -> Any:
 
 
 def _read_by(ran: _Ran) -> Iterator[nn.Parameter]:
-    """Parameters that a function reads: of its module, and those of modules right under it that its code names."""
+    """Parameters that a function reads: given ones, its module's, and those of modules right under that which its code names."""
+    yield from ran.parameters
+    if ran.module is None:
+        return
     names, forward = set(ran.code.co_names), ran.code.co_name == "forward"
     for attribute, parameter in ran.module._parameters.items():
         if parameter is not None and (forward or attribute in names):
@@ -200,12 +237,14 @@ def _note_skips() -> None:
 
 def _reason(found: _Ran, ran: list[_Ran]) -> str:
     """Why a function ran as it was written: Dynamo's word on it, or on the nearest function around it."""
-    own = type(found.module).__name__
-    around = [r for r in ran if r is found or any(found.module is module for module in r.module.modules())]
+    own = found.called or type(found.module).__name__
+    around = [
+        r for r in ran if r is found or (r.module and any(found.module is module for module in r.module.modules()))
+    ]
     for outer in reversed(around):
         why = _SKIPPED.get((outer.code.co_filename, outer.code.co_firstlineno))
         if why is not None:
-            called = f"{type(outer.module).__name__}.{outer.code.co_name}"
+            called = f"{type(outer.module).__name__}.{outer.code.co_name}" if outer.module else own
             return f"{own} ran outside of the compiled graph, because Dynamo would not compile {called}: {why}"
     breaks = list(dynamo.counters["graph_break"])
     why = f"the graph is broken off: {breaks[-1].strip().splitlines()[0]}" if breaks else "Dynamo has left it alone"
