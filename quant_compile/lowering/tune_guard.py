@@ -28,6 +28,8 @@ from quant_compile.lowering.target import Target
 CPU_POINTS = (1, 16, 128, 1024)
 CPU_CALLS, CPU_SECONDS = 5, 0.2
 EPS = 1e-6
+# Of a difference of two times, in microseconds; times are interpolated by their logarithms.
+LEAST = 0.01
 
 
 def guard_times(target: Target, level: str, device: torch.device) -> TimeOf | Reject:
@@ -148,7 +150,7 @@ def _quantization(job: Quantize, device: torch.device) -> Callable[[int], float]
     def timed(m: int) -> float:
         x = torch.randn(m, job.k, device=device, dtype=job.dtype)
         took = clock(lambda _: whole(x, *scale), device)
-        return took if norm is None else max(0.0, took - clock(lambda _, norm=norm: norm(x), device))
+        return took if norm is None else max(LEAST, took - clock(lambda _, norm=norm: norm(x), device))
 
     return timed
 
