@@ -17,6 +17,7 @@ from quant_compile.ir.errors import OptionError, PolicyError
 from quant_compile.ir.family import Reject, family_of
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.guard import Job, Plain, Product
+from tests.moe_support import TinyMoe
 
 GUARD: dict[str, Any] = {"guard": "never_slower"}
 Compiled = Callable[..., Any]
@@ -294,3 +295,18 @@ def test_generate_with_a_prompt_in_16_bits_and_quantized_steps(monkeypatch: pyte
     linears = [line for line in report.lines if line.named]
     assert len(report.guarded) == len(linears) == 14 and all(line.scheme == "W8A8" for line in linears)
     assert report.coverage == 1.0 and "guard: f32" in str(report)
+
+
+@DOORS
+def test_the_ledger_says_that_experts_are_not_covered(
+    monkeypatch: pytest.MonkeyPatch, door: Callable[..., nn.Module]
+) -> None:
+    """Experts are quantized whatever a linear would do, and their lines say why the guard left them."""
+    pretend(monkeypatch, bf16_wins_from(0))
+    model = TinyMoe()
+    door(model, {"default": "W8A8", "strict": True}, **GUARD)(torch.randn(1, 5, 32))
+    report = quant_compile.report(model)
+    experts = [line for line in report.lines if ".experts." in f".{line.names[0]}"]
+    assert len(experts) == 2 and not report.guarded
+    for line in experts:
+        assert line.scheme == "W8A8" and line.reason.endswith("guard: experts are not covered")
