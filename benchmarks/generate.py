@@ -17,7 +17,7 @@ former: what the acceptance asks for) and ``rest`` (all other cells). Several st
 its own, but a device does one thing at a time: whoever uses it holds its lock, and lets go of it only while Dynamo and
 Inductor compile. Waiting for it is not counted. What time does not suffice for is in the result with the reason.
 
-    python benchmarks/generate.py --gpus 2 --acceptance --options '{"guard": "never_slower"}'
+    python benchmarks/generate.py --gpus 2 --acceptance --options guard=never_slower
     python benchmarks/generate.py --cpu     # the bundled tiny model: W8A16 against Hugging Face's bf16
     python benchmarks/generate.py --tiny    # CPU, tiny sizes: does it run?
 """
@@ -330,6 +330,8 @@ def show(rows: Sequence[Row], grid: Grid) -> None:
             print(f"{row['model']} {row['stack']} {name}: host {call['host_ms']:.3f} ms, wall {call['wall_ms']:.3f} ms")
         if "wrapper" in row:
             print("wrapper:", ", ".join(f"{key} {value}" for key, value in row["wrapper"].items()))
+        for text, count in row.get("guard", {}).get("kept", {}).items():
+            print(f"{row['model']} {row['stack']}: {count} weights: {text}")
         for reason, names in _reasons(row).items():
             print(f"{row['model']} {row['stack']} {', '.join(names)}: {reason}")
 
@@ -383,7 +385,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stacks", help="stacks of the Llama, in order of importance; default: all")
     parser.add_argument("--moe-stacks", help="stacks of the Qwen; empty: none")
     parser.add_argument("--cells", choices=("acceptance", "all"), help="default: all; acceptance if tiny")
-    parser.add_argument("--options", type=json.loads, default={}, help="JSON, passed on to quant_compile.compile")
+    parser.add_argument(
+        "--options",
+        type=options_of,
+        default={},
+        help="passed on to quant_compile.compile: guard=never_slower,tune=full or JSON",
+    )
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument(
         "--jobs", type=int, help="stacks at a time on a GPU; default: one for each four cores, at most 4"
@@ -425,6 +432,17 @@ def _stacks(args: argparse.Namespace) -> None:
         args.stacks = _listed(args.stacks)
     default = [] if args.tiny or args.cpu else ["hf-auto", first, "hf-eager", "inductor"]
     args.moe_stacks = default if args.moe_stacks is None else _listed(args.moe_stacks)
+
+
+def options_of(text: str) -> dict[str, Any]:
+    """``guard=never_slower,tune=full``, or a JSON object."""
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    pairs = [pair.partition("=") for pair in _listed(text)]
+    wrong = [key for key, equals, _ in pairs if not equals]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no key=value")
+    return {key: {"true": True, "false": False}.get(value, value) for key, _, value in pairs}
 
 
 def _listed(text: str) -> list[str]:

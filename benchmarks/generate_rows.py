@@ -90,6 +90,8 @@ def _add(row: Row, line: Mapping[str, Any]) -> None:
             row["warm"] = values
     elif kind == "error":
         row["error"] = row["error"] or values["message"]
+    elif kind == "guard":
+        row.setdefault(kind, {"kept": {}})["kept"] |= values["kept"]
     elif kind != "begin":
         row.setdefault(kind, values)
 

@@ -216,6 +216,16 @@ class Worker:
                 continue
             self.emit("begin", cell=name)
             self.guarded(name, lambda b=batch, p=prompt, s=None if index else first: self.cell(b, p, s))
+        self.kept()
+
+    def kept(self) -> None:
+        """What ``guard: never_slower`` kept in 16 bits: both times, and of how many weights."""
+        if self.setup.policy is None or not self.setup.options.get("guard"):
+            return
+        import quant_compile
+
+        texts = [text for _, guarded in quant_compile.report(self.model).guarded for text in guarded.split("; ")]
+        self.emit("guard", kept={text: texts.count(text) for text in dict.fromkeys(texts)})
 
     def guarded(self, name: str, action: Callable[[], None]) -> None:
         """A cell that fails is a result with its reason; the others go on."""

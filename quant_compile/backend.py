@@ -12,15 +12,18 @@ from torch import fx
 from torch._dynamo.exc import exceptions_allowed_to_be_fallback
 from torch.nn import Parameter
 
-from quant_compile.ir.errors import GradModeError, GraphError, OptionError, RecompileLimitWarning
+from quant_compile.ir.errors import GradModeError, GraphError, NoKernelError, OptionError, RecompileLimitWarning
+from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.expand import expanding
+from quant_compile.lowering.guard import Chain, Rows, Verdict, compare
 from quant_compile.lowering.moe import MoeDispatch, choose_moe, serves
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.trace import analysed_once
 from quant_compile.lowering.tune import measured, source_hash
+from quant_compile.lowering.tune_guard import guard_times
 from quant_compile.lowering.tune_moe import measured_moe
 from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER
@@ -58,6 +61,7 @@ def sglquant(
         _moe_chooser(parsed, source, target, device),
         _chooser(parsed, source, target, device, "rows"),
         _server(parsed, source, target, device),
+        _comparer(parsed, source, target, device),
     )
     runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target)
     runner.prepare()
@@ -165,6 +169,25 @@ def _server(
             return serves(problem, target, options.request(source.policy).unpinned)
 
     return served
+
+
+def _comparer(
+    options: Options, source: PolicySource, target: Target, device: torch.device
+) -> Callable[[Chain, Rows, str], Verdict | Reject]:
+    def compared(chain: Chain, rows: Rows, name: str) -> Verdict | Reject:
+        request = options.request(source.policy)
+        with _current(device):
+            time = guard_times(target, request.tune, device)
+            if isinstance(time, Reject):
+                return time
+            cost = measured(target, request.tune)
+            try:
+                chosen = [choose(problem, target, request, name, cost) for problem in chain.products]
+            except NoKernelError as error:  # graphs that merge nothing may still have kernels
+                return Reject(str(error).splitlines()[0])
+            return compare(chain, chosen, rows, target, time)
+
+    return compared
 
 
 def _watch_recompile_limit(inputs: Sequence[Any], source: PolicySource, target: Target) -> None:

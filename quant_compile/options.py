@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quant_compile.ir.errors import OptionError, PolicyError, SchemeError
 from quant_compile.ir.scheme import parse
+from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.lowering.moe import moe_kernels
 from quant_compile.lowering.registry import kernels as known_kernels
 from quant_compile.lowering.select import Request
@@ -40,6 +41,8 @@ class Options:
         inductor: Inductor config patches.
         blocks: compile the repeated blocks of a model once for all of them instead of the whole model (in ``generate``); None: where
             decode steps become CUDA graphs.
+        guard: ``never_slower``: linears whose quantized chain is measured to be slower than 16 bits at the m that is run stay in 16
+            bits there; False: not even if the policy says so; None: as the policy says.
     """
 
     policy: Any = None
@@ -49,6 +52,7 @@ class Options:
     tune: str = "quick"
     inductor: Mapping[str, Any] = field(default_factory=dict)
     blocks: bool | None = None
+    guard: str | bool | None = None
 
     @staticmethod
     def of(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -69,6 +73,8 @@ class Options:
         _one_of("tune", made.tune, TUNE)
         if made.release_weights not in (None, True, False):
             raise OptionError(f"release_weights must be true or false, got {made.release_weights!r}")
+        if made.guard is not None and made.guard is not False and made.guard != NEVER_SLOWER:
+            raise OptionError(f"guard must be {NEVER_SLOWER}, or false for none, got {made.guard!r}")
         if made.blocks not in (None, True, False):
             raise OptionError(f"blocks must be true or false, got {made.blocks!r}")
         if isinstance(made.kernels, str):
@@ -90,6 +96,10 @@ class Options:
     def releases(self, policy: Policy) -> bool:
         """Whether original weights are freed; the option wins over the policy."""
         return bool(policy.release_weights if self.release_weights is None else self.release_weights)
+
+    def guards(self, policy: Policy) -> bool:
+        """Whether linears stay in 16 bits where these are faster; the option wins over the policy."""
+        return (policy.guard if self.guard is None else self.guard) == NEVER_SLOWER
 
 
 def _inductor_keys(patches: Mapping[str, Any]) -> None:

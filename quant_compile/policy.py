@@ -24,6 +24,7 @@ import quant_compile.lowering.schemes  # noqa: F401  # pyright: ignore[reportUnu
 from quant_compile.ir.errors import PolicyError, SchemeError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
+from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.model.plan import Plan
 from quant_compile.rules import CONVENTIONS, Condition, Decision, Rule, SiteInfo, conventional, matcher, rule_reason
 from quant_compile.yaml_lines import Document, KeyPath, read_yaml
@@ -36,7 +37,8 @@ KINDS = ("linear", "moe")
 SHIPPED = Path(__file__).parent / "policies"
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
 _POLICY_KEYS = (
-    "version", "name", "default", "rules", "strict", "allow_reference", "fallback", "fuse", "release_weights", "scales",
+    "version", "name", "default", "rules", "strict", "allow_reference", "fallback", "guard", "fuse", "release_weights",
+    "scales",
 )  # fmt: skip
 _FALLBACKS = ("weight_only",)
 _RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason")
@@ -72,6 +74,7 @@ class Policy:
         allow_reference: the slow torch reference may serve on a GPU.
         fallback: ``weight_only``: where no kernel of the device multiplies a scheme's quantized inputs, its weights serve under
             16-bit inputs; None: that is an error.
+        guard: ``never_slower``: a linear stays in 16 bits at every m at which its quantized chain is measured to be slower; None: no.
         fuse: rewrites that fuse.
         release_weights: free the original weights after packing; None leaves it to the backend's option.
         scales: safetensors file of calibrated input scales; in a policy file, relative to that file's folder.
@@ -85,6 +88,7 @@ class Policy:
     strict: bool = False
     allow_reference: bool = False
     fallback: str | None = None
+    guard: str | None = None
     fuse: Fuse = field(default_factory=Fuse)
     release_weights: bool | None = None
     scales: Path | None = None
@@ -139,6 +143,8 @@ class Policy:
                 out[key] = True
         if self.fallback is not None:
             out["fallback"] = self.fallback
+        if self.guard is not None:
+            out["guard"] = self.guard
         if self.fuse != Fuse():
             out["fuse"] = {f.name: getattr(self.fuse, f.name) for f in fields(Fuse)}
         if self.release_weights is not None:
@@ -265,6 +271,7 @@ class _Reader:
             strict=self._boolean(("strict",), data.get("strict", False)),
             allow_reference=self._boolean(("allow_reference",), data.get("allow_reference", False)),
             fallback=self._fallback(data.get("fallback")),
+            guard=self._guard(data.get("guard")),
             fuse=self._fuse(data.get("fuse")),
             release_weights=self._optional_boolean(("release_weights",), data.get("release_weights")),
             scales=self._scales(data.get("scales")),
@@ -276,6 +283,13 @@ class _Reader:
         if value is not None and value not in _FALLBACKS:
             self.fail(("fallback",), f"fallback must be {' or '.join(_FALLBACKS)}, got {_shown(value)}")
         return value
+
+    def _guard(self, value: Any) -> str | None:
+        if value is None or value is False:  # YAML reads `off` as false
+            return None
+        if value != NEVER_SLOWER:
+            self.fail(("guard",), f"guard must be {NEVER_SLOWER}, or false for none, got {_shown(value)}")
+        return NEVER_SLOWER
 
     def _rules(self, value: Any) -> tuple[Rule, ...]:
         if value is None:

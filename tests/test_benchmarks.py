@@ -389,6 +389,31 @@ for batch, prompt in setup["cells"] if setup["phase"] != "cold" else ():
 """
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("guard=never_slower", {"guard": "never_slower"}),
+        ("guard=never_slower,tune=full,release_weights=false", {"guard": "never_slower", "tune": "full", "release_weights": False}),
+        ('{"guard": "never_slower", "kernels": {"W8A8": "reference"}}', {"guard": "never_slower", "kernels": {"W8A8": "reference"}}),
+    ],
+)  # fmt: skip
+def test_options_of_generate_are_pairs_or_json(module: Any, text: str, options: dict[str, Any]) -> None:
+    generate = module("generate")
+    assert generate.options_of(text) == options
+    with pytest.raises(SystemExit):
+        generate.main(["--tiny", "--options", "guard"])
+
+
+def test_what_the_guard_kept_is_gathered_over_phases(module: Any) -> None:
+    rows = module("generate_rows")
+    lines = [
+        {"model": "M", "stack": "W8A8", "phase": phase, "kind": "guard", "kept": {f"guard: {phase}": 2}}
+        for phase in ("first", "rest")
+    ]
+    (row,) = rows.merge([("M", "W8A8")], lines, {}, rows.Grid())
+    assert row["guard"]["kept"] == {"guard: first": 2, "guard: rest": 2}
+
+
 def test_a_run_keeps_what_it_has_when_processes_fail_hang_or_meet_the_end(
     module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

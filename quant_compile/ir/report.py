@@ -27,6 +27,8 @@ class WeightLine:
         named: the policy names a scheme for it.
         released: the original values were freed.
         missed: some graph reads it unquantized, against the policy; it does not count as covered.
+        guarded: both times of the graphs that read it in 16 bits because these are faster there (``guard: never_slower``); it
+            counts as covered, and where other graphs quantize it, ``bytes_after`` are its planes' and its own.
     """
 
     names: tuple[str, ...]
@@ -39,6 +41,12 @@ class WeightLine:
     named: bool
     released: bool = False
     missed: bool = False
+    guarded: str = ""
+
+    @property
+    def covered(self) -> bool:
+        """Quantized, or kept where 16 bits are measured to be faster, in every graph."""
+        return bool(self.scheme or self.guarded) and not self.missed
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,9 @@ class Report:
 
     @property
     def coverage(self) -> float:
-        """Quantized bytes over the bytes that the policy names; 0 when it names none."""
+        """Quantized bytes, and those that the guard keeps, over the bytes that the policy names; 0 when it names none."""
         named = sum(line.bytes_before for line in self.lines if line.named)
-        done = sum(line.bytes_before for line in self.lines if line.named and line.scheme and not line.missed)
+        done = sum(line.bytes_before for line in self.lines if line.named and line.covered)
         return done / named if named else 0.0
 
     @property
@@ -87,8 +95,13 @@ class Report:
     @property
     def skips(self) -> tuple[tuple[str, str], ...]:
         """(name, reason) of every parameter that the policy names and that is not quantized, then the misses."""
-        lines = [(line.names[0], line.reason) for line in self.lines if line.named and (not line.scheme or line.missed)]
+        lines = [(line.names[0], line.reason) for line in self.lines if line.named and not line.covered]
         return (*lines, *self.misses)
+
+    @property
+    def guarded(self) -> tuple[tuple[str, str], ...]:
+        """(name, both times) of every parameter that ``guard: never_slower`` keeps in 16 bits, in some graphs or in all."""
+        return tuple((line.names[0], line.guarded) for line in self.lines if line.guarded)
 
     def require(self, coverage: float = 1.0) -> Report:
         """Return the report if enough was quantized.

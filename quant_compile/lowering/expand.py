@@ -79,6 +79,15 @@ def served(chosen: Dispatch, many: bool) -> Served:
     return Served(longest, max(m for m in buckets if chosen.kernel_for(m).name == longest))
 
 
+def recorded_for(chosen: Dispatch, many: bool, target: Target) -> Served | None:
+    """The kernel that is recorded where m is a symbol; None where the op stays, which looks m up at each call."""
+    found = served(chosen, many)
+    kernel = kernels()[found.kernel]
+    if isinstance(kernel.fit(chosen.problem, SPLIT + 1 if many else 2, target), Reject):
+        return None
+    return None if _plan(kernel, chosen, found.rows, target) is None else found
+
+
 def _plan(kernel: Kernel, chosen: Dispatch, rows: int, target: Target) -> Any:
     return None if kernel.recorded is None else kernel.recorded(chosen.problem, rows, target)
 
@@ -92,29 +101,27 @@ def _expand(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str
     m: Any = math.prod(x[0].shape[:-1])
     if isinstance(m, int):
         kernel, rows = chosen.kernel_for(m), None
+        if _plan(kernel, chosen, m, target) is None:
+            return NotImplemented
     else:
-        many = _beyond(m)
-        if many is None:
+        many = beyond(m)
+        found = None if many is None else recorded_for(chosen, many, target)
+        if found is None:
             return NotImplemented
-        found = served(chosen, many)
         kernel, rows = kernels()[found.kernel], found.rows
-        if isinstance(kernel.fit(chosen.problem, SPLIT + 1 if many else 2, target), Reject):
-            return NotImplemented
-    if _plan(kernel, chosen, m if rows is None else rows, target) is None:
-        return NotImplemented
     with tracing(rows):
         return ops.run_linear(kernel, chosen.problem, x, w, bias)
 
 
-def _beyond(m: Any) -> bool | None:
-    """Whether a symbol m is above SPLIT, which Dynamo checks at each call from now on; None where it no longer can."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+def beyond(m: Any) -> bool | None:
+    """Whether a symbol m is above SPLIT, which Dynamo checks at each call from now on; None where it cannot, or no longer."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
     if statically_known_true(m > SPLIT):
         return True
     if statically_known_true(m <= SPLIT):
         return False
-    return None if _LATE.get() else bool(m > SPLIT)
+    return None if _LATE.get() or free_unbacked_symbols(m) else bool(m > SPLIT)
 
 
 def _is_zero(data: Tensor) -> bool:

@@ -24,6 +24,7 @@ import torch
 
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.lowering.guard import Plain, Quantize
 from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, CostOf
 from quant_compile.lowering.target import Target
@@ -34,10 +35,12 @@ WORTH = {"quick": 2.0, "full": math.inf}
 FAILED = 1e12  # not measured: it does not fit, or its estimate is hopeless
 RAISED = 2e12  # measured, and it raised
 NOT_MEASURED = 10.0  # an estimate counts less than any measurement
-_CALLS, _REPLAYS = 12, 5
+CALLS, _REPLAYS = 12, 5
+CPU_CACHE = 32 << 20
 _LIBRARIES = ("torch", "triton", "sglang-kernel", "sgl-kernel", "humming-kernels", "sgl-deep-gemm")
 
 
+Measured = Problem | MoeProblem | Plain | Quantize
 Measure = Callable[[str, Any, Target, tuple[int, ...], "Timings", float], dict[str, float]]
 """(layout, problem, target, points, known times, worth) -> the missing times of the layout's kernels."""
 
@@ -54,17 +57,17 @@ class Timings:
         except (OSError, ValueError):
             self._data = {}
 
-    def get(self, problem: Problem | MoeProblem, name: str, m: int) -> float | None:
+    def get(self, problem: Measured, name: str, m: int) -> float | None:
         """The time of a kernel at m, or None if it was not measured."""
         key, time = problem_key(problem), f"{name}@{m}"
         return self._data.get(key, {}).get(time, self._passing.get(key, {}).get(time))
 
-    def hold(self, problem: Problem | MoeProblem, times: Mapping[str, float]) -> None:
+    def hold(self, problem: Measured, times: Mapping[str, float]) -> None:
         """Add times that hold for this process only."""
         with self._lock:
             self._passing.setdefault(problem_key(problem), {}).update(times)
 
-    def put(self, problem: Problem | MoeProblem, times: dict[str, float]) -> None:
+    def put(self, problem: Measured, times: dict[str, float]) -> None:
         """Add the times of a problem and write the file anew, atomically."""
         with self._lock:
             self._data.setdefault(problem_key(problem), {}).update(times)
@@ -77,9 +80,11 @@ class Timings:
                 return  # a read-only cache costs a measurement in the next process, nothing else
 
 
-def problem_key(problem: Problem | MoeProblem) -> str:
+def problem_key(problem: Measured) -> str:
     """A problem as text: content, never an id."""
     p = problem
+    if isinstance(p, Plain | Quantize):
+        return p.key
     if isinstance(p, MoeProblem):
         sizes = (p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text, int(p.has_bias), int(p.has_weights))
         return "|".join(map(str, ("moe", p.scheme.spec, *sizes, str(p.dtype).removeprefix("torch."))))
@@ -208,7 +213,7 @@ def _measure_layout(
         for kernel, m in jobs:
             pool.submit(_prepare, kernel, m, problem, device)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
-        take_times(out, known, problem, jobs, _time, _weights(layout, problem))
+        take_times(out, known, problem, jobs, _time, weights(layout, problem, device))
     torch.cuda.empty_cache()
     return out
 
@@ -237,42 +242,48 @@ def _prepare(kernel: Kernel, m: int, problem: Problem, device: torch.device) -> 
         kernel.prepare(problem, m, device)
 
 
-def _weights(layout: str, problem: Problem) -> list[Planes]:
-    """Copies of one random packed weight, together at least three times the L2 cache."""
+def weights(layout: str, problem: Problem, device: torch.device) -> list[Planes]:
+    """Copies of one random packed weight."""
     family = family_of(problem.scheme)
-    weight = torch.randn(problem.n, problem.k, device="cuda", dtype=problem.dtype) * 0.02
-    planes = layouts()[layout].pack(family.quantize_weight(weight, problem.scheme), problem)
-    size = sum(plane.numel() * plane.element_size() for plane in planes)
-    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    count = max(1, min(_CALLS, -(-3 * cache // max(size, 1))))
+    weight = torch.randn(problem.n, problem.k, device=device, dtype=problem.dtype) * 0.02
+    return copies(layouts()[layout].pack(family.quantize_weight(weight, problem.scheme), problem))
+
+
+def copies(planes: Planes) -> list[Planes]:
+    """Planes and as many copies as exceed the cache three times; at most as many as there are calls in a measurement."""
+    size, cache = sum(plane.numel() * plane.element_size() for plane in planes), CPU_CACHE
+    if planes[0].is_cuda:
+        cache = torch.cuda.get_device_properties(planes[0].device).L2_cache_size
+    count = max(1, min(CALLS, -(-3 * cache // max(size, 1))))
     return [planes, *(tuple(plane.clone() for plane in planes) for _ in range(count - 1))]
 
 
-def _inputs(problem: Problem, m: int, column_scales: bool) -> Planes:
+def inputs(problem: Problem, m: int, column_scales: bool, device: torch.device) -> Planes:
+    """Planes of a random input, as a kernel reads them."""
     family = family_of(problem.scheme)
-    x = torch.randn(m, problem.k, device="cuda", dtype=problem.dtype)
+    x = torch.randn(m, problem.k, device=device, dtype=problem.dtype)
     if problem.scheme.input_activations is None:
         return (x,)
-    scale = torch.full((1,), 0.02, device="cuda") if problem.scheme.static else None
+    scale = torch.full((1,), 0.02, device=device) if problem.scheme.static else None
     data, scales, *rest = family.quantize_input(x, problem.scheme, scale)
     return data, scales.t().contiguous().t() if column_scales else scales, *rest
 
 
-def _time(kernel: Kernel, problem: Problem, m: int, copies: list[Planes]) -> float:
+def _time(kernel: Kernel, problem: Problem, m: int, packed: list[Planes]) -> float:
     """Median microseconds of one call; RAISED for a kernel that raises, which selection then never picks.
 
     Raises:
         OutOfMemoryError: there is no room to run it in.
     """
-    x = _inputs(problem, m, kernel.column_scales)
+    x = inputs(problem, m, kernel.column_scales, torch.device("cuda"))
     bias = torch.zeros(problem.n, device="cuda", dtype=problem.dtype) if problem.has_bias else None
 
     def calls() -> None:
-        for i in range(_CALLS):
-            kernel.run(x, copies[i % len(copies)], bias, problem)
+        for i in range(CALLS):
+            kernel.run(x, packed[i % len(packed)], bias, problem)
 
     try:
-        return graph_time(calls) / _CALLS
+        return graph_time(calls) / CALLS
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever a library raises, another kernel serves

@@ -27,6 +27,8 @@ class Record:
 
     Attributes:
         misses: products that read it unquantized; readers: other reads beside a quantized one; uses: of a weight that is none of a linear.
+        guarded: both times of every graph that reads it in 16 bits since these are faster there; the others have ``kernels``.
+        guards: the graphs were compiled with the guard on.
     """
 
     ref: weakref.ref[nn.Parameter]
@@ -38,6 +40,8 @@ class Record:
     misses: dict[str, None] = field(default_factory=dict)
     readers: dict[str, None] = field(default_factory=dict)
     uses: dict[str, None] = field(default_factory=dict)
+    guarded: dict[str, None] = field(default_factory=dict)
+    guards: bool = False
 
 
 @dataclass(eq=False)
@@ -131,24 +135,28 @@ class Ledger:
     ) -> WeightLine:
         size = parameter.numel() * parameter.element_size()
         after = packed_bytes(parameter, entry)
-        if record is not None and record.scheme is not None and after:
+        guarded = "; ".join(record.guarded) if record is not None else ""
+        if record is not None and record.scheme is not None and after and (record.kernels or not guarded):
             copies = [MORE_COPIES] if entry is not None and entry.further else []
             missed = [f"unquantized in some graph: {miss.splitlines()[0]}" for miss in record.misses]
-            reason = "; ".join([record.reason, *record.readers, *copies, *missed])
-            if record.readers:
+            reason = "; ".join([record.reason, *record.guarded, *record.readers, *copies, *missed])
+            if record.readers or guarded:
                 after += size
             kernels = " / ".join(record.kernels)
             released = entry is not None and entry.released
             return WeightLine(
-                names, size, after, record.scheme, record.layout, kernels, reason, True, released, bool(missed)
+                names, size, after, record.scheme, record.layout, kernels, reason, True, released, bool(missed), guarded
             )
         named, reason = self._kept(parameter, record, weight, session)
-        return WeightLine(names, size, size, None, "", "", reason, named)
+        missed = bool(guarded and record is not None and record.misses)
+        return WeightLine(names, size, size, None, "", "", reason, named, missed=missed, guarded=guarded)
 
     @staticmethod
     def _kept(
         parameter: nn.Parameter, record: Record | None, weight: Weight | None, session: Session | None
     ) -> tuple[bool, str]:
+        if record is not None and record.scheme is not None and record.guarded and not record.kernels:
+            return True, "; ".join([record.reason, *record.guarded, *record.misses])
         if record is not None and record.scheme is not None:
             return True, f"{record.scheme}: to be packed at the next call"
         if record is not None and (record.reason or record.misses):

@@ -25,7 +25,7 @@ def insert_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRe
     for site in plan.sites:
         decision = plan.decisions[site.node.name]
         if decision.scheme is None:
-            report.refused.append(f"{decision.name}: {decision.reason}")
+            report.refused.append(f"{decision.name}: {decision.guard or decision.reason}")
             continue
         _replace(gm.graph, site, decision, decision.scheme, prepared)
         report.rewrote.append(decision.name)

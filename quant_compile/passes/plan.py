@@ -23,12 +23,20 @@ class SiteDecision:
     """What becomes of a site: a scheme, or kept (None), with the reason and the weight's name.
 
     ``refused``: it is kept although the policy names a scheme, so coverage counts it as asked for.
+    ``guard``: why it is kept in this graph although it can have the scheme ``instead``: 16 bits are faster at its m.
     """
 
     scheme: Scheme | None
     reason: str
     name: str
     refused: bool = False
+    guard: str = ""
+    instead: Scheme | None = None
+
+    @property
+    def asked(self) -> Scheme | None:
+        """The scheme that the weight has in this graph, or would have but for the guard."""
+        return self.scheme or self.instead
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,7 +106,7 @@ class GraphRunner:
         self._pick = _picker(self._slots)
         verdicts = Verdicts()
         self.found = Found.of(self.pristine, self._parameters, verdicts)
-        self._decider = Decider(self.found, source, choosers, target)
+        self._decider = Decider(self.found, source, options, choosers, target)
         self._variants = Variants(
             self.pristine, self.found, inputs, source, options, compile_graph, choosers, target, verdicts
         )
@@ -122,7 +122,7 @@ class GraphRunner:
         if self.options.releases(self.source.policy):
             claim_weights(self.found, self.source.policy, parameters)
         variant = self._variants.get(parameters, session, decisions, late=False)
-        record(self.found, parameters, session, decisions, variant)
+        record(self.found, parameters, session, decisions, variant, self._decider.guard.asked)
         self._variants.traced()
         return variant
 
@@ -147,14 +147,14 @@ class GraphRunner:
         with self._lock:
             parameters: dict[int, Parameter] = dict(zip(self._slots, values, strict=True))
             generation = self.source.generation
-            session, decisions = self._decider.decide(parameters)
+            session, decisions = self._decider.decide(parameters, late=True)
             variant = self._variants.get(parameters, session, decisions, late=True)
             refuse_released(parameters, variant)
             started, before = time.perf_counter(), STORE.packed
             planes = self._planes(variant, parameters, decisions)
             if before != STORE.packed:
                 add_time(session, "packing", time.perf_counter() - started)
-            record(self.found, parameters, session, decisions, variant)
+            record(self.found, parameters, session, decisions, variant, self._decider.guard.asked)
             if self.options.releases(self.source.policy):
                 release_packed(parameters, variant)
             packed = {slot for ref in variant.refs for slot in slots_of(ref)}

@@ -31,9 +31,10 @@ from quant_compile.lowering.weights import STORE
 from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER, Session
 from quant_compile.model.weights import expert_site, linear_weights
-from quant_compile.options import PolicySource
+from quant_compile.options import Options, PolicySource
 from quant_compile.passes.plan import SiteDecision
 from quant_compile.rules import TWO_SCHEMES, Decision, SiteInfo, scale_key
+from quant_compile.runtime.guard import Compare, Guard, uncompared
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
 
@@ -42,13 +43,15 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
 class Choosers:
     """How kernels are chosen: ``(problem, name) -> dispatch`` for linears, expert blocks, and products over row-form planes.
 
-    ``serves`` tells, without measuring, whether a device has kernels for a linear or a block.
+    ``serves`` tells, without measuring, whether a device has kernels for a linear or a block; ``compare`` what 16 bits and a
+    quantized chain are measured to take.
     """
 
     linear: Callable[[Problem, str], Dispatch]
     moe: Callable[[MoeProblem, str], MoeDispatch]
     rows: Callable[[Problem, str], Dispatch]
     serves: Callable[[Problem | MoeProblem], bool]
+    compare: Compare = uncompared
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +94,20 @@ class Found:
 class Decider:
     """Decides the sites of one graph for the Parameters of a call."""
 
-    def __init__(self, found: Found, source: PolicySource, choosers: Choosers, target: Target) -> None:
+    def __init__(
+        self, found: Found, source: PolicySource, options: Options, choosers: Choosers, target: Target
+    ) -> None:
         self.found, self.source, self.target = found, source, target
         self._choosers = choosers
+        self.guard = Guard(found.linears, (*found.blocks, *found.batched), source, options, choosers.compare)
 
-    def decide(self, parameters: Mapping[int, Parameter]) -> tuple[Session, dict[str, SiteDecision]]:
+    def decide(
+        self, parameters: Mapping[int, Parameter], late: bool = False
+    ) -> tuple[Session, dict[str, SiteDecision]]:
         """The model's session, and node name of each site -> its decision.
+
+        Args:
+            late: at a call, not while Dynamo traces.
 
         Raises:
             PolicyError: the policy is strict and a weight cannot have its scheme.
@@ -145,7 +156,7 @@ class Decider:
                 self._record_miss(parameters[slot], known, miss.reason, session)
         others = self._record_reads(owner, parameters, names, session)
         self._enforce(parameters, names, decisions, others)
-        return session, decisions
+        return session, self.guard.applied(decisions, parameters, session, late)
 
     def check_rules(self, parameters: Mapping[int, Parameter], session: Session) -> None:
         """Once per model and policy: rules without effect are a warning and a note, an error when the policy is strict."""

@@ -13,7 +13,7 @@ from quant_compile.ir.errors import ReleasedWeightError
 from quant_compile.ir.graph import ExpertRef, PlaneRef
 from quant_compile.lowering.weights import STORE, claim
 from quant_compile.model import names as naming
-from quant_compile.model.ledger import LEDGER, Session
+from quant_compile.model.ledger import LEDGER, Record, Session
 from quant_compile.model.weights import linear_weights
 from quant_compile.passes.plan import SiteDecision
 from quant_compile.rules import Decides
@@ -22,6 +22,8 @@ from quant_compile.runtime.variant import Variant
 
 ALSO_PLAIN = "also read unquantized (tied embedding or another use)"
 
+GUARDED = "read in 16 bits by the guard"
+
 
 def record(
     found: Found,
@@ -29,35 +31,55 @@ def record(
     session: Session,
     decisions: Mapping[str, SiteDecision],
     variant: Variant,
+    guards: bool = False,
 ) -> None:
-    """Write what became of every weight of a graph to the ledger."""
+    """Write what became of every weight of a graph to the ledger.
+
+    Args:
+        guards: ``guard: never_slower`` is on.
+    """
     dispatch_of = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
+    kept = set[int]()
     for name, slot in found.readers:
         decision = decisions[name]
         parameter = parameters[slot]
         record = LEDGER.record(parameter)
-        record.named = decision.scheme is not None or decision.refused
-        record.reason = decision.reason
-        spec = decision.scheme.spec if decision.scheme else None
-        if spec != record.scheme:
-            record.kernels.clear()
-            record.readers.clear()
-            STORE.entry(parameter).plain_readers.clear()
-            record.scheme = spec
-        STORE.keep_only(parameter, spec)
-        if spec is not None:
+        _begin(record, parameter, decision, guards)
+        if decision.guard:
+            record.guarded[decision.guard] = None
+            kept.add(slot)
+        elif decision.scheme is not None:
             dispatch = dispatch_of[slot]
             record.layout = dispatch.layout
             record.kernels[dispatch.ranges] = None
     for slot in variant.arguments:
         parameter = parameters.get(slot)
-        if parameter is not None and parameter.dim() > 1:
+        if slot in kept:
+            STORE.entry(parameters[slot]).plain_readers.add(GUARDED)
+        elif parameter is not None and parameter.dim() > 1:
             LEDGER.record(parameter).readers[ALSO_PLAIN] = None
             STORE.entry(parameter).plain_readers.add(ALSO_PLAIN)
     for report in variant.reports:
         if report.name == "merge_siblings":
             for refusal in report.refused:
                 session.notes[f"not merged: {refusal}"] = None
+
+
+def _begin(record: Record, parameter: Parameter, decision: SiteDecision, guards: bool) -> None:
+    """A decision of a weight, which other graphs share; what was written under another is forgotten."""
+    record.named = decision.asked is not None or decision.refused
+    record.reason = decision.reason
+    spec = decision.asked.spec if decision.asked else None
+    if spec != record.scheme:
+        record.kernels.clear()
+        record.readers.clear()
+        STORE.entry(parameter).plain_readers.clear()
+    if (spec, guards) != (record.scheme, record.guards):
+        record.kernels.clear()
+        record.guarded.clear()
+        STORE.entry(parameter).plain_readers.discard(GUARDED)
+    record.scheme, record.guards = spec, guards
+    STORE.keep_only(parameter, spec)
 
 
 def claim_weights(found: Found, policy: Decides, parameters: Mapping[int, Parameter]) -> None:

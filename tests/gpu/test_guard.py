@@ -1,0 +1,118 @@
+"""``guard: never_slower`` on the GPU: what is measured, what is kept where 16 bits win, and what is quantized where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import quant_compile
+from quant_compile.ir.family import Reject, family_of
+from quant_compile.ir.scheme import parse
+from quant_compile.lowering import tune
+from quant_compile.lowering.guard import Plain, Product, Quantize
+from quant_compile.lowering.registry import Problem
+from quant_compile.lowering.select import choose
+from quant_compile.lowering.target import Target
+from quant_compile.lowering.tune_guard import guard_times
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Times of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tune.timings.cache_clear()
+    with torch.no_grad():
+        yield
+    tune.timings.cache_clear()
+
+
+class One(nn.Module):
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__()
+        self.one = nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x)
+
+
+@pytest.mark.parametrize("spec", ["FP8_DYNAMIC", "W8A8", "W4A16", "FP8", "MXFP4"])
+def test_every_part_of_a_chain_is_measured_once_and_kept_on_disk(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, device = parse(spec), torch.device("cuda")
+    target, problem = Target.of(device), Problem(scheme, 4096, 4096, torch.bfloat16)
+    jobs: list[Any] = [Plain(4096, 4096, torch.bfloat16, False), Plain(4096, 4096, torch.bfloat16, True)]
+    if scheme.input_activations is not None:
+        jobs += [Quantize(scheme, 4096, torch.bfloat16, fused) for fused in (False, True)]
+    if spec != "MXFP4" or target.arch >= 100:
+        jobs.append(Product(choose(problem, target).kernel_for(1).name, problem))
+    time_of = guard_times(target, "quick", device)
+    assert not isinstance(time_of, Reject)
+    first = [time_of(job, m) for job in jobs for m in (1, 40)]
+    for found in first:
+        assert not isinstance(found, Reject) and 0 < found < 1e4, found
+    # Reading 32 MiB takes 4 to 40 µs on any GPU since the A100.
+    assert 4 < first[0] < 60  # type: ignore[operator]
+    tune.timings.cache_clear()
+    monkeypatch.setattr(tune, "graph_time", lambda calls: pytest.fail("measured again"))
+    again = guard_times(target, "quick", device)
+    assert not isinstance(again, Reject)
+    assert [again(job, m) for job in jobs for m in (1, 40)] == first
+
+
+def test_a_short_matrix_stays_in_bf16_and_a_large_one_is_quantized() -> None:
+    """16x2048: two launches lose to one. 16384x8192 at one token: half of the bytes win."""
+    small, large = One(16, 2048), One(16384, 8192)
+    for model in (small, large):
+        quant_compile.compile(model, {"default": "FP8_DYNAMIC", "strict": True}, guard="never_slower")
+        x = torch.randn(1, model.one.in_features, device="cuda", dtype=torch.bfloat16)
+        y = model(x)
+        if model is small:
+            torch.testing.assert_close(y, F.linear(x, model.one.weight), rtol=2e-2, atol=2e-2)
+        else:
+            scheme, family = parse("FP8_DYNAMIC"), family_of(parse("FP8_DYNAMIC"))
+            weight = family.quantize_weight(model.one.weight, scheme)
+            truth = family.linear(family.quantize_input(x, scheme, None), weight, None, scheme, x.dtype)
+            # FP8 tensor cores add in 14 bits.
+            assert (y - truth).float().norm() / truth.float().norm() < 1e-2
+    assert quant_compile.report(small).guarded and quant_compile.report(small).lines[0].scheme is None
+    assert not quant_compile.report(large).guarded and quant_compile.report(large).lines[0].scheme == "FP8_DYNAMIC"
+
+
+@pytest.mark.parametrize("policy", ["FP8_DYNAMIC", "W4A16"])
+def test_generate_with_the_guard(policy: str) -> None:
+    """W4A16 keeps long prompts in bf16 and decodes in 4 bits; tokens come out either way, twice the same."""
+    sizes: dict[str, Any] = {"vocab_size": 512, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 4, "eos_token_id": None, "pad_token_id": 0}
+    with torch.device("cuda"):
+        model: Any = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=8192)).to(torch.bfloat16).eval()
+    prompt = torch.randint(3, 500, (1, 3000), device="cuda")
+    plain = model(prompt).logits[:, -1].float()
+    quant_compile.compile(model, {"default": policy, "strict": True}, guard="never_slower")
+    made = model.generate(prompt, max_new_tokens=16, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert made.sequences.shape == (1, 3016)
+    assert torch.cosine_similarity(made.logits[0].float(), plain).item() > 0.95
+    short = model.generate(prompt[:, :64], max_new_tokens=16, do_sample=False)
+    assert torch.equal(model.generate(prompt[:, :64], max_new_tokens=16, do_sample=False), short)
+    report = quant_compile.report(model)
+    named = [line for line in report.lines if line.named]
+    assert report.coverage == 1.0 and len(named) == 28 and not report.misses
+    for line in named:
+        assert line.scheme == policy or line.guarded, line
+    print(*sorted({text for _, text in report.guarded}), sep="\n")
+
+
+def test_released_originals_leave_the_guard_nothing_to_do() -> None:
+    model = One(16, 2048)
+    quant_compile.compile(model, "FP8_DYNAMIC", guard="never_slower", release_weights=True)
+    model(torch.randn(1, 2048, device="cuda", dtype=torch.bfloat16))
+    report = quant_compile.report(model)
+    assert report.lines[0].released and not report.guarded
+    assert any("never_slower is not applied" in note for note in report.notes)
