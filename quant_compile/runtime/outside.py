@@ -28,6 +28,7 @@ from quant_compile.model.ledger import LEDGER
 from quant_compile.model.names import names_in
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.rules import Decides
+from quant_compile.runtime.call import GraphRunner
 
 _NEVER = {"extra_repr", "reset_parameters", "_apply", "_load_from_state_dict", "_save_to_state_dict", "_init_weights"}
 _SKIPPED: dict[tuple[str, int], str] = {}  # (file, line) of a function -> why Dynamo would not compile it
@@ -45,6 +46,7 @@ class _Ran:
 
 class _Seen(threading.local):
     ran: dict[Any, _Ran] | None = None
+    inside: int = 0
 
 
 class Outside:
@@ -75,7 +77,7 @@ class Outside:
         self._codes = self._codes or _codes(self._model())
         self._frames = _frames()
         ran: dict[Any, _Ran] = {}
-        self._seen.ran = ran
+        self._seen.ran, self._seen.inside = ran, 0
         with _profiling(self._look):
             try:
                 yield
@@ -87,7 +89,9 @@ class Outside:
 
     def _look(self, frame: FrameType, event: str, _: Any) -> None:
         ran, code = self._seen.ran, frame.f_code
-        if event != "call" or ran is None:
+        if code is _GRAPH:  # whatever runs below is the graph's own
+            self._seen.inside += {"call": 1, "return": -1}.get(event, 0)
+        if event != "call" or ran is None or self._seen.inside:
             return
         if code in self._codes:
             module = frame.f_locals.get(code.co_varnames[0])
@@ -138,6 +142,7 @@ class Outside:
             )
 
 
+_GRAPH = GraphRunner.__call__.__code__
 _TORCH, _DYNAMO = str(Path(torch.__file__).parent), eval_frame.__file__
 _OURS = __name__.partition(".")[0]
 _WHERE = (str(Path(__file__).parents[1]), _TORCH)

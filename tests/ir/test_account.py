@@ -36,7 +36,7 @@ FORMS: dict[str, tuple[Callable[..., Any], Use | None]] = {
     "rows looked up": (lambda s, x: s.W[x.argmax(-1)], Use.TABLE),
     "an embedding": (lambda s, x: F.embedding(x.argmax(-1), s.W), Use.TABLE),
     "a convolution": (lambda s, x: F.conv1d(x[None, :, :], s.W[:, :3, None].expand(16, 3, 2)), Use.CONVOLUTION),
-    "products summed by hand": (lambda s, x: (x[:, None, :] * s.W).sum(-1), Use.OTHER),
+    "products summed by hand": (lambda s, x: (x[:, None, :] * s.W).sum(-1), Use.PRODUCT),
     "added": (lambda s, x: x[:, None] + s.W, Use.OTHER),
     "in a branch": (
         lambda s, x: torch.cond(x.sum() > 0, lambda y: F.linear(y, s.W), lambda y: F.linear(y, s.W) + 1, (x,)),
