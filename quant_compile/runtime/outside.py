@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -99,9 +99,9 @@ class Outside:
                 ran.setdefault((id(module), code), _Ran(module, code))
         elif _may_multiply(code):
             given = frame.f_locals
-            function = given.get("fn") if code.co_filename == _DYNAMO else None
-            if getattr(function, "__module__", "").startswith(_OURS):
+            if any(_is_ours(value) for value in given.values()):  # on its way to a graph, through wrappers of Dynamo's
                 return
+            function = given.get("fn") if code.co_filename == _DYNAMO else None
             values = [*given.values(), *given.get("args", ()), *given.get("kwargs", {}).values()]
             found = tuple(value for value in values if isinstance(value, nn.Parameter) and value.dim() > 1)
             if found:
@@ -146,6 +146,11 @@ _GRAPH = GraphRunner.__call__.__code__
 _TORCH, _DYNAMO = str(Path(torch.__file__).parent), eval_frame.__file__
 _OURS = __name__.partition(".")[0]
 _WHERE = (str(Path(__file__).parents[1]), _TORCH)
+
+
+def _is_ours(value: Any) -> bool:
+    where = str(getattr(value, "__module__", "")) if callable(value) else ""
+    return where.startswith(_OURS) or (isinstance(value, FunctionType) and where.startswith("torch._dynamo"))
 
 
 def _may_multiply(code: CodeType) -> bool:
