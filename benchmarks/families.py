@@ -29,7 +29,7 @@ from family_models import families
 
 OUT = RESULTS / "families.json"
 LIMIT = 90.0
-PRELOAD = ("torch", "transformers.modeling_utils", "transformers.generation", "torch._dynamo", "torch._inductor.compile_fx", "quant_compile", "family_check")  # fmt: skip
+PRELOAD = ("family_warm",)
 
 
 class Worker:
