@@ -39,13 +39,15 @@ class Worker:
         row: the latest that the process has told.
     """
 
-    def __init__(self, family: str, limit: float, inductor: bool) -> None:
+    def __init__(self, family: str, limit: float, inductor: bool, generate: bool) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOAD))
         self.pipe, theirs = context.Pipe(duplex=False)
         self.row: Row = {"family": family, "status": EAGER, "stage": "starting"}
         self.started, self.limit = time.monotonic(), limit
-        self.process: ForkServerProcess = context.Process(target=serve, args=(family, theirs, inductor), daemon=False)
+        self.process: ForkServerProcess = context.Process(
+            target=serve, args=(family, theirs, inductor, generate), daemon=False
+        )
         self.process.start()
         theirs.close()
 
@@ -79,7 +81,7 @@ class Worker:
         return self.row | {"status": LATE if late else EAGER, "reason": f"{why} while {stage}"}
 
 
-def serve(family: str, pipe: Connection, inductor: bool) -> None:
+def serve(family: str, pipe: Connection, inductor: bool, generate: bool) -> None:
     """The work of a process: check one family and tell."""
     import logging
     import warnings
@@ -93,16 +95,16 @@ def serve(family: str, pipe: Connection, inductor: bool) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(logging.CRITICAL)
     torch.set_num_threads(1)
-    row = check(family, pipe.send, inductor)
+    row = check(family, pipe.send, inductor, generate)
     pipe.send(row | {"final": True})
 
 
-def run(names: Sequence[str], processes: int, limit: float, inductor: bool) -> Iterator[Row]:
+def run(names: Sequence[str], processes: int, limit: float, inductor: bool, generate: bool) -> Iterator[Row]:
     """Rows of these families as they come, so many processes at a time."""
     waiting, working = list(reversed(names)), list[Worker]()
     while waiting or working:
         while waiting and len(working) < processes:
-            working.append(Worker(waiting.pop(), limit, inductor))
+            working.append(Worker(waiting.pop(), limit, inductor, generate))
         ready = wait([worker.pipe for worker in working], max(0.0, min(worker.left for worker in working)))
         for worker in list(working):
             over = worker.left <= 0
@@ -118,6 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one family")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no family after this many seconds")
+    parser.add_argument("--forward-only", action="store_true", help="without generate, which takes most of the time")
     parser.add_argument("--inductor", action="store_true", help="compile graphs instead of running them as they are")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the result file")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -132,7 +135,13 @@ def main(arguments: Sequence[str]) -> int:
     )
     meta = {"benchmark": "families", "machine": machine("cpu") | {"threads": 1}, "settings": settings(given)}
     start = time.monotonic()
-    for row in run([name for name in names if name not in rows], given.processes, given.limit, given.inductor):
+    for row in run(
+        [name for name in names if name not in rows],
+        given.processes,
+        given.limit,
+        given.inductor,
+        not given.forward_only,
+    ):
         rows[row["family"]] = row
         print(f"{row['family']:32} {row['status']:10} {row.get('reason', '')[:110]}", flush=True)
         ordered = [rows[name] for name in families() if name in rows]

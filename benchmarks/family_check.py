@@ -34,7 +34,7 @@ Row = dict[str, Any]
 Tell = Callable[[Row], None]
 
 
-def check(family: str, tell: Tell, inductor: bool = False) -> Row:
+def check(family: str, tell: Tell, inductor: bool = False, with_generate: bool = True) -> Row:
     """Everything about one family as a row; ``tell`` gets the row at each step, so that a time-out leaves what was found."""
     row: Row = {"family": family, "status": EAGER, "stage": "building"}
     tell(row)
@@ -50,7 +50,7 @@ def check(family: str, tell: Tell, inductor: bool = False) -> Row:
     }
     tell(row := row | {"stage": "compiling"})
     with contextlib.nullcontext() if inductor else graphs_as_they_are():
-        return _compared(recipe, row, tell)
+        return _compared(recipe, row, tell, with_generate)
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def graphs_as_they_are() -> Iterator[None]:
         compile_fx.compile_fx = before
 
 
-def _compared(recipe: Tiny, row: Row, tell: Tell) -> Row:
+def _compared(recipe: Tiny, row: Row, tell: Tell, with_generate: bool) -> Row:
     import quant_compile
 
     plain = outputs(recipe.make(), recipe)
@@ -98,6 +98,8 @@ def _compared(recipe: Tiny, row: Row, tell: Tell) -> Row:
     }
     if not row["quantized"] and not row["skips"]:
         row["reason"] = "the policy names no weight of it"
+    if not with_generate:
+        return row | {"stage": "done"}
     tell(row := row | {"stage": "generating"})
     if hasattr(model, "generate") and callable(getattr(model, "can_generate", None)) and model.can_generate():
         row["generate"] = generated(model, reference, recipe, rounded)
