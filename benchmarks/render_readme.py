@@ -603,6 +603,100 @@ def moe(results: Path) -> str:
 
 # --- the documents ---------------------------------------------------------------------------------------------------
 
+# --- families --------------------------------------------------------------------------------------------------------
+
+
+def families(results: Path) -> str:
+    """How every family of transformers fared: counts, what stays open, all that ran, and what did not."""
+    result = read("families", results)
+    if result is None:
+        return "The families have not been swept yet; their tables will stand here."
+    rows, settings = result["rows"], result["settings"]
+    ran = [row for row in rows if row["status"] in ("right", "wrong")]
+    parts = [
+        families_summary(rows, settings, place(result, "transformers")),
+        *section("What stays open", families_open(rows)),
+        *section(
+            "Families that ran",
+            markdown(
+                ["family", "class", "graphs", "coverage", "error", "rounding", "generate, or the reason"],
+                [family_row(row) for row in ran],
+            ),
+        ),
+        *section(
+            "Families that did not run",
+            markdown(
+                ["family", "", "reason"],
+                [[row["family"], row["status"], cell(row.get("reason", ""))] for row in rows if row not in ran],
+            ),
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def section(title: str, text: str) -> list[str]:
+    """A heading and its text; nothing without text."""
+    return ["", f"## {title}", "", text] if text else []
+
+
+def families_summary(rows: Sequence[Result], settings: Result, where: str) -> str:
+    """Counts in words."""
+    count = {status: sum(row["status"] == status for row in rows) for status in {row["status"] for row in rows}}
+    right = [row for row in rows if row["status"] == "right"]
+    whole = sum(row["coverage"] == 1.0 for row in right)
+    none = sum(not row["quantized"] and not row["skips"] for row in right)
+    told = [row["generate"] for row in right if "generate" in row]
+    same, failing = told.count("same"), sum(text.startswith("eager") for text in told)
+    lines = [
+        f"{len(rows)} of {settings['families']} families under {settings['policy']}:",
+        "",
+        f"- {len(right)} right: within {settings['tolerance']:.0e} of the eager reference. {whole} have coverage 1.0, {none} no weight that the "
+        f"policy names, {len(right) - whole - none} weights that are skipped, each with its reason.",
+        f"- {count.get('wrong', 0)} wrong, {count.get('crashed', 0)} crashed where plain `torch.compile` works.",
+        f"- {count.get('torch.compile fails too', 0)} that plain `torch.compile` cannot compile either, {count.get('out of time', 0)} out of time.",
+        f"- {count.get('not run', 0)} that general rules could not build or run eagerly.",
+    ]
+    if told:
+        lines.append(
+            f"- `generate`: {same} of {len(told)} right ones give the eager reference's {settings['new_tokens']} tokens, {failing} do not generate "
+            f"eagerly either, {len(told) - same - failing} are listed with a reason."
+        )
+    how = "graphs compiled by Inductor" if settings["inductor"] else "graphs run as they are lowered, without Inductor"
+    return "\n".join([*lines, "", f"{how[0].upper()}{how[1:]}; {where}."])
+
+
+def families_open(rows: Sequence[Result]) -> str:
+    """Families with something left to do."""
+    found: list[list[str]] = []
+    for row in rows:
+        texts = list(row.get("skips", ()))
+        if row["status"] in ("wrong", "crashed"):
+            texts.insert(0, f"{row['status']}: {row.get('reason') or error_text(row)}")
+        if row.get("generate", "same") != "same" and not row["generate"].startswith("eager"):
+            texts.append(f"generate: {row['generate']}")
+        if texts:
+            found.append([row["family"], cell("; ".join(texts))])
+    return markdown(["family", "what"], found)
+
+
+def family_row(row: Result) -> list[str]:
+    """A family that ran."""
+    words = row.get("reason") or row.get("generate", NONE)
+    coverage = NONE if not row["quantized"] and not row["skips"] else number(row["coverage"], 3)
+    rounding = NONE if row["rounding"] is None else f"{row['rounding']:.1e}"
+    return [row["family"], f"`{row['class']}`", str(row["graphs"]), coverage, error_text(row), rounding, cell(words)]
+
+
+def error_text(row: Result) -> str:
+    """A relative error; infinite ones are none in JSON."""
+    return "other shape or NaN" if row["error"] is None else f"{row['error']:.0e}"
+
+
+def cell(text: str) -> str:
+    """Text that is no markup in a table."""
+    return re.sub(r"([*_<>\[\]`])", r"\\\1", " ".join(text.split()))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "generate": generate,
     "generate_first_token": generate_first_token,
@@ -616,6 +710,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "compile_time": compile_time,
     "cpu_decode": cpu_decode,
     "kernels": kernels,
+    "families": families,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -106,6 +107,31 @@ def test_weights_read_outside_are_named(kind: type[Base], plain_inductor: Compil
     ):
         strict(X)
     assert named[kind.__name__] in str(caught.value)
+
+
+@pytest.mark.parametrize("constant", [{"mode": 1}, [1, 2], {3}], ids=["dict", "list", "set"])
+def test_code_without_a_hash_is_looked_at(constant: Any, plain_inductor: CompileCounter) -> None:
+    """Code that Dynamo writes around a break may hold such constants, and then the code has no hash."""
+    torch._dynamo.reset()
+
+    def doubled(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, own)
+
+    code = doubled.__code__.replace(co_consts=(*doubled.__code__.co_consts, constant))
+    with pytest.raises(TypeError):
+        hash(code)
+    unhashed = FunctionType(code, globals())
+
+    class Calls(Disabled):
+        @torch.compiler.disable
+        def middle(self, x: torch.Tensor) -> torch.Tensor:
+            return unhashed(x, self.own)
+
+    model = Calls().eval().requires_grad_(False)
+    quant_compile.compile(model, "W8A16", kernels="reference")
+    with torch.no_grad():
+        model(X)
+    assert "outside of the compiled graph" in dict(quant_compile.report(model).skips)["own"]
 
 
 def test_dynamos_own_reason_and_place(plain_inductor: CompileCounter) -> None:

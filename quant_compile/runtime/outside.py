@@ -61,7 +61,7 @@ class Outside:
         self._model, self._policy = weakref.ref(model), policy
         self._seen = _Seen()
         self._frames = -1
-        self._codes: dict[CodeType, None] = {}
+        self._codes: dict[int, CodeType] = {}  # by id: code that Dynamo wrote may hold constants without a hash
 
     def due(self) -> bool:
         """Whether the next call is to be watched: the first, and after Dynamo was at work."""
@@ -93,10 +93,10 @@ class Outside:
             self._seen.inside += {"call": 1, "return": -1}.get(event, 0)
         if event != "call" or ran is None or self._seen.inside:
             return
-        if code in self._codes:
+        if id(code) in self._codes:
             module = frame.f_locals.get(code.co_varnames[0])
             if isinstance(module, nn.Module):
-                ran.setdefault((id(module), code), _Ran(module, code))
+                ran.setdefault((id(module), id(code)), _Ran(module, code))
         elif _may_multiply(code):
             given = frame.f_locals
             if any(_is_ours(value) for value in given.values()):  # on its way to a graph, through wrappers of Dynamo's
@@ -106,7 +106,7 @@ class Outside:
             found = tuple(value for value in values if isinstance(value, nn.Parameter) and value.dim() > 1)
             if found:
                 name = getattr(function, "__name__", code.co_name)
-                ran.setdefault((code, *map(id, found)), _Ran(None, code, found, name))
+                ran.setdefault((id(code), *map(id, found)), _Ran(None, code, found, name))
 
     def _settle(self, model: nn.Module, ran: list[_Ran]) -> None:
         """Write what ran outside to the ledger.
@@ -196,9 +196,9 @@ def _frames() -> int:
     return dynamo.counters["frames"]["total"]
 
 
-def _codes(model: nn.Module | None) -> dict[CodeType, None]:
+def _codes(model: nn.Module | None) -> dict[int, CodeType]:
     """Code of every function that the classes of a model's modules define."""
-    found: dict[CodeType, None] = {}
+    found: dict[int, CodeType] = {}
     classes = dict.fromkeys(
         base for module in (model.modules() if model is not None else ()) for base in type(module).__mro__
     )
@@ -208,7 +208,7 @@ def _codes(model: nn.Module | None) -> dict[CodeType, None]:
         for name, function in vars(base).items():
             code = getattr(_plain(function), "__code__", None)
             if code is not None and name not in _NEVER and not name.startswith("__") and code.co_argcount:
-                found[code] = None
+                found[id(code)] = code
     return found
 
 
