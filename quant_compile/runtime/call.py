@@ -118,7 +118,7 @@ class GraphRunner:
         """Compile the variant of the traced Parameters; called once, inside Dynamo's tracing context."""
         parameters, self._parameters = self._parameters, {}
         session, decisions = self._decider.decide(parameters)
-        self._decider.check_rules(parameters, session)
+        self._decider.check_rules(parameters)
         if self.options.releases(self.source.policy):
             claim_weights(self.found, self.source.policy, parameters)
         variant = self._variants.get(parameters, session, decisions, late=False)
