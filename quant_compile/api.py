@@ -18,7 +18,7 @@ from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import STORE, disclaim
 from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER
-from quant_compile.model.places import parameters_of, places, unwrap, without_reserved
+from quant_compile.model.places import parameters_of, places, unwrap, without_reserved, wrapped_by_peft
 from quant_compile.options import Options, PolicySource
 from quant_compile.policy import Policy
 
@@ -57,8 +57,15 @@ def compile(
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
     options = {**options, "policy": source.policy}
     note = partial(_note, weakref.ref(unwrap(model)), source.policy, target.label)
-    install(model, options, note, dynamic=dynamic, fullgraph=fullgraph)
+    for part in _called(model):
+        install(part, options, note, dynamic=dynamic, fullgraph=fullgraph)
     return model
+
+
+def _called(model: nn.Module) -> tuple[nn.Module, ...]:
+    """A model, and where PEFT stands around one, that one too: its ``generate`` calls what is inside, not the wrapper."""
+    inner = wrapped_by_peft(model)
+    return (model,) if inner is None else (model, inner)
 
 
 def _note(model: weakref.ref[nn.Module], policy: Policy, target: str, text: str) -> None:
@@ -78,7 +85,8 @@ def uncompile(model: nn.Module) -> nn.Module:
     """
     inner = unwrap(model)
     STORE.refresh(parameters_of(inner))
-    uninstall(model)
+    for part in _called(model):
+        uninstall(part)
     for parameter in parameters_of(inner):
         disclaim(parameter)
     return model

@@ -36,6 +36,7 @@ from quant_compile.options import Options, PolicySource
 from quant_compile.passes.plan import SiteDecision
 from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, scale_key
 from quant_compile.runtime.guard import Compare, Guard, uncompared
+from quant_compile.runtime.merges import notice
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
 
@@ -117,6 +118,7 @@ class Decider:
             MissingScalesError: a static scheme has no calibrated scale.
         """
         owners = Owners.of(parameters.values())
+        notice(parameters.values(), owners)
         policy, sessions = self.source.policy, self._sessions(owners)
         names = {id(p): known for p in parameters.values() if (known := owners.names(p)) is not None}
         if self.source.is_default:
