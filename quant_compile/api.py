@@ -18,7 +18,7 @@ from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import STORE, disclaim
 from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER
-from quant_compile.model.weights import unwrap
+from quant_compile.model.places import parameters_of, places, unwrap, without_reserved, wrapped_by_peft
 from quant_compile.options import Options, PolicySource
 from quant_compile.policy import Policy
 
@@ -57,8 +57,15 @@ def compile(
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
     options = {**options, "policy": source.policy}
     note = partial(_note, weakref.ref(unwrap(model)), source.policy, target.label)
-    install(model, options, note, dynamic=dynamic, fullgraph=fullgraph)
+    for part in _called(model):
+        install(part, options, note, dynamic=dynamic, fullgraph=fullgraph)
     return model
+
+
+def _called(model: nn.Module) -> tuple[nn.Module, ...]:
+    """A model, and where PEFT stands around one, that one too: its ``generate`` calls what is inside, not the wrapper."""
+    inner = wrapped_by_peft(model)
+    return (model,) if inner is None else (model, inner)
 
 
 def _note(model: weakref.ref[nn.Module], policy: Policy, target: str, text: str) -> None:
@@ -77,9 +84,10 @@ def uncompile(model: nn.Module) -> nn.Module:
         StaleWeightError: weights are released, so that the model cannot run without its planes; nothing has been changed.
     """
     inner = unwrap(model)
-    STORE.refresh(inner.parameters())
-    uninstall(model)
-    for parameter in inner.parameters():
+    STORE.refresh(parameters_of(inner))
+    for part in _called(model):
+        uninstall(part)
+    for parameter in parameters_of(inner):
         disclaim(parameter)
     return model
 
@@ -95,7 +103,7 @@ def release(model: nn.Module) -> int:
     Compiled calls go on. Graphs compiled before notice the change of class and are compiled once more at their next call;
     with ``release_weights=True`` at compile time they are not. Eager use, state_dict, save and deepcopy raise until ``restore``.
     """
-    return sum(STORE.release(parameter) for parameter in unwrap(model).parameters())
+    return sum(STORE.release(parameter) for parameter in parameters_of(model))
 
 
 def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Module) -> int:
@@ -103,7 +111,7 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
 
     Args:
         model: the model.
-        source: a safetensors file or a folder of them, a state dict, or a model with the same names.
+        source: a safetensors file or a folder of them, a state dict, or a model; names with or without wrappers' parts.
 
     Raises:
         StaleWeightError: the source lacks a weight or has another shape; nothing has been changed.
@@ -111,15 +119,18 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
     """
     model = unwrap(model)
     names = naming.names_in(model)
-    released = [p for p in model.parameters() if (entry := STORE.peek(p)) is not None and entry.released]
+    released = [p for p in parameters_of(model) if (entry := STORE.peek(p)) is not None and entry.released]
     get, known = _reader(source)
+    # A source with wrappers' parts in its names has them everywhere; one name alone may be that of another weight.
+    wrapped = all(own.raw[0] in known for own in names.values())
     found: list[tuple[nn.Parameter, str]] = []
     for parameter in released:
-        aliases = names[id(parameter)].full
+        own = names[id(parameter)]
+        aliases = (*own.raw, *own.full) if wrapped else (*own.full, *own.raw)
         name = next((alias for alias in aliases if alias in known), None)
         if name is None:
             raise StaleWeightError(
-                f"the source has no {aliases[0]}; it has {len(known)} tensors, e.g. {', '.join(sorted(known)[:3])}"
+                f"the source has no {own.full[0]}; it has {len(known)} tensors, e.g. {', '.join(sorted(known)[:3])}"
             )
         shape = tuple(known[name])
         if shape != tuple(parameter.shape):
@@ -136,7 +147,7 @@ def refresh(model: nn.Module) -> int:
     Raises:
         StaleWeightError: a weight is released.
     """
-    return STORE.refresh(unwrap(model).parameters())
+    return STORE.refresh(parameters_of(model))
 
 
 def _reader(
@@ -144,9 +155,9 @@ def _reader(
 ) -> tuple[Callable[[str], Tensor], dict[str, tuple[int, ...]]]:
     """(name -> tensor, name -> shape) of a source, without reading tensors that are not asked for."""
     if isinstance(source, nn.Module):
-        source = dict(source.named_parameters(remove_duplicate=False))
+        source = {place.name: place.parameter for place in places(source)}
     if isinstance(source, Mapping):
-        tensors = source
+        tensors = {without_reserved(name): tensor for name, tensor in source.items()} | dict(source)
         for name, tensor in tensors.items():
             if tensor.is_meta or getattr(tensor, "released_by_sglquant", False):
                 raise StaleWeightError(

@@ -25,8 +25,8 @@ from quant_compile.lowering.trace import analysed_once
 from quant_compile.lowering.tune import measured, source_hash
 from quant_compile.lowering.tune_guard import guard_times
 from quant_compile.lowering.tune_moe import measured_moe
-from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER
+from quant_compile.model.names import Owners
 from quant_compile.options import Options, PolicySource
 from quant_compile.runtime import Choosers, GraphRunner
 
@@ -209,9 +209,8 @@ def _watch_recompile_limit(inputs: Sequence[Any], source: PolicySource, target: 
     else:
         text += "; further variants will run eagerly and UNQUANTIZED. Fix: compile the whole model, or raise accumulated_recompile_limit."
     warnings.warn(text, RecompileLimitWarning, stacklevel=2)
-    owner = naming.owner_of(value for value in inputs if isinstance(value, Parameter))
-    if owner is not None:
-        LEDGER.session(owner, source.policy, target.label).notes[text] = None
+    for model in Owners.of(value for value in inputs if isinstance(value, Parameter)).models:
+        LEDGER.session(model, source.policy, target.label).notes[text] = None
 
 
 def _compiled_code() -> Any:

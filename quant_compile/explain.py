@@ -23,7 +23,7 @@ from quant_compile.lowering.select import Dispatch, choose, fits
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER
-from quant_compile.model.weights import unwrap
+from quant_compile.model.places import unwrap
 from quant_compile.options import Options, PolicySource
 from quant_compile.runtime import Choosers, GraphRunner
 

@@ -180,15 +180,19 @@ class Policy:
             return Decision(None, f"kept by convention: {what}", "convention")
         return Decision(self.default, "default of the policy", "default")
 
-    def resolve(self, model: torch.nn.Module) -> Plan:
+    def resolve(self, model: torch.nn.Module, beside: Iterable[torch.nn.Module] = ()) -> Plan:
         """The plan for every linear weight of ``model`` (on any device, meta too).
+
+        Args:
+            model: the model.
+            beside: other models that the policy is for; a rule that has an effect in one of them is no finding.
 
         Warns:
             PolicyWarning: a rule has no effect, or a weight cannot have its scheme.
         Raises:
             PolicyError: the same, when the policy is strict.
         """
-        return Plan.of(self, model).enforce()
+        return Plan.of(self, model, beside).enforce()
 
 
 def shipped_policies() -> dict[str, Path]:

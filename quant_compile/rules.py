@@ -38,6 +38,7 @@ class SiteInfo:
         k: input features.
         is_output_embedding: it is what ``model.get_output_embeddings()`` multiplies by.
         blocks: names of the expert blocks that it belongs to; rules may name these as well.
+        role: what it was found to be that keeps its precision by convention (``LoRA adapter``), or empty.
     """
 
     names: tuple[str, ...]
@@ -47,6 +48,7 @@ class SiteInfo:
     k: int
     is_output_embedding: bool = False
     blocks: tuple[str, ...] = ()
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,16 +130,23 @@ def _convention(match: str, what: str) -> Rule:
     return Rule(match, reason=what, convention=True)
 
 
-_HEAD, _ROUTER = "output head", "MoE router gate"
+_HEAD, ROUTER, _ADAPTER = "output head", "MoE router gate", "LoRA adapter"
+_ROUTER_NAMES = (
+    *("mlp.gate", "block_sparse_moe.gate", "shared_expert_gate", "router", "router.layer"),
+    *("router.proj", "router.gate", "router.classifier", "gate.wg", "moe.gate"),
+)
 # A proj_out inside a numbered block (diffusion transformers) is an ordinary linear, so no part of the name is a number.
 CONVENTIONS = (
     _convention("lm_head", _HEAD),
     _convention(r"re:(?:[^.\d][^.]*\.)*proj_out", _HEAD),
     _convention("embed_out", _HEAD),
-    *(
-        _convention(name, _ROUTER)
-        for name in ("mlp.gate", "block_sparse_moe.gate", "shared_expert_gate", "router", "router.layer")
-    ),
+    *(_convention(name, ROUTER) for name in _ROUTER_NAMES),
+)
+# Beside names: the parts of a router of several layers, the classes that most families have for theirs, hand-written LoRA.
+FURTHER_CONVENTIONS = (
+    _convention(r"re:(?:.*\.)?mlp\.gate\..*", ROUTER),
+    Rule("*", module="*Top[kK]Router", reason=ROUTER, convention=True),
+    _convention(r"re:(?:.*\.)?lora_(?:A|B|embedding_A|embedding_B)(?:\..*)?", _ADAPTER),
 )
 
 
@@ -172,10 +181,10 @@ class Decision:
 
 def conventional(site: SiteInfo) -> str | None:
     """What a weight is that keeps its precision by convention, or None."""
-    for rule in CONVENTIONS:
+    for rule in (*CONVENTIONS, *FURTHER_CONVENTIONS):
         if rule.matches(site):
             return rule.reason
-    return _HEAD if site.is_output_embedding else None
+    return site.role or (_HEAD if site.is_output_embedding else None)
 
 
 def rule_reason(index: int, rule: Rule) -> str:

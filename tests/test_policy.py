@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,11 @@ ROUTERS = [
     "model.layers.3.block_sparse_moe.gate",
     "model.layers.3.mlp.router",
     "model.layers.3.block_sparse_moe.router.layer",
+    "model.layers.3.router.proj",
+    "model.layers.3.mlp.router.gate",
+    "encoder.layers.3.ffn.router.classifier",
+    "model.layers.3.mlp.gate.wg",
+    "model.layers.3.mlp.gate.router_mlp.fc1",
 ]
 
 
@@ -276,10 +282,25 @@ def test_conventions_keep_heads_and_routers(name: str, what: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["model.layers.0.mlp.gate_proj", "transformer_blocks.0.proj_out", "gate", "score", "classifier", "router_proj"],
+    [
+        *("model.layers.0.mlp.gate_proj", "transformer_blocks.0.proj_out", "gate", "score", "classifier"),
+        *("router_proj", "proj", "feed_forward.gate", "mixer.gate", "lora_head", "wg"),
+    ],
 )
 def test_conventions_leave_other_linears_alone(name: str) -> None:
     assert Policy.load("FP8_DYNAMIC").decide(site(name)).origin == "default"
+
+
+@pytest.mark.parametrize("name", ["q_proj.lora_A.default", "lora_B", "mlp.up.lora_A.a", "x.lora_embedding_B.default"])
+def test_conventions_keep_lora_adapters(name: str) -> None:
+    assert Policy.load("W4A16").decide(site(name)).reason == "kept by convention: LoRA adapter"
+
+
+@pytest.mark.parametrize("kind", ["Lfm2MoeTopKRouter", "NemotronHTopkRouter"])
+def test_conventions_know_the_classes_of_routers(kind: str) -> None:
+    info = SiteInfo(("model.layers.0.feed_forward.gate",), "linear", kind, 8, 64)
+    assert Policy.load("W8A8").decide(info).reason == "kept by convention: MoE router gate"
+    assert Policy.load("W8A8").decide(replace(info, module_class="Linear")).origin == "default"
 
 
 def test_an_output_embedding_of_any_name_is_kept_and_tied_heads_too() -> None:

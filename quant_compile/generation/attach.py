@@ -21,6 +21,7 @@ from quant_compile.generation.inputs import marked
 from quant_compile.generation.lease import Names
 from quant_compile.generation.loop import HOOKS, Loop
 from quant_compile.generation.step import Step, noted
+from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options
 from quant_compile.runtime.outside import Outside
@@ -234,7 +235,7 @@ def _called_apart(model: Any) -> Iterator[nn.Module]:
     base = getattr(model, "base_model", model)
     near = {*model.children(), *base.children(), base}
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    for name, part in model.named_modules():
+    for name, part in modules_of(model):
         wanted = part in near or part is encoder
         if (
             not wanted

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quant_compile.generation import caches
 from quant_compile.generation.inputs import marked
+from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.rules import Decides
 
@@ -59,7 +60,7 @@ def blocks_of(model: nn.Module, policy: Decides) -> Blocks | None:
         return None
     name, layers = found
     inside = f"{name}."
-    modules = dict(model.named_modules())
+    modules = dict(modules_of(model))
     single: dict[int, nn.Module] = {}
     # What is eager around the blocks is not traced, so that a product with any other parameter would stay in 16 bits.
     for weight in (*linear_weights(model), *possible_weights(model)):
@@ -77,7 +78,7 @@ def _layers(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     within = set(decoder.modules())
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         if not isinstance(module, nn.ModuleList) or module not in within:
             continue
         if len(module) == count >= FEWEST and len({type(m) for m in module}) == 1:

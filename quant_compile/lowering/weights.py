@@ -44,7 +44,7 @@ class ReleasableParameter(Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not torch.compiler.is_dynamo_compiling() and not _is_metadata(func) and _any_released(args, kwargs):
-            raise ReleasedWeightError(_released_message(getattr(func, "__name__", str(func))))
+            raise ReleasedWeightError(_released_message(_called(func)))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -94,10 +94,16 @@ _GETTERS = {
 }  # fmt: skip
 
 
+def _called(func: Any) -> str:
+    """A function's name; of ``Tensor.data.__get__`` the attribute's."""
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name
+
+
 def _is_getter(func: Any) -> bool:
-    """Whether func is ``Tensor.<metadata>.__get__``."""
-    owner = getattr(func, "__self__", None)
-    return getattr(func, "__name__", "") == "__get__" and getattr(owner, "__name__", "") in _GETTERS
+    """Whether func is ``Tensor.<metadata>.__get__``, or sets ``requires_grad``, as ``requires_grad_`` does."""
+    attribute, name = getattr(getattr(func, "__self__", None), "__name__", ""), getattr(func, "__name__", "")
+    return (name == "__get__" and attribute in _GETTERS) or (name == "__set__" and attribute == "requires_grad")
 
 
 def _released_message(what: str) -> str:

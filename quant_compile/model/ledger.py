@@ -7,15 +7,15 @@ are held weakly.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from quant_compile.ir.report import Report, WeightLine
 from quant_compile.lowering.weights import STORE, Entry
-from quant_compile.model.names import names_in
-from quant_compile.model.weights import Weight, linear_weights, possible_weights, unwrap
+from quant_compile.model.names import Names, names_in
+from quant_compile.model.places import parameters_of, unwrap
+from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.rules import Decides
 
 MORE_COPIES = "packed more than once: graphs join it with different siblings, and its layout cannot be cut"
@@ -53,6 +53,22 @@ class Session:
     notes: dict[str, None] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     checked: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Sessions:
+    """The sessions of all models whose weights one graph reads; what is said of the graph is said to each."""
+
+    each: tuple[Session, ...]
+
+    def note(self, text: str) -> None:
+        """Add a note once."""
+        for session in self.each:
+            session.notes[text] = None
+
+    def seconds(self, key: str) -> float:
+        """Spent on ``key`` so far, by the first model's account."""
+        return self.each[0].timings.get(key, 0.0)
 
 
 class Ledger:
@@ -98,10 +114,11 @@ class Ledger:
         names = names_in(model)
         lines: list[WeightLine] = []
         misses: list[tuple[str, str]] = []
-        for parameter in model.parameters():
+        for parameter in parameters_of(model):
             record = self.peek(parameter)
-            name = names[id(parameter)].full
-            line = self._line(name, parameter, record, STORE.peek(parameter), weights.get(id(parameter)), session)
+            known = names[id(parameter)]
+            name = known.full
+            line = self._line(known, parameter, record, STORE.peek(parameter), weights.get(id(parameter)), session)
             lines.append(line)
             if record is not None and not line.named:
                 misses += [(name[0], reason) for reason in record.misses]
@@ -120,20 +137,20 @@ class Ledger:
         inside = [self._sessions[m] for m in model.modules() if m in self._sessions]
         if inside:
             return inside[0]
-        wanted = set(map(id, model.parameters()))
-        around = (s for m, s in list(self._sessions.items()) if any(id(p) in wanted for p in m.parameters()))
+        wanted = set(map(id, parameters_of(model)))
+        around = (s for m, s in list(self._sessions.items()) if any(id(p) in wanted for p in parameters_of(m)))
         return next(around, None)
 
     def _line(
         self,
-        names: tuple[str, ...],
+        known: Names,
         parameter: nn.Parameter,
         record: Record | None,
         entry: Entry | None,
         weight: Weight | None,
         session: Session | None,
     ) -> WeightLine:
-        size = parameter.numel() * parameter.element_size()
+        names, size = known.full, parameter.numel() * parameter.element_size()
         after = packed_bytes(parameter, entry)
         guarded = "; ".join(record.guarded) if record is not None else ""
         if record is not None and record.scheme is not None and after and (record.kernels or not guarded):
@@ -147,25 +164,22 @@ class Ledger:
             return WeightLine(
                 names, size, after, record.scheme, record.layout, kernels, reason, True, released, bool(missed), guarded
             )
-        named, reason = self._kept(parameter, record, weight, session)
+        named, reason = self._kept(known, record, weight, session)
         missed = bool(guarded and record is not None and record.misses)
         return WeightLine(names, size, size, None, "", "", reason, named, missed=missed, guarded=guarded)
 
     @staticmethod
-    def _kept(
-        parameter: nn.Parameter, record: Record | None, weight: Weight | None, session: Session | None
-    ) -> tuple[bool, str]:
+    def _kept(known: Names, record: Record | None, weight: Weight | None, session: Session | None) -> tuple[bool, str]:
         if record is not None and record.scheme is not None and record.guarded and not record.kernels:
             return True, "; ".join([record.reason, *record.guarded, *record.misses])
         if record is not None and record.scheme is not None:
             return True, f"{record.scheme}: to be packed at the next call"
         if record is not None and (record.reason or record.misses):
             return record.named, "; ".join([*([record.reason] if record.reason else []), *record.misses])
-        if record is not None and record.uses and (weight is None or not weight.certain):
+        if record is not None and record.uses and not known.role and (weight is None or not weight.certain):
             return False, "; ".join(record.uses)
         if weight is None:
-            what = "embedding or convolution" if parameter.dim() > 1 else "vector (norm, bias)"
-            return False, f"not a linear weight: {what}"
+            return False, known.kept
         if session is None:
             return False, "not compiled yet"
         decision = session.policy.decide(weight.site)
@@ -186,12 +200,6 @@ def packed_bytes(parameter: nn.Parameter, entry: Entry | None) -> int:
     if entry.input_scale is not None:
         total += entry.input_scale.numel() * entry.input_scale.element_size()
     return total
-
-
-def note(sessions: Iterable[Session], text: str) -> None:
-    """Add a note once."""
-    for session in sessions:
-        session.notes[text] = None
 
 
 LEDGER = Ledger()

@@ -23,7 +23,8 @@ from torch import nn
 
 from quant_compile.ir.errors import PolicyError, PolicyWarning
 from quant_compile.ir.family import family_of
-from quant_compile.model.weights import Weight, dtype_name, linear_weights, possible_weights, unwrap
+from quant_compile.model.places import parameters_of
+from quant_compile.model.weights import Weight, dtype_name, linear_weights, possible_weights
 from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, scale_key
 
 
@@ -106,13 +107,17 @@ class Plan:
     other_bytes: int
 
     @staticmethod
-    def of(policy: Decides, model: nn.Module) -> Plan:
-        """Decide every linear weight of ``model``; warns of nothing and raises nothing, see ``enforce``."""
+    def of(policy: Decides, model: nn.Module, beside: Iterable[nn.Module] = ()) -> Plan:
+        """Decide every linear weight of ``model``; warns of nothing and raises nothing, see ``enforce``.
+
+        A rule has an effect if it decides a weight of ``model`` or of one ``beside`` it.
+        """
         weights = linear_weights(model)
-        total = sum(p.nbytes for p in unwrap(model).parameters())
+        total = sum(p.nbytes for p in parameters_of(model))
         entries = _one_scheme_a_block([_entry(policy, weight) for weight in weights])
         other = total - sum(entry.bytes_before for entry in entries)
-        return Plan(policy, entries, tuple(_unused(policy, [*weights, *possible_weights(model)])), other)
+        others = [weight for m in (model, *beside) for weight in (*linear_weights(m), *possible_weights(m))]
+        return Plan(policy, entries, tuple(_unused(policy, others)), other)
 
     @property
     def problems(self) -> tuple[str, ...]:

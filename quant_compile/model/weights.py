@@ -5,13 +5,14 @@ Works on any device, meta too: only names, shapes and dtypes are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from quant_compile.model.places import Place, by_parameter, unwrap
 from quant_compile.rules import SiteInfo
 
 
@@ -34,25 +35,6 @@ class Weight:
     certain: bool = False
 
 
-@dataclass(frozen=True)
-class _Owner:
-    name: str
-    module: nn.Module
-    attribute: str
-
-    @property
-    def qualified(self) -> str:
-        """Name as rules see it: the dotted name without ``.weight``."""
-        full = f"{self.name}.{self.attribute}" if self.name else self.attribute
-        return full.removesuffix(".weight")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile(model)``, so that names carry no ``_orig_mod.``."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
-
-
 def linear_weights(model: nn.Module) -> list[Weight]:
     """Every weight of ``model`` that can be a site, in the order of its first name.
 
@@ -62,7 +44,7 @@ def linear_weights(model: nn.Module) -> list[Weight]:
     """
     model = unwrap(model)
     heads = output_embeddings(model)
-    return [found for owners in _owners(model) if (found := _weight(owners, heads)) is not None]
+    return [found for held in by_parameter(model).values() if (found := _weight(held, heads)) is not None]
 
 
 def possible_weights(model: nn.Module) -> list[Weight]:
@@ -73,17 +55,17 @@ def possible_weights(model: nn.Module) -> list[Weight]:
     model = unwrap(model)
     listed = {id(weight.parameter) for weight in linear_weights(model)}
     out: list[Weight] = []
-    for owners in _owners(model):
-        owner = owners[0]
-        parameter = getattr(owner.module, owner.attribute)
+    for held in by_parameter(model).values():
+        place = held[0]
+        parameter = place.parameter
         if id(parameter) in listed or parameter.dim() not in (2, 3) or not parameter.is_floating_point():
             continue
-        if any(isinstance(o.module, _NOT_LINEAR) for o in owners):
+        if any(_reader(p.module, p.attribute) is not None for p in held):
             continue
-        names, module = tuple(dict.fromkeys(o.qualified for o in owners)), type(owner.module).__name__
-        linear = SiteInfo(names, "linear", module, *parameter.shape[-2:])
-        site = linear if parameter.dim() == 2 else expert_site(names, module, parameter)
-        out.append(Weight(site, parameter, False, False))
+        n, k = parameter.shape[-2:]
+        linear = SiteInfo(rule_names(held), "linear", place.module_class, n, k)
+        site = linear if parameter.dim() == 2 else expert_site(rule_names(held), place.module_class, parameter)
+        out.append(Weight(replace(site, role=place.role), parameter, False, False))
     return out
 
 
@@ -96,16 +78,6 @@ def expert_site(
     sizes = (k, n) if transposed else (n, k)
     blocks = tuple(dict.fromkeys(filter(None, (name.rpartition(".")[0] for name in names))))
     return SiteInfo(names, "moe", module_class, *sizes, blocks=blocks)
-
-
-def _owners(model: nn.Module) -> Iterator[list[_Owner]]:
-    """For each Parameter all the places that hold it, aliases included."""
-    by_id: dict[int, list[_Owner]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                by_id.setdefault(id(parameter), []).append(_Owner(name, module, attribute))
-    return iter(by_id.values())
 
 
 def output_embeddings(model: nn.Module) -> frozenset[int]:
@@ -125,35 +97,39 @@ def output_embeddings(model: nn.Module) -> frozenset[int]:
     return frozenset(found)
 
 
-def _weight(owners: list[_Owner], heads: frozenset[int]) -> Weight | None:
-    roles = [(role, owner) for owner in owners if (role := _role(owner)) is not None]
+def rule_names(held: Sequence[Place]) -> tuple[str, ...]:
+    """Names of one Parameter as rules see them."""
+    return tuple(dict.fromkeys(name.removesuffix(".weight") for p in held for name in (p.name, p.alias)))
+
+
+def _weight(held: list[Place], heads: frozenset[int]) -> Weight | None:
+    roles = [(role, place) for place in held if (role := _role(place)) is not None]
     if not roles:
         return None
-    (kind, transposed), owner = roles[0]
-    parameter = getattr(owner.module, owner.attribute)
+    (kind, transposed), place = roles[0]
+    parameter, names = place.parameter, rule_names(held)
     n, k = parameter.shape[-2:]
     if transposed:
         n, k = k, n
-    names = tuple(dict.fromkeys(o.qualified for o in owners))
     if kind == "moe":
-        site = expert_site(names, type(owner.module).__name__, parameter, transposed)
-        return Weight(site, parameter, False, any("bias" in name for name in owner.module._parameters))
-    site = SiteInfo(names, kind, type(owner.module).__name__, n, k, id(parameter) in heads)
-    has_bias = isinstance(getattr(owner.module, "bias", None), nn.Parameter)
-    certain = any(isinstance(o.module, nn.Linear) or type(o.module).__name__ == "Conv1D" for o in owners)
-    return Weight(site, parameter, any(_is_embedding(o.module) for o in owners), has_bias, certain)
+        site = expert_site(names, place.module_class, parameter, transposed)
+        return Weight(site, parameter, False, any("bias" in name for name in place.module._parameters))
+    site = SiteInfo(names, kind, place.module_class, n, k, id(parameter) in heads, role=place.role)
+    has_bias = isinstance(getattr(place.module, "bias", None), nn.Parameter)
+    certain = any(isinstance(p.module, nn.Linear) or type(p.module).__name__ == "Conv1D" for p in held)
+    return Weight(site, parameter, any(_is_embedding(p.module) for p in held), has_bias, certain)
 
 
-def _role(owner: _Owner) -> tuple[str, bool] | None:
+def _role(place: Place) -> tuple[str, bool] | None:
     """``(kind, weight is [k, n])`` of a Parameter in one of its places, or None."""
-    parameter = getattr(owner.module, owner.attribute)
-    if parameter.dim() == 3 and _is_experts(owner):
-        return "moe", _stores_columns(owner.module)
-    if parameter.dim() != 2 or _is_embedding(owner.module):
+    parameter = place.parameter
+    if parameter.dim() == 3 and _is_experts(place):
+        return "moe", _stores_columns(place.module)
+    if parameter.dim() != 2 or _reader(place.module, place.attribute) is not None:
         return None
-    if not owner.attribute.endswith("weight") or isinstance(owner.module, _NOT_LINEAR):
+    if not place.attribute.endswith("weight"):
         return None
-    return "linear", type(owner.module).__name__ == "Conv1D"
+    return "linear", type(place.module).__name__ == "Conv1D"
 
 
 def _stores_columns(module: nn.Module) -> bool:
@@ -169,18 +145,59 @@ def _stores_columns(module: nn.Module) -> bool:
 
 
 # Modules of torch whose matrices are tables, kernels or factors.
-_NOT_LINEAR = (
-    *(nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
-    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU),
-)
-
-
 def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
-def _is_experts(owner: _Owner) -> bool:
-    return "experts" in owner.qualified.split(".") or type(owner.module).__name__.endswith(("Experts", "MoE"))
+def _is_experts(place: Place) -> bool:
+    named = "experts" in place.name.split(".") or type(place.module).__name__.endswith(("Experts", "MoE"))
+    return named and _reader(place.module, place.attribute) is None
+
+
+_CONVOLUTIONS = nn.modules.conv._ConvNd
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def _reader(module: nn.Module, attribute: str) -> str | None:
+    """What a Parameter is by the class of its module, where that reads it in no product of its own; None where it may."""
+    kind = type(module).__name__
+    if isinstance(module, _CONVOLUTIONS):
+        return f"convolution kernel of {kind}" if attribute == "weight" else None
+    if _is_embedding(module):
+        return "embedding" if attribute == "weight" else None
+    if isinstance(module, _NORMS) or kind.endswith("Norm"):
+        return f"{attribute} of {kind}, a norm" if attribute in ("weight", "bias") else None
+    return None
+
+
+def describe(module: nn.Module, attribute: str, parameter: nn.Parameter) -> str:
+    """What a Parameter is, in words for a ledger, where no product was seen to read it.
+
+    Args:
+        module: the module that holds it.
+        attribute: its name there.
+        parameter: the Parameter.
+
+    Returns:
+        e.g. ``convolution kernel of Conv1d``, ``embedding``, ``recurrent weight of LSTM``, ``vector (norm, bias)``.
+    """
+    if parameter.dim() < 2:
+        return "vector (norm, bias)" if parameter.dim() else "single number"
+    known = _reader(module, attribute)
+    if known is not None:
+        return known
+    if not parameter.is_floating_point():
+        return f"{dtype_name(parameter.dtype)} numbers"
+    kind = type(module).__name__
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return f"projection of {kind}" if attribute.startswith("weight_hr") else f"recurrent weight of {kind}"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"projection of {kind}, not read by any product that was traced"
+    if isinstance(module, nn.Bilinear):
+        return f"weight of {kind}, a product of two inputs"
+    if kind.endswith(("Embedding", "Embeddings")):
+        return f"table of {kind}, not read by any product that was traced"
+    return "not read by any product that was traced"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -28,6 +28,7 @@ from quant_compile.options import Options, PolicySource
 from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import SiteDecision
 from quant_compile.runtime.decide import Choosers, Decider, Found, add_time
+from quant_compile.runtime.merges import Merges
 from quant_compile.runtime.record import claim_weights, record, refuse_released, release_packed
 from quant_compile.runtime.variant import Compile, Variant, Variants
 
@@ -42,6 +43,7 @@ class Binding:
     pick_arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     planes: tuple[Tensor, ...]
     watched: Watched
+    merges: Merges
     epoch: int
     generation: int
 
@@ -118,7 +120,7 @@ class GraphRunner:
         """Compile the variant of the traced Parameters; called once, inside Dynamo's tracing context."""
         parameters, self._parameters = self._parameters, {}
         session, decisions = self._decider.decide(parameters)
-        self._decider.check_rules(parameters, session)
+        self._decider.check_rules(parameters)
         if self.options.releases(self.source.policy):
             claim_weights(self.found, self.source.policy, parameters)
         variant = self._variants.get(parameters, session, decisions, late=False)
@@ -137,7 +139,7 @@ class GraphRunner:
     def _is_current(self, binding: Binding, parameters: tuple[Any, ...]) -> bool:
         if binding.epoch != STORE.epoch or binding.generation != self.source.generation:
             return False
-        return binding.watched.unchanged(parameters)
+        return binding.watched.unchanged(parameters) and binding.merges.unchanged()
 
     def _forget(self, identity: int) -> None:
         for key in [key for key in list(self._bindings) if identity in key]:
@@ -149,6 +151,7 @@ class GraphRunner:
             generation = self.source.generation
             session, decisions = self._decider.decide(parameters, late=True)
             variant = self._variants.get(parameters, session, decisions, late=True)
+            merges = Merges.of(values)
             refuse_released(parameters, variant)
             started, before = time.perf_counter(), STORE.packed
             planes = self._planes(variant, parameters, decisions)
@@ -169,7 +172,7 @@ class GraphRunner:
                 planes = self._planes(variant, parameters, decisions)
                 if epoch == STORE.epoch:
                     break
-            binding = Binding(variant, _picker(variant.arguments), planes, watched, epoch, generation)
+            binding = Binding(variant, _picker(variant.arguments), planes, watched, merges, epoch, generation)
             self._bindings[tuple(map(id, values))] = binding
             return binding
 

@@ -21,6 +21,7 @@ from quant_compile.ir.batched import BatchedSite, find_batched
 from quant_compile.ir.errors import MissingScalesError, PolicyError, PolicyWarning
 from quant_compile.ir.experts import MoeMiss, MoeSite, Verdicts, find_experts
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.routers import routers
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite, Miss, find_sites
 from quant_compile.lowering.moe import MoeDispatch
@@ -28,13 +29,14 @@ from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
-from quant_compile.model import names as naming
-from quant_compile.model.ledger import LEDGER, Session
+from quant_compile.model.ledger import LEDGER, Session, Sessions
+from quant_compile.model.names import Names, Owners
 from quant_compile.model.weights import expert_site, linear_weights
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes.plan import SiteDecision
-from quant_compile.rules import TWO_SCHEMES, Decision, SiteInfo, scale_key
+from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, scale_key
 from quant_compile.runtime.guard import Compare, Guard, uncompared
+from quant_compile.runtime.merges import notice
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
 
@@ -63,6 +65,7 @@ class Found:
     linears: tuple[LinearSite, ...]
     misses: tuple[Miss | MoeMiss, ...]
     reads: tuple[Read, ...] = ()
+    routers: frozenset[int] = frozenset()
 
     @staticmethod
     def of(gm: fx.GraphModule, parameters: Mapping[int, Any], verdicts: Verdicts) -> Found:
@@ -82,7 +85,8 @@ class Found:
         said = {slot for miss in (*misses, *unknown) for slot in miss.slots}
         misses += [Miss(r.node, (r.slot,), r.reason) for r in reads if r.use.multiplies and r.slot not in said]
         others = tuple(read for read in reads if not read.use.multiplies)
-        return Found(tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown), others)
+        gates = routers(gm, linears, misses)
+        return Found(tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown), others, gates)
 
     @property
     def readers(self) -> list[tuple[str, int]]:
@@ -103,8 +107,8 @@ class Decider:
 
     def decide(
         self, parameters: Mapping[int, Parameter], late: bool = False
-    ) -> tuple[Session, dict[str, SiteDecision]]:
-        """The model's session, and node name of each site -> its decision.
+    ) -> tuple[Sessions, dict[str, SiteDecision]]:
+        """The sessions of the graph's models, and node name of each site -> its decision.
 
         Args:
             late: at a call, not while Dynamo traces.
@@ -113,14 +117,13 @@ class Decider:
             PolicyError: the policy is strict and a weight cannot have its scheme.
             MissingScalesError: a static scheme has no calibrated scale.
         """
-        owner = naming.owner_of(parameters.values())
-        names = naming.names_in(owner)
-        policy = self.source.policy
-        label = self.target.label
-        session = LEDGER.session(owner, policy, label) if owner is not None else Session(policy, label)
+        owners = Owners.of(parameters.values())
+        notice(parameters.values(), owners)
+        policy, sessions = self.source.policy, self._sessions(owners)
+        names = {id(p): known for p in parameters.values() if (known := owners.names(p)) is not None}
         if self.source.is_default:
-            session.notes[f"no policy was given: {policy.name} is the default on this device"] = None
-        if owner is None and self.found.readers:
+            sessions.note(f"no policy was given: {policy.name} is the default on this device")
+        if any(id(parameters[slot]) not in names for _, slot in self.found.readers):
             self._no_owner()
         decisions: dict[str, SiteDecision] = {}
         for site in self.found.linears:
@@ -128,12 +131,13 @@ class Decider:
             known = names.get(id(parameter))
             full = known.full if known else (_source_name(site.weight),)
             info = SiteInfo(
-                tuple(name.removesuffix(".weight") for name in full),
+                known.rules if known else tuple(name.removesuffix(".weight") for name in full),
                 "linear",
                 known.module_class if known else site.module_class,
                 site.n,
                 site.k,
                 known.is_output_embedding if known else False,
+                role=self._role(site.slot, known),
             )
             decision = self._served(policy.decide(info), partial(_linear_problem, site))
             decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0])
@@ -153,24 +157,36 @@ class Decider:
         for miss in self.found.misses:
             for slot in miss.slots:
                 known = names.get(id(parameters[slot]))
-                self._record_miss(parameters[slot], known, miss.reason, session)
-        others = self._record_reads(owner, parameters, names, session)
+                self._record_miss(slot, parameters[slot], known, miss.reason)
+        others = self._record_reads(owners, parameters, names)
         self._enforce(parameters, names, decisions, others)
-        return session, self.guard.applied(decisions, parameters, session, late)
+        return sessions, self.guard.applied(decisions, parameters, sessions, late)
 
-    def check_rules(self, parameters: Mapping[int, Parameter], session: Session) -> None:
-        """Once per model and policy: rules without effect are a warning and a note, an error when the policy is strict."""
-        owner = naming.owner_of(parameters.values())
-        if owner is None or session.checked:
-            return
-        for problem in self.source.policy.resolve(owner).problems:
-            session.notes[problem] = None
-        session.checked = True
+    def check_rules(self, parameters: Mapping[int, Parameter]) -> None:
+        """Once per model and policy: rules without effect are a warning and a note, an error when the policy is strict.
+
+        Of several models in one graph, each has its own notes; what a rule does for any of them is an effect.
+        """
+        owners = Owners.of(parameters.values())
+        for model in owners.models:
+            session = LEDGER.session(model, self.source.policy, self.target.label)
+            if not session.checked:
+                beside = (*owners.models, *owners.beside)
+                session.notes |= dict.fromkeys(self.source.policy.resolve(model, beside).problems)
+                session.checked = True
+
+    def _sessions(self, owners: Owners) -> Sessions:
+        policy, label = self.source.policy, self.target.label
+        return Sessions(tuple(LEDGER.session(m, policy, label) for m in owners.models) or (Session(policy, label),))
+
+    def _role(self, slot: int, known: Names | None) -> str:
+        """What a matrix is that keeps its precision by convention, by its modules or by what the graph does with it."""
+        return (known.role if known else "") or (ROUTER if slot in self.found.routers else "")
 
     def _no_owner(self) -> None:
         """Rules go by names; without a model there are none, so rules would be ignored in silence."""
         text = (
-            "cannot tell which model these weights belong to, so rules and conventions by name (lm_head) have no effect.\n"
+            "cannot tell which model some of these weights belong to, so rules and conventions by name (lm_head) have no effect.\n"
             "Fix: quant_compile.compile(model, policy), or compile the module itself instead of a function around it."
         )
         if self.source.policy.rules or self.source.policy.strict:
@@ -180,7 +196,7 @@ class Decider:
     def _enforce(
         self,
         parameters: Mapping[int, Parameter],
-        names: Mapping[int, naming.Names],
+        names: Mapping[int, Names],
         decisions: Mapping[str, SiteDecision],
         others: Sequence[Read],
     ) -> None:
@@ -202,7 +218,7 @@ class Decider:
             )
 
     def _decide_block(
-        self, block: MoeSite, parameters: Mapping[int, Parameter], names: Mapping[int, naming.Names]
+        self, block: MoeSite, parameters: Mapping[int, Parameter], names: Mapping[int, Names]
     ) -> SiteDecision:
         """One scheme for both weights of a block, each of which rules may name."""
         parts = zip((block.w13, block.w2), block.slots, block.transposed, strict=True)
@@ -223,13 +239,15 @@ class Decider:
         node: fx.Node,
         parameter: Parameter,
         transposed: bool,
-        names: Mapping[int, naming.Names],
+        names: Mapping[int, Names],
         module_class: str | None,
         problem: Callable[[Scheme], Problem | MoeProblem],
     ) -> SiteDecision:
         known = names.get(id(parameter))
         full = known.full if known else (_source_name(node),)
-        info = expert_site(full, known.module_class if known else module_class, parameter, transposed)
+        info = expert_site(
+            known.rules if known else full, known.module_class if known else module_class, parameter, transposed
+        )
         decision = self._served(self.source.policy.decide(info), problem)
         if decision.scheme is not None and decision.scheme.static:
             self._load_scale(parameter, full)
@@ -247,36 +265,34 @@ class Decider:
         return replace(decision, scheme=alone, reason=reason)
 
     def _record_reads(
-        self,
-        owner: torch.nn.Module | None,
-        parameters: Mapping[int, Parameter],
-        names: Mapping[int, naming.Names],
-        session: Session,
+        self, owners: Owners, parameters: Mapping[int, Parameter], names: Mapping[int, Names]
     ) -> list[Read]:
         """Notes what reads weights without multiplying; returns those of linears, which no policy meant to be read so."""
-        weights = {id(w.parameter): w for w in linear_weights(owner)} if owner is not None and self.found.reads else {}
+        models = owners.models if self.found.reads else ()
+        weights = {id(weight.parameter): weight for model in models for weight in linear_weights(model)}
         against: list[Read] = []
         for read in self.found.reads:
             parameter = parameters[read.slot]
             weight = weights.get(id(parameter))
             if weight is not None and not weight.in_embedding and (weight.certain or read.use is Use.RETURNED):
-                self._record_miss(parameter, names.get(id(parameter)), read.reason, session)
+                self._record_miss(read.slot, parameter, names.get(id(parameter)), read.reason)
                 against.append(read)
             else:
                 LEDGER.record(parameter).uses[read.reason] = None
         return against
 
-    def _record_miss(self, parameter: Parameter, known: naming.Names | None, reason: str, session: Session) -> None:
+    def _record_miss(self, slot: int, parameter: Parameter, known: Names | None, reason: str) -> None:
         record = LEDGER.record(parameter)
         record.misses[reason] = None
         if known is None or parameter.dim() < 2:
             return
         if parameter.dim() == 2:
             n, k = parameter.shape
-            info = SiteInfo(known.rules, "linear", None, n, k, known.is_output_embedding)
+            role = self._role(slot, known)
+            info = SiteInfo(known.rules, "linear", known.module_class, n, k, known.is_output_embedding, role=role)
         else:
-            info = expert_site(known.full, known.module_class, parameter)
-        decision = session.policy.decide(info)
+            info = expert_site(known.rules, known.module_class, parameter)
+        decision = self.source.policy.decide(info)
         record.named = decision.scheme is not None
         if not record.named:
             record.reason = decision.reason
@@ -316,9 +332,10 @@ def _block_problem(block: MoeSite, scheme: Scheme) -> MoeProblem:
     return MoeProblem(scheme, *sizes, block.activation, dtype, has_bias, block.weights is not None)
 
 
-def add_time(session: Session, key: str, seconds: float) -> None:
-    """Seconds spent on ``key``, for the report."""
-    session.timings[key] = session.timings.get(key, 0.0) + seconds
+def add_time(sessions: Sessions, key: str, seconds: float) -> None:
+    """Seconds spent on ``key``, for the reports."""
+    for session in sessions.each:
+        session.timings[key] = session.timings.get(key, 0.0) + seconds
 
 
 def _source_name(weight: fx.Node) -> str:

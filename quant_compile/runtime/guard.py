@@ -27,7 +27,7 @@ from quant_compile.lowering.expand import beyond, without_guards
 from quant_compile.lowering.guard import Chain, Plain, Quantize, Rows, Verdict
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.weights import STORE
-from quant_compile.model.ledger import Session
+from quant_compile.model.ledger import Sessions
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes.plan import SiteDecision
 
@@ -79,7 +79,7 @@ class Guard:
         return self.options.guards(self.source.policy)
 
     def applied(
-        self, decisions: Mapping[str, SiteDecision], parameters: Mapping[int, Parameter], session: Session, late: bool
+        self, decisions: Mapping[str, SiteDecision], parameters: Mapping[int, Parameter], sessions: Sessions, late: bool
     ) -> dict[str, SiteDecision]:
         """The decisions, with those sites kept whose chain loses at the graph's m.
 
@@ -90,7 +90,7 @@ class Guard:
         if not self.asked:
             return out
         if self.options.releases(self.source.policy):
-            session.notes[f"guard: never_slower is not applied: {RELEASES}"] = None
+            sessions.note(f"guard: never_slower is not applied: {RELEASES}")
             return out
         if self._generation != self.source.generation:
             self._generation = self.source.generation
@@ -99,7 +99,7 @@ class Guard:
             for group in self._groups(decisions, parameters):
                 verdict = self._verdict(group, decisions, parameters)
                 for site in group.sites:
-                    out[site.node.name] = _decided(decisions[site.node.name], verdict, session)
+                    out[site.node.name] = _decided(decisions[site.node.name], verdict, sessions)
         for site in self.experts:
             decision = decisions[site.node.name]
             if decision.scheme is not None:
@@ -164,9 +164,9 @@ class Guard:
         return Chain(plain, products, quantize)
 
 
-def _decided(decision: SiteDecision, verdict: Verdict | Reject | None, session: Session) -> SiteDecision:
+def _decided(decision: SiteDecision, verdict: Verdict | Reject | None, sessions: Sessions) -> SiteDecision:
     if isinstance(verdict, Reject):
-        session.notes[f"guard: never_slower is not applied to some linears: {verdict.reason}"] = None
+        sessions.note(f"guard: never_slower is not applied to some linears: {verdict.reason}")
         return replace(decision, reason=f"{decision.reason}; guard: not applied, {verdict.reason}")
     if verdict is None or not verdict.keeps:
         return decision

@@ -12,8 +12,8 @@ from torch.nn import Parameter
 from quant_compile.ir.errors import ReleasedWeightError
 from quant_compile.ir.graph import ExpertRef, PlaneRef
 from quant_compile.lowering.weights import STORE, claim
-from quant_compile.model import names as naming
-from quant_compile.model.ledger import LEDGER, Record, Session
+from quant_compile.model.ledger import LEDGER, Record, Sessions
+from quant_compile.model.names import Owners
 from quant_compile.model.weights import linear_weights
 from quant_compile.passes.plan import SiteDecision
 from quant_compile.rules import Decides
@@ -28,7 +28,7 @@ GUARDED = "read in 16 bits by the guard"
 def record(
     found: Found,
     parameters: Mapping[int, Parameter],
-    session: Session,
+    sessions: Sessions,
     decisions: Mapping[str, SiteDecision],
     variant: Variant,
     guards: bool = False,
@@ -62,7 +62,7 @@ def record(
     for report in variant.reports:
         if report.name == "merge_siblings":
             for refusal in report.refused:
-                session.notes[f"not merged: {refusal}"] = None
+                sessions.note(f"not merged: {refusal}")
 
 
 def _begin(record: Record, parameter: Parameter, decision: SiteDecision, guards: bool) -> None:
@@ -84,9 +84,8 @@ def _begin(record: Record, parameter: Parameter, decision: SiteDecision, guards:
 
 def claim_weights(found: Found, policy: Decides, parameters: Mapping[int, Parameter]) -> None:
     """Every weight of the model that the policy names becomes releasable now, before guards over its class exist."""
-    owner = naming.owner_of(parameters.values())
-    if owner is not None:
-        for weight in linear_weights(owner):
+    for model in Owners.of(parameters.values()).models:
+        for weight in linear_weights(model):
             if not weight.in_embedding and policy.decide(weight.site).scheme is not None:
                 claim(weight.parameter)
     for _, slot in found.readers:
@@ -95,8 +94,8 @@ def claim_weights(found: Found, policy: Decides, parameters: Mapping[int, Parame
 
 def release_packed(parameters: Mapping[int, Parameter], variant: Variant) -> None:
     """Release the originals of a bound variant's weights that nothing else reads."""
-    owner = naming.owner_of(parameters.values())
-    embedded = {id(w.parameter) for w in linear_weights(owner) if w.in_embedding} if owner is not None else set[int]()
+    models = Owners.of(parameters.values()).models
+    embedded = {id(w.parameter) for model in models for w in linear_weights(model) if w.in_embedding}
     for ref in variant.refs:
         if isinstance(ref, PlaneRef | ExpertRef) and ref.index == 0:
             for slot in ref.slots if isinstance(ref, PlaneRef) else (ref.slot,):

@@ -22,7 +22,7 @@ from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_in
 from quant_compile.lowering.expand import without_guards
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
-from quant_compile.model.ledger import Session
+from quant_compile.model.ledger import Sessions
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes import PIPELINE
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
@@ -74,7 +74,7 @@ class Variants:
     def get(
         self,
         parameters: Mapping[int, Parameter],
-        session: Session,
+        sessions: Sessions,
         decisions: Mapping[str, SiteDecision],
         late: bool,
     ) -> Variant:
@@ -85,7 +85,7 @@ class Variants:
         key = (specs, tuple(sorted(classes.items())), fuse, request)
         found = self._made.get(key)
         if found is None:
-            found = self._build(decisions, classes, session, late)
+            found = self._build(decisions, classes, sessions, late)
             self._made[key] = found
         return found
 
@@ -106,7 +106,7 @@ class Variants:
         self,
         decisions: Mapping[str, SiteDecision],
         classes: dict[int, int],
-        session: Session,
+        sessions: Sessions,
         late: bool,
     ) -> Variant:
         gm = copy_graph(self.pristine)
@@ -116,20 +116,20 @@ class Variants:
         plan = Plan(
             found.linears,
             decisions,
-            _timed(session, self._choosers.linear, choosing),
+            _timed(sessions, self._choosers.linear, choosing),
             lambda slot: slot in self._shape_only,
             classes,
             fuse.share_quant,
             fuse.merge_siblings,
             found.blocks,
             found.batched,
-            _timed(session, self._choosers.moe, choosing),
-            _timed(session, self._choosers.rows, choosing),
+            _timed(sessions, self._choosers.moe, choosing),
+            _timed(sessions, self._choosers.rows, choosing),
             # A kernel takes a norm's eps as a number. Dynamo makes one of a float that is an input, but not once it is done.
             None if late and self._scalars else self.target,
         )
         with choosing:
-            gm, reports = _rewritten(gm, plan, session)
+            gm, reports = _rewritten(gm, plan, sessions)
         prepare_for_inductor(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")
         arguments = tuple(node.meta["argument"] for node in placeholders if "plane" not in node.meta)
@@ -138,7 +138,7 @@ class Variants:
         scalars = {} if late else self._scalars
         inputs = [scalars.get(node.meta.get("argument"), node.meta["example_value"]) for node in placeholders]
         function = self._compile_late(gm, inputs) if late else self._compile(gm, inputs)
-        add_time(session, "inductor", time.perf_counter() - started)
+        add_time(sessions, "inductor", time.perf_counter() - started)
         return Variant(gm, function, arguments, refs, tuple(reports))
 
     def _compile_late(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -162,19 +162,19 @@ class Variants:
         return function
 
 
-def _rewritten(gm: fx.GraphModule, plan: Plan, session: Session) -> tuple[fx.GraphModule, list[PassReport]]:
+def _rewritten(gm: fx.GraphModule, plan: Plan, sessions: Sessions) -> tuple[fx.GraphModule, list[PassReport]]:
     """The graph after all passes, and what they report."""
     reports: list[PassReport] = []
     for one_pass in PIPELINE:
-        started, selecting = time.perf_counter(), session.timings.get("selection", 0.0)
+        started, selecting = time.perf_counter(), sessions.seconds("selection")
         gm, report = one_pass(gm, plan)
         reports.append(report)
-        selection = session.timings.get("selection", 0.0) - selecting
-        add_time(session, f"passes.{report.name}", time.perf_counter() - started - selection)
+        selection = sessions.seconds("selection") - selecting
+        add_time(sessions, f"passes.{report.name}", time.perf_counter() - started - selection)
     return gm, reports
 
 
-def _timed(session: Session, choose: Callable[[Any, str], Any], choosing: Choosing) -> Callable[[Any, str], Any]:
+def _timed(sessions: Sessions, choose: Callable[[Any, str], Any], choosing: Choosing) -> Callable[[Any, str], Any]:
     def timed(problem: Any, name: str) -> Any:
         started = time.perf_counter()
         choosing.begins()
@@ -182,7 +182,7 @@ def _timed(session: Session, choose: Callable[[Any, str], Any], choosing: Choosi
             return choose(problem, name)
         finally:
             choosing.ends()
-            add_time(session, "selection", time.perf_counter() - started)
+            add_time(sessions, "selection", time.perf_counter() - started)
 
     return timed
 
