@@ -272,10 +272,6 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], dict[str, Tensor], Tensor, str]
         torch.randn(2, 3, K),
         "einsum over a Parameter",
     ),
-    "vector @ weight": (lambda m, x: x @ m.w, {"w": weight(K, N)}, torch.randn(K), "vector @ weight"),
-    "weight @ vector": (lambda m, x: m.w @ x, {"w": weight(N, K)}, torch.randn(K), "weight @ vector"),
-    "mv": (lambda m, x: torch.mv(m.w, x), {"w": weight(N, K)}, torch.randn(K), "mv over a Parameter"),
-    "weight @ 3-D": (lambda m, x: m.w @ x, {"w": weight(N, K)}, torch.randn(2, K, 3), "more than two dimensions"),
     "integer weight": (
         lambda m, x: x @ m.w,
         {"w": torch.randint(-5, 5, (K, N))},

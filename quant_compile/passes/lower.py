@@ -78,7 +78,7 @@ def _lower_linear(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
         planes = []
         stem: str = w[0].meta["parameter"].split(" + ")[0]  # type: ignore[index, union-attr]
         for i, plane in enumerate(layouts()[dispatch.layout].planes(problem)):
-            moved = PlaneRef(ref.slots, ref.transposed, ref.spec, dispatch.layout, ref.dtype, i)
+            moved = replace(ref, layout=dispatch.layout, index=i)
             planes.append(add_plane(graph, moved, plane, w[0], plane_name(stem, f"{dispatch.layout}_{plane.name}")))  # type: ignore[index, union-attr]
             planes[-1].meta["parameter"] = w[0].meta["parameter"]  # type: ignore[index, union-attr]
     with graph.inserting_before(node):

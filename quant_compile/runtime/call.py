@@ -211,7 +211,7 @@ def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[int, 
     if isinstance(ref, ExpertBiasRef):
         return _expert_bias(ref, parameters)
     if isinstance(ref, ExpertRef):
-        key = Key(ref.spec, ref.layout, ref.transposed, ref.dtype, ref.interleaved)
+        key = Key(ref.spec, ref.layout, ref.transposed, ref.dtype, ref.interleaved, ref.view)
         return STORE.expert_planes(parameters[ref.slot], key, ref.problem, names.get(ref.slot, "a weight"))[ref.index]
     weights, called = (
         tuple(parameters[slot] for slot in ref.slots),
@@ -219,7 +219,7 @@ def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[int, 
     )
     if isinstance(ref, ScaleRef):
         return STORE.input_scale(weights, called)
-    keys = tuple(Key(ref.spec, ref.layout, flag, ref.dtype) for flag in ref.transposed)
+    keys = tuple(Key(ref.spec, ref.layout, flag, ref.dtype, view=view) for flag, view in ref.stored)
     return STORE.planes(weights, keys, called)[ref.index]
 
 
