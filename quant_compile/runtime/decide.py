@@ -72,7 +72,7 @@ class Found:
         batched = find_batched(gm, parameters, taken)
         taken |= {site.node for site in batched}
         linears, misses = find_sites(gm, parameters, taken)
-        done = {site.slot for site in batched}
+        done = {site.slot for site in (*batched, *linears)}
         unknown = [miss for miss in unknown if not done.issuperset(miss.slots)]
         explained = {slot for miss in unknown for slot in miss.slots}
         misses = [miss for miss in misses if not explained.issuperset(miss.slots)]
