@@ -34,6 +34,7 @@ class BatchedSite:
         index: the one expert, a number or a node; None: every one. No operand has an ``e`` then.
         bias: what is added to the result.
         view: the shape [E, ., .] that the Parameter is viewed as; empty where it has it.
+        squeezed: dimensions of size 1 of x that no letter stands for.
     """
 
     node: fx.Node
@@ -49,6 +50,7 @@ class BatchedSite:
     index: Any = None
     bias: fx.Node | None = None
     view: tuple[int, ...] = ()
+    squeezed: tuple[int, ...] = ()
 
     @property
     def slot(self) -> int:
@@ -100,4 +102,6 @@ def _match(found: Weighted) -> BatchedSite | Reject:
     shape = (experts, k, n) if transposed else (experts, n, k)
     view = () if tuple(weight.meta["example_value"].shape) == shape else shape
     module = module_class(found.node)
-    return BatchedSite(found.node, found.x, weight, own, out, transposed, experts, n, k, module, index, bias, view)
+    return BatchedSite(
+        found.node, found.x, weight, own, out, transposed, experts, n, k, module, index, bias, view, found.squeezed
+    )

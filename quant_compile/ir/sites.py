@@ -132,6 +132,7 @@ class Weighted:
         rows: letters of x that the Parameter does not have.
         letters: of all the dimensions of the Parameter (or the slice), in stored order.
         from_another: x is a Parameter too.
+        squeezed: dimensions of x, of size 1, that are widened to one of the Parameter's; ``own`` does not have them.
     """
 
     node: fx.Node
@@ -146,6 +147,7 @@ class Weighted:
     rows: str
     letters: str
     from_another: bool
+    squeezed: tuple[int, ...] = ()
 
     def size(self, letters: str) -> int:
         """How many values these dimensions of the Parameter have."""
@@ -214,7 +216,11 @@ def _problem_of(
 
 def _sorted(found: Weighted) -> Weighted | Reject:
     """With the dimensions sorted by where they occur, or why these are not those of a product with a matrix."""
-    letters, own, out = found.letters, found.own, found.out
+    letters, out, shape = found.letters, found.out, found.x.meta["example_value"].shape
+    wide = {c for c in letters if c in found.own and c in out and found.size(c) != 1}
+    squeezed = tuple(i for i, c in enumerate(found.own) if c in wide and isinstance(shape[i], int) and shape[i] == 1)
+    own = "".join(c for i, c in enumerate(found.own) if i not in squeezed)
+    shape = [size for i, size in enumerate(shape) if i not in squeezed]
     op = found.product.op
     sums = "".join(c for c in letters if c in own and c not in out)
     keeps = "".join(c for c in letters if c in out and c not in own)
@@ -229,10 +235,9 @@ def _sorted(found: Weighted) -> Weighted | Reject:
         )
     if sorted(own) != sorted(rows + sums + each) or sorted(out) != sorted(rows + keeps + each):
         return Reject(f"{op} over a Parameter is not a linear: it sums or widens its input alone")
-    shape = found.x.meta["example_value"].shape
     if any(isinstance(size, int) and size != found.size(c) for c, size in zip(own, shape, strict=True) if c in letters):
         return Reject(f"{op} over a Parameter is not a linear: its input is broadcast over the weight")
-    return replace(found, sums=sums, keeps=keeps, each=each, rows=rows)
+    return replace(found, own=own, sums=sums, keeps=keeps, each=each, rows=rows, squeezed=squeezed)
 
 
 def _site(found: Weighted) -> LinearSite | Reject:
@@ -263,7 +268,9 @@ def _site(found: Weighted) -> LinearSite | Reject:
 
 def _turns(found: Weighted) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """What makes rows [..., k] of x, and what makes the result of rows [..., n]."""
-    before, after = _ordered(found.own, found.rows + found.sums), list[Step]()
+    before: list[Step] = [("squeeze", (found.squeezed,))] if found.squeezed else []
+    before += _ordered(found.own, found.rows + found.sums)
+    after: list[Step] = []
     if len(found.sums) > 1:
         before.append(("flatten", (-len(found.sums),)))
     if not found.rows:

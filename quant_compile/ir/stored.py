@@ -83,6 +83,14 @@ def permutation(name: str, given: Operands, count: int) -> tuple[int, ...] | Non
     return tuple(order) if sorted(order) == list(range(count)) else None
 
 
+def only_turned(node: fx.Node) -> bool:
+    """Whether every user turns a value's dimensions at once.
+
+    Any other may go on to ``view`` it, itself or what it makes of it in the same order, for which it must lie as it did.
+    """
+    return all(user.op != "output" and op_of(user) in TRANSPOSES for user in node.users)
+
+
 def _moved(source: Any, destination: Any, count: int) -> list[int]:
     come = [dim % count for dim in (source if isinstance(source, list | tuple) else (source,))]
     go = [dim % count for dim in (destination if isinstance(destination, list | tuple) else (destination,))]

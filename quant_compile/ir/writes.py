@@ -52,20 +52,6 @@ def storage_of(node: fx.Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) and value.layout == torch.strided else None
 
 
-def strides_matter(node: fx.Node) -> bool:
-    """Whether someone may see how a value lies in memory: it, or an alias of it, is viewed by ``view`` or returned."""
-    storage = storage_of(node)
-    for user in node.users:
-        if user.op == "output" or user.target in _BY_STRIDES:
-            return True
-        if storage is not None and storage_of(user) == storage and strides_matter(user):
-            return True
-    return False
-
-
-_BY_STRIDES = {"view", "view_as", "as_strided", "stride", "is_contiguous", torch.as_strided}
-
-
 def _written(node: fx.Node) -> Iterator[fx.Node]:
     """Arguments that a node writes."""
     if node.op not in ("call_function", "call_method"):

@@ -23,7 +23,7 @@ from quant_compile.ir.graph import (
     verify,
 )
 from quant_compile.ir.scheme import Scheme
-from quant_compile.ir.writes import strides_matter
+from quant_compile.ir.stored import only_turned
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 
 
@@ -49,6 +49,8 @@ def _replace(graph: fx.Graph, site: BatchedSite, decision: SiteDecision, scheme:
     with graph.inserting_before(node):
         w = _one_of(graph, w, site.index)
         x = plan.replaced.get(site.x, site.x)
+        if site.squeezed:
+            x = graph.call_method("squeeze", (x, site.squeezed))
         rows = [letter for letter in site.x_letters if letter not in "ek"]
         each = ["e"] if "e" in site.x_letters else []
         sizes = [graph.call_method("size", (x, site.x_letters.index(letter))) for letter in rows]
@@ -70,7 +72,7 @@ def _replace(graph: fx.Graph, site: BatchedSite, decision: SiteDecision, scheme:
         lead = [] if site.index is not None else [site.experts]
         result = graph.call_method("reshape", (y, *lead, *sizes, site.n))
         turned = _ordered(graph, result, [*("e" * len(lead)), *rows, "n"], list(site.out_letters))
-        if turned is not result and strides_matter(node):
+        if turned is not result and not only_turned(node):
             turned = graph.call_method("contiguous", (turned,))
         result = turned
         if site.bias is not None:
@@ -102,7 +104,7 @@ def _ordered(graph: fx.Graph, x: fx.Node, have: Any, want: list[str]) -> fx.Node
 
 
 def _fake(site: BatchedSite) -> torch.Tensor:
-    value = site.x.meta["example_value"]
+    value = site.x.meta["example_value"].squeeze(site.squeezed) if site.squeezed else site.x.meta["example_value"]
     order = [site.x_letters.index(letter) for letter in site.x_letters if letter not in "ek"]
     with value.fake_mode:
         if "e" in site.x_letters:

@@ -14,7 +14,8 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.graph import PlaneRef, add_input_scale, add_named_plane, erase_with_inputs, verify
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite, Step
-from quant_compile.ir.writes import Writes, strides_matter
+from quant_compile.ir.stored import TRANSPOSES, only_turned
+from quant_compile.ir.writes import Writes
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 
 
@@ -58,7 +59,7 @@ def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: 
             turned = graph.call_method(method, (result, *arguments))
             turned.meta["example_value"] = getattr(result.meta["example_value"], method)(*arguments)
             result = turned
-        if site.after and strides_matter(node):
+        if site.after and site.after[-1][0] in TRANSPOSES and not only_turned(node):
             result = graph.call_method("contiguous", (result,))
             result.meta["example_value"] = node.meta["example_value"]
     node.replace_all_uses_with(result)
