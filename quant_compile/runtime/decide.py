@@ -36,6 +36,7 @@ from quant_compile.passes.plan import SiteDecision
 from quant_compile.rules import TWO_SCHEMES, Decision, SiteInfo, scale_key
 from quant_compile.runtime.guard import Compare, Guard, uncompared
 
+SLICED_OUTSIDE = "a slice of the weight is taken outside of the compiled graph that multiplies by it"
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
 
 
@@ -193,6 +194,9 @@ class Decider:
             known, record = names.get(id(parameters[slot])), LEDGER.peek(parameters[slot])
             if known is not None and record is not None and record.named:
                 found.append(f"{known.full[0]}: {reason.splitlines()[0]}")
+        self._refuse(found)
+
+    def _refuse(self, found: Sequence[str]) -> None:
         if found:
             origin = self.source.policy.source or self.source.policy.name
             listed = "\n".join(f"  {text}" for text in dict.fromkeys(found))
@@ -266,6 +270,21 @@ class Decider:
                 LEDGER.record(parameter).uses[read.reason] = None
         return against
 
+    def note_slices(self, weights: Sequence[Parameter]) -> None:
+        """Misses for weights that reach a graph only as slices, which is no way to know which planes it needs."""
+        owner = naming.owner_of(weights)
+        if owner is None:
+            return
+        names, policy = naming.names_in(owner), self.source.policy
+        session, against = LEDGER.session(owner, policy, self.target.label), list[str]()
+        for weight in weights:
+            known = names.get(id(weight))
+            self._record_miss(weight, known, SLICED_OUTSIDE, session)
+            if known is not None and LEDGER.record(weight).named:
+                against.append(f"{known.full[0]}: {SLICED_OUTSIDE}")
+        if policy.strict:
+            self._refuse(against)
+
     def _record_miss(self, parameter: Parameter, known: naming.Names | None, reason: str, session: Session) -> None:
         record = LEDGER.record(parameter)
         record.misses[reason] = None
@@ -299,6 +318,17 @@ class Decider:
             f"{names[0]} has a static scheme and no calibrated input scale in {self.source.policy.scales or 'the policy'}.\n"
             "Fix: policy = quant_compile.calibrate(model, batches, policy), or use a dynamic scheme."
         )
+
+
+def multiplied_slices(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of the inputs that are views of a Parameter and are multiplied by activations."""
+    views = {
+        i: value
+        for i, value in enumerate(inputs)
+        if isinstance(value, torch.Tensor) and not isinstance(value, Parameter) and isinstance(value._base, Parameter)
+    }
+    reads = account(gm, views, (), ()) if views else ()
+    return tuple(dict.fromkeys(read.slot for read in reads if read.use.multiplies))
 
 
 def _linear_problem(site: LinearSite, scheme: Scheme) -> Problem:
