@@ -22,7 +22,7 @@ from torch.fx.node import map_aggregate
 from torch.nn import Parameter
 
 from quant_compile.ir.family import Reject
-from quant_compile.ir.moe import Activation
+from quant_compile.ir.moe import UNGATED, Activation
 from quant_compile.ir.probe import Probe, ProbeError, RankOne, name_of, number_of, run_region, value_of
 from quant_compile.ir.products import PRODUCTS
 from quant_compile.ir.sites import Weighted, weighted
@@ -74,6 +74,11 @@ class MoeSite:
     top_k: int
     activation: Activation
     module_class: str
+
+    @property
+    def up_rows(self) -> int:
+        """Rows of an expert's first weight: gate and up, or up alone."""
+        return self.intermediate * (2 if self.activation.gated else 1)
 
     @property
     def slots(self) -> tuple[int, int]:
@@ -443,7 +448,7 @@ def _probe(region: _Region, result: fx.Node, parameters: Mapping[int, Parameter]
     first, second = probes[0].products
     return _Shape(
         x, ids, weights, first.slot, second.slot, b13, b2, (first.transposed, second.transposed), interleaved,
-        probes[0].inputs[first.slot].rank_one(first.transposed).n // 2, 1 if ids is None else _top_k(probes[0], ids), activation,
+        probes[0].inputs[second.slot].rank_one(second.transposed).k, 1 if ids is None else _top_k(probes[0], ids), activation,
     )  # fmt: skip
 
 
@@ -451,7 +456,10 @@ def _best(probes: Sequence[Probe], roles: _Roles, constants: Sequence[float]) ->
     """Order of gate and up, and activation, that come closest, if close enough: in f32 some activations are neighbours."""
     close = CLOSE[probes[0].result.dtype]
     best, least = None, close
-    for interleaved, activation in itertools.product((False, True), _activations(constants)):
+    up, down = (probes[0].inputs[p.slot].rank_one(p.transposed) for p in probes[0].products)
+    gated = up.n == 2 * down.k
+    candidates = _activations(constants) if gated else (Activation(kind, gated=False) for kind in UNGATED)
+    for interleaved, activation in itertools.product((False, True) if gated else (False,), candidates):
         if _error(probes[0], roles, interleaved, activation, FEW_ROWS) > close:
             continue
         error = max(_error(probe, roles, interleaved, activation, COMPARED_ROWS) for probe in probes)
@@ -500,10 +508,10 @@ def _roles(region: _Region, probe: Probe, parameters: Mapping[int, Parameter]) -
     if len(probe.products) != 2:
         return Reject(f"has {len(probe.products)} products with expert weights; a block has two")
     first, second = (probe.inputs[p.slot].rank_one(p.transposed) for p in probe.products)
-    if first.n % 2 or second.k != first.n // 2:
+    if first.n not in (second.k, 2 * second.k):
         return Reject(
             f"has products of {first.n}x{first.k} and {second.n}x{second.k} an expert; "
-            "gate and up in one weight are expected"
+            "gate and up in one weight are expected, or up alone"
         )
     if second.n != first.k:
         return Reject(f"returns {second.n} values for a token of {first.k}")

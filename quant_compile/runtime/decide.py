@@ -220,6 +220,14 @@ class Decider:
         name = first.name.rpartition(".")[0] or first.name
         if first.scheme != second.scheme:
             return SiteDecision(None, TWO_SCHEMES, name, refused=True)
+        if (
+            first.scheme is not None
+            and not block.activation.gated
+            and not self._choosers.serves(_block_problem(block, first.scheme))
+        ):
+            return SiteDecision(
+                None, f"no kernel here multiplies experts without a gate under {first.scheme.spec}", name, refused=True
+            )
         return SiteDecision(first.scheme, first.reason, name)
 
     def _decide_experts(
