@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -20,23 +20,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from quant_compile.ir.errors import MissingScalesError, OptionError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.numerics import SMALLEST_AMAX
+from quant_compile.ir.operands import Operands, called, operands
+from quant_compile.ir.products import PRODUCTS, Product, product
 from quant_compile.ir.scheme import Scheme
+from quant_compile.ir.stored import VIEWS
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.policy import Policy
 from quant_compile.rules import scale_key
 
 _SAMPLE = 1 << 20
-# operand positions (input, weight) by function name; the last three multiply by the experts of a block
-_OPERANDS = {
-    "linear": (0, 1),
-    "addmm": (1, 2),
-    "matmul": (0, 1),
-    "__matmul__": (0, 1),
-    "mm": (0, 1),
-    "bmm": (0, 1),
-    "baddbmm": (1, 2),
-    "einsum": (1, 2),
-}
+# By name of the op: what grouped products of a block are called; how slices of weights are taken.
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
 
@@ -55,37 +48,40 @@ class _Observer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _GROUPED:
+        name = called(func)
+        if name.rpartition(".")[2].rstrip(">") in _GROUPED:
             self._watch_groups(*args, **kwargs)
-        elif name in _OPERANDS:
-            self._watch(name, list(_flat([*args, *kwargs.values()])), _OPERANDS[name])
+        elif name in PRODUCTS:
+            found = product(name, operands(func, args, kwargs))
+            if isinstance(found, Product):
+                self._watch(found)
         else:
             made = func(*args, **kwargs)
-            self._follow(args, made)
+            self._follow(name, operands(func, args, kwargs), made)
             return made
         return func(*args, **kwargs)
 
     def _weight(self, tensor: Tensor) -> str | None:
         return self._made_of.get(tensor) or self.weights.get(tensor.data_ptr())
 
-    def _follow(self, args: Any, made: Any) -> None:
-        source = args[0] if args else None
-        if isinstance(source, Tensor) and (
-            source in self._made_of or (isinstance(source, nn.Parameter) and source.dim() == 3)
-        ):
-            name = self._weight(source)
-            if name is not None:
-                for part in made if isinstance(made, tuple | list) else (made,):
-                    if isinstance(part, Tensor) and part.is_floating_point():
-                        self._made_of[part] = name
+    def _follow(self, name: str, given: Operands | None, made: Any) -> None:
+        source = None if given is None else given.get("self")
+        if not isinstance(source, Tensor):
+            return
+        known = self._made_of.get(source)
+        if known is None and isinstance(source, nn.Parameter) and _is_taken_apart(name, source):
+            known = self._weight(source)
+        if known is not None:
+            for part in made if isinstance(made, tuple | list) else (made,):
+                if isinstance(part, Tensor) and part.is_floating_point():
+                    self._made_of[part] = known
 
-    def _watch(self, name: str, values: list[Any], operands: tuple[int, int]) -> None:
-        for x, w in (operands, operands[::-1]) if "linear" not in name else (operands,):
-            if len(values) > max(x, w) and isinstance(values[w], Tensor) and isinstance(values[x], Tensor):
-                known = self._weight(values[w])
-                if known is not None:
-                    self._see(known, values[x])
+    def _watch(self, found: Product) -> None:
+        sides = [(found.left, found.right), (found.right, found.left)]
+        for x, weight in sides[: 1 if found.op == "linear" else 2]:
+            known = self._weight(weight)
+            if known is not None:
+                self._see(known, x)
 
     def _watch_groups(self, x: Tensor, weight: Tensor, offs: Tensor | None = None, **ignored: Any) -> None:
         known = self._weight(weight)
@@ -176,13 +172,9 @@ def _refuse_useless(largest: Mapping[str, Tensor]) -> None:
             )
 
 
-def _flat(values: Iterable[Any]) -> Iterable[Any]:
-    """Values, with operands that came as a list (einsum) each on its own."""
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from cast(Iterable[Any], value)
-        else:
-            yield value
+def _is_taken_apart(name: str, parameter: nn.Parameter) -> bool:
+    """Whether an op makes of a weight what has another address: any of one with experts; views of a matrix, but not rows of a table."""
+    return parameter.dim() == 3 or (name in VIEWS and name not in ("getitem", "index_select"))
 
 
 @dataclass(frozen=True)
@@ -199,8 +191,11 @@ def _static_weights(model: nn.Module, policy: Policy) -> dict[str, _Watched]:
     out: dict[str, _Watched] = {}
     for required, weights in ((True, linear_weights(model)), (False, possible_weights(model))):
         for weight in weights:
-            scheme = policy.decide(weight.site).scheme
-            if scheme is not None and scheme.static:
+            site = weight.site
+            # What kind of product reads one of three dimensions only tracing can tell.
+            kinds = (site,) if required else (site, replace(site, kind="linear"))
+            scheme = next((s for kind in kinds if (s := policy.decide(kind).scheme) is not None and s.static), None)
+            if scheme is not None:
                 out[weight.site.names[0]] = _Watched(weight.parameter.data_ptr(), scheme, required)
     if not out:
         raise OptionError(

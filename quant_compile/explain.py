@@ -108,7 +108,7 @@ class _Collector:
             if site.slot in dispatches:
                 self._plan(inputs[site.slot], dispatches[site.slot], (site.n, site.k), site.experts)
         for block in runner.found.blocks:
-            sizes = ((2 * block.intermediate, block.hidden), (block.hidden, block.intermediate))
+            sizes = ((block.up_rows, block.hidden), (block.hidden, block.intermediate))
             for slot, size in zip(block.slots, sizes, strict=True):
                 if slot in dispatches:
                     self._plan(inputs[slot], dispatches[slot], size)

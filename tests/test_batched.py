@@ -196,3 +196,140 @@ def test_a_strict_policy_may_name_weights_that_only_tracing_finds(plain_inductor
     assert schemes == {
         "mixed.router.weight": None, "mixed.gate": None, "mixed.up": None, "mixed.down": "W8A16", "turn": "W8A8",
     }  # fmt: skip
+
+
+# name -> (product with slice 1 of w, how w is stored, is a slice [k, n])
+SLICES: dict[str, tuple[Callable[..., Tensor], str, bool]] = {
+    "F.linear": (lambda w, x: torch.nn.functional.linear(x, w[1]), "enk", False),
+    "matmul": (lambda w, x: x @ w[1], "ekn", True),
+    "transposed": (lambda w, x: x @ w.transpose(1, 2)[1], "enk", False),
+    "slice, then transposed": (lambda w, x: x @ w[1].t(), "enk", False),
+    "negative": (lambda w, x: x @ w[-2, :, :], "ekn", True),
+    "select": (lambda w, x: x @ torch.select(w, index=1, dim=0), "ekn", True),
+    "unbind": (lambda w, x: x @ w.unbind()[1], "ekn", True),
+    "chunk": (lambda w, x: x @ w.chunk(EXPERTS)[1].squeeze(0), "ekn", True),
+    "rows of a matrix": (lambda w, x: x @ w.view(EXPERTS, HIDDEN, INNER)[1], "ek n", True),
+    "narrow": (lambda w, x: x @ w.narrow(0, 1, 1)[0], "ekn", True),
+    "a tensor says which": (lambda w, x: x @ w[torch.ones(1, dtype=torch.long)][0], "ekn", True),
+    "index_select": (
+        lambda w, x: x @ torch.index_select(w, 0, torch.ones(1, dtype=torch.long)).squeeze(0),
+        "ekn",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", ["W8A16", "FP8_BLOCK", "W4A16"])
+@pytest.mark.parametrize("form", SLICES)
+def test_one_expert_of_a_parameter(form: str, spec: str, plain_inductor: CompileCounter) -> None:
+    """Experts that are gone over one by one are quantized with the planes of all; a slice is not packed by itself."""
+    function, order, transposed = SLICES[form]
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(5)
+            shape = (EXPERTS, INNER, HIDDEN) if order == "enk" else (EXPERTS, HIDDEN, INNER)
+            stored = torch.randn(shape) * 0.2
+            self.w = nn.Parameter(stored.flatten(0, 1) if " " in order else stored, requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self.w, x)
+
+    model, x = Module().eval(), torch.randn(2, TOKENS, HIDDEN)
+    scheme = parse(spec)
+    family = family_of(scheme)
+    with torch.inference_mode():
+        expert = model.w.reshape(EXPERTS, *(model.w.shape[-2:] if model.w.dim() == 3 else (HIDDEN, INNER)))[1]
+        expert = expert.t().contiguous() if transposed else expert.contiguous()
+        planes = (x,) if scheme.input_activations is None else family.quantize_input(x, scheme, None)
+        wanted = family.linear(planes, family.quantize_weight(expert, scheme), None, scheme, x.dtype)
+        plain = model(x)
+        quant_compile.compile(model, {"default": spec, "strict": True})
+        found = model(x)
+    assert float((found - wanted).norm() / wanted.norm()) <= 1e-5
+    assert float((found - plain).norm() / plain.norm()) > 1e-4, "nothing was quantized"
+    (line,) = quant_compile.report(model).require(1.0).lines
+    assert line.scheme == scheme.spec and line.bytes_after < line.bytes_before
+
+
+def test_a_loop_over_all_experts_is_quantized(plain_inductor: CompileCounter) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) * 0.2)
+            self.b = nn.Parameter(torch.randn(EXPERTS, INNER))
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = x.chunk(EXPERTS)
+            return torch.cat([torch.nn.functional.linear(parts[i], self.w[i], self.b[i]) for i in range(EXPERTS)])
+
+    model, x = Loop().eval(), torch.randn(2 * EXPERTS, HIDDEN)
+    with torch.no_grad():
+        plain = model(x)
+        quant_compile.compile(model, "W8A16", release_weights=True)
+        found = model(x)
+    report = quant_compile.report(model).require(1.0)
+    assert 1e-4 < float((found - plain).norm() / plain.norm()) < 0.02 and not report.misses
+    assert next(line for line in report.lines if line.names[0] == "w").released
+
+
+def test_slices_that_are_cut_outside_of_the_graph_are_named(plain_inductor: CompileCounter) -> None:
+    """A loop that Dynamo does not enter calls a compiled function with slices: their Parameter is no input of any graph."""
+
+    class Expert(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return x @ w.t()
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(EXPERTS * INNER, HIDDEN) * 0.2)
+            self.one = Expert()
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = torch.zeros(x.shape[0], INNER)
+            for (i,) in torch.nonzero(x.sum() * 0 == torch.zeros(EXPERTS)):
+                total = total + self.one(x, self.w.view(EXPERTS, INNER, HIDDEN)[i])
+            return total
+
+    model, x = Loop().eval(), torch.randn(TOKENS, HIDDEN)
+    with torch.no_grad():
+        quant_compile.compile(model, "W8A16")
+        model(x)
+        report = quant_compile.report(model)
+        assert report.coverage == 0.0 and [name for name, _ in report.skips] == ["w"]
+        assert "a slice of the weight is taken outside" in report.skips[0][1]
+        quant_compile.uncompile(model)
+        torch._dynamo.reset()
+        quant_compile.compile(model, {"default": "W8A16", "strict": True})
+        with pytest.raises(Exception, match="w: a slice of the weight is taken outside"):
+            model(x)
+
+
+@pytest.mark.parametrize("equation", ["bhd,hdk->bhk", "bhd,hkd->bhk"])
+def test_one_matrix_for_each_head(equation: str) -> None:
+    x = torch.randn(TOKENS, EXPERTS, HIDDEN if equation.endswith("hkd->bhk") else INNER)
+    (site,) = sites_of(lambda w, x: torch.einsum(equation, x, w), x)
+    assert (site.x_letters, site.out_letters) == ("0ek", "0en")
+
+
+def test_an_input_that_all_experts_share_may_have_their_dimension() -> None:
+    """[b, 1, t, k] times [E, k, n], as matmul widens it."""
+    (site,) = sites_of(lambda w, x: x.unsqueeze(1) @ w.mT, torch.randn(2, TOKENS, HIDDEN))
+    assert (site.x_letters, site.out_letters, site.squeezed) == ("01k", "0e1n", (1,))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, x: torch.bmm(mat2=w.mT, input=x),
+        lambda w, x: x.bmm(mat2=w.transpose(dim0=-1, dim1=1)),
+        lambda w, x: torch.einsum("enk,emk->emn", [w, x]),
+        lambda w, x: torch.baddbmm(batch1=x, batch2=w.permute(dims=(0, 2, 1)), input=torch.zeros(INNER)),
+        lambda w, x: torch.matmul(other=w.swapaxes(1, 2), input=x),
+    ],
+)
+def test_operands_by_name(function: Callable[..., Any]) -> None:
+    (site,) = sites_of(function, torch.randn(EXPERTS, TOKENS, HIDDEN))
+    assert (site.x_letters, site.out_letters, site.transposed) == ("e0k", "e0n", False)

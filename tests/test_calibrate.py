@@ -70,6 +70,51 @@ def test_amax_end_to_end(spec: str, plain_inductor: CompileCounter) -> None:
     assert quant_compile.report(model).require(1.0).lines[0].scheme == spec
 
 
+FORMS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "F.linear keywords": (lambda m, x: torch.nn.functional.linear(weight=m.weight, input=x), (48, 32)),
+    "addmm keywords": (lambda m, x: torch.addmm(mat1=x, mat2=m.weight, input=m.bias), (32, 48)),
+    "matmul keywords": (lambda m, x: torch.matmul(other=m.weight, input=x), (32, 48)),
+    "__rmatmul__": (lambda m, x: m.weight.__rmatmul__(x), (32, 48)),
+    "mm of aten": (lambda m, x: torch.ops.aten.mm(x, m.weight), (32, 48)),
+    "W @ x.T": (lambda m, x: (m.weight @ x.T).T, (48, 32)),
+    "W.mT": (lambda m, x: x @ m.weight.mT, (48, 32)),
+    "einsum": (lambda m, x: torch.einsum("...k,nk->...n", [x, m.weight]), (48, 32)),
+    "einsum, weight first": (lambda m, x: torch.einsum("khd,tk->thd", m.weight, x), (32, 4, 12)),
+    "tensordot": (lambda m, x: torch.tensordot(x, m.weight, dims=([-1], [1])), (48, 32)),
+    "conv1d": (lambda m, x: torch.nn.functional.conv1d(x.t(), m.weight), (48, 32, 1)),
+    "vector": (lambda m, x: torch.stack([torch.mv(m.weight, row) for row in x]), (48, 32)),
+    "slice": (lambda m, x: torch.nn.functional.linear(x, m.weight[1]), (3, 48, 32)),
+    "slice of a matrix": (lambda m, x: x @ m.weight.view(3, 32, 48)[2], (96, 48)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_way_to_write_a_linear_is_measured(form: str) -> None:
+    """The input is measured, not the bias or the weight, wherever the call names its operands."""
+    forward, shape = FORMS[form]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(shape) / 6)
+            self.bias = nn.Parameter(torch.full((48,), 100.0))
+
+        def forward(self, x: Tensor) -> Any:
+            return forward(self, x)
+
+    model, x = Model().eval(), torch.randn(7, 32)
+    x[0, 0] = 9.0
+    policy = quant_compile.calibrate(model, [x], "FP8", progress=False)
+    scales = load_file(str(policy.scales))
+    assert scales.keys() == {"weight.input_scale"}
+    torch.testing.assert_close(scales["weight.input_scale"], torch.tensor([9.0 / LARGEST["FP8"]]))
+    plain = model(x)
+    quant_compile.compile(model, policy, **REFERENCE)
+    found = model(x)
+    assert quant_compile.report(model).require(1.0).lines[0].scheme == "FP8" and not quant_compile.report(model).misses
+    assert 1e-5 < float((found - plain).norm() / plain.norm()) < 0.06
+
+
 def test_static_with_inductor() -> None:
     model, data = Mlp(), [x.float() for x in batches()]
     policy = quant_compile.calibrate(model, data, "w8a8_static", progress=False)

@@ -149,7 +149,7 @@ def _moe_choice(problem: MoeProblem, entries: Sequence[PlanEntry], target: Targe
     planes: Sequence[PlaneSpec] = ()
     if dispatch is not None:
         specs = moe_layouts()[dispatch.layout].planes
-        sizes = ((2 * problem.intermediate, problem.hidden), (problem.hidden, problem.intermediate))
+        sizes = ((problem.up_rows, problem.hidden), (problem.hidden, problem.intermediate))
         planes = [plane for size in sizes for plane in specs(problem, *size)]
     named = {name: kernel.layout for name, kernel in moe_kernels().items()}
     return _made(problem, entries, answers, dispatch, len(entries) // 2, planes, named, fix)

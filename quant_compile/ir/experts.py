@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import pairwise, takewhile
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch.fx.node import map_aggregate
 from torch.nn import Parameter
 
 from quant_compile.ir.family import Reject
-from quant_compile.ir.moe import Activation
+from quant_compile.ir.moe import UNGATED, Activation
 from quant_compile.ir.probe import Probe, ProbeError, RankOne, name_of, number_of, run_region, value_of
+from quant_compile.ir.products import PRODUCTS
+from quant_compile.ir.sites import Weighted, weighted
 from quant_compile.ir.writes import Writes
 
 # Rows of the result that are compared, and how closely (relative, of the largest; f64 and f32 probes).
@@ -31,8 +34,8 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 2e-5}
 # Numbers in a region up to which they may be a limit, a factor or a shift; integers are mostly sizes.
 MOST_FLOAT, MOST_INTEGER = 1e30, 64
 TEXT_LINES = 60
-# Ops that multiply by a weight, whether or not the probe understands them; and how many ops may come before one.
-PRODUCTS = {"bmm", "matmul", "__matmul__", "mm", "addmm", "baddbmm", "linear", "einsum", "tensordot"}
+# Products that take one matrix for each expert; and how many ops may come before one.
+BATCHED = {"bmm", "matmul", "baddbmm"}
 WEIGHT_STEPS = 12
 
 
@@ -71,6 +74,11 @@ class MoeSite:
     top_k: int
     activation: Activation
     module_class: str
+
+    @property
+    def up_rows(self) -> int:
+        """Rows of an expert's first weight: gate and up, or up alone."""
+        return self.intermediate * (2 if self.activation.gated else 1)
 
     @property
     def slots(self) -> tuple[int, int]:
@@ -128,10 +136,10 @@ def find_experts(
         verdicts: shared between graphs of one model, to probe each kind of block once.
     """
     verdicts = verdicts or Verdicts()
-    readers = _readers(gm.graph, parameters)
+    writes, order = Writes(gm.graph), {node: i for i, node in enumerate(gm.graph.nodes)}
+    readers, experts = _readers(gm.graph, parameters, writes)
     if not readers:
         return [], []
-    writes, order = Writes(gm.graph), {node: i for i, node in enumerate(gm.graph.nodes)}
     sites: list[MoeSite] = []
     misses: list[MoeMiss] = []
     taken: set[fx.Node] = set()
@@ -142,14 +150,14 @@ def find_experts(
         ]
         if not own:
             continue
-        region = _region(gm.graph, stack, own, taken)
+        region = _region(gm.graph, stack, own, taken, experts)
         found = _understand(region, parameters, verdicts, writes)
         if isinstance(found, MoeSite):
             sites.append(found)
             taken |= set(region.nodes)
             misses = [miss for miss in misses if not taken.issuperset(miss.nodes)]
         elif stack in readers:
-            slots = tuple(dict.fromkeys(n.meta["argument"] for n in region.inputs if _is_expert_weight(n, parameters)))
+            slots = tuple(dict.fromkeys(n.meta["argument"] for n in region.weights))
             # Only what reads its expert weights: a linear inside the block's module can still be quantized.
             nodes = tuple(node for node in readers[stack] if node not in taken)
             misses.append(MoeMiss(nodes, slots, f"{region.module_class} {found.reason}\n{region_text(region.nodes)}"))
@@ -163,42 +171,83 @@ def find_experts(
 class _Region:
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
     module_class: str
 
 
 _Stack = tuple[str, ...]
 
 
-def _readers(graph: fx.Graph, parameters: Mapping[int, Parameter]) -> dict[_Stack, dict[fx.Node, None]]:
-    """By module: every node between an expert weight and its products, these included.
+class _Reads(Enum):
+    """What a product makes of a Parameter of three dimensions."""
 
-    The module is the one that reads the weight first. A compile root has no entry on the stack. A weight that reaches no
-    product (a position embedding, the kernel of a convolution) is none of experts.
+    NOTHING = 0  # a linear, a convolution, activations: no experts
+    MAYBE = 1  # one product with all of it, which may be experts or the heads of an attention
+    EXPERTS = 2  # one matrix for each row or batch
+
+
+def _readers(
+    graph: fx.Graph, parameters: Mapping[int, Parameter], writes: Writes
+) -> tuple[dict[_Stack, dict[fx.Node, None]], set[fx.Node]]:
+    """By module: every node between an expert weight and its products, these included; and the expert weights.
+
+    The module is the one that reads the weight first. A compile root has no entry on the stack. What a weight is follows from
+    its products: one that reaches none (a position embedding), or is a linear's or a convolution's, is none of experts.
     """
-    found: dict[_Stack, dict[fx.Node, None]] = {}
+    paths: dict[fx.Node, list[tuple[_Reads, fx.Node, dict[fx.Node, None]]]] = {}
     for node in graph.find_nodes(op="placeholder"):
-        if _is_expert_weight(node, parameters):
+        parameter = parameters.get(node.meta.get("argument", -1))
+        if parameter is not None and parameter.dim() == 3:
             for user in node.users:
                 path: dict[fx.Node, None] = {}
-                if _reaches_product(user, parameters, path):
-                    found.setdefault(_stack(user), {}).update(path)
-    return found
+                reads = _reached(user, node, parameters, path, writes)
+                if reads is not _Reads.NOTHING:
+                    paths.setdefault(node, []).append((reads, user, path))
+    sure = {n for n, found in paths.items() if any(reads is _Reads.EXPERTS for reads, _, _ in found)}
+    counts = {parameters[n.meta["argument"]].shape[0] for n in sure}
+    # Where some weights are one matrix for each of E experts, a product with all of another's E slices belongs to them.
+    experts = {n for n in paths if n in sure or parameters[n.meta["argument"]].shape[0] in counts}
+    readers: dict[_Stack, dict[fx.Node, None]] = {}
+    for node in paths:
+        for _, user, path in paths[node] if node in experts else ():
+            readers.setdefault(_stack(user), {}).update(path)
+    return readers, experts
 
 
-def _reaches_product(node: fx.Node, parameters: Mapping[int, Parameter], path: dict[fx.Node, None]) -> bool:
-    """Whether a value made of weights and indices alone is multiplied by something; notes the nodes on the way."""
+def _reached(
+    node: fx.Node, weight: fx.Node, parameters: Mapping[int, Parameter], path: dict[fx.Node, None], writes: Writes
+) -> _Reads:
+    """What multiplies a value made of weights and indices alone, if anything does; notes the nodes on the way."""
     name = name_of(node)
     if name in PRODUCTS or "grouped_mm" in name:
-        path[node] = None
-        return True
+        reads = _reads_of(node, name, weight, parameters, writes)
+        if reads is not _Reads.NOTHING:
+            path[node] = None
+        return reads
     floats = [i for i in node.all_input_nodes if (v := value_of(i)) is not None and v.dtype.is_floating_point]
     if node.op == "output" or len(path) > WEIGHT_STEPS or not all(_is_of_weights(i, parameters, path) for i in floats):
-        return False
+        return _Reads.NOTHING
     own = {**path, node: None}
-    reached = [user for user in node.users if user in own or _reaches_product(user, parameters, own)]
-    if reached:
+    most = _Reads.NOTHING
+    for user in node.users:
+        if user not in own:
+            most = max(most, _reached(user, weight, parameters, own, writes), key=lambda reads: reads.value)
+    if most is not _Reads.NOTHING:
         path.update(own)
-    return bool(reached)
+    return most
+
+
+def _reads_of(node: fx.Node, name: str, weight: fx.Node, parameters: Mapping[int, Parameter], writes: Writes) -> _Reads:
+    """By the product's letters, where it reads the Parameter as it is; of what is computed of it, by the op."""
+    found = weighted(node, parameters, writes)
+    if not isinstance(found, Weighted):
+        batched = "grouped_mm" in name or name in BATCHED or (found is None and name == "einsum")
+        return _Reads.EXPERTS if batched else _Reads.NOTHING
+    if found.stored.weight is not weight or not found.over_experts:
+        return _Reads.NOTHING
+    if found.stored.index is not None or found.each == found.letters[0] or name in BATCHED:
+        return _Reads.EXPERTS
+    return _Reads.NOTHING if found.each else _Reads.MAYBE
 
 
 def _is_of_weights(node: fx.Node, parameters: Mapping[int, Parameter], path: Mapping[fx.Node, None]) -> bool:
@@ -219,7 +268,9 @@ def _equal(pair: tuple[str, str]) -> bool:
     return pair[0] == pair[1]
 
 
-def _region(graph: fx.Graph, stack: _Stack, readers: Sequence[fx.Node], taken: set[fx.Node]) -> _Region:
+def _region(
+    graph: fx.Graph, stack: _Stack, readers: Sequence[fx.Node], taken: set[fx.Node], experts: set[fx.Node]
+) -> _Region:
     """All nodes of a module and of the modules inside it, but for those of blocks that were found."""
     nodes = tuple(
         n
@@ -230,7 +281,8 @@ def _region(graph: fx.Graph, stack: _Stack, readers: Sequence[fx.Node], taken: s
     nodes = tuple(n for n in nodes if n not in shared)
     inside = set(nodes)
     inputs = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside)
-    return _Region(nodes, tuple(inputs), _class_of(readers[0], len(stack)))
+    weights = tuple(i for i in inputs if i in experts)
+    return _Region(nodes, tuple(inputs), weights, _class_of(readers[0], len(stack)))
 
 
 def _shared_numbers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -260,12 +312,6 @@ def _class_of(node: fx.Node, depth: int) -> str:
         return "the compiled module"
     entry = list(node.meta["nn_module_stack"].values())[depth - 1][1]
     return entry.__name__ if isinstance(entry, type) else str(entry).rsplit(".", 1)[-1].rstrip("'>")
-
-
-def _is_expert_weight(node: fx.Node, parameters: Mapping[int, Parameter]) -> bool:
-    slot = node.meta.get("argument", -1) if node.op == "placeholder" else -1
-    found = parameters.get(slot)
-    return found is not None and found.dim() == 3
 
 
 # --- understanding one -----------------------------------------------------------------------------------------------
@@ -322,7 +368,7 @@ def _problem_of(
     region: _Region, results: Sequence[fx.Node], parameters: Mapping[int, Parameter], writes: Writes
 ) -> str | None:
     """Why a region is no block, as far as that shows without running it; so no probe runs half a model."""
-    weights = [n for n in region.inputs if _is_expert_weight(n, parameters)]
+    weights = region.weights
     experts = {parameters[n.meta["argument"]].shape[0] for n in weights}
     if len(weights) != 2 or len(experts) != 1:
         return f"reads {len(weights)} expert weights; a block has two: gate and up in one, and down"
@@ -379,7 +425,8 @@ def _probe(region: _Region, result: fx.Node, parameters: Mapping[int, Parameter]
     try:
         # Twice: with hidden values around one, and beyond every constant of the block, so that clamps show.
         probes = [
-            run_region(region.nodes, region.inputs, result, parameters, size) for size in (1.0, _beyond(constants))
+            run_region(region.nodes, region.inputs, result, parameters, region.weights, size)
+            for size in (1.0, _beyond(constants))
         ]
     except ProbeError as error:
         return Reject(f"is not understood: {error}")
@@ -401,7 +448,7 @@ def _probe(region: _Region, result: fx.Node, parameters: Mapping[int, Parameter]
     first, second = probes[0].products
     return _Shape(
         x, ids, weights, first.slot, second.slot, b13, b2, (first.transposed, second.transposed), interleaved,
-        probes[0].inputs[first.slot].rank_one(first.transposed).n // 2, 1 if ids is None else _top_k(probes[0], ids), activation,
+        probes[0].inputs[second.slot].rank_one(second.transposed).k, 1 if ids is None else _top_k(probes[0], ids), activation,
     )  # fmt: skip
 
 
@@ -409,7 +456,10 @@ def _best(probes: Sequence[Probe], roles: _Roles, constants: Sequence[float]) ->
     """Order of gate and up, and activation, that come closest, if close enough: in f32 some activations are neighbours."""
     close = CLOSE[probes[0].result.dtype]
     best, least = None, close
-    for interleaved, activation in itertools.product((False, True), _activations(constants)):
+    up, down = (probes[0].inputs[p.slot].rank_one(p.transposed) for p in probes[0].products)
+    gated = up.n == 2 * down.k
+    candidates = _activations(constants) if gated else (Activation(kind, gated=False) for kind in UNGATED)
+    for interleaved, activation in itertools.product((False, True) if gated else (False,), candidates):
         if _error(probes[0], roles, interleaved, activation, FEW_ROWS) > close:
             continue
         error = max(_error(probe, roles, interleaved, activation, COMPARED_ROWS) for probe in probes)
@@ -458,10 +508,10 @@ def _roles(region: _Region, probe: Probe, parameters: Mapping[int, Parameter]) -
     if len(probe.products) != 2:
         return Reject(f"has {len(probe.products)} products with expert weights; a block has two")
     first, second = (probe.inputs[p.slot].rank_one(p.transposed) for p in probe.products)
-    if first.n % 2 or second.k != first.n // 2:
+    if first.n not in (second.k, 2 * second.k):
         return Reject(
             f"has products of {first.n}x{first.k} and {second.n}x{second.k} an expert; "
-            "gate and up in one weight are expected"
+            "gate and up in one weight are expected, or up alone"
         )
     if second.n != first.k:
         return Reject(f"returns {second.n} values for a token of {first.k}")

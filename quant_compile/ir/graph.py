@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quant_compile.ir.errors import GraphError
 from quant_compile.ir.family import PlaneSpec
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.operands import op_of
+from quant_compile.ir.stored import VIEWS
 
 STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}
 
@@ -32,6 +34,7 @@ class PlaneRef:
         layout: how the planes lie in memory.
         dtype: dtype the linear computes in; under autocast not the Parameter's.
         index: which plane.
+        views: per slot, the matrix that the Parameter is viewed as first, empty for its own shape; none: all have their own.
     """
 
     slots: tuple[int, ...]
@@ -40,6 +43,12 @@ class PlaneRef:
     layout: str
     dtype: torch.dtype
     index: int
+    views: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def stored(self) -> tuple[tuple[bool, tuple[int, ...]], ...]:
+        """(transposed, view) of each slot."""
+        return tuple(zip(self.transposed, self.views or ((),) * len(self.slots), strict=True))
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class ExpertRef:
         dtype: dtype the block computes in.
         index: which plane.
         problem: the block, for packing into a layout; None while planes are the values themselves.
+        view: the shape [E, ., .] that the Parameter is viewed as first; empty for its own.
     """
 
     slot: int
@@ -81,6 +91,7 @@ class ExpertRef:
     dtype: torch.dtype
     index: int
     problem: MoeProblem | None = None
+    view: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -242,23 +253,8 @@ def erase_with_inputs(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a node only looks at its one input differently, so that it may vanish when nothing uses it."""
-    if len(node.all_input_nodes) != 1:
-        return False
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in {
-        "t",
-        "transpose",
-        "permute",
-        "swapaxes",
-        "contiguous",
-        "detach",
-        "to",
-        "type",
-        "float",
-        "bfloat16",
-        "half",
-    } or (node.target is getattr and node.args[1] in ("T", "mT"))
+    """Whether a node only looks at its input differently, so that it may vanish when nothing uses it."""
+    return op_of(node) in VIEWS
 
 
 def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:

@@ -3,7 +3,8 @@
     y[t] = sum_j weights[t, j] * (act(x[t] @ w13[e].T + b13[e]) @ w2[e].T + b2[e]),   e = ids[t, j]
 
 Weights of one block are planes stacked over experts: every plane of a family's row form with a leading dimension E. w13 holds
-the gate rows, then the up rows. An id outside of 0..E-1 (a sentinel of expert parallelism) adds nothing.
+the gate rows, then the up rows; of experts without a gate the up rows alone. An id outside of 0..E-1 (a sentinel of expert
+parallelism) adds nothing.
 """
 
 from __future__ import annotations
@@ -25,37 +26,46 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Activation:
-    """What an expert does to its hidden layer [.., gate | up].
+    """What an expert does to its hidden layer [.., gate | up], or [.., up] where it has no gate.
 
     Attributes:
         kind: ``silu`` (gate * sigmoid(alpha * gate)), ``gelu``, ``gelu_tanh`` or ``relu``.
         alpha: factor inside of silu's sigmoid (1 for plain silu, 1.702 for GPT-OSS).
         limit: gates are clamped from above and ups from both sides at this value; inf: not at all.
         shift: added to up.
+        gated: gate times up; else the kind is applied to up (also ``relu2``, the square of relu), and nothing else.
     """
 
     kind: str
     alpha: float = 1.0
     limit: float = float("inf")
     shift: float = 0.0
+    gated: bool = True
 
     @property
     def text(self) -> str:
-        """As one word: ``silu``, ``silu(1.702,7.0,1.0)``."""
+        """As one word: ``silu``, ``silu(1.702,7.0,1.0)``, ``up-relu2`` without a gate."""
+        if not self.gated:
+            return f"up-{self.kind}"
         plain = Activation(self.kind)
         return self.kind if self == plain else f"{self.kind}({self.alpha!r},{self.limit!r},{self.shift!r})"
 
     @staticmethod
     def parse(text: str) -> Activation:
         """Inverse of ``text``."""
+        if text.removeprefix("up-") in UNGATED and text.startswith("up-"):
+            return Activation(text.removeprefix("up-"), gated=False)
         kind, _, rest = text.partition("(")
         if kind not in _KINDS:
             raise SchemeError(f"no expert activation is called {kind!r}; there are {', '.join(_KINDS)}")
-        return Activation(kind, *map(float, rest.removesuffix(")").split(","))) if rest else Activation(kind)
+        alpha, limit, shift = map(float, rest.removesuffix(")").split(",")) if rest else (1.0, float("inf"), 0.0)
+        return Activation(kind, alpha, limit, shift)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[.., 2 i] (gate | up) -> [.., i] of the same dtype; computed in f32 (f64 stays)."""
+        """[.., 2 i] (gate | up) -> [.., i] of the same dtype, or [.., i] -> [.., i]; computed in f32 (f64 stays)."""
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+        if not self.gated:
+            return UNGATED[self.kind](wide, 1.0).to(hidden.dtype)
         gate, up = wide.chunk(2, -1)
         if self.limit != float("inf"):
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
@@ -70,6 +80,9 @@ _KINDS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+UNGATED: Mapping[str, Callable[[Tensor, float], Tensor]] = {**_KINDS, "relu2": lambda up, alpha: F.relu(up).square()}
+
+
 @dataclass(frozen=True)
 class MoeProblem:
     """One block as kernels see it, for any number of tokens.
@@ -77,7 +90,7 @@ class MoeProblem:
     Attributes:
         scheme: what both weights and both inputs (tokens and hidden layer) are.
         experts: E.
-        hidden: H, size of a token; w13 is [E, 2 I, H] and w2 [E, H, I] before quantization.
+        hidden: H, size of a token; w13 is [E, up_rows, H] and w2 [E, H, I] before quantization.
         intermediate: I.
         top_k: experts of a token.
         activation: between the two products.
@@ -95,6 +108,11 @@ class MoeProblem:
     dtype: torch.dtype
     has_bias: bool = False
     has_weights: bool = True
+
+    @property
+    def up_rows(self) -> int:
+        """Rows of an expert's first weight: gate and up, or up alone."""
+        return self.intermediate * (2 if self.activation.gated else 1)
 
 
 def moe_reference(

@@ -7,7 +7,7 @@ region is large); casts between float dtypes are left out, so that the result ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,12 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn import Parameter
 
+from quant_compile.ir.operands import Operands, op_of, operands_of
+from quant_compile.ir.stored import CASTS, KEEPS, permutation
+
 # Elements of the largest value in a region up to which f64 is used.
 WIDE_ELEMENTS = 1 << 23
 CAST_METHODS = {"float", "double", "bfloat16", "half"}
-KEEPS = {"contiguous", "detach", "clone"}
-SWAPS = {"transpose", "swapaxes", "permute", "t"}
 
 
 class ProbeError(Exception):
@@ -118,11 +119,13 @@ def run_region(
     inputs: Sequence[fx.Node],
     result: fx.Node,
     parameters: Mapping[int, Parameter],
+    experts_of: Collection[fx.Node],
     size: float,
 ) -> Probe:
     """Run ``nodes`` over random inputs.
 
     Args:
+        experts_of: the inputs that are expert weights.
         size: standard deviation of the first product's results.
 
     Raises:
@@ -132,11 +135,9 @@ def run_region(
         generator = torch.Generator().manual_seed(1234)
         elements = max((_elements(n) for n in nodes), default=0)
         # Known before any input is made: ids may come before the weights, and should name every expert.
-        experts = max(
-            (parameters[i].shape[0] for n in inputs if (i := _expert_slot(n, parameters)) is not None), default=1
-        )
+        experts = max((parameters[n.meta["argument"]].shape[0] for n in inputs if n in experts_of), default=1)
         runner = _Runner(torch.float64 if elements <= WIDE_ELEMENTS else torch.float32, experts)
-        given = tuple(runner.make(i, node, parameters, generator, size) for i, node in enumerate(inputs))
+        given = tuple(runner.make(i, node, node in experts_of, generator, size) for i, node in enumerate(inputs))
         env: dict[fx.Node, Any] = {
             n: g.weight if g.weight is not None else g.value for n, g in zip(inputs, given, strict=True)
         }
@@ -162,12 +163,6 @@ def _real() -> Any:
     return unset_fake_temporarily()
 
 
-def _expert_slot(node: fx.Node, parameters: Mapping[int, Parameter]) -> int | None:
-    """Position of the expert weight that a placeholder is, or None."""
-    slot = node.meta.get("argument", -1) if node.op == "placeholder" else -1
-    return slot if slot in parameters and parameters[slot].dim() == 3 else None
-
-
 def _elements(node: fx.Node) -> int:
     value = value_of(node)
     return 0 if value is None else int(torch.Size(map(_size, value.shape)).numel())
@@ -191,9 +186,7 @@ class _Runner:
         self.dtype, self.experts = dtype, experts
         self.products: list[Product] = []
 
-    def make(
-        self, i: int, node: fx.Node, parameters: Mapping[int, Parameter], generator: torch.Generator, size: float
-    ) -> Given:
+    def make(self, i: int, node: fx.Node, is_weight: bool, generator: torch.Generator, size: float) -> Given:
         """A random value like the node's."""
         value = node.meta["example_value"]
         number = number_of(node)
@@ -208,7 +201,7 @@ class _Runner:
         def random(*sizes: int) -> Tensor:
             return torch.randn(sizes, generator=generator, dtype=self.dtype)
 
-        if _expert_slot(node, parameters) is not None:
+        if is_weight:
             # A row of x times ``columns`` has the standard deviation ``size``; of later products it does not matter.
             scale = random(shape[0]).abs() + 0.5
             return Given(None, RankOne(i, scale, random(shape[1]), random(shape[2]) * (size / shape[2] ** 0.5)))
@@ -267,25 +260,39 @@ class _Runner:
 
     def _over_weight(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         name = name_of(node)
-        product = _PRODUCTS.get(name) or (_grouped if "grouped_mm" in name else None)
-        if product is not None:
-            return self._product(product, name, args, kwargs)
-        weight = args[0]
-        if not isinstance(weight, RankOne) or (weight.ids is not None and name in ("getitem", "index_select")):
+        if name == "grouped_mm":
+            return self._product(_grouped, name, args, kwargs)
+        given = self._bound(node, args, kwargs)
+        if name in _PRODUCTS:
+            return self._product(_batched, name, [given.pop(key, None) for key in _PRODUCTS[name]], given)
+        weight = given.get("self")
+        if not isinstance(weight, RankOne):
             raise ProbeError(f"{name} over expert weights is not understood")
-        if name in ("getitem", "index_select"):
-            index = args[-1] if name == "getitem" or args[1] == 0 else None
-            if isinstance(index, tuple) and len(index) == 1:
+        if name in ("getitem", "index_select") and weight.ids is None and given.get("dim", 0) == 0:
+            index: Any = given["index"]
+            if isinstance(index, tuple) and len(index) == 1:  # pyright: ignore[reportUnknownArgumentType]
                 index = index[0]
             if isinstance(index, Tensor) and index.dim() == 1 and not index.dtype.is_floating_point:
                 return replace(weight, ids=index.long())
-        if name in KEEPS or name in CAST_METHODS or name == "to" or name == "type":
+        if name in KEEPS or name in CASTS:
             return weight
-        if (name in SWAPS and swaps_last(args[1:])) or (name == "getattr" and args[1] == "mT"):
-            return weight.flipped()
-        raise ProbeError(
-            f"{name}{tuple(a for a in args[1:] if not isinstance(a, Tensor))} over expert weights is not understood"
+        order = permutation(name, given, 3)
+        if order is not None and order[0] == 0:
+            return weight if order == (0, 1, 2) else weight.flipped()
+        plain = tuple(value for key, value in given.items() if key != "self" and not isinstance(value, Tensor))
+        raise ProbeError(f"{name}{plain} over expert weights is not understood")
+
+    def _bound(self, node: fx.Node, args: Any, kwargs: Any) -> Operands:
+        """Operands by name; the nodes tell which overload it is, since a weight is no tensor here."""
+        if node.target is getattr:
+            return {"self": args[0]}
+        known = operands_of(node)
+        if known is None:
+            raise ProbeError(f"{name_of(node)} over expert weights is not understood")
+        values = dict(
+            zip([*map(id, node.args), *map(id, node.kwargs.values())], [*args, *kwargs.values()], strict=True)
         )
+        return {key: values.get(id(value), value) for key, value in known.items()}
 
     def _product(self, product: Callable[..., tuple[Tensor, RankOne]], name: str, args: Any, kwargs: Any) -> Tensor:
         try:
@@ -297,19 +304,9 @@ class _Runner:
 
 
 def name_of(node: fx.Node) -> str:
-    """Name of what a node calls: ``bmm``, ``getitem``, ``grouped_mm`` for every grouped product."""
-    if isinstance(node.target, str):
-        return node.target
-    if node.target in (torch.matmul, torch.bmm):
-        return node.target.__name__
-    name = getattr(node.target, "__name__", "") or str(node.target)
-    return name if "grouped_mm" not in str(node.target) else "grouped_mm"
-
-
-def swaps_last(dims: Any) -> bool:
-    """Whether the arguments of a transpose of three dimensions swap the last two."""
-    flat = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], tuple | list) else tuple(dims)
-    return flat in ((-2, -1), (-1, -2), (1, 2), (2, 1), (0, 2, 1))
+    """Name of the op that a node calls: ``bmm``, ``getitem``, ``grouped_mm`` for every grouped product."""
+    name = op_of(node)
+    return "grouped_mm" if "grouped_mm" in name else name
 
 
 def _grouped(a: Tensor, w: RankOne, offs: Tensor | None = None, **ignored: Any) -> tuple[Tensor, RankOne]:
@@ -336,9 +333,5 @@ def _batched(left: Any, right: Any) -> tuple[Tensor, RankOne]:
     return (y.transpose(-2, -1) if isinstance(left, RankOne) else y), weight
 
 
-_PRODUCTS: dict[str, Callable[..., tuple[Tensor, RankOne]]] = {
-    "bmm": _batched,
-    "matmul": _batched,
-    "__matmul__": _batched,
-    "grouped_mm": _grouped,
-}
+# Names of both operands.
+_PRODUCTS = {"bmm": ("self", "mat2"), "matmul": ("self", "other")}

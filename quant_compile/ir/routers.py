@@ -61,7 +61,7 @@ def routers(gm: fx.GraphModule, sites: Iterable[LinearSite], misses: Iterable[Mi
 
 
 def _sites(sites: Iterable[LinearSite]) -> Iterator[tuple[fx.Node, fx.Node, Sequence[int]]]:
-    yield from ((site.node, site.x, (site.slot,)) for site in sites if not site.flipped)
+    yield from ((site.node, site.x, (site.slot,)) for site in sites if not site.after)
 
 
 def _misses(misses: Iterable[Miss]) -> Iterator[tuple[fx.Node, fx.Node, Sequence[int]]]:

@@ -6,26 +6,20 @@ Reads a copied Dynamo graph and the Parameter objects behind its placeholders; c
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import fx
-from torch.nn import functional as F
 
 from quant_compile.ir.family import Reject
+from quant_compile.ir.products import HIDDEN, Product, product_of
+from quant_compile.ir.stored import Stored, stored
+from quant_compile.ir.writes import Writes
 
-LINEAR: set[Any] = {torch._C._nn.linear, F.linear, torch.ops.aten.linear.default}  # type: ignore[attr-defined]
-ADDMM = {torch.addmm, torch.ops.aten.addmm.default}
-MATMUL = {torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default}
-OTHER_PRODUCTS: set[Any] = {
-    *(torch.bmm, torch.baddbmm, torch.addbmm, torch.mv, torch.addmv, torch.inner, torch.chain_matmul, F.bilinear),
-    *(torch.einsum, torch.functional.einsum, torch.tensordot, torch.functional.tensordot),
-}
-METHODS = {"matmul": "matmul", "__matmul__": "matmul", "mm": "matmul", "addmm": "addmm"}
-OTHER_METHODS = {"bmm", "baddbmm", "mv", "addmv", "inner", "addbmm"}
-GROUPED = {"_grouped_mm", "grouped_mm", "scaled_grouped_mm"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIXES: set[Any] = {
     operator.mul,
     operator.add,
@@ -38,7 +32,9 @@ MIXES: set[Any] = {
     torch.where,
 }
 MIX_METHODS = {"mul", "add", "sub", "div", "masked_fill"}
-KEEPS_VALUES = {"contiguous", "detach", "requires_grad_"}
+MOST_STEPS = 6
+Step = tuple[str, tuple[Any, ...]]
+"""A method of a tensor and its arguments."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +49,10 @@ class LinearSite:
         n: output features.
         k: input features.
         transposed: the Parameter is stored [k, n].
-        flipped: the node computes weight @ x, so input and output are transposed.
         module_class: class of the innermost module around the node.
+        view: the matrix that the Parameter is viewed as; empty where it is one.
+        before: what makes rows [..., k] of the input.
+        after: what makes the node's value of rows [..., n].
     """
 
     node: fx.Node
@@ -64,8 +62,10 @@ class LinearSite:
     n: int
     k: int
     transposed: bool
-    flipped: bool
     module_class: str | None
+    view: tuple[int, ...] = ()
+    before: tuple[Step, ...] = ()
+    after: tuple[Step, ...] = ()
 
     @property
     def slot(self) -> int:
@@ -99,44 +99,216 @@ def find_sites(
     """
     sites: list[LinearSite] = []
     misses: list[Miss] = []
+    writes = Writes(gm.graph)
     for node in gm.graph.nodes:
-        matcher = _matcher(node)
-        if matcher is None or node in taken:
+        if node in taken:
             continue
-        slots = _parameter_slots(node, parameters)
-        if not slots:
+        found = weighted(node, parameters, writes)
+        if found is None:
             continue
-        found = matcher(node, parameters)
-        if isinstance(found, Reject):
-            misses.append(Miss(node, slots, found.reason))
+        made = _site(found) if isinstance(found, Weighted) else found
+        if isinstance(made, Reject):
+            misses.append(Miss(node, _parameter_slots(node, parameters), made.reason))
         else:
-            sites.append(found)
+            sites.append(made)
     return sites, misses
 
 
-def _matcher(node: fx.Node) -> Callable[[fx.Node, Mapping[int, Any]], LinearSite | Reject] | None:
-    if node.op == "call_function":
-        for targets, matcher in ((LINEAR, _match_linear), (ADDMM, _match_addmm), (MATMUL, _match_matmul)):
-            if node.target in targets:
-                return matcher
-        if node.target in OTHER_PRODUCTS or getattr(node.target, "__name__", "") in GROUPED:
-            return _no_match
-    if node.op == "call_method":
-        if node.target in METHODS:
-            return _match_addmm if METHODS[str(node.target)] == "addmm" else _match_matmul
-        if node.target in OTHER_METHODS:
-            return _no_match
-    return None
+# --- products over a Parameter ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """A product of a Parameter, or of one slice of it, with something else.
+
+    Attributes:
+        node: the node that computes it.
+        product: its operands and letters.
+        x: the operand that is not the Parameter.
+        stored: how the other operand looks at the Parameter.
+        own, out: letters of x and of the result.
+        sums, keeps, each: letters of the Parameter in stored order: multiplied and summed, found in the result instead of x's,
+            found in both.
+        rows: letters of x that the Parameter does not have.
+        letters: of all the dimensions of the Parameter (or the slice), in stored order.
+        from_another: x is a Parameter too.
+        squeezed: dimensions of x, of size 1, that are widened to one of the Parameter's; ``own`` does not have them.
+    """
+
+    node: fx.Node
+    product: Product
+    x: fx.Node
+    stored: Stored
+    own: str
+    out: str
+    sums: str
+    keeps: str
+    each: str
+    rows: str
+    letters: str
+    from_another: bool
+    squeezed: tuple[int, ...] = ()
+
+    def size(self, letters: str) -> int:
+        """How many values these dimensions of the Parameter have."""
+        sizes = dict(zip(self.letters, (self.stored.shape[dim] for dim in self.stored.own), strict=True))
+        return prod(sizes[letter] for letter in letters)
+
+    def sizes(self, letters: str) -> tuple[int, ...]:
+        """The size of each."""
+        return tuple(self.size(letter) for letter in letters)
+
+    @property
+    def transposed(self) -> bool | None:
+        """Whether ``sums`` come before ``keeps`` in memory; None where they are mixed."""
+        order = "".join(letter for letter in self.letters if letter in self.sums + self.keeps)
+        return None if order not in (self.keeps + self.sums, self.sums + self.keeps) else order[0] in self.sums
+
+    @property
+    def over_experts(self) -> bool:
+        """Whether it is no linear but one product for each expert, or for a slice that is chosen."""
+        if self.stored.index is not None or self.each:
+            return True
+        # An ellipsis takes rows of any shape, as a linear does; an equation that spells all dimensions may be one of experts.
+        spelled = self.transposed is None or self.rows[:1] not in HIDDEN or not self.rows
+        return spelled and len(self.letters) == 3 and self.letters[0] in self.keeps and len(self.keeps) == 2
+
+
+def weighted(node: fx.Node, parameters: Mapping[int, Any], writes: Writes) -> Weighted | Reject | None:
+    """The product over a Parameter that a node computes, why it is not understood, or None where there is none."""
+    found = product_of(node)
+    if found is None or not _parameter_slots(node, parameters):
+        return None
+    if isinstance(found, Reject):
+        return found
+    left = found.op != "linear" and _slot_of(found.right, parameters) is None
+    x, operand = (found.right, found.left) if left else (found.left, found.right)
+    read = stored(operand, parameters)
+    if isinstance(read, Reject):
+        return read
+    problem = _problem_of(node, x, operand, read, parameters, writes)
+    if problem is not None:
+        return Reject(problem)
+    first, second, out = found.letters
+    own, operand_letters = (second, first) if left else (first, second)
+    letters = read.letters(operand_letters)
+    if letters is None:
+        return Reject(f"{found.op} widens the weight")
+    another = _slot_of(x, parameters) is not None
+    return _sorted(Weighted(node, found, x, read, own, out, "", "", "", "", letters, another))
+
+
+def _problem_of(
+    node: fx.Node, x: Any, operand: Any, read: Stored, parameters: Mapping[int, Any], writes: Writes
+) -> str | None:
+    parameter, value, result = parameters[read.weight.meta["argument"]], _value(x), _value(node)
+    if not parameter.dtype.is_floating_point:
+        return f"the weight is {str(parameter.dtype).removeprefix('torch.')}, not floating point"
+    if value is None or result is None:
+        return "the graph does not know the shape of the input"
+    if read.cast is not None and result.dtype not in DTYPES:
+        return f"the weight is computed by {read.cast} before it is used"
+    if not value.dtype.is_floating_point or result.dtype not in DTYPES:
+        return f"{value.dtype} input and {result.dtype} output: only bf16, fp16 and fp32 are quantized"
+    writer = writes.anywhere(operand) or writes.anywhere(read.weight)
+    return None if writer is None else f"{writer} writes into the weight"
+
+
+def _sorted(found: Weighted) -> Weighted | Reject:
+    """With the dimensions sorted by where they occur, or why these are not those of a product with a matrix."""
+    letters, out, shape = found.letters, found.out, found.x.meta["example_value"].shape
+    wide = {c for c in letters if c in found.own and c in out and found.size(c) != 1}
+    squeezed = tuple(i for i, c in enumerate(found.own) if c in wide and isinstance(shape[i], int) and shape[i] == 1)
+    own = "".join(c for i, c in enumerate(found.own) if i not in squeezed)
+    shape = [size for i, size in enumerate(shape) if i not in squeezed]
+    op = found.product.op
+    sums = "".join(c for c in letters if c in own and c not in out)
+    keeps = "".join(c for c in letters if c in out and c not in own)
+    each = "".join(c for c in letters if c in own and c in out)
+    rows = "".join(c for c in own if c not in letters and c in out)
+    alone = "".join(c for c in letters if c not in own + out)
+    if any(len(set(side)) < len(side) for side in (letters, own, out)) or found.size(alone) != 1:
+        return Reject(f"{op} over a Parameter is not a linear: it takes a diagonal or sums the weight alone")
+    if not sums or not keeps:
+        return Reject(
+            f"{op} over a Parameter is not a linear: it has no {'sum' if not sums else 'output'} over its matrix"
+        )
+    if sorted(own) != sorted(rows + sums + each) or sorted(out) != sorted(rows + keeps + each):
+        return Reject(f"{op} over a Parameter is not a linear: it sums or widens its input alone")
+    if any(isinstance(size, int) and size != found.size(c) for c, size in zip(own, shape, strict=True) if c in letters):
+        return Reject(f"{op} over a Parameter is not a linear: its input is broadcast over the weight")
+    return replace(found, own=own, sums=sums, keeps=keeps, each=each, rows=rows, squeezed=squeezed)
+
+
+def _site(found: Weighted) -> LinearSite | Reject:
+    """The linear that a product is."""
+    if found.over_experts:
+        what = "one slice of it" if found.stored.index is not None else "each of its slices"
+        return Reject(
+            f"{found.product.op} over a Parameter of {len(found.stored.shape)} dimensions is not a linear, "
+            f"and not a product with {what} that is known"
+        )
+    changed = found.stored.cast or found.stored.viewed
+    if changed is not None:
+        return Reject(f"the weight is computed by {changed} before it is used")
+    transposed = found.transposed
+    if transposed is None:
+        return Reject("the dimensions that are summed lie between the others, so that the weight is no matrix")
+    n, k, bias = found.size(found.keeps), found.size(found.sums), found.product.bias
+    added = _value(bias)
+    vector = found.product.bias_letters == found.keeps and added is not None and tuple(added.shape) == (n,)
+    if bias is not None and not vector:
+        return Reject("the bias is not a vector of n values")
+    before, after = _turns(found)
+    weight, module = found.stored.weight, module_class(found.node)
+    shape = (k, n) if transposed else (n, k)
+    view = () if tuple(weight.meta["example_value"].shape) == shape else shape
+    return LinearSite(found.node, found.x, weight, bias, n, k, transposed, module, view, before, after)
+
+
+def _turns(found: Weighted) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """What makes rows [..., k] of x, and what makes the result of rows [..., n]."""
+    before: list[Step] = [("squeeze", (found.squeezed,))] if found.squeezed else []
+    before += _ordered(found.own, found.rows + found.sums)
+    after: list[Step] = []
+    if len(found.sums) > 1:
+        before.append(("flatten", (-len(found.sums),)))
+    if not found.rows:
+        before.append(("unsqueeze", (0,)))
+        after.append(("squeeze", (0,)))
+    if len(found.keeps) > 1:
+        after.append(("unflatten", (-1, found.sizes(found.keeps))))
+    return tuple(before), (*after, *_ordered(found.rows + found.keeps, found.out))
+
+
+def _ordered(have: str, want: str) -> list[Step]:
+    order = tuple(have.index(letter) for letter in want)
+    plain = tuple(range(len(order)))
+    if order == plain:
+        return []
+    if order == (*plain[:-2], plain[-1], plain[-2]):
+        return [("t", ())] if len(order) == 2 else [("transpose", (-2, -1))]
+    return [("permute", order)]
+
+
+# --- which Parameter -------------------------------------------------------------------------------------------------
 
 
 def _parameter_slots(node: fx.Node, parameters: Mapping[int, Any]) -> tuple[int, ...]:
-    """Matrix Parameters that reach ``node`` through operations on that Parameter alone."""
-    slots: list[int] = []
-    for argument in node.all_input_nodes:
-        source = _only_parameter(argument, parameters, depth=6)
-        if source is not None and parameters[source].dim() > 1:
-            slots.append(source)
-    return tuple(slots)
+    """Matrix Parameters that a product multiplies by: they reach it through operations on that Parameter alone."""
+    found = product_of(node)
+    operands: Sequence[Any] = (found.left, found.right) if isinstance(found, Product) else node.all_input_nodes
+    slots = dict.fromkeys(_slot_of(operand, parameters) for operand in operands)
+    return tuple(slot for slot in slots if slot is not None and parameters[slot].dim() > 1)
+
+
+def _slot_of(operand: Any, parameters: Mapping[int, Any]) -> int | None:
+    if not isinstance(operand, fx.Node):
+        return None
+    read = stored(operand, parameters)
+    return (
+        read.weight.meta["argument"] if isinstance(read, Stored) else _only_parameter(operand, parameters, MOST_STEPS)
+    )
 
 
 def _only_parameter(node: fx.Node, parameters: Mapping[int, Any], depth: int) -> int | None:
@@ -166,115 +338,9 @@ def _mixed_weight(source: fx.Node, mixed: fx.Node, parameters: Mapping[int, Any]
     return slot if before.shape == after.shape else None
 
 
-def _weight_of(node: fx.Node, parameters: Mapping[int, Any]) -> tuple[fx.Node, bool] | Reject:
-    """(placeholder, transposed) behind a chain of transposes, or why the weight is not a plain Parameter."""
-    transposed = False
-    while node.op != "placeholder":
-        if _is_transpose(node):
-            transposed = not transposed
-        elif not (node.op == "call_method" and node.target in KEEPS_VALUES) and not _is_same_dtype_cast(node):
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            return Reject(f"the weight is computed by {name} before it is used")
-        node = node.all_input_nodes[0]
-    parameter = parameters.get(node.meta.get("argument", -1))
-    if parameter is None:
-        return Reject("the weight is not a Parameter")
-    if parameter.dim() != 2:
-        return Reject(f"the weight has {parameter.dim()} dimensions, a linear has 2")
-    if not parameter.dtype.is_floating_point:
-        return Reject(f"the weight is {str(parameter.dtype).removeprefix('torch.')}, not floating point")
-    return node, transposed
-
-
-def _is_transpose(node: fx.Node) -> bool:
-    arguments = tuple(node.args[1:])
-    if node.op == "call_method":
-        swapped = arguments in ((0, 1), (1, 0), (-1, -2), (-2, -1), ((1, 0),), ([1, 0],))
-        return node.target == "t" or (node.target in ("transpose", "permute", "swapaxes") and swapped)
-    if node.op == "call_function":
-        if node.target in (torch.transpose, torch.permute, torch.swapaxes):
-            return arguments in ((0, 1), (1, 0), (-1, -2), (-2, -1), ((1, 0),))
-        return node.target is torch.t or (node.target is getattr and arguments[0] in ("T", "mT"))
-    return False
-
-
-def _is_same_dtype_cast(node: fx.Node) -> bool:
-    if node.op != "call_method" or node.target not in ("to", "type", "float", "bfloat16", "half"):
-        return False
-    before, after = node.all_input_nodes[0].meta.get("example_value"), node.meta.get("example_value")
-    return before is not None and after is not None and before.dtype == after.dtype and before.device == after.device
-
-
 def _value(node: Any) -> torch.Tensor | None:
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
-
-
-def _site(
-    node: fx.Node,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    stored_transposed: bool,
-    parameters: Mapping[int, Any],
-    flipped: bool = False,
-) -> LinearSite | Reject:
-    if not isinstance(weight, fx.Node) or not isinstance(x, fx.Node):
-        return Reject("an operand is not a tensor of the graph")
-    found = _weight_of(weight, parameters)
-    if isinstance(found, Reject):
-        return found
-    placeholder, through = found
-    transposed = stored_transposed != through
-    rows, columns = parameters[placeholder.meta["argument"]].shape
-    n, k = (columns, rows) if transposed else (rows, columns)
-    result, value = _value(node), _value(x)
-    if result is None or value is None:
-        return Reject("the graph does not know the shape of the input")
-    if not value.dtype.is_floating_point or result.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return Reject(f"{value.dtype} input and {result.dtype} output: only bf16, fp16 and fp32 are quantized")
-    if bias is not None and (_value(bias) is None or tuple(bias.meta["example_value"].shape) != (n,)):
-        return Reject("the bias is not a vector of n values")
-    if flipped and value.dim() != 2:
-        return Reject("weight @ x with an x of more than two dimensions")
-    return LinearSite(node, x, placeholder, bias, int(n), int(k), transposed, flipped, module_class(node))
-
-
-def _dim(operand: Any) -> int:
-    value = _value(operand)
-    return 2 if value is None else value.dim()
-
-
-def _match_linear(node: fx.Node, parameters: Mapping[int, Any]) -> LinearSite | Reject:
-    arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-    weight = _value(arguments["weight"])
-    if weight is not None and weight.dim() != 2:
-        return Reject("the weight of this linear is not a matrix")
-    return _site(node, arguments["input"], arguments["weight"], arguments.get("bias"), False, parameters)
-
-
-def _match_addmm(node: fx.Node, parameters: Mapping[int, Any]) -> LinearSite | Reject:
-    arguments = dict(zip(("input", "mat1", "mat2"), node.args, strict=False)) | dict(node.kwargs)
-    if arguments.get("beta", 1) != 1 or arguments.get("alpha", 1) != 1:
-        return Reject("addmm with beta or alpha other than 1")
-    return _site(node, arguments["mat1"], arguments["mat2"], arguments["input"], True, parameters)
-
-
-def _match_matmul(node: fx.Node, parameters: Mapping[int, Any]) -> LinearSite | Reject:
-    operands = [*node.args, *node.kwargs.values()]
-    if len(operands) != 2:
-        return Reject("matmul with an out argument")
-    left, right = operands
-    if isinstance(right, fx.Node) and _only_parameter(right, parameters, 6) is not None:
-        return _site(node, left, right, None, True, parameters) if _dim(left) > 1 else Reject("vector @ weight")
-    if _dim(right) < 2:
-        return Reject("weight @ vector")
-    return _site(node, right, left, None, False, parameters, flipped=True)
-
-
-def _no_match(node: fx.Node, parameters: Mapping[int, Any]) -> Reject:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return Reject(f"{name} over a Parameter is not a linear")
 
 
 def module_class(node: fx.Node) -> str | None:

@@ -47,6 +47,7 @@ class MoeKernel:
             x planes are data [T, H] contiguous, then scale [T, s] or [1]. T is at least 1. ids may be any integer dtype and
             hold values outside of 0..E-1, which add nothing. Must not synchronize with the host on a GPU.
         reference: slow and exact; on a GPU only used when the policy or the options allow it.
+        ungated: also runs experts without a gate.
     """
 
     name: str
@@ -56,6 +57,7 @@ class MoeKernel:
         [Planes, Tensor, Tensor | None, Planes, Tensor | None, Planes, Tensor | None, Tensor | None, MoeProblem], Tensor
     ]
     reference: bool = False
+    ungated: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,9 @@ def moe_fits(problem: MoeProblem, target: Target, request: Request, tokens: int)
     """Kernel name -> its estimated cost for this many tokens, or its reason why not."""
     names = moe_kernels()
     pin = request.pin_for(problem.scheme.spec, names, "reference_moe")
-    return answers_of(names, pin, problem, target, request, tokens)
+    able = {name: kernel for name, kernel in names.items() if problem.activation.gated or kernel.ungated}
+    answers = answers_of(able, pin, problem, target, request, tokens)
+    return answers | {name: "multiplies experts with a gate only" for name in names if name not in able}
 
 
 def choose_moe(

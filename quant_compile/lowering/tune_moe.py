@@ -38,7 +38,7 @@ def _measure_layout(
 
 def random_planes(layout: str, problem: MoeProblem) -> tuple[Planes, Planes]:
     """Random planes of w13 and w2 in a layout, on the GPU: small scales, codes of any value that is a number."""
-    sizes = ((2 * problem.intermediate, problem.hidden), (problem.hidden, problem.intermediate))
+    sizes = ((problem.up_rows, problem.hidden), (problem.hidden, problem.intermediate))
     return tuple(  # type: ignore[return-value]
         tuple(_random(spec) for spec in moe_layouts()[layout].planes(problem, *size)) for size in sizes
     )
@@ -61,7 +61,7 @@ def _time(kernel: MoeKernel, problem: MoeProblem, tokens: int, weights: tuple[Pl
     routes = [_route(problem, tokens) for _ in range(CALLS)]
     scores = torch.full((tokens, problem.top_k), 1.0 / problem.top_k, device="cuda") if problem.has_weights else None
     b13, b2 = (torch.zeros(problem.experts, n, dtype=problem.dtype, device="cuda") if problem.has_bias else None
-               for n in (2 * problem.intermediate, problem.hidden))  # fmt: skip
+               for n in (problem.up_rows, problem.hidden))  # fmt: skip
     scale2 = torch.full((1,), 0.02, device="cuda") if problem.scheme.static else None
 
     def calls() -> None:

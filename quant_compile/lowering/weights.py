@@ -121,6 +121,11 @@ class Key(NamedTuple):
     transposed: bool
     dtype: torch.dtype
     interleaved: bool = False
+    view: tuple[int, ...] = ()
+
+    def shape_of(self, parameter: Parameter) -> tuple[int, ...]:
+        """What the Parameter is viewed as before it is packed: a matrix, or one for each expert."""
+        return self.view or tuple(parameter.shape)
 
 
 @dataclass(eq=False)
@@ -282,17 +287,16 @@ class WeightStore:
                         f"{name} was released and cannot become {key.spec}.\n"
                         "Fix: quant_compile.restore(model, source) first."
                     )
-                rows, columns = parameter.shape[1:]
+                experts, rows, columns = key.shape_of(parameter)
                 size = (columns, rows) if key.transposed else (rows, columns)
                 if other is None:
                     with _plain_tensors():
-                        source: Tensor | Planes = parameter.detach()
+                        source: Tensor | Planes = parameter.detach().reshape(key.shape_of(parameter))
                         _check_values(parameter, source, name)
                 else:
                     source = entry.packs[other].slab.planes
                 planes = pack_experts(source, key, problem, size, other.layout if other is not None else "")
                 _wait(planes)
-                experts = parameter.shape[0]
                 found = entry.packs[key] = Pack(Slab((id(parameter),), (experts,), planes), 0, experts)
                 if other is not None:
                     del entry.packs[other]
@@ -564,7 +568,7 @@ def _slab_problem(slab: Slab, parameter: Parameter, key: Key) -> Problem:
 
 def problem_of(parameter: Parameter, key: Key, n: int | None = None) -> Problem:
     """The packing problem of a weight (or of a slab of n rows)."""
-    rows, columns = parameter.shape
+    rows, columns = key.shape_of(parameter)
     own, k = (columns, rows) if key.transposed else (rows, columns)
     return Problem(parse(key.spec), own if n is None else n, k, key.dtype)
 
@@ -577,7 +581,7 @@ def quantize(parameter: Parameter, key: Key, name: str) -> Planes:
     """
     scheme = parse(key.spec)
     with _plain_tensors():
-        weight = parameter.detach()
+        weight = parameter.detach().reshape(key.shape_of(parameter))
         if not parameter.is_meta and parameter.dtype.is_floating_point:
             weight = (weight.t().contiguous() if key.transposed else weight).to(key.dtype)
         _check_values(parameter, weight, name)

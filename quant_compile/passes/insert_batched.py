@@ -23,6 +23,7 @@ from quant_compile.ir.graph import (
     verify,
 )
 from quant_compile.ir.scheme import Scheme
+from quant_compile.ir.stored import only_turned
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 
 
@@ -42,18 +43,23 @@ def insert_batched(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pass
 def _replace(graph: fx.Graph, site: BatchedSite, decision: SiteDecision, scheme: Scheme, plan: Plan) -> fx.Node:
     name, node = decision.name, site.node
     specs = family_of(scheme).weight_planes(scheme, site.n, site.k, site.dtype)
-    ref = ExpertRef(site.slot, site.transposed, False, scheme.spec, "experts", site.dtype, 0)
+    ref = ExpertRef(site.slot, site.transposed, False, scheme.spec, "experts", site.dtype, 0, view=site.view)
     w = add_expert_planes(graph, ref, specs, site.experts, site.weight, name)
     scale = [add_input_scale(graph, site.slot, site.weight, name)] if scheme.static else []
     with graph.inserting_before(node):
+        w = _one_of(graph, w, site.index)
         x = plan.replaced.get(site.x, site.x)
+        if site.squeezed:
+            x = graph.call_method("squeeze", (x, site.squeezed))
         rows = [letter for letter in site.x_letters if letter not in "ek"]
         each = ["e"] if "e" in site.x_letters else []
         sizes = [graph.call_method("size", (x, site.x_letters.index(letter))) for letter in rows]
         ordered = _ordered(graph, x, site.x_letters, [*each, *rows, "k"])
         flat = graph.call_method("reshape", (ordered, *([site.experts] if each else []), -1, site.k))
-        value = _fake(site)
-        flat.meta["example_value"] = value
+        value = flat.meta["example_value"] = _fake(site)
+        if value.dtype != site.dtype:
+            flat = graph.call_method("to", (flat, site.dtype))
+            value = flat.meta["example_value"] = value.to(site.dtype)
         planes: Any = [flat]
         if scheme.input_activations is not None:
             planes = graph.call_function(ops.quantize, (flat, scheme.spec, *scale))
@@ -61,13 +67,35 @@ def _replace(graph: fx.Graph, site: BatchedSite, decision: SiteDecision, scheme:
         y = graph.call_function(ops.batched, (planes, w, scheme.spec, site.dtype))
         y.meta |= {"site": f"{name} {scheme.spec}", "names": (name,), "batched": site}
         with fake_mode_of(graph):
-            y.meta["example_value"] = value.new_empty((site.experts, value.shape[-2], site.n))
-        result = graph.call_method("reshape", (y, site.experts, *sizes, site.n))
-        result = _ordered(graph, result, ["e", *rows, "n"], list(site.out_letters))
+            experts = site.experts if site.index is None else 1
+            y.meta["example_value"] = value.new_empty((experts, value.shape[-2], site.n))
+        lead = [] if site.index is not None else [site.experts]
+        result = graph.call_method("reshape", (y, *lead, *sizes, site.n))
+        turned = _ordered(graph, result, [*("e" * len(lead)), *rows, "n"], list(site.out_letters))
+        if turned is not result and not only_turned(node):
+            turned = graph.call_method("contiguous", (turned,))
+        result = turned
+        if site.bias is not None:
+            result.meta["example_value"] = node.meta["example_value"]
+            result = graph.call_function(torch.add, (result, graph.call_method("to", (site.bias, site.dtype))))
         result.meta["example_value"] = node.meta["example_value"]
     node.replace_all_uses_with(result)
     erase_with_inputs(graph, node)
     return result
+
+
+def _one_of(graph: fx.Graph, planes: list[fx.Node], index: Any) -> list[fx.Node]:
+    """Planes [1, ...] of the one expert that a product reads."""
+    if index is None:
+        return planes
+    if isinstance(index, int):
+        return [graph.call_method("narrow", (plane, 0, index, 1)) for plane in planes]
+    device = planes[0].meta["example_value"].device
+    if isinstance(index.meta["example_value"], torch.SymInt):
+        index = graph.call_function(torch.full, ((1,), index), {"dtype": torch.int64, "device": device})
+    else:
+        index = graph.call_method("reshape", (index, (1,)))
+    return [graph.call_method("index_select", (plane, 0, index)) for plane in planes]
 
 
 def _ordered(graph: fx.Graph, x: fx.Node, have: Any, want: list[str]) -> fx.Node:
@@ -76,7 +104,7 @@ def _ordered(graph: fx.Graph, x: fx.Node, have: Any, want: list[str]) -> fx.Node
 
 
 def _fake(site: BatchedSite) -> torch.Tensor:
-    value = site.x.meta["example_value"]
+    value = site.x.meta["example_value"].squeeze(site.squeezed) if site.squeezed else site.x.meta["example_value"]
     order = [site.x_letters.index(letter) for letter in site.x_letters if letter not in "ek"]
     with value.fake_mode:
         if "e" in site.x_letters:

@@ -128,7 +128,7 @@ def _size(graph: fx.Graph, size: int | fx.Node | tuple[fx.Node, int]) -> int | f
 def _weight_planes(
     graph: fx.Graph, block: MoeSite, which: int, scheme: Scheme | None, dtype: torch.dtype, name: str
 ) -> list[fx.Node]:
-    n, k = (2 * block.intermediate, block.hidden) if which == 0 else (block.hidden, block.intermediate)
+    n, k = (block.up_rows, block.hidden) if which == 0 else (block.hidden, block.intermediate)
     weight = (block.w13, block.w2)[which]
     specs = (PlaneSpec("data", (n, k), dtype),)
     if scheme is not None:

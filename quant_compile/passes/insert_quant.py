@@ -13,7 +13,8 @@ from quant_compile.ir import ops
 from quant_compile.ir.family import family_of
 from quant_compile.ir.graph import PlaneRef, add_input_scale, add_named_plane, erase_with_inputs, verify
 from quant_compile.ir.scheme import Scheme
-from quant_compile.ir.sites import LinearSite
+from quant_compile.ir.sites import LinearSite, Step
+from quant_compile.ir.stored import TRANSPOSES, only_turned
 from quant_compile.ir.writes import Writes
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 
@@ -52,33 +53,35 @@ def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: 
             "example_value": node.meta["example_value"],
         }
         result = y
-        turned = _turn(site)
-        if turned is not None:
-            (method, arguments), (back, back_arguments) = turned
-            result = graph.call_method(back, (y, *back_arguments))
+        for method, arguments in map(_inverse, reversed(site.after)):
+            y.meta["example_value"] = getattr(y.meta["example_value"], method)(*arguments)
+        for method, arguments in site.after:
+            turned = graph.call_method(method, (result, *arguments))
+            turned.meta["example_value"] = getattr(result.meta["example_value"], method)(*arguments)
+            result = turned
+        if site.after and site.after[-1][0] in TRANSPOSES and not only_turned(node):
+            result = graph.call_method("contiguous", (result,))
             result.meta["example_value"] = node.meta["example_value"]
-            y.meta["example_value"] = getattr(node.meta["example_value"], method)(*arguments)
     node.replace_all_uses_with(result)
     prepared.replaced[node] = result
     erase_with_inputs(graph, node)
 
 
-Step = tuple[str, tuple[Any, ...]]
-
-
-def _turn(site: LinearSite) -> tuple[Step, Step] | None:
-    """How x of weight @ x, or an x of one dimension, becomes rows as kernels want them, and its inverse for y."""
-    if site.flipped:
-        return ("t", ()), ("t", ())
-    if site.x.meta["example_value"].dim() == 1:
-        return ("unsqueeze", (0,)), ("squeeze", (0,))
-    return None
+def _inverse(step: Step) -> Step:
+    """What undoes one of the steps of ``LinearSite.after``; views share the storage, so that writes to them are seen."""
+    method, arguments = step
+    if method == "permute":
+        (order,) = arguments
+        return method, (tuple(order.index(i) for i in range(len(order))),)
+    if method == "unflatten":
+        return "flatten", (-len(arguments[1]),)
+    return ("unsqueeze" if method == "squeeze" else method), arguments
 
 
 def _weight_planes(graph: fx.Graph, site: LinearSite, scheme: Scheme, name: str) -> list[fx.Node]:
     nodes: list[fx.Node] = []
     for i, spec in enumerate(family_of(scheme).weight_planes(scheme, site.n, site.k, site.dtype)):
-        ref = PlaneRef((site.slot,), (site.transposed,), scheme.spec, "rows", site.dtype, i)
+        ref = PlaneRef((site.slot,), (site.transposed,), scheme.spec, "rows", site.dtype, i, (site.view,))
         nodes.append(add_named_plane(graph, ref, spec, site.weight, name))
     return nodes
 
@@ -93,8 +96,7 @@ class _Prepared:
     def input_of(self, site: LinearSite) -> fx.Node:
         """The node to quantize or multiply; it may be the result of an earlier site, whose own node is gone by then."""
         x, value = self.replaced.get(site.x, site.x), site.x.meta["example_value"]
-        turned = _turn(site)
-        steps: list[Step] = [turned[0]] if turned is not None else []
+        steps = list(site.before)
         if value.dtype != site.dtype:
             steps.append(("to", (site.dtype,)))
         for method, arguments in steps:

@@ -78,7 +78,7 @@ def _lower_linear(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
         planes = []
         stem: str = w[0].meta["parameter"].split(" + ")[0]  # type: ignore[index, union-attr]
         for i, plane in enumerate(layouts()[dispatch.layout].planes(problem)):
-            moved = PlaneRef(ref.slots, ref.transposed, ref.spec, dispatch.layout, ref.dtype, i)
+            moved = replace(ref, layout=dispatch.layout, index=i)
             planes.append(add_plane(graph, moved, plane, w[0], plane_name(stem, f"{dispatch.layout}_{plane.name}")))  # type: ignore[index, union-attr]
             planes[-1].meta["parameter"] = w[0].meta["parameter"]  # type: ignore[index, union-attr]
     with graph.inserting_before(node):
@@ -97,7 +97,7 @@ def _lower_moe(graph: fx.Graph, node: fx.Node, plan: Plan) -> MoeDispatch:
     problem = MoeProblem(parse(str(spec)), *sizes, how, dtype, has_bias, weights is not None)  # type: ignore[arg-type]
     assert plan.choose_moe is not None
     dispatch = plan.choose_moe(problem, " + ".join(node.meta["names"]))
-    shapes = ((2 * block.intermediate, block.hidden), (block.hidden, block.intermediate))
+    shapes = ((block.up_rows, block.hidden), (block.hidden, block.intermediate))
     w13, w2 = (_moved(graph, w, dispatch, shape) for w, shape in zip((w13, w2), shapes, strict=True))
     with graph.inserting_before(node):
         y = graph.call_function(kernel_ops.moe, (x, ids, weights, w13, b13, w2, b2, scale2, dispatch.text))

@@ -135,11 +135,12 @@ def _joined_plane(graph: fx.Graph, siblings: list[fx.Node], index: int, names: t
     rows = sum(plane.meta["example_value"].shape[0] for plane in planes)
     ref = PlaneRef(
         tuple(slot for r in refs for slot in r.slots),
-        tuple(flag for r in refs for flag in r.transposed),
+        tuple(flag for r in refs for flag, _ in r.stored),
         refs[0].spec,
         refs[0].layout,
         refs[0].dtype,
         index,
+        tuple(view for r in refs for _, view in r.stored),
     )
     node = add_plane(
         graph, ref, PlaneSpec("joined", (rows, *value.shape[1:]), value.dtype), planes[0], f"{planes[0].name}_joined"

@@ -27,7 +27,7 @@ from quant_compile.lowering.weights import STORE, Key
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import SiteDecision
-from quant_compile.runtime.decide import Choosers, Decider, Found, add_time
+from quant_compile.runtime.decide import Choosers, Decider, Found, add_time, multiplied_slices
 from quant_compile.runtime.merges import Merges
 from quant_compile.runtime.record import claim_weights, record, refuse_released, release_packed
 from quant_compile.runtime.variant import Compile, Variant, Variants
@@ -109,6 +109,9 @@ class GraphRunner:
         verdicts = Verdicts()
         self.found = Found.of(self.pristine, self._parameters, verdicts)
         self._decider = Decider(self.found, source, options, choosers, target)
+        self._slices = multiplied_slices(self.pristine, inputs)
+        self._noted = set[int]()
+        self._note_slices(inputs)
         self._variants = Variants(
             self.pristine, self.found, inputs, source, options, compile_graph, choosers, target, verdicts
         )
@@ -130,11 +133,22 @@ class GraphRunner:
 
     def __call__(self, *args: Any) -> Any:
         parameters = self._pick(args)
+        if self._slices:
+            self._note_slices(args)
         self.source.reload_if_changed()
         binding = self._bindings.get(tuple(map(id, parameters)))
         if binding is None or not self._is_current(binding, parameters):
             binding = self._bind(parameters)
         return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
+
+    def _note_slices(self, args: Sequence[Any]) -> None:
+        """Name the weights of which this graph multiplies a slice that was taken outside of it."""
+        found = [
+            base for i in self._slices if isinstance(base := args[i]._base, Parameter) and id(base) not in self._noted
+        ]
+        if found:
+            self._noted |= set(map(id, found))
+            self._decider.note_slices(found)
 
     def _is_current(self, binding: Binding, parameters: tuple[Any, ...]) -> bool:
         if binding.epoch != STORE.epoch or binding.generation != self.source.generation:
@@ -214,7 +228,7 @@ def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[int, 
     if isinstance(ref, ExpertBiasRef):
         return _expert_bias(ref, parameters)
     if isinstance(ref, ExpertRef):
-        key = Key(ref.spec, ref.layout, ref.transposed, ref.dtype, ref.interleaved)
+        key = Key(ref.spec, ref.layout, ref.transposed, ref.dtype, ref.interleaved, ref.view)
         return STORE.expert_planes(parameters[ref.slot], key, ref.problem, names.get(ref.slot, "a weight"))[ref.index]
     weights, called = (
         tuple(parameters[slot] for slot in ref.slots),
@@ -222,7 +236,7 @@ def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[int, 
     )
     if isinstance(ref, ScaleRef):
         return STORE.input_scale(weights, called)
-    keys = tuple(Key(ref.spec, ref.layout, flag, ref.dtype) for flag in ref.transposed)
+    keys = tuple(Key(ref.spec, ref.layout, flag, ref.dtype, view=view) for flag, view in ref.stored)
     return STORE.planes(weights, keys, called)[ref.index]
 
 

@@ -38,6 +38,7 @@ from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, scale_k
 from quant_compile.runtime.guard import Compare, Guard, uncompared
 from quant_compile.runtime.merges import notice
 
+SLICED_OUTSIDE = "a slice of the weight is taken outside of the compiled graph that multiplies by it"
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
 
 
@@ -75,7 +76,7 @@ class Found:
         batched = find_batched(gm, parameters, taken)
         taken |= {site.node for site in batched}
         linears, misses = find_sites(gm, parameters, taken)
-        done = {site.slot for site in batched}
+        done = {site.slot for site in (*batched, *linears)}
         unknown = [miss for miss in unknown if not done.issuperset(miss.slots)]
         explained = {slot for miss in unknown for slot in miss.slots}
         misses = [miss for miss in misses if not explained.issuperset(miss.slots)]
@@ -209,6 +210,9 @@ class Decider:
             known, record = names.get(id(parameters[slot])), LEDGER.peek(parameters[slot])
             if known is not None and record is not None and record.named:
                 found.append(f"{known.full[0]}: {reason.splitlines()[0]}")
+        self._refuse(found)
+
+    def _refuse(self, found: Sequence[str]) -> None:
         if found:
             origin = self.source.policy.source or self.source.policy.name
             listed = "\n".join(f"  {text}" for text in dict.fromkeys(found))
@@ -232,6 +236,14 @@ class Decider:
         name = first.name.rpartition(".")[0] or first.name
         if first.scheme != second.scheme:
             return SiteDecision(None, TWO_SCHEMES, name, refused=True)
+        if (
+            first.scheme is not None
+            and not block.activation.gated
+            and not self._choosers.serves(_block_problem(block, first.scheme))
+        ):
+            return SiteDecision(
+                None, f"no kernel here multiplies experts without a gate under {first.scheme.spec}", name, refused=True
+            )
         return SiteDecision(first.scheme, first.reason, name)
 
     def _decide_experts(
@@ -281,6 +293,17 @@ class Decider:
                 LEDGER.record(parameter).uses[read.reason] = None
         return against
 
+    def note_slices(self, weights: Sequence[Parameter]) -> None:
+        """Misses for weights that reach a graph only as slices, which is no way to know which planes it needs."""
+        owners, against = Owners.of(weights), list[str]()
+        for weight in weights:
+            known = owners.names(weight)
+            self._record_miss(-1, weight, known, SLICED_OUTSIDE)
+            if known is not None and LEDGER.record(weight).named:
+                against.append(f"{known.full[0]}: {SLICED_OUTSIDE}")
+        if self.source.policy.strict:
+            self._refuse(against)
+
     def _record_miss(self, slot: int, parameter: Parameter, known: Names | None, reason: str) -> None:
         record = LEDGER.record(parameter)
         record.misses[reason] = None
@@ -315,6 +338,17 @@ class Decider:
             f"{names[0]} has a static scheme and no calibrated input scale in {self.source.policy.scales or 'the policy'}.\n"
             "Fix: policy = quant_compile.calibrate(model, batches, policy), or use a dynamic scheme."
         )
+
+
+def multiplied_slices(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of the inputs that are views of a Parameter and are multiplied by activations."""
+    views = {
+        i: value
+        for i, value in enumerate(inputs)
+        if isinstance(value, torch.Tensor) and not isinstance(value, Parameter) and isinstance(value._base, Parameter)
+    }
+    reads = account(gm, views, (), ()) if views else ()
+    return tuple(dict.fromkeys(read.slot for read in reads if read.use.multiplies))
 
 
 def _linear_problem(site: LinearSite, scheme: Scheme) -> Problem:

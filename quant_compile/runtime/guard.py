@@ -142,7 +142,7 @@ class Guard:
             scheme = decisions[site.node.name].scheme
             if scheme is not None:
                 scale = STORE.entry(parameters[site.slot]).input_scale if scheme.static else None
-                key = (site.x, site.flipped, scheme, site.dtype, None if scale is None else float(scale))
+                key = (site.x, site.before, scheme, site.dtype, None if scale is None else float(scale))
                 groups.setdefault(key, []).append(site)
         for key, sites in groups.items():
             yield _Group(tuple(sites), self._chain(sites, key[2]))
@@ -176,7 +176,7 @@ def _decided(decision: SiteDecision, verdict: Verdict | Reject | None, sessions:
 def _rows(site: LinearSite) -> Any:
     """m of a site: a number, or a symbol."""
     shape = site.x.meta["example_value"].shape
-    return math.prod(shape[1:] if site.flipped else shape[:-1])
+    return math.prod(shape) // site.k if site.before else math.prod(shape[:-1])
 
 
 def _is_fused(x: fx.Node) -> bool:

@@ -383,6 +383,56 @@ def test_other_parameters_of_three_dimensions_are_no_experts() -> None:
     assert not seen.sites and not seen.misses
 
 
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda w, x: torch.einsum("btk,khd->bthd", x, w), (32, 2, 16)),
+        (lambda w, x: torch.einsum("btk,hdk->bthd", x, w), (2, 16, 32)),
+        (lambda w, x: torch.einsum("btk,khd->bhtd", x, w), (32, 2, 16)),
+        (lambda w, x: torch.nn.functional.conv1d(x.mT, w), (16, 32, 1)),
+        (lambda w, x: torch.nn.functional.conv1d(x.mT, w), (16, 32, 3)),
+        (lambda w, x: torch.tensordot(x, w, dims=1), (32, 2, 16)),
+        (lambda w, x: x @ x.mT @ (x + w[:, :3]), (1, 5, 32)),
+        (lambda w, x: torch.nn.functional.linear(x, w.flatten(0, 1)), (2, 16, 32)),
+    ],
+)
+def test_what_reads_a_weight_makes_it_one_of_experts(function: Any, shape: tuple[int, ...]) -> None:
+    """Heads of an attention, kernels and tables of positions are none, and do not hide a block beside them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(shape) * 0.1, requires_grad=False)
+            self.experts = TinyMoe()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.experts(x), function(self.w, x)
+
+    seen, _ = look(Model(), (torch.randn(2, 3, 32),))
+    assert len(seen.sites) == 1 and not seen.misses
+
+
+@pytest.mark.parametrize("keywords", ["bmm", "bmm method", "index_select and transpose"])
+def test_a_block_whose_operands_are_given_by_name(keywords: str) -> None:
+    def times(w: Tensor, ids: Tensor, x: Tensor) -> Tensor:
+        if keywords == "bmm":
+            return torch.bmm(mat2=x, input=w[ids])
+        if keywords == "bmm method":
+            return w[ids].bmm(mat2=x)
+        chosen = torch.index_select(index=ids, dim=0, input=w)
+        return torch.bmm(mat2=chosen.transpose(dim1=1, dim0=2), input=x.mT).mT
+
+    def forward(self: TinyExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        flat, rows = ids.reshape(-1), x.repeat_interleave(ids.shape[1], 0).unsqueeze(-1)
+        hidden = gated_silu(times(self.gate_up_proj, flat, rows).squeeze(-1))
+        out = times(self.down_proj, flat, hidden.unsqueeze(-1)).squeeze(-1) * weights.reshape(-1, 1)
+        return out.reshape(*ids.shape, -1).sum(1)
+
+    seen, wanted = look(Around(Varied(forward)))
+    assert len(seen.sites) == 1 and not seen.misses
+    assert difference(replayed(seen), wanted) <= 1e-5
+
+
 def test_a_root_that_holds_a_weight_itself_does_not_hide_blocks_inside() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

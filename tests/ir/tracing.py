@@ -122,15 +122,17 @@ def packed_planes(ref: PlaneRef, traced: Traced) -> Planes:
     """The planes that a reference stands for: each weight quantized by itself, rows joined, packed."""
     scheme = parse(ref.spec)
     rows: list[Planes] = []
-    for slot, transposed in zip(ref.slots, ref.transposed, strict=True):
+    total = 0
+    for slot, (transposed, view) in zip(ref.slots, ref.stored, strict=True):
         weight = traced.parameters[slot].detach()
+        weight = weight.reshape(view or weight.shape)
         weight = (weight.t() if transposed else weight).to(ref.dtype)
         k = weight.shape[1]
+        total += weight.shape[0]
         rows.append(family_of(scheme).quantize_weight(weight.contiguous(), scheme))
         if len(ref.slots) == 1:
             break
     joined = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-    total = sum((traced.parameters[s].shape[1 if t else 0]) for s, t in zip(ref.slots, ref.transposed, strict=True))
     return layouts()[ref.layout].pack(joined, Problem(scheme, int(total), int(k), ref.dtype))
 
 

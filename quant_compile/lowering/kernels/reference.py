@@ -35,5 +35,5 @@ def run_moe(
     return moe_reference(x, ids, weights, w13, b13, w2, b2, p.scheme, p.activation, p.dtype, scale2)
 
 
-MOE_KERNELS = (MoeKernel("reference_moe", "experts", fit_moe, run_moe, reference=True),)
+MOE_KERNELS = (MoeKernel("reference_moe", "experts", fit_moe, run_moe, reference=True, ungated=True),)
 KERNELS = (Kernel("reference", "rows", fit, run, reference=True),)

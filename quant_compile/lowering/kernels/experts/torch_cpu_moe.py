@@ -28,7 +28,7 @@ def _products(problem: MoeProblem) -> tuple[Problem, Problem]:
     """The two linears of an expert."""
     p = problem
     return (
-        Problem(p.scheme, 2 * p.intermediate, p.hidden, p.dtype, p.has_bias),
+        Problem(p.scheme, p.up_rows, p.hidden, p.dtype, p.has_bias),
         Problem(p.scheme, p.hidden, p.intermediate, p.dtype, p.has_bias),
     )
 
@@ -142,6 +142,6 @@ MOE_LAYOUTS = (
     ),
 )
 MOE_KERNELS = (
-    MoeKernel("torch_cpu_moe", "experts", fit, run),
-    MoeKernel("torch_cpu_moe_int4", "experts_cpu_int4", fit_int4, run_int4),
+    MoeKernel("torch_cpu_moe", "experts", fit, run, ungated=True),
+    MoeKernel("torch_cpu_moe_int4", "experts_cpu_int4", fit_int4, run_int4, ungated=True),
 )
