@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from quant_compile.ir.errors import GradModeError, GraphError, NoKernelError, OptionError, RecompileLimitWarning
 from quant_compile.ir.family import Reject
+from quant_compile.ir.graph import copy_graph, planes_of
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.expand import expanding
 from quant_compile.lowering.guard import Chain, Rows, Verdict, compare
@@ -117,14 +118,27 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
     def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
+        weights = planes_of(gm.graph)
+        as_traced = None if weights else copy_graph(gm)  # Inductor may change the graph before it gives up
         try:
             with expanding(), analysed_once(), torch.compiler.config.patch(cache_key_tag=_cache_tag()):  # type: ignore[attr-defined]
                 return compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[arg-type]
         except exceptions_allowed_to_be_fallback as error:
-            # Dynamo answers these with a graph break and runs the frame eagerly, in 16 bits and in silence.
-            raise GraphError(f"Inductor cannot compile the quantized graph: {error}") from error
+            # Dynamo answers these by running the whole frame eagerly, with all its linears in 16 bits, and in silence.
+            if as_traced is not None:
+                return as_traced
+            raise _cannot_compile(weights, error) from error
 
     return compile_graph
+
+
+def _cannot_compile(weights: Sequence[str], error: Exception) -> GraphError:
+    shown = ", ".join(weights[:6]) + (f" and {len(weights) - 6} more" if len(weights) > 6 else "")
+    return GraphError(
+        f"Inductor cannot compile a graph with the quantized weights {shown}: {error}\n"
+        "Fix: take the operation out of the graph with torch._dynamo.graph_break() before and after it, or give these weights "
+        "the scheme `keep` in rules: a graph without quantized weights runs eagerly."
+    )
 
 
 def _cache_tag() -> str:

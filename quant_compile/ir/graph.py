@@ -180,6 +180,12 @@ def add_expert_planes(
     ]
 
 
+def planes_of(graph: fx.Graph) -> list[str]:
+    """Names of the weights whose planes a graph reads, each once."""
+    found = graph.find_nodes(op="placeholder")
+    return list(dict.fromkeys(node.meta.get("parameter", node.name) for node in found if "plane" in node.meta))
+
+
 def plane_name(parameter: str, plane: str) -> str:
     """Node name of a plane: the weight's qualified name with underscores, and the plane's."""
     stem = "".join(c if c.isalnum() else "_" for c in parameter.removesuffix(".weight"))
