@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -171,7 +171,16 @@ class Policy:
         return tuple(dict.fromkeys(scheme for scheme in named if scheme is not None))
 
     def decide(self, site: SiteInfo) -> Decision:
-        """What ``site`` gets: the first matching rule's scheme, else a convention's, else the default."""
+        """What ``site`` gets: the first matching rule's scheme, else a convention's, else the default.
+
+        A weight without elements is kept: it has no values, and reductions over none of them have no result.
+        """
+        found = self._decide(site)
+        if found.scheme is None or site.n * site.k:
+            return found
+        return replace(found, scheme=None, reason=f"kept: {site.n} x {site.k} has no elements to quantize")
+
+    def _decide(self, site: SiteInfo) -> Decision:
         for index, rule in enumerate(self.rules):
             if rule.matches(site):
                 return Decision(rule.scheme, rule_reason(index, rule), "rule", index, rule.line)

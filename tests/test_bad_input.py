@@ -20,6 +20,7 @@ from quant_compile import (
     WeightError,
 )
 from quant_compile.ir.errors import GraphError, PolicyWarning
+from quant_compile.ir.scheme import PRESETS
 from quant_compile.lowering.weights import STORE
 from tests.runtime_support import EXACT, CompileCounter, Mlp, bf16, inner_error, plain_inductor, reference_of
 
@@ -324,3 +325,24 @@ def test_every_error_is_a_quant_error() -> None:
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, Exception)]
     assert all(issubclass(k, QuantError) or issubclass(k, Warning) for k in kinds)
     assert issubclass(OptionError, ValueError) and issubclass(NoKernelError, RuntimeError)
+
+
+# -- weights without elements -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", sorted(PRESETS))
+@pytest.mark.parametrize(("middle", "bias"), [((32, 0), True), ((0, 32), True), ((0, 0), False)])
+def test_an_empty_weight_is_kept_whatever_the_scheme(
+    spec: str, middle: tuple[int, int], bias: bool, plain_inductor: CompileCounter
+) -> None:
+    """A linear from or to no features gives its bias, or nothing; no scheme has a scale for it, and a strict policy asks for none."""
+    k, n = middle
+    model = nn.Sequential(nn.Linear(32, k), nn.Linear(k, n, bias=bias), nn.Linear(n, 8)).bfloat16()
+    x = bf16(3, 32)
+    wanted = model(x)
+    rules = [{"match": name, "scheme": "keep"} for name in ("0", "2")]
+    run = backend(model, policy={"default": spec, "strict": True, "rules": rules})
+    torch.testing.assert_close(run(x), wanted)
+    report = quant_compile.report(model)
+    assert [line.names for line in report.lines if "no elements" in line.reason] == [("1.weight",)]
+    assert not report.skips
