@@ -71,10 +71,13 @@ def sglquant(
 
 
 def _refuse_gradients(inputs: Sequence[Any]) -> None:
-    if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
+    wanted = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
+    if torch.is_grad_enabled() and wanted:
+        others = [] if any(isinstance(value, Parameter) for value in wanted) else wanted
+        frozen = ", or model.requires_grad_(False)" if not others else f", or detach the input {tuple(others[0].shape)}"
         raise GradModeError(
             "sglquant graphs are for inference: they have no backward, and gradients are enabled.\n"
-            "Fix: call the model under torch.inference_mode() or torch.no_grad(), or model.requires_grad_(False)."
+            f"Fix: call the model under torch.inference_mode() or torch.no_grad(){frozen}."
         )
 
 

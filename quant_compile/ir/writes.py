@@ -49,7 +49,12 @@ class Writes:
 def storage_of(node: fx.Node) -> int | None:
     """Identity of the storage behind a node's traced value; None where it has no tensor value."""
     value = node.meta.get("example_value")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) and value.layout == torch.strided else None
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(value):  # as values are inside of torch.func's transforms
+        value = functorch.get_unwrapped(value)
+    return value.untyped_storage()._cdata
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:

@@ -7,7 +7,7 @@ calibrated input scales to the store. Compiles and packs nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.routers import routers
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite, Miss, find_sites
+from quant_compile.ir.transforms import transformed
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch
@@ -87,13 +88,32 @@ class Found:
         misses += [Miss(r.node, (r.slot,), r.reason) for r in reads if r.use.multiplies and r.slot not in said]
         others = tuple(read for read in reads if not read.use.multiplies)
         gates = routers(gm, linears, misses)
-        return Found(tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown), others, gates)
+        everything = Found(tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown), others, gates)
+        return everything.outside_of(transformed(gm.graph))
+
+    def outside_of(self, reasons: Mapping[fx.Node, str]) -> Found:
+        """What is left where nodes must stay as they are, for ``reasons``; sites there are misses."""
+        if not reasons:
+            return self
+        missed = [Miss(block.node, block.slots, _reason_in(block.nodes, reasons)) for block in self.blocks]
+        missed += [Miss(site.node, (site.slot,), reasons.get(site.node, "")) for site in (*self.batched, *self.linears)]
+        return replace(
+            self,
+            blocks=tuple(block for block in self.blocks if not _reason_in(block.nodes, reasons)),
+            batched=tuple(site for site in self.batched if site.node not in reasons),
+            linears=tuple(site for site in self.linears if site.node not in reasons),
+            misses=(*self.misses, *(miss for miss in missed if miss.reason)),
+        )
 
     @property
     def readers(self) -> list[tuple[str, int]]:
         """(node name, slot) of every weight that a site multiplies by."""
         single = [(site.node.name, site.slot) for site in (*self.linears, *self.batched)]
         return single + [(block.node.name, slot) for block in self.blocks for slot in block.slots]
+
+
+def _reason_in(nodes: Collection[fx.Node], reasons: Mapping[fx.Node, str]) -> str:
+    return next((reasons[node] for node in nodes if node in reasons), "")
 
 
 class Decider:
