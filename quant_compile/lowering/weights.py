@@ -24,6 +24,7 @@ from quant_compile.ir.errors import MissingScalesError, ReleasedWeightError, Sta
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import NONE, MoeProblem
 from quant_compile.ir.scheme import parse
+from quant_compile.ir.subclasses import own_operations
 from quant_compile.lowering.moe import moe_layouts
 from quant_compile.lowering.registry import Layout, Problem, layouts
 
@@ -40,6 +41,7 @@ class ReleasableParameter(Parameter):
     """
 
     released_by_sglquant = False
+    behaves_as_parameter = True
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -539,7 +541,8 @@ def _plain_tensors() -> Any:
 
     Made in inference mode they could not be repacked outside of it; autocast would round scales and cannot join FP8 planes.
     """
-    return _All(torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast())
+    plain = torch._C.DisableTorchFunctionSubclass()  # else planes of a Tensor's subclass would be of that class
+    return _All(torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast(), plain)
 
 
 class _All:
@@ -649,6 +652,8 @@ def _check_values(parameter: Parameter, weight: Tensor, name: str) -> None:
 
 def signature_of(parameter: Parameter) -> tuple[Any, ...]:
     """What shows that a Parameter's values may have changed: version, storage, dtype, device."""
+    if own_operations(type(parameter)):
+        return (version_of(parameter),)  # it is never packed, and may have no storage
     return version_of(parameter), parameter.data_ptr(), parameter.dtype, parameter.device, tuple(parameter.stride())
 
 

@@ -24,6 +24,7 @@ from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.routers import routers
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite, Miss, find_sites
+from quant_compile.ir.subclasses import of_subclasses
 from quant_compile.ir.transforms import transformed
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
@@ -89,7 +90,7 @@ class Found:
         others = tuple(read for read in reads if not read.use.multiplies)
         gates = routers(gm, linears, misses)
         everything = Found(tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown), others, gates)
-        return everything.outside_of(transformed(gm.graph))
+        return everything.outside_of(transformed(gm.graph) | of_subclasses(gm.graph, parameters))
 
     def outside_of(self, reasons: Mapping[fx.Node, str]) -> Found:
         """What is left where nodes must stay as they are, for ``reasons``; sites there are misses."""

@@ -188,10 +188,10 @@ def _timed(sessions: Sessions, choose: Callable[[Any, str], Any], choosing: Choo
 
 
 class _Shaped:
-    """Shape and dtype of a Parameter, so that a runner need not keep the Parameter alive."""
+    """Shape, dtype and class of a Parameter, so that a runner need not keep the Parameter alive."""
 
     def __init__(self, parameter: Parameter) -> None:
-        self.shape, self.dtype = parameter.shape, parameter.dtype
+        self.shape, self.dtype, self.kind = parameter.shape, parameter.dtype, type(parameter)
 
     def dim(self) -> int:
         """Number of dimensions."""
