@@ -73,11 +73,11 @@ def sglquant(
 def _refuse_gradients(inputs: Sequence[Any]) -> None:
     wanted = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
     if torch.is_grad_enabled() and wanted:
-        others = [] if any(isinstance(value, Parameter) for value in wanted) else wanted
-        frozen = ", or model.requires_grad_(False)" if not others else f", or detach the input {tuple(others[0].shape)}"
+        ours = any(isinstance(value, Parameter) for value in wanted)
+        frozen = "model" if ours else f"the input of shape {tuple(wanted[0].shape)}"
         raise GradModeError(
             "sglquant graphs are for inference: they have no backward, and gradients are enabled.\n"
-            f"Fix: call the model under torch.inference_mode() or torch.no_grad(){frozen}."
+            f"Fix: call the model under torch.inference_mode() or torch.no_grad(), or {frozen}.requires_grad_(False)."
         )
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from quant_compile.lowering.identity import place_of
 from quant_compile.lowering.weights import STORE
 
 _VERSION = attrgetter("_version")
@@ -24,7 +26,7 @@ class Weights:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._places: list[tuple[int, int]] = []
+        self._places: list[tuple[int, tuple[Any, ...]]] = []
         self._watched: list[Tensor] = []
         self._versions: list[int] = []
         self._changes = 0
@@ -34,7 +36,7 @@ class Weights:
         model = self._model()
         held = list(_tensors(model)) if model is not None else []
         with torch._C.DisableTorchFunctionSubclass():
-            places = [(id(tensor), 0 if _released(tensor) else tensor.data_ptr()) for tensor in held]
+            places = [(id(tensor), () if _released(tensor) else place_of(tensor)) for tensor in held]
             if places == self._places:
                 return
             self._places = places

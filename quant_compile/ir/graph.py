@@ -122,6 +122,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(output).meta = dict(original.meta)
     for position, old in enumerate(gm.graph.find_nodes(op="placeholder")):
         mapping[old].meta.setdefault("argument", position)
+        mapping[old].meta.pop("grapharg", None)  # a weak reference to the real tensor; see forget_tensors
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     return copy
@@ -138,6 +139,18 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
         if mode is not None:
             return mode
     raise GraphError("the graph carries no fake tensors")
+
+
+def forget_tensors(graph: fx.Graph) -> None:
+    """Drop the weak references to real tensors that fake ones were made with: torch swaps no tensor that has any.
+
+    Only when Dynamo is done with the graph.
+    """
+    try:
+        describer = fake_mode_of(graph).fake_tensor_converter.meta_converter.describer
+    except GraphError:
+        return
+    describer.lookup_tensor.data.clear()
 
 
 def add_plane(graph: fx.Graph, ref: Ref, spec: PlaneSpec, like: fx.Node, name: str) -> fx.Node:

@@ -24,12 +24,14 @@ from quant_compile.ir.errors import MissingScalesError, ReleasedWeightError, Sta
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import NONE, MoeProblem
 from quant_compile.ir.scheme import parse
-from quant_compile.ir.subclasses import own_operations
+from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, is_lent, peek_anchor, signature_of
 from quant_compile.lowering.moe import moe_layouts
 from quant_compile.lowering.registry import Layout, Problem, layouts
 
 # Groups beyond the home that one weight keeps a slab for. Models use one or two; more is a sign of graphs that are gone.
 MOST_FURTHER = 4
+# Times that a weight may come in other memory with other values, until the values are no longer compared.
+MOST_MOVES = 3
 
 
 class ReleasableParameter(Parameter):
@@ -159,16 +161,26 @@ class Entry:
     Attributes:
         packs: its home under each key, from which everything is cut or unpacked.
         further: slabs of groups that no home can be cut into, held by each member; the oldest first.
+        fingerprint: of the values that the planes were made of, where it was asked for.
+        moves: how often other values came with other memory.
     """
 
-    ref: weakref.ref[Parameter]
+    ref: weakref.ref[Anchor]
     signature: tuple[Any, ...]
     packs: dict[Key, Pack] = field(default_factory=dict)
     further: dict[Group, Slab] = field(default_factory=dict)
     input_scale: Tensor | None = None
     released: bool = False
     fingerprint: int | None = None
+    moves: int = 0
     plain_readers: set[str] = field(default_factory=set)
+
+    def is_as_before(self, parameter: Parameter) -> bool:
+        """Whether the values are those that the planes were made of; known once a weight has been moved before."""
+        if self.fingerprint is None or self.fingerprint != fingerprint(parameter):
+            return False
+        self.moves = 0
+        return True
 
     def is_home(self, slab: Slab) -> bool:
         """Whether this Parameter's planes are cut from ``slab``."""
@@ -199,23 +211,25 @@ class WeightStore:
     def entry(self, parameter: Parameter) -> Entry:
         """The entry of a Parameter, made on first sight."""
         with self._lock:
-            identity = id(parameter)
+            anchor = anchor_of(parameter)
+            identity = anchor.identity
             found = self._entries.get(identity)
-            if found is not None and found.ref() is parameter:
+            if found is not None and found.ref() is anchor:
                 return found
             if found is not None:
                 self._drop_further(found)
-            ref = weakref.ref(parameter, lambda dead, identity=identity: self._forget(identity, dead))
+            ref = weakref.ref(anchor, lambda dead, identity=identity: self._forget(identity, dead))
             made = Entry(ref, signature_of(parameter))
             self._entries[identity] = made
             return made
 
     def peek(self, parameter: Parameter) -> Entry | None:
         """The entry of a Parameter if there is one."""
-        found = self._entries.get(id(parameter))
-        return found if found is not None and found.ref() is parameter else None
+        anchor = peek_anchor(parameter)
+        found = self._entries.get(anchor.identity) if anchor is not None else None
+        return found if found is not None and found.ref() is anchor else None
 
-    def _forget(self, identity: int, dead: weakref.ref[Parameter]) -> None:
+    def _forget(self, identity: int, dead: weakref.ref[Anchor]) -> None:
         with self._lock:
             found = self._entries.get(identity)
             if found is None or found.ref is not dead:
@@ -250,7 +264,7 @@ class WeightStore:
             cut = self._from_home(parameters[0], keys[0], packs)
             if cut is not None:
                 return cut
-            group = tuple(zip(map(id, parameters), keys, strict=True))
+            group = tuple(zip(map(identity_of, parameters), keys, strict=True))
             made = entries[0].further.get(group)
             if made is None:
                 made = self._join(parameters, keys, packs, names or ("a weight",) * len(packs))
@@ -299,7 +313,7 @@ class WeightStore:
                     source = entry.packs[other].slab.planes
                 planes = pack_experts(source, key, problem, size, other.layout if other is not None else "")
                 _wait(planes)
-                found = entry.packs[key] = Pack(Slab((id(parameter),), (experts,), planes), 0, experts)
+                found = entry.packs[key] = Pack(Slab((identity_of(parameter),), (experts,), planes), 0, experts)
                 if other is not None:
                     del entry.packs[other]
                 self.packed += 1
@@ -331,7 +345,7 @@ class WeightStore:
         with _plain_tensors():
             joined = rows[0] if len(rows) == 1 else tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
             problem = problem_of(parameters[0], keys[0], sum(sizes))
-            made = Slab(tuple(map(id, parameters)), sizes, layouts()[keys[0].layout].pack(joined, problem))
+            made = Slab(tuple(map(identity_of, parameters)), sizes, layouts()[keys[0].layout].pack(joined, problem))
         _wait(made.planes)
         self.packed += 1
         return made
@@ -408,21 +422,27 @@ class WeightStore:
         return tuple(_cut_plane(plane, pack.start, pack.stop, problem.n, block) for plane in pack.slab.planes)
 
     def _check_fresh(self, entry: Entry, parameter: Parameter) -> None:
+        """Drop planes of values that are gone; those of values that came back in other memory, as offloading moves them, stay."""
         if entry.released:
             return
         signature = signature_of(parameter)
-        if signature != entry.signature:
-            if entry.packs:
-                self._drop(entry)
-            entry.signature = signature
+        if signature == entry.signature:
+            return
+        moved = signature[0] == entry.signature[0]  # the version is the same, the place is not
+        entry.signature = signature
+        if not entry.packs or (moved and entry.is_as_before(parameter)):
+            return
+        self._drop(entry)
+        entry.fingerprint = fingerprint(parameter) if moved and entry.moves < MOST_MOVES else None
+        entry.moves += 1
 
     def _drop(self, entry: Entry) -> None:
         entry.packs.clear()
         self._drop_further(entry)
         self.epoch += 1
-        parameter = entry.ref()
-        if parameter is not None:
-            self._announce(id(parameter))
+        anchor = entry.ref()
+        if anchor is not None:
+            self._announce(anchor.identity)
 
     def keep_only(self, parameter: Parameter, spec: str | None) -> None:
         """Forget planes under other schemes (None: all): the policy changed. A released weight keeps all it has."""
@@ -434,7 +454,7 @@ class WeightStore:
             for group in [group for group in entry.further if group[0][1].spec != spec]:
                 self._drop_group(group)
             self.epoch += 1
-            self._announce(id(parameter))
+            self._announce(identity_of(parameter))
 
     def input_scale(self, parameters: tuple[Parameter, ...], names: tuple[str, ...]) -> Tensor:
         """Calibrated scale [1] f32 of the input of a weight (merged siblings share theirs).
@@ -473,7 +493,7 @@ class WeightStore:
         """Free the original values of a packed weight; returns the bytes freed (0: not packed or already released)."""
         with self._lock:
             entry = self.peek(parameter)
-            if entry is None or entry.released or not entry.packs or entry.plain_readers:
+            if entry is None or entry.released or not entry.packs or entry.plain_readers or is_lent(parameter):
                 return 0
             self._check_fresh(entry, parameter)
             if not entry.packs:
@@ -518,8 +538,8 @@ class WeightStore:
 
 
 def claim(parameter: Parameter) -> None:
-    """Make a weight releasable; must happen before Dynamo builds guards over it."""
-    if type(parameter) is Parameter:
+    """Make a weight releasable; must happen before Dynamo builds guards over it. Lent weights are not ours to release."""
+    if type(parameter) is Parameter and not is_lent(parameter):
         parameter.__class__ = ReleasableParameter
 
 
@@ -648,18 +668,6 @@ def _check_values(parameter: Parameter, weight: Tensor, name: str) -> None:
         raise WeightError(
             f"{name} has NaN or inf values{where}. Fix: repair the checkpoint, or `keep` this weight in the policy."
         )
-
-
-def signature_of(parameter: Parameter) -> tuple[Any, ...]:
-    """What shows that a Parameter's values may have changed: version, storage, dtype, device."""
-    if own_operations(type(parameter)):
-        return (version_of(parameter),)  # it is never packed, and may have no storage
-    return version_of(parameter), parameter.data_ptr(), parameter.dtype, parameter.device, tuple(parameter.stride())
-
-
-def version_of(parameter: Parameter) -> int:
-    """``_version``, or -1 for a Parameter made in inference mode, which has none (``refresh`` is then the only way)."""
-    return -1 if parameter.is_inference() else parameter._version
 
 
 def fingerprint(parameter: Parameter) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from quant_compile.ir.report import Report, WeightLine
+from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, peek_anchor
 from quant_compile.lowering.weights import STORE, Entry
 from quant_compile.model.names import Names, names_in
 from quant_compile.model.places import parameters_of, unwrap
@@ -31,7 +32,7 @@ class Record:
         guards: the graphs were compiled with the guard on.
     """
 
-    ref: weakref.ref[nn.Parameter]
+    ref: weakref.ref[Anchor]
     scheme: str | None = None
     named: bool = False
     reason: str = ""
@@ -80,24 +81,26 @@ class Ledger:
 
     def record(self, parameter: nn.Parameter) -> Record:
         """The record of a Parameter, made on first sight."""
-        identity = id(parameter)
+        anchor = anchor_of(parameter)
+        identity = anchor.identity
         found = self._records.get(identity)
-        if found is not None and found.ref() is parameter:
+        if found is not None and found.ref() is anchor:
             return found
 
-        def forget(dead: weakref.ref[nn.Parameter]) -> None:
+        def forget(dead: weakref.ref[Anchor]) -> None:
             current = self._records.get(identity)
             if current is not None and current.ref is dead:
                 del self._records[identity]
 
-        made = Record(weakref.ref(parameter, forget))
+        made = Record(weakref.ref(anchor, forget))
         self._records[identity] = made
         return made
 
     def peek(self, parameter: nn.Parameter) -> Record | None:
         """The record of a Parameter if there is one."""
-        found = self._records.get(id(parameter))
-        return found if found is not None and found.ref() is parameter else None
+        anchor = peek_anchor(parameter)
+        found = self._records.get(anchor.identity) if anchor is not None else None
+        return found if found is not None and found.ref() is anchor else None
 
     def session(self, model: nn.Module, policy: Decides, target: str) -> Session:
         """The session of a model; a new policy starts a new one."""
@@ -196,7 +199,7 @@ def packed_bytes(parameter: nn.Parameter, entry: Entry | None) -> int:
     for slab in entry.slabs():
         rows = dict(zip(slab.members, slab.rows, strict=True))
         size = sum(plane.numel() * plane.element_size() for plane in slab.planes)
-        total += size * rows[id(parameter)] // max(1, sum(slab.rows))
+        total += size * rows[identity_of(parameter)] // max(1, sum(slab.rows))
     if entry.input_scale is not None:
         total += entry.input_scale.numel() * entry.input_scale.element_size()
     return total

@@ -8,6 +8,7 @@ compiled from the same Dynamo graph with the same symbolic shapes.
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,18 @@ from torch import Tensor, fx
 from torch.nn import Parameter
 
 from quant_compile.ir.experts import Verdicts
-from quant_compile.ir.graph import BiasRef, ExpertBiasRef, ExpertRef, Ref, ScaleRef, copy_graph, slots_of
+from quant_compile.ir.graph import (
+    BiasRef,
+    ExpertBiasRef,
+    ExpertRef,
+    Ref,
+    ScaleRef,
+    copy_graph,
+    forget_tensors,
+    slots_of,
+)
 from quant_compile.ir.inline import inline
+from quant_compile.lowering.identity import Storages
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.options import Options, PolicySource
@@ -54,34 +65,38 @@ class Watched:
 
     Attributes:
         positions: among the graph's Parameters.
-        pick: those Parameters.
+        pick: those Parameters that have a version; one made in inference mode has none.
         versions: show updates in place.
         addresses: show another storage; one for each Parameter of the graph, None where it is not watched.
+        storages: show that an address was given up, and may since have been handed out again.
     """
 
     positions: list[int]
     pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     versions: tuple[int, ...]
     addresses: list[int | None]
+    storages: Storages
 
     @staticmethod
     def of(parameters: tuple[Any, ...], positions: Sequence[int]) -> Watched:
         """As they are now."""
-        pick = _picker(positions)
+        pick = _picker([position for position in positions if not parameters[position].is_inference()])
         addresses: list[int | None] = [None] * len(parameters)
         for position in positions:
             addresses[position] = parameters[position].data_ptr()
-        return Watched(list(positions), pick, _versions(pick(parameters)), addresses)
+        storages = Storages(parameters[position] for position in positions)
+        return Watched(list(positions), pick, _versions(pick(parameters)), addresses, storages)
 
     def unchanged(self, parameters: tuple[Any, ...]) -> bool:
         """Whether nothing shows a change; two passes over the Parameters in C."""
-        if self.versions != _versions(self.pick(parameters)):
+        if self.storages.died or self.versions != _versions(self.pick(parameters)):
             return False
         return _SAME_ADDRESSES(list(parameters), self.addresses, self.positions)
 
 
 def _same_addresses(tensors: list[Any], addresses: list[int | None], positions: list[int]) -> bool:
-    return all(tensors[position].data_ptr() == addresses[position] for position in positions)
+    now = map(Tensor.data_ptr, map(tensors.__getitem__, positions))
+    return all(map(operator.eq, now, map(addresses.__getitem__, positions)))
 
 
 # In C where torch was built with CUDA.
@@ -161,6 +176,7 @@ class GraphRunner:
 
     def _bind(self, values: tuple[Any, ...]) -> Binding:
         with self._lock:
+            forget_tensors(self.pristine.graph)
             parameters: dict[int, Parameter] = dict(zip(self._slots, values, strict=True))
             generation = self.source.generation
             session, decisions = self._decider.decide(parameters, late=True)
@@ -219,7 +235,7 @@ def _versions(parameters: tuple[Any, ...]) -> tuple[int, ...]:
 def _watchable(parameter: Parameter) -> bool:
     entry = STORE.peek(parameter)
     released = entry is not None and entry.released
-    return parameter.dim() > 0 and not released and not parameter.is_inference()
+    return parameter.dim() > 0 and not released
 
 
 def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[int, str]) -> Tensor:
