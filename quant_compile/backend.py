@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,7 +11,7 @@ from torch import fx
 from torch._dynamo.exc import exceptions_allowed_to_be_fallback
 from torch.nn import Parameter
 
-from quant_compile.ir.errors import GradModeError, GraphError, NoKernelError, OptionError, RecompileLimitWarning
+from quant_compile.ir.errors import GradModeError, GraphError, NoKernelError, OptionError
 from quant_compile.ir.family import Reject
 from quant_compile.ir.graph import copy_graph, planes_of
 from quant_compile.ir.moe import MoeProblem
@@ -26,10 +25,8 @@ from quant_compile.lowering.trace import analysed_once
 from quant_compile.lowering.tune import measured, source_hash
 from quant_compile.lowering.tune_guard import guard_times
 from quant_compile.lowering.tune_moe import measured_moe
-from quant_compile.model.ledger import LEDGER
-from quant_compile.model.names import Owners
 from quant_compile.options import Options, PolicySource
-from quant_compile.runtime import Choosers, GraphRunner
+from quant_compile.runtime import Choosers, GraphRunner, recompiles
 
 
 def sglquant(
@@ -66,7 +63,7 @@ def sglquant(
     )
     runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target)
     runner.prepare()
-    _watch_recompile_limit(example_inputs, source, target)
+    recompiles.watch(value for value in example_inputs if isinstance(value, Parameter))
     return runner
 
 
@@ -205,38 +202,3 @@ def _comparer(
             return compare(chain, chosen, rows, target, time)
 
     return compared
-
-
-def _watch_recompile_limit(inputs: Sequence[Any], source: PolicySource, target: Target) -> None:
-    """Past the recompile limit torch runs a function eagerly, in 16 bits, with nothing but a log line: not with us."""
-    from torch._dynamo import config
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-
-    code = _compiled_code()
-    if code is None:
-        return
-    graphs = len(_debug_get_cache_entry_list(code)) + 1
-    if graphs < config.recompile_limit:
-        return
-    raised = min(config.recompile_limit * 2, config.accumulated_recompile_limit)
-    text = f"{code.co_qualname} has been compiled {graphs} times, which is torch._dynamo.config.recompile_limit"
-    if raised > config.recompile_limit:
-        config.recompile_limit = raised
-        text += f"; raised it to {raised}, since further calls would run unquantized. Compiling the whole model needs fewer graphs."
-    else:
-        text += "; further variants will run eagerly and UNQUANTIZED. Fix: compile the whole model, or raise accumulated_recompile_limit."
-    warnings.warn(text, RecompileLimitWarning, stacklevel=2)
-    for model in Owners.of(value for value in inputs if isinstance(value, Parameter)).models:
-        LEDGER.session(model, source.policy, target.label).notes[text] = None
-
-
-def _compiled_code() -> Any:
-    """Code object of the frame that Dynamo is compiling."""
-    import sys
-
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "_compile" and frame.f_code.co_filename.endswith("convert_frame.py"):
-            return frame.f_locals.get("code")
-        frame = frame.f_back
-    return None
