@@ -17,6 +17,7 @@ from quant_compile.ir.report import Report
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import STORE, disclaim
 from quant_compile.model import names as naming
+from quant_compile.model import offload
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.places import parameters_of, places, unwrap, without_reserved, wrapped_by_peft
 from quant_compile.options import Options, PolicySource
@@ -42,11 +43,13 @@ def compile(
         OptionError, PolicyError, WeightError: nothing of the model has been changed.
     """
     parsed = Options.of({**options, "policy": policy})
-    if any(parameter.is_meta for parameter in model.parameters()):
+    lent = set(map(id, offload.lent_parameters(model)))
+    if any(parameter.is_meta and id(parameter) not in lent for parameter in model.parameters()):
         raise WeightError(
             "the model is on the meta device and has no weights. Fix: load it first (from_pretrained, or to_empty + load_state_dict)."
         )
-    target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu"))
+    device = offload.execution_device(model)
+    target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu" if device is None else device))
     source = PolicySource(parsed.policy, default_policy(target))
     problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)
@@ -84,7 +87,7 @@ def uncompile(model: nn.Module) -> nn.Module:
         StaleWeightError: weights are released, so that the model cannot run without its planes; nothing has been changed.
     """
     inner = unwrap(model)
-    STORE.refresh(parameters_of(inner))
+    refresh(inner)
     for part in _called(model):
         uninstall(part)
     for parameter in parameters_of(inner):
@@ -147,6 +150,7 @@ def refresh(model: nn.Module) -> int:
     Raises:
         StaleWeightError: a weight is released.
     """
+    offload.adopt(unwrap(model))
     return STORE.refresh(parameters_of(model))
 
 

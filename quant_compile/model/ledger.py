@@ -15,6 +15,7 @@ from quant_compile.ir.report import Report, WeightLine
 from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, peek_anchor
 from quant_compile.lowering.weights import STORE, Entry
 from quant_compile.model.names import Names, names_in
+from quant_compile.model.offload import adopt
 from quant_compile.model.places import parameters_of, unwrap
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.rules import Decides
@@ -112,6 +113,7 @@ class Ledger:
     def report(self, model: nn.Module) -> Report:
         """The ledger of a model; see ``quant_compile.report``."""
         model = unwrap(model)
+        adopt(model)
         session = self._session_of(model)
         weights = {id(weight.parameter): weight for weight in [*possible_weights(model), *linear_weights(model)]}
         names = names_in(model)

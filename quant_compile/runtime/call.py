@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
@@ -32,9 +33,11 @@ from quant_compile.ir.graph import (
     slots_of,
 )
 from quant_compile.ir.inline import inline
-from quant_compile.lowering.identity import Storages
+from quant_compile.lowering.identity import Storages, identity_of, peek_anchor, signature_of
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key
+from quant_compile.model.names import Owners
+from quant_compile.model.offload import Lent, adopt, adopt_at
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import SiteDecision
@@ -53,7 +56,7 @@ class Binding:
     variant: Variant
     pick_arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     planes: tuple[Tensor, ...]
-    watched: Watched
+    watched: Watched | Lendings
     merges: Merges
     epoch: int
     generation: int
@@ -94,6 +97,23 @@ class Watched:
         return _SAME_ADDRESSES(list(parameters), self.addresses, self.positions)
 
 
+@dataclass(frozen=True, eq=False)
+class Lendings:
+    """The same where weights are lent for a call: whatever Parameters have them, what their lenders say of their content."""
+
+    positions: Sequence[int]
+    signatures: list[Any]
+
+    @staticmethod
+    def of(parameters: tuple[Any, ...], positions: Sequence[int]) -> Lendings:
+        """As they are now."""
+        return Lendings(positions, [signature_of(parameters[position]) for position in positions])
+
+    def unchanged(self, parameters: tuple[Any, ...]) -> bool:
+        """Whether nothing shows a change."""
+        return self.signatures == [signature_of(parameters[position]) for position in self.positions]
+
+
 def _same_addresses(tensors: list[Any], addresses: list[int | None], positions: list[int]) -> bool:
     now = map(Tensor.data_ptr, map(tensors.__getitem__, positions))
     return all(map(operator.eq, now, map(addresses.__getitem__, positions)))
@@ -132,11 +152,13 @@ class GraphRunner:
         )
         self._lock = threading.RLock()
         self._bindings: dict[tuple[int, ...], Binding] = {}
+        self._places: weakref.WeakValueDictionary[int, Lent] = weakref.WeakValueDictionary()
         STORE.on_forget(self._forget)
 
     def prepare(self) -> Variant:
         """Compile the variant of the traced Parameters; called once, inside Dynamo's tracing context."""
         parameters, self._parameters = self._parameters, {}
+        self._adopt(tuple(parameters.values()))
         session, decisions = self._decider.decide(parameters)
         self._decider.check_rules(parameters)
         if self.options.releases(self.source.policy):
@@ -174,8 +196,22 @@ class GraphRunner:
         for key in [key for key in list(self._bindings) if identity in key]:
             self._bindings.pop(key, None)
 
+    def _adopt(self, values: tuple[Any, ...]) -> bool:
+        """Whether some Parameters are lent; those that are new have got the identity of their weights."""
+        if not adopt_at(self._places.values(), values):
+            for model in Owners.of(values).models:
+                adopt(model)
+        lent = [anchor for value in values if isinstance(anchor := peek_anchor(value), Lent)]
+        self._places.update((anchor.identity, anchor) for anchor in lent)
+        return bool(lent)
+
     def _bind(self, values: tuple[Any, ...]) -> Binding:
         with self._lock:
+            lent = self._adopt(values)
+            called = tuple(map(identity_of if lent else id, values))
+            found = self._bindings.get(called) if lent else None
+            if found is not None and self._is_current(found, values):
+                return found
             forget_tensors(self.pristine.graph)
             parameters: dict[int, Parameter] = dict(zip(self._slots, values, strict=True))
             generation = self.source.generation
@@ -196,14 +232,15 @@ class GraphRunner:
                 self._bindings.pop(key, None)
             # Until no other thread changed any planes in between. Bounded: a graph with more groups of one weight than the store
             # keeps slabs for packs anew each time; its binding is then out of date and is made again at the next call.
-            epoch, watched = -1, Watched.of(values, positions)
+            watch = Lendings.of if lent else Watched.of
+            epoch, watched = -1, watch(values, positions)
             for _ in range(3):
-                epoch, watched = STORE.epoch, Watched.of(values, positions)
+                epoch, watched = STORE.epoch, watch(values, positions)
                 planes = self._planes(variant, parameters, decisions)
                 if epoch == STORE.epoch:
                     break
             binding = Binding(variant, _picker(variant.arguments), planes, watched, merges, epoch, generation)
-            self._bindings[tuple(map(id, values))] = binding
+            self._bindings[called] = binding
             return binding
 
     def _planes(
