@@ -41,7 +41,6 @@ def watch(parameters: Iterable[nn.Parameter]) -> None:
 
 def _before_compiling() -> str:
     """What torch calls; it keeps the text that it gets with its metrics, and there is none."""
-    from torch._dynamo import config
     from torch._dynamo.cache_size import exceeds_recompile_limit
 
     frame = _compilation()
@@ -49,23 +48,33 @@ def _before_compiling() -> str:
     if frame is None or options is None:
         return ""
     exceeded, which = exceeds_recompile_limit(frame["cache_size"], frame["compile_id"])
-    if not exceeded:
-        return ""
+    if exceeded:
+        profile = sys.getprofile()
+        sys.setprofile(None)  # who watches what the model's call runs would take what is done here for a part of it
+        try:
+            _raise_limit(frame, options, which)
+        finally:
+            sys.setprofile(profile)
+    return ""
+
+
+def _raise_limit(frame: Mapping[str, Any], options: Mapping[str, Any], which: str) -> None:
+    from torch._dynamo import config
+
     code, limit = frame["code"], config.recompile_limit
     count = frame["cache_size"].num_cache_entries
     text = f"{code.co_qualname} has been compiled {count} times, which is torch._dynamo.config.{which}"
     raised = min(max(limit * 2, count + 1), config.accumulated_recompile_limit)
-    if which == "recompile_limit" and raised > limit:
-        config.recompile_limit = raised
-        text += f"; raised it to {raised}, since further calls would run unquantized. Compiling the whole model needs fewer graphs."
-        _tell(frame, options, text, lost=False)
-    else:
+    lost = which != "recompile_limit" or raised <= limit
+    if lost:
         text += (
             "; further variants run eagerly and UNQUANTIZED. Fix: compile the whole model, or raise "
             "torch._dynamo.config.accumulated_recompile_limit."
         )
-        _tell(frame, options, text, lost=True)
-    return ""
+    else:
+        config.recompile_limit = raised
+        text += f"; raised it to {raised}, since further calls would run unquantized. Compiling the whole model needs fewer graphs."
+    _tell(frame, options, text, lost)
 
 
 def _compilation() -> Mapping[str, Any] | None:
