@@ -89,7 +89,8 @@ class Worker:
         why = f"{self.limit:.0f} s were over" if late else f"the process ended with {self.process.exitcode}"
         if stage == "generating":
             return self.row | {"generate": f"{why} while generating"}
-        return self.row | {"status": LATE if late else EAGER, "reason": f"{why} while {stage}"}
+        compiled = stage == "compiling"  # else it is the eager model that does not come to an end
+        return self.row | {"status": LATE if late and compiled else EAGER, "reason": f"{why} while {stage}"}
 
 
 def serve(family: str, pipe: Connection, inductor: bool, generate: bool) -> None:

@@ -225,6 +225,9 @@ WIDTHS: tuple[tuple[str, int], ...] = (
     (r"proj(ection)?_(dim|size)|output_dim|width$|pooler_output_size|feature_size$", WIDTH),
 )
 IMAGES: tuple[tuple[str, int], ...] = ((r"^image_seq_len|^num_image_tokens$", 16), (r"^mm_tokens_per_image$", 4))
+# Models that leave these open cannot run without.
+NEEDED: Mapping[str, Any] = {"clip_qkv": 8.0, "num_experts_per_tok": 2}
+TOKEN_NAMES = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
 IMAGE_SIZE = re.compile(r"(pretrain_)?image_size|input_resolution|img_size")
 
 
@@ -243,7 +246,7 @@ class Shrink:
     def config(self, config: Any) -> Any:
         """A config of the same class with small numbers."""
         cls, found = type(config), dict(vars(config))
-        values = self._values(found)
+        values = {k: v for k, v in found.items() if _is_default_like(v)} | self._values(found)
         stages = found.get("_out_indices")
         if isinstance(stages, (list, tuple)) and self._layers(found) >= len(stages) > 1:
             last = self._layers(found)
@@ -287,10 +290,10 @@ class Shrink:
             return self.config(value)
         if isinstance(value, dict) and value and name.endswith("config"):
             return value | self._values(value)
-        if name == "clip_qkv" and value is None:
-            return 8.0
+        if value is None and name in TOKEN_NAMES:
+            return self._id(name)
         if isinstance(value, bool) or value is None:
-            return value
+            return NEEDED.get(name) if value is None else value
         if TOKEN.search(name) and not _is_indices(name, value, _layer_counts(found)):
             return self._special(name, value)
         if isinstance(value, int):
