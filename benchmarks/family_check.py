@@ -165,7 +165,7 @@ def reference_of(recipe: Tiny, model: nn.Module, report: Any) -> tuple[nn.Module
     return reference, before
 
 
-class original_embeddings(TorchFunctionMode):  # noqa: N801  (used as a function)
+class original_embeddings(TorchFunctionMode):
     """Rows that an embedding looks up are the original ones, also in a table that is a linear's weight too."""
 
     def __init__(self, before: Mapping[int, Tensor]) -> None:

@@ -192,36 +192,48 @@ NO_LAYER_COUNT = re.compile(
     r"window|shared|nextn|residual|max_depth|head_depth|feature_layer|feat_extract|lstm|skip|mtp|bit"
 )
 INDICES = re.compile(r"ind(ex|ices|exes)s?$|_layers$|_layer_ids$|layers_idx")
-# What a number means by its name, the first that matches; a function of the default.
-WIDTHS: tuple[tuple[str, Callable[[int], int]], ...] = (
-    (r"key_value_heads|kv_heads|query_groups|num_kv|linear_num_key_heads|n_groups$|mamba_groups|key_heads", lambda v: min(v, 2)),
-    (r"(^|_)(n|num|attention|heads)?_?(head|heads)$|attention_heads|n_heads|num_heads|mamba_n_heads|value_heads", lambda v: min(v, HEADS)),
-    (r"rotary_dim|^rope_dim", lambda v: min(v, HEAD_DIM // 2)),
-    (r"qk_head_dim", lambda v: min(v, 2 * HEAD_DIM)),
-    (r"head_?dim$|d_kv|dim_head|kv_channels|head_size|d_head|head_width|query_pre_attn_scalar|headdim|num_pos_feats", lambda v: min(v, HEAD_DIM)),
-    (r"_rank$", lambda v: min(v, 32)),
-    (r"d_state|state_size|ssm_state", lambda v: min(v, 16)),
-    (r"conv_dim$", lambda v: min(v, 32)),
-    (r"intermediate|ffn|d_ff$|mlp_dim|n_inner|inner_dim|feed_forward|feedforward_dim|mlp_hidden|dim_feedforward", lambda v: min(v, INNER)),
-    (r"hidden_size|hidden_dim|d_model|n_embd|embed_dim|emb_dim|embedding_size|embedding_dim|proj_dim|projection_dim|(^|_)dim$"
-     r"|output_dim|width$|lru_width|pooler_output_size|projection_size|feature_size$|model_dim|d_embed|proj_size|n_embed$", lambda v: min(v, WIDTH)),
-)  # fmt: skip
-COUNTS: tuple[tuple[str, Callable[[int], int]], ...] = (
-    (r"vocab_size|vocab_offset", lambda v: min(v, VOCAB)),
-    (r"^n_group$|num_expert_group|^n_groups_moe", lambda v: min(v, 2)),
-    (r"topk_group|topk_groups", lambda v: 1),
-    (r"per_tok$|topk$|top_k|experts_per|moe_k$|num_selected|per_token$|expert_k", lambda v: min(v, 2)),
-    (r"shared_experts", lambda v: min(v, 1)),
-    (r"experts$|n_routed|num_expert|moe_num", lambda v: min(v, 4)),
-    (r"_period$|_pattern$|_interval$|_step$|every_n|_freq$|_frequency$", lambda v: min(v, 2)),
-    (r"layer_offset$", lambda v: min(v, 1)),
-    (r"first_k_dense|num_dense_layers|num_kv_shared|dense_layers|moe_layer_start", lambda v: min(v, 1)),
-    (r"max_window_layers", lambda v: min(v, 1)),
-    (r"^sliding_window$|attention_chunk_size|local_attention$", lambda v: min(v, 4)),
-    (r"max_source_positions", lambda v: min(v, 32)),
-    (r"num_queries$|num_proposals|num_query_tokens|num_object_queries", lambda v: min(v, 8)),
-)  # fmt: skip
 TOKEN = re.compile(r"(_token_id|_token_index|_token|_id|_token_ids)$")
+# The most that a number may be, by the first pattern that its name matches. Counts are made small at every level,
+COUNTS: tuple[tuple[str, int], ...] = (
+    (r"vocab_size|vocab_offset", VOCAB),
+    (r"^n_group$|num_expert_group|^n_groups_moe", 2),
+    (r"topk_group", 1),
+    (r"per_tok$|topk$|top_k|experts_per|moe_k$|num_selected|per_token$|expert_k", 2),
+    (r"shared_experts", 1),
+    (r"experts$|n_routed|num_expert|moe_num", 4),
+    (r"_period$|_pattern$|_interval$|_step$|every_n|_freq$|_frequency$", 2),
+    (r"layer_offset$", 1),
+    (r"first_k_dense|num_dense_layers|num_kv_shared|dense_layers|moe_layer_start", 1),
+    (r"max_window_layers", 1),
+    (r"^sliding_window$|attention_chunk_size|local_attention$", 4),
+    (r"max_source_positions", 32),
+    (r"num_queries$|num_proposals|num_query_tokens|num_object_queries", 8),
+)
+# and widths where they are not given stage by stage.
+WIDTHS: tuple[tuple[str, int], ...] = (
+    (r"key_value_heads|kv_heads|query_groups|num_kv|n_groups$|mamba_groups|key_heads", 2),
+    (r"(^|_)(n|num|attention|heads)?_?(head|heads)$|attention_heads|n_heads|num_heads|value_heads", HEADS),
+    (r"rotary_dim|^rope_dim", HEAD_DIM // 2),
+    (r"qk_head_dim", 2 * HEAD_DIM),
+    (r"head_?dim$|d_kv|dim_head|kv_channels|head_size|d_head|head_width|query_pre_attn_scalar|headdim", HEAD_DIM),
+    (r"num_pos_feats", HEAD_DIM),
+    (r"_rank$", 32),
+    (r"d_state|state_size|ssm_state", 16),
+    (r"conv_dim$", 32),
+    (r"intermediate|ffn|d_ff$|mlp_dim|n_inner|inner_dim|feed_?forward|mlp_hidden", INNER),
+    (r"hidden_size|hidden_dim|d_model|model_dim|n_embe?d|d_embed|emb(ed)?_dim|embedding_(size|dim)|(^|_)dim$", WIDTH),
+    (r"proj(ection)?_(dim|size)|output_dim|width$|pooler_output_size|feature_size$", WIDTH),
+)
+IMAGES: tuple[tuple[str, int], ...] = ((r"^image_seq_len|^num_image_tokens$", 16), (r"^mm_tokens_per_image$", 4))
+# Models that leave these open cannot run without.
+NEEDED: Mapping[str, Any] = {"clip_qkv": 8.0, "num_experts_per_tok": 2}
+TOKEN_NAMES = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+IMAGE_SIZE = re.compile(r"(pretrain_)?image_size|input_resolution|img_size")
+
+
+def _at_most(name: str, value: int, limits: tuple[tuple[str, int], ...]) -> int | None:
+    """A number under the first limit that its name has; None where it has none."""
+    return next((min(value, limit) for pattern, limit in limits if re.search(pattern, name)), None)
 
 
 @dataclass
@@ -234,7 +246,7 @@ class Shrink:
     def config(self, config: Any) -> Any:
         """A config of the same class with small numbers."""
         cls, found = type(config), dict(vars(config))
-        values = self._values(found)
+        values = {k: v for k, v in found.items() if _is_default_like(v)} | self._values(found)
         stages = found.get("_out_indices")
         if isinstance(stages, (list, tuple)) and self._layers(found) >= len(stages) > 1:
             last = self._layers(found)
@@ -242,6 +254,11 @@ class Shrink:
         plain = vars(cls())
         kept = {k: v for k, v in values.items() if not k.startswith("_") and (k not in plain or not _same(v, plain[k]))}
         made = cls(**{k: v for k, v in kept.items() if k not in ("transformers_version", "dtype")})
+        rope = getattr(made, "rope_parameters", None)
+        if isinstance(rope, dict) and rope.get("rope_theta", 0) is None:
+            rope["rope_theta"] = 10000.0
+        if "head_dim" in found and made.head_dim is None:
+            made.head_dim = _head_dim(vars(made))
         if self.level != SHALLOW and "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):
             _set_sections(made)
         return made
@@ -264,35 +281,36 @@ class Shrink:
         taken = [
             len(v)
             for k, v in found.items()
-            if k == "_out_indices" and v or _is_indices(k, v, counts) or _is_cycle(k, v)
+            if (k == "_out_indices" and v) or _is_indices(k, v, counts) or _is_cycle(k, v)
         ]
         return max([LAYERS, *(min(kind, MOST_LAYERS) for kind in kinds), *(min(n, MOST_LAYERS) for n in taken)])
 
     def _value(self, name: str, value: Any, found: Mapping[str, Any], layers: int) -> Any:
-        counts = _layer_counts(found)
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             return self.config(value)
         if isinstance(value, dict) and value and name.endswith("config"):
-            return self._values(value) | {k: v for k, v in value.items() if k not in self._values(value)}
-        if name == "clip_qkv" and value is None:
-            return 8.0
+            return value | self._values(value)
+        if value is None and name in TOKEN_NAMES:
+            return self._id(name)
         if isinstance(value, bool) or value is None:
-            return value
+            return NEEDED.get(name) if value is None else value
+        if TOKEN.search(name) and not _is_indices(name, value, _layer_counts(found)):
+            return self._special(name, value)
+        if isinstance(value, int):
+            return -1 if re.search(r"feature_layer$", name) else self._number(name, value, found, layers)
+        return self._list(name, value, _layer_counts(found), layers)
+
+    @staticmethod
+    def _list(name: str, value: Any, counts: set[int], layers: int) -> Any:
         if _per_layer(name, value, counts):
             return _sample(value, layers)
         if _is_indices(name, value, counts):
-            return (
-                type(value)(range(layers - len(value), layers)) if len(value) <= layers else type(value)(range(layers))
-            )
-        if name == "depths" and isinstance(value, (list, tuple)):
-            return type(value)(min(v, 1) for v in value)
-        if TOKEN.search(name):
-            return self._special(name, value)
+            return type(value)(range(max(0, layers - len(value)), layers))
+        if not isinstance(value, (list, tuple)):
+            return value
         if re.search(r"feature_layers?$", name):
-            return type(value)(range(-len(value), 0)) if isinstance(value, (list, tuple)) else -1
-        if isinstance(value, int):
-            return self._number(name, value, found, layers)
-        return value
+            return type(value)(range(-len(value), 0))
+        return type(value)(min(v, 1) for v in value) if name == "depths" else value
 
     def _special(self, name: str, value: Any) -> Any:
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
@@ -305,28 +323,20 @@ class Shrink:
     def _number(self, name: str, value: int, found: Mapping[str, Any], layers: int) -> int:
         if LAYER_COUNT.search(name) and not NO_LAYER_COUNT.search(name):
             return min(value, layers)
-        for pattern, small in COUNTS:
-            if re.search(pattern, name):
-                return small(value)
+        count = _at_most(name, value, COUNTS)
+        if count is not None:
+            return count
         if self.level == SHALLOW or any(_is_stages(k, v) for k, v in found.items()):
             return value
-        if self.level == SMALL and re.fullmatch(r"(pretrain_)?image_size|input_resolution|img_size", name):
-            return min(value, self._image(found))
-        if self.level == SMALL and re.fullmatch(r"image_seq_length|num_image_tokens|image_seq_len", name):
-            return min(value, 16)
-        if self.level == SMALL and name == "mm_tokens_per_image":
-            return min(value, 4)
-        if re.search(r"key_value_heads|kv_heads", name) and value in (
-            found.get("num_attention_heads"),
-            found.get("n_heads"),
-        ):
-            return min(value, HEADS)
-        return next((small(value) for pattern, small in WIDTHS if re.search(pattern, name)), value)
-
-    @staticmethod
-    def _image(found: Mapping[str, Any]) -> int:
-        patch = found.get("patch_size")
-        return 4 * patch if isinstance(patch, int) and patch > 1 else 64
+        if self.level == SMALL and IMAGE_SIZE.fullmatch(name):
+            patch = found.get("patch_size")
+            return min(value, 4 * patch if isinstance(patch, int) and patch > 1 else 64)
+        if "kv_heads" in name or "key_value_heads" in name:  # as many as heads, where that is the default
+            alike = value in (found.get("num_attention_heads"), found.get("n_heads"))
+            return min(value, HEADS if alike else 2)
+        limits = (*IMAGES, *WIDTHS) if self.level == SMALL else WIDTHS
+        small = _at_most(name, value, limits)
+        return value if small is None else small
 
     def _consistent(self, found: Mapping[str, Any], out: dict[str, Any]) -> dict[str, Any]:
         """Numbers that follow from others: heads of state space models, rotary sections."""
@@ -382,7 +392,7 @@ def _is_indices(name: str, value: Any, counts: set[int]) -> bool:
     if not isinstance(value, (list, tuple)) or not value or not INDICES.search(name) or not counts:
         return False
     ints = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    return ints and len(set(value)) == len(value) and 0 <= min(value) and max(value) <= max(counts)
+    return ints and len(set(value)) == len(value) and min(value) >= 0 and max(value) <= max(counts)
 
 
 def _is_cycle(name: str, value: Any) -> bool:
@@ -435,7 +445,7 @@ def _set_sections(config: Any) -> None:
     if not isinstance(rope, dict) or not hasattr(config, "num_attention_heads"):
         return
     turned = int(_head_dim(vars(config)) * (rope.get("partial_rotary_factor") or 1)) // 2
-    before = rope.get("mrope_section") or [16, 24, 24]
+    before = rope.get("mrope_section") or [24, 24, 16]
     parts = [max(1, part * turned // sum(before)) for part in before]
     alone = next((i for i, part in enumerate(before) if before.count(part) == 1), 0)
     parts[alone] += turned - sum(parts)
@@ -571,8 +581,7 @@ def _has_token(config: Any, *senses: str) -> bool:
 
 def _token_of(config: Any, sense: str) -> int | None:
     names, _ = TOKENS_FOR.get(sense, ((), ""))
-    found = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
-    return found
+    return next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
 
 
 def add_tokens(model: nn.Module, config: Any, inputs: dict[str, Any], signature: Mapping[str, Any]) -> dict[str, Any]:
@@ -708,6 +717,24 @@ def series(config: Any, signature: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def patches(config: Any, signature: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Flattened patches of one image, as vision towers with a grid take them."""
+    sides = look(config, "patch_size", default=16) ** 2 * look(config, "temporal_patch_size", default=1)
+    channels = look(config, "in_channels", "num_channels", default=3)
+    return [{"hidden_states": randn(16, channels * sides), "grid_thw": torch.tensor([[1, 4, 4]])}]
+
+
+def codes(config: Any, signature: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Codes of eight frames of sound."""
+    return [{"audio_codes": torch.zeros(1, look(config, "num_codebooks", default=8), 8, dtype=torch.long)}]
+
+
+def encoded(config: Any, batch: int) -> Tensor:
+    """What an encoder would give."""
+    width = look(config, "encoder_hidden_size", "cross_attention_hidden_size", "hidden_size", default=WIDTH)
+    return randn(batch, 7, width)
+
+
 Forms = Callable[[Any, Mapping[str, Any]], list[dict[str, Any]]]
 SENSES: Mapping[str, Forms] = {
     "pixel_values": images,
@@ -715,17 +742,14 @@ SENSES: Mapping[str, Forms] = {
     "input_values": waves,
     "pixel_values_videos": videos,
     "past_values": series,
-    "hidden_states": lambda config, signature: [
-        {"hidden_states": randn(16, look(config, "in_channels", "num_channels", default=3) * look(config, "temporal_patch_size", default=1) * look(config, "patch_size", default=16) ** 2),
-         "grid_thw": torch.tensor([[1, 4, 4]])}
-    ],
-    "audio_codes": lambda config, signature: [{"audio_codes": torch.zeros(1, look(config, "num_codebooks", default=8), 8, dtype=torch.long)}],
-}  # fmt: skip
+    "hidden_states": patches,
+    "audio_codes": codes,
+}
 OTHERS: Mapping[str, Callable[[Any, int], Any]] = {
     "decoder_input_ids": lambda config, batch: token_ids(config, batch, 5),
     "attention_mask": lambda config, batch: torch.ones(batch, 9, dtype=torch.long),
     "position_ids": lambda config, batch: torch.arange(9).expand(batch, 9),
     "inputs_embeds": lambda config, batch: randn(batch, 9, look(config, "hidden_size", default=WIDTH)),
-    "encoder_hidden_states": lambda config, batch: randn(batch, 7, look(config, "encoder_hidden_size", "cross_attention_hidden_size", "hidden_size", default=WIDTH)),
+    "encoder_hidden_states": lambda config, batch: encoded(config, batch),
     "query_embeds": lambda config, batch: randn(batch, 4, look(config, "hidden_size", default=WIDTH)),
 }  # fmt: skip

@@ -5,6 +5,7 @@ Dynamo loads much when it traces for the first time, which takes longer than mos
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -21,3 +22,5 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") is None:
 check("llama", lambda row: None)
 torch._dynamo.reset()
 torch._dynamo.utils.counters.clear()
+gc.collect()
+gc.freeze()  # what is loaded is not gone through, and so not copied, by each process

@@ -610,7 +610,7 @@ def families(results: Path) -> str:
     """How every family of transformers fared: counts, what stays open, all that ran, and what did not."""
     result = read("families", results)
     if result is None:
-        return "The families have not been swept yet; their tables will stand here."
+        return ""
     rows, settings = result["rows"], result["settings"]
     ran = [row for row in rows if row["status"] in ("right", "wrong")]
     parts = [
@@ -650,16 +650,17 @@ def families_summary(rows: Sequence[Result], settings: Result, where: str) -> st
     lines = [
         f"{len(rows)} of {settings['families']} families under {settings['policy']}:",
         "",
-        f"- {len(right)} right: within {settings['tolerance']:.0e} of the eager reference. {whole} have coverage 1.0, {none} no weight that the "
-        f"policy names, {len(right) - whole - none} weights that are skipped, each with its reason.",
+        f"- {len(right)} right: within {settings['tolerance']:.0e} of the eager reference. {whole} have coverage 1.0, {none} no "
+        f"weight that the policy names, {len(right) - whole - none} weights that are skipped, each with its reason.",
         f"- {count.get('wrong', 0)} wrong, {count.get('crashed', 0)} crashed where plain `torch.compile` works.",
-        f"- {count.get('torch.compile fails too', 0)} that plain `torch.compile` cannot compile either, {count.get('out of time', 0)} out of time.",
+        f"- {count.get('torch.compile fails too', 0)} that plain `torch.compile` cannot compile either, "
+        f"{count.get('out of time', 0)} out of time.",
         f"- {count.get('not run', 0)} that general rules could not build or run eagerly.",
     ]
     if told:
         lines.append(
-            f"- `generate`: {same} of {len(told)} right ones give the eager reference's {settings['new_tokens']} tokens, {failing} do not generate "
-            f"eagerly either, {len(told) - same - failing} are listed with a reason."
+            f"- `generate`: {same} of {len(told)} right ones give the eager reference's {settings['new_tokens']} tokens, {failing} "
+            f"do not generate eagerly either, {len(told) - same - failing} are listed with a reason."
         )
     how = "graphs compiled by Inductor" if settings["inductor"] else "graphs run as they are lowered, without Inductor"
     return "\n".join([*lines, "", f"{how[0].upper()}{how[1:]}; {where}."])

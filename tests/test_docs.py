@@ -267,6 +267,16 @@ def test_the_limit_of_experts_in_four_bits_is_what_the_table_says() -> None:
 MACHINE = {"gpu": "NVIDIA H200", "cpu": "some", "threads": 2, "versions": {"torch": "2.11.0", "triton": None}}
 CELL = {"ms": 2.0, "speedup": 1.5, "wall_ms": 2.25}
 TOKEN = {"ms_per_token": 4.0, "first_token_ms": 14.0, "speedup": 1.0, "first_token_speedup": 1.0}
+FAMILY = {
+    "class": "M",
+    "status": "right",
+    "graphs": 1,
+    "coverage": 1.0,
+    "quantized": 2,
+    "error": 2e-7,
+    "rounding": 0.02,
+    "skips": [],
+}
 RESULTS: dict[str, dict[str, Any]] = {
     "generate": {
         "settings": {
@@ -345,6 +355,17 @@ RESULTS: dict[str, dict[str, Any]] = {
             {"scheme": "W8A8", "n": 16, "k": 32, "m": 1, "ratio_to_bf16": 0.25},
             {"scheme": "W8A8", "n": 64, "k": 32, "m": 1, "ratio_to_bf16": 1.0},
             {"scheme": "W4A16", "n": 16, "k": 32, "m": 1, "ratio_to_bf16": None},
+        ],
+    },
+    "families": {
+        "settings": {"policy": "W8A16", "families": 5, "tolerance": 1e-3, "new_tokens": 4, "inductor": False},
+        "rows": [
+            FAMILY | {"family": "a", "generate": "same"},
+            FAMILY
+            | {"family": "b", "coverage": 0.5, "skips": ["x.*.w (2): read by `einsum`"], "generate": "other tokens"},
+            FAMILY | {"family": "c", "status": "wrong", "error": None},
+            {"family": "d", "status": "crashed", "reason": "TypeError: a_b"},
+            {"family": "e", "status": "not run", "reason": "ImportError: timm"},
         ],
     },
     "quality_cuda": {
@@ -427,6 +448,19 @@ EXPECTED = {
         "| 5 | 400 | 0.20 | 500 |",
     ],
     "cpu_decode": ["| W8A16 | 2.5 | 1.25× |", "| x (bad) | – | – |"],
+    "families": [
+        "5 of 5 families under W8A16:",
+        "- 2 right: within 1e-03 of the eager reference. 1 have coverage 1.0, 0 no weight that the policy names, "
+        "1 weights that are skipped, each with its reason.",
+        "- 1 wrong, 1 crashed where plain `torch.compile` works.",
+        "- `generate`: 1 of 2 right ones give the eager reference's 4 tokens, 0 do not generate eagerly either, "
+        "1 are listed with a reason.",
+        "| b | x.\\*.w (2): read by \\`einsum\\`; generate: other tokens |",
+        "| c | wrong: other shape or NaN |",
+        "| d | crashed: TypeError: a\\_b |",
+        "| a | `M` | 1 | 1.000 | 2e-07 | 2.0e-02 | same |",
+        "| e | not run | ImportError: timm |",
+    ],
 }
 
 
