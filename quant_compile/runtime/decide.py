@@ -317,6 +317,7 @@ class Decider:
     def note_slices(self, weights: Sequence[Parameter]) -> None:
         """Misses for weights that reach a graph only as slices, which is no way to know which planes it needs."""
         owners, against = Owners.of(weights), list[str]()
+        self._sessions(owners)  # the report names the policy, though no other graph may know this model
         for weight in weights:
             known = owners.names(weight)
             self._record_miss(-1, weight, known, SLICED_OUTSIDE)
