@@ -142,8 +142,21 @@ def account(
             made[node], use = _step(node, made, parameters)
             if use is not None:
                 slots = _weights_at(node, made, use) & matrices
-                reads += [Read(node, slot, use, _reason(node, use)) for slot in sorted(slots)]
+                reads += [
+                    Read(node, slot, use, _made_before(node, slot, made) or _reason(node, use))
+                    for slot in sorted(slots)
+                ]
     return reads
+
+
+def _made_before(node: fx.Node, slot: int, made: _Made) -> str | None:
+    """The reason where a product multiplies by something that was made of the weight."""
+    if plain_name(node) not in PRODUCTS:
+        return None
+    operand = next(i for i in node.all_input_nodes if slot in (made.get(i) or ()))
+    if operand.op == "placeholder":
+        return None
+    return f"{plain_name(node)} multiplies by what {plain_name(operand)} makes of it, not by the weight"
 
 
 def _beside(node: fx.Node, made: _Made) -> frozenset[int] | None:
@@ -182,7 +195,9 @@ def _inside(gm: fx.GraphModule, node: fx.Node, made: _Made, parameters: Mapping[
             inner.meta["argument"] = i
         for read in account(body, held, (), ()):
             slot = given[read.slot].meta["argument"]
-            reads[slot, read.use] = Read(node, slot, read.use, f"inside of {_op(node)}: {read.reason}")
+            inner = "whose subgraphs are not rewritten" if read.use.multiplies else read.reason
+            reason = f"read inside of {_op(node)} ({plain_name(read.node)}), {inner}"
+            reads[slot, read.use] = Read(node, slot, read.use, reason)
         plain |= {given[i].meta["argument"] for i in held}
     for source in node.all_input_nodes:
         for slot in (made.get(source) or frozenset()) - plain:
