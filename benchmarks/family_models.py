@@ -192,6 +192,7 @@ NO_LAYER_COUNT = re.compile(
     r"window|shared|nextn|residual|max_depth|head_depth|feature_layer|feat_extract|lstm|skip|mtp|bit"
 )
 INDICES = re.compile(r"ind(ex|ices|exes)s?$|_layers$|_layer_ids$|layers_idx")
+SOME_LAYERS = re.compile(r"_layers$|_layer_ids$")  # those of another kind, and not those that something is read from
 TOKEN = re.compile(r"(_token_id|_token_index|_token|_id|_token_ids)$")
 # The most that a number may be, by the first pattern that its name matches. Counts are made small at every level,
 COUNTS: tuple[tuple[str, int], ...] = (
@@ -281,7 +282,9 @@ class Shrink:
         taken = [
             len(v)
             for k, v in found.items()
-            if (k == "_out_indices" and v) or _is_indices(k, v, counts) or _is_cycle(k, v)
+            if (k == "_out_indices" and v)
+            or (_is_indices(k, v, counts) and not SOME_LAYERS.search(k))
+            or _is_cycle(k, v)
         ]
         return max([LAYERS, *(min(kind, MOST_LAYERS) for kind in kinds), *(min(n, MOST_LAYERS) for n in taken)])
 
@@ -305,7 +308,8 @@ class Shrink:
         if _per_layer(name, value, counts):
             return _sample(value, layers)
         if _is_indices(name, value, counts):
-            return type(value)(range(max(0, layers - len(value)), layers))
+            count = 1 if SOME_LAYERS.search(name) else len(value)
+            return type(value)(range(max(0, layers - count), layers))
         if not isinstance(value, (list, tuple)):
             return value
         if re.search(r"feature_layers?$", name):

@@ -651,7 +651,8 @@ def families_summary(rows: Sequence[Result], settings: Result, where: str) -> st
         f"{len(rows)} of {settings['families']} families under {settings['policy']}:",
         "",
         f"- {len(right)} right: within {settings['tolerance']:.0e} of the eager reference. {whole} have coverage 1.0, {none} no "
-        f"weight that the policy names, {len(right) - whole - none} weights that are skipped, each with its reason.",
+        f"weight that the policy names, {len(right) - whole - none} weights that are skipped, each with its reason "
+        f"({sum(not row['quantized'] for row in right) - none} of them have nothing quantized, so that nothing was compared).",
         f"- {count.get('wrong', 0)} wrong, {count.get('crashed', 0)} crashed where plain `torch.compile` works.",
         f"- {count.get('torch.compile fails too', 0)} that plain `torch.compile` cannot compile either, "
         f"{count.get('out of time', 0)} out of time.",
