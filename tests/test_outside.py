@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from types import FunctionType
@@ -83,23 +84,23 @@ class OfAChild(Base):
 @pytest.mark.parametrize("kind", [ItemInLoop, PrintInLoop, Disabled, OfAChild])
 def test_weights_read_outside_are_named(kind: type[Base], plain_inductor: CompileCounter) -> None:
     torch._dynamo.reset()
-    model = kind().eval().requires_grad_(False)
+    model = nn.Sequential(kind()).eval().requires_grad_(False)
     quant_compile.compile(model, "W8A16", kernels="reference")
     with torch.no_grad():
         model(X)
     report = quant_compile.report(model)
     named = {
-        "ItemInLoop": "layers.0.weight",
-        "PrintInLoop": "layers.0.weight",
-        "Disabled": "own",
-        "OfAChild": "held.weight",
+        "ItemInLoop": "0.layers.0.weight",
+        "PrintInLoop": "0.layers.0.weight",
+        "Disabled": "0.own",
+        "OfAChild": "0.held.weight",
     }
     reasons = dict(report.skips)
     assert report.coverage < 1.0 and "outside of the compiled graph, because" in reasons[named[kind.__name__]]
     with pytest.raises(quant_compile.CoverageError, match=r"outside of the compiled graph"):
         report.require(1.0)
     torch._dynamo.reset()
-    strict = kind().eval().requires_grad_(False)
+    strict = nn.Sequential(kind()).eval().requires_grad_(False)
     quant_compile.compile(strict, STRICT, kernels="reference")
     with (
         torch.no_grad(),
@@ -136,11 +137,11 @@ def test_code_without_a_hash_is_looked_at(constant: Any, plain_inductor: Compile
 
 def test_dynamos_own_reason_and_place(plain_inductor: CompileCounter) -> None:
     torch._dynamo.reset()
-    model = ItemInLoop().eval().requires_grad_(False)
+    model = nn.Sequential(ItemInLoop()).eval().requires_grad_(False)
     quant_compile.compile(model, "W8A16", kernels="reference")
     with torch.no_grad():
         model(X)
-    reason = dict(quant_compile.report(model).skips)["layers.0.weight"]
+    reason = dict(quant_compile.report(model).skips)["0.layers.0.weight"]
     assert "item()" in reason and "test_outside.py" in reason and "ItemInLoop." in reason
 
 
@@ -228,3 +229,49 @@ def test_recurrences_do_not_take_the_linears_with_them(kind: Any, plain_inductor
     skipped = {name for name, _ in report.skips}
     assert skipped == {"rnn.weight_ih_l0", "rnn.weight_hh_l0"} and 0 < report.coverage < 1
     assert {line.names[0] for line in report.lines if line.scheme} == {"first.weight", "last.weight"}
+
+
+class Encodes(nn.Module):
+    """Has methods beside ``forward`` that a user calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        self.head = nn.Sequential(nn.Linear(32, 8), nn.ReLU())
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encode(x) + 1
+
+
+def rounded(model: nn.Module) -> nn.Module:
+    made = copy.deepcopy(model)
+    for module in made.modules():
+        if isinstance(module, nn.Linear):
+            scale = module.weight.data.abs().amax(1, keepdim=True) / 127
+            module.weight.data = (module.weight.data / scale).round() * scale
+    return made
+
+
+@pytest.mark.parametrize("kind", [Encodes, ItemInLoop, PrintInLoop])
+def test_modules_right_under_a_model_are_quantized_whoever_calls_them(
+    kind: type[Any], plain_inductor: CompileCounter
+) -> None:
+    """By another method than forward, and where Dynamo skips the frame that calls them."""
+    torch._dynamo.reset()
+    model = kind().eval().requires_grad_(False)
+    wanted, call = rounded(model), "encode" if kind is Encodes else "forward"
+    quant_compile.compile(model, STRICT, kernels="reference")
+    with torch.no_grad():
+        found = model.encode(X) if kind is Encodes else model(X)
+        torch.testing.assert_close(found, getattr(wanted, call)(X), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(X), wanted(X), rtol=1e-4, atol=1e-5)
+    assert quant_compile.report(model).coverage == 1.0
+    quant_compile.uncompile(model)
+    assert all("_compiled_call_impl" not in vars(module) for module in model.modules())

@@ -113,6 +113,8 @@ def install(
     kind = mixin(model)
     if kind is None:
         installed.set(model, CALL, Call(model, compiled(model, options), False, outside, installed))
+        for part in _entered(model):
+            installed.set(part, CALL, Call(part, compiled(part, options), False, outside))
         return
     name = cache_name(kind)
     parsed = Options.of(options)
@@ -227,6 +229,20 @@ def _with_recurrences(run: Callable[..., Any]) -> Callable[..., Any]:
             return run(*args, **kwargs)
 
     return call
+
+
+def _entered(model: nn.Module) -> Iterator[nn.Module]:
+    """Parts that other methods than ``forward`` may call (``encode``, ``get_image_features``): the modules right under a model.
+
+    Where Dynamo skips the model's own frame, these are compiled each on its own instead.
+    """
+    if type(model).__module__.startswith("torch.nn"):  # has no other methods
+        return
+    weighty = {id(weight.parameter) for weight in linear_weights(model)}
+    for child in model.children():
+        for part in child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict) else (child,):
+            if any(id(parameter) in weighty for parameter in part.parameters()):
+                yield part
 
 
 def _called_apart(model: Any) -> Iterator[nn.Module]:
