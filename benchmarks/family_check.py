@@ -96,6 +96,11 @@ def _compared(recipe: Tiny, row: Row, tell: Tell, with_generate: bool) -> Row:
         "skips": skips_of(report),
         "status": RIGHT if error <= TOLERANCE else WRONG,
     }
+    both = sum(line.missed and line.scheme is not None for line in report.lines)
+    if row["status"] == WRONG and both:
+        row["reason"] = (
+            f"{both} weights are quantized where some graph reads them and not where another does; no copy is like that"
+        )
     if not row["quantized"] and not row["skips"]:
         row["reason"] = "the policy names no weight of it"
     if not with_generate:
@@ -146,22 +151,32 @@ def int8_rows(weight: Tensor, transposed: bool) -> Tensor:
     return (weight / step).round().clamp(-127, 127) * step
 
 
-def reference_of(recipe: Tiny, model: nn.Module, report: Any) -> tuple[nn.Module, dict[int, Tensor]]:
-    """A fresh model with rounded weights, and what they were by the rounded Parameter's id."""
+def rounded_as_packed(weight: Tensor, parameter: Tensor) -> Tensor:
+    """A weight rounded by the rows that the compiled graph said: of each expert's matrix, or of the one that all its dimensions make."""
     from quant_compile.lowering.weights import STORE
 
+    entry = STORE.peek(parameter)  # type: ignore[arg-type]
+    if entry is None or not entry.packs:
+        return weight
+    key, pack = next(iter(entry.packs.items()))
+    rows = pack.stop - pack.start
+    if rows == weight.shape[0] and pack.slab.planes[0].dim() > 2:
+        return int8_rows(weight, key.transposed)
+    matrix = weight.reshape(-1, rows) if key.transposed else weight.reshape(rows, -1)
+    return int8_rows(matrix, key.transposed).reshape(weight.shape)
+
+
+def reference_of(recipe: Tiny, model: nn.Module, report: Any) -> tuple[nn.Module, dict[int, Tensor]]:
+    """A fresh model with rounded weights, and what they were by the rounded Parameter's id."""
     compiled = dict(model.named_parameters(remove_duplicate=False))
     reference = recipe.make()
     own = dict(reference.named_parameters(remove_duplicate=False))
     before: dict[int, Tensor] = {}
     for line in report.lines:
-        if line.scheme is None:
-            continue
-        entry = STORE.peek(compiled[line.names[0]])  # type: ignore[arg-type]
-        transposed = bool(entry and any(key.transposed for key in entry.packs))
-        parameter = own[line.names[0]]
-        before[id(parameter)] = parameter.detach().clone()
-        parameter.data = int8_rows(parameter.data, transposed)
+        if line.scheme is not None:
+            parameter = own[line.names[0]]
+            before[id(parameter)] = parameter.detach().clone()
+            parameter.data = rounded_as_packed(parameter.data, compiled[line.names[0]])
     return reference, before
 
 
