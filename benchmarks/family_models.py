@@ -258,7 +258,7 @@ class Shrink:
         rope = getattr(made, "rope_parameters", None)
         if isinstance(rope, dict) and rope.get("rope_theta", 0) is None:
             rope["rope_theta"] = 10000.0
-        if "head_dim" in found and made.head_dim is None:
+        if vars(made).get("head_dim", 0) is None:
             made.head_dim = _head_dim(vars(made))
         if self.level != SHALLOW and "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):
             _set_sections(made)

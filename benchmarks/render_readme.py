@@ -612,7 +612,7 @@ def families(results: Path) -> str:
     if result is None:
         return ""
     rows, settings = result["rows"], result["settings"]
-    ran = [row for row in rows if row["status"] in ("right", "wrong")]
+    ran = [row for row in rows if row["status"] in ("right", "wrong", "unstable")]
     parts = [
         families_summary(rows, settings, place(result, "transformers")),
         *section("What stays open", families_open(rows)),
@@ -654,6 +654,7 @@ def families_summary(rows: Sequence[Result], settings: Result, where: str) -> st
         f"weight that the policy names, {len(right) - whole - none} weights that are skipped, each with its reason "
         f"({sum(not row['quantized'] for row in right) - none} of them have nothing quantized, so that nothing was compared).",
         f"- {count.get('wrong', 0)} wrong, {count.get('crashed', 0)} crashed where plain `torch.compile` works.",
+        f"- {count.get('unstable', 0)} unstable: the eager model's own outputs jump when its weights move by a millionth.",
         f"- {count.get('torch.compile fails too', 0)} that plain `torch.compile` cannot compile either, "
         f"{count.get('out of time', 0)} out of time.",
         f"- {count.get('not run', 0)} that general rules could not build or run eagerly.",

@@ -55,6 +55,6 @@ def test_three_families(family: str) -> None:
 @pytest.mark.parametrize("family", models.families())
 def test_every_family(family: str) -> None:
     row = row_of(family)
-    if row["status"] in (check.EAGER, check.TORCH, check.LATE):
+    if row["status"] in (check.EAGER, check.TORCH, check.LATE, check.UNSTABLE):
         pytest.skip(f"{row['status']}: {row['reason']}")
     assert_right(row)
