@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant_compile.lowering.kernels._triton_pieces import _only_if
+
 
 @triton.jit
 def _activation(gate, alpha, KIND: tl.constexpr):
@@ -46,7 +48,7 @@ def activate_kernel(
     up = tl.load(hidden_ptr + row * 2 * size + size + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         expert = tl.load(expert_ptr + row).to(tl.int64)
-        known = mask & (expert < experts)
+        known = _only_if(mask, expert < experts)
         gate += tl.load(bias_ptr + expert * 2 * size + cols, mask=known, other=0.0).to(tl.float32)
         up += tl.load(bias_ptr + expert * 2 * size + size + cols, mask=known, other=0.0).to(tl.float32)
     if LIMITED:
@@ -82,7 +84,7 @@ def weigh_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for j in range(TOP_K):
         row = tl.load(place_ptr + token * TOP_K + j).to(tl.int64)
-        counts = mask & (row < end)
+        counts = _only_if(mask, row < end)
         value = tl.load(rows_ptr + row * size + cols, mask=counts, other=0.0).to(tl.float32)
         if HAS_BIAS:
             expert = tl.load(expert_ptr + row).to(tl.int64)
