@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_compile.lowering.kernels._triton_pieces import _only_if
+from quant_compile.lowering.kernels._triton_pieces import ALL_NAN, _only_if
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _activation(gate, alpha, KIND: tl.constexpr):
         z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         out = gate * tl.sigmoid(2.0 * z)
     else:
-        out = tl.maximum(gate, 0.0)
+        out = tl.maximum(gate, 0.0, propagate_nan=ALL_NAN)
     return out
 
 
@@ -52,8 +52,9 @@ def activate_kernel(
         gate += tl.load(bias_ptr + expert * 2 * size + cols, mask=known, other=0.0).to(tl.float32)
         up += tl.load(bias_ptr + expert * 2 * size + size + cols, mask=known, other=0.0).to(tl.float32)
     if LIMITED:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
+        gate = tl.minimum(gate, limit, propagate_nan=ALL_NAN)
+        up = tl.maximum(up, -limit, propagate_nan=ALL_NAN)
+        up = tl.minimum(up, limit, propagate_nan=ALL_NAN)
     value = (_activation(gate, alpha, KIND) * (up + shift)).to(hidden_ptr.dtype.element_ty)
     if QUANT != "none":
         wide = tl.where(mask, value.to(tl.float32), 0.0)
