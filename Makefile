@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # What the tests were written against. On a GPU machine name yours, e.g. `make demo TORCH="torch==2.11.0"`; torch brings its own
-# triton there. (The interpreter of newer tritons refuses masks that compile, so the tests pin 3.6.)
+# triton there. The newest release, beside the pinned one: `make test VENV=.venv-newest TORCH="torch==2.15.0 triton==3.9.0"`.
 TORCH  ?= torch==2.13.0 triton==3.6.0
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check

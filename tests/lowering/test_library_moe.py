@@ -363,6 +363,11 @@ def nan_and_zero_rows() -> None:
     assert codes[0, 3].isnan() and not codes[1].any() and scale[1] > 0
     assert torch.allclose(codes[2], torch.full((32,), 448.0), rtol=1e-6)
     assert float(scale[2]) == pytest.approx(1 / 448, rel=1e-6)
+    limited = MoeProblem(parse("W4A16"), 2, 64, 32, 1, Activation.parse("silu(1.702,7.0,1.0)"), F16)
+    hidden = torch.ones(2, 64, dtype=F16)
+    hidden[0, 3], hidden[1, 32 + 5] = torch.nan, torch.nan  # a gate, an up
+    (inner,) = library_moe.activate(hidden, group_pairs(torch.zeros(2, 1, dtype=torch.long), 2), None, None, limited)
+    assert inner.isnan().nonzero().tolist() == [[0, 3], [1, 5]]
 
 
 def weigh_cases() -> None:
@@ -402,7 +407,9 @@ def test_activation_compiles(arch: int, kind: str) -> None:
     for quant, g, group in (("dynamic", 1, 1024), ("dynamic", 8, 128), ("static", 1, 1024)):
         extra = {"static_ptr": "*fp32"} if quant == "static" else {}
         constants = {**shapes, "QUANT": quant, "G": g, "GROUP": group, **({} if extra else {"static_ptr": None})}
-        assert compile_cubin(activate_kernel, arch, types | extra, constants, num_warps=2).asm["cubin"]
+        ptx = compile_cubin(activate_kernel, arch, types | extra, constants, num_warps=2).asm["ptx"]
+        # Limits and relu let NaN pass: a minimum of gate and up each, a maximum of up, and relu's. Others are of scales and codes.
+        assert ptx.count("max.NaN.f32") * (1 if kind == "relu" else 2) == ptx.count("min.NaN.f32") > 0
 
 
 @needs_triton

@@ -15,6 +15,15 @@ def _words(ptr, WORD: tl.constexpr):
 
 
 @triton.jit
+def _only_if(mask, flag):
+    """``mask`` [..] where the scalar condition ``flag`` holds; it compiles to ``mask & flag``.
+
+    Triton 3.9's interpreter spreads a condition as int32, and loads and stores there take no mask of int32.
+    """
+    return (mask & flag) != 0
+
+
+@triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=ALL_NAN)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quant_compile.lowering.kernels._triton_pieces import _amax, _codes, _dp4a, _scale_of, _tile_of
+from quant_compile.lowering.kernels._triton_pieces import _amax, _codes, _dp4a, _only_if, _scale_of, _tile_of
 from quant_compile.lowering.kernels.experts._triton_frame import (
     _activate,
     _block_at,
@@ -473,7 +473,7 @@ def down_rows_kernel(
     total = tl.zeros((BLOCK_N, TOP_K, BLOCK if UNIT == 4 else BLOCK // VECTOR), ACC)
     for start in range(0, width, BLOCK):
         at = start + cols
-        more = legal & (start + BLOCK < width)
+        more = _only_if(legal, start + BLOCK < width)
         following = _stream(w_at + start + BLOCK, at + BLOCK, width, more, EVEN)
         h, scale_h = _hidden_step(
             h_ptr + pairs * k, start, k, legal, inverse, BLOCK, UNIT, VECTOR, GROUP_K, QUANTIZE, CODE, ACC

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quant_compile.lowering.kernels._triton_pieces import _amax, _codes, _scale_of, _tile_of
+from quant_compile.lowering.kernels._triton_pieces import _amax, _codes, _only_if, _scale_of, _tile_of
 from quant_compile.lowering.kernels.experts._triton_frame import (
     _activate,
     _block_at,
@@ -566,7 +566,7 @@ def down_rows4_kernel(
         scale = scale[None, :]
     total = tl.zeros((BLOCK_N, TOP_K, BLOCK // VECTOR), tl.float32)
     for start in range(0, width, BLOCK):
-        more = legal & (start + BLOCK < width)
+        more = _only_if(legal, start + BLOCK < width)
         following = _stream(w_at + start + BLOCK, start + BLOCK + cols, width, more, EVEN)
         h = _hidden_words(h_ptr + pairs * (width * 8), start, width, legal, inverse, FORMAT, BLOCK, QUANTIZE, CODE)
         total = _add_words(

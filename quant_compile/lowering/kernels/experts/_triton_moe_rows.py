@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quant_compile.lowering.kernels._triton_pieces import ALL_NAN, _only_if
+
 
 @triton.jit
 def _activation(gate, alpha, KIND: tl.constexpr):
@@ -24,7 +26,7 @@ def _activation(gate, alpha, KIND: tl.constexpr):
         z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         out = gate * tl.sigmoid(2.0 * z)
     else:
-        out = tl.maximum(gate, 0.0)
+        out = tl.maximum(gate, 0.0, propagate_nan=ALL_NAN)
     return out
 
 
@@ -46,12 +48,13 @@ def activate_kernel(
     up = tl.load(hidden_ptr + row * 2 * size + size + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         expert = tl.load(expert_ptr + row).to(tl.int64)
-        known = mask & (expert < experts)
+        known = _only_if(mask, expert < experts)
         gate += tl.load(bias_ptr + expert * 2 * size + cols, mask=known, other=0.0).to(tl.float32)
         up += tl.load(bias_ptr + expert * 2 * size + size + cols, mask=known, other=0.0).to(tl.float32)
     if LIMITED:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
+        gate = tl.minimum(gate, limit, propagate_nan=ALL_NAN)
+        up = tl.maximum(up, -limit, propagate_nan=ALL_NAN)
+        up = tl.minimum(up, limit, propagate_nan=ALL_NAN)
     value = (_activation(gate, alpha, KIND) * (up + shift)).to(hidden_ptr.dtype.element_ty)
     if QUANT != "none":
         wide = tl.where(mask, value.to(tl.float32), 0.0)
@@ -82,7 +85,7 @@ def weigh_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for j in range(TOP_K):
         row = tl.load(place_ptr + token * TOP_K + j).to(tl.int64)
-        counts = mask & (row < end)
+        counts = _only_if(mask, row < end)
         value = tl.load(rows_ptr + row * size + cols, mask=counts, other=0.0).to(tl.float32)
         if HAS_BIAS:
             expert = tl.load(expert_ptr + row).to(tl.int64)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quant_compile.lowering.kernels._triton_pieces import _dp4a, _tile_of, _words
+from quant_compile.lowering.kernels._triton_pieces import _dp4a, _only_if, _tile_of, _words
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _gemv_store(
         y = y * tl.load(sx_ptr + tl.minimum(row, m - 1) * sx_row) * scale_w
     if HAS_BIAS:
         y = y + bias
-    tl.store(y_ptr + row * n + rows, y.to(y_ptr.dtype.element_ty), mask=(rows < n) & (row < m))
+    tl.store(y_ptr + row * n + rows, y.to(y_ptr.dtype.element_ty), mask=_only_if(rows < n, row < m))
 
 
 @triton.jit(do_not_specialize=["m", "sx_group"])

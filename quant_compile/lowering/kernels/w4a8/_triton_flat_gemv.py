@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_compile.lowering.kernels._triton_pieces import _words
+from quant_compile.lowering.kernels._triton_pieces import _only_if, _words
 from quant_compile.lowering.kernels.w4a8._triton_w4a8 import _every_other, _four
 
 
@@ -76,4 +76,4 @@ def flat_kernel(
             y = y * tl.load(sw_ptr + spot).to(tl.float32)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + row).to(tl.float32)
-        tl.store(y_ptr + token.to(tl.int64) * n + row, y.to(y_ptr.dtype.element_ty), mask=(row < n) & (token < m))
+        tl.store(y_ptr + token.to(tl.int64) * n + row, y.to(y_ptr.dtype.element_ty), mask=_only_if(row < n, token < m))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_compile.lowering.kernels._triton_pieces import _dp4a, _tile_of, _words
+from quant_compile.lowering.kernels._triton_pieces import _dp4a, _only_if, _tile_of, _words
 
 # Two words of 8-bit operands out of four bytes of nibbles; ptxas turns each pair of logic steps into one instruction.
 INT8_ASM = tl.constexpr(
@@ -252,7 +252,7 @@ def _gemv_store(
         y = y * tl.load(sw_ptr + row).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row).to(tl.float32)
-    tl.store(y_ptr + token.to(tl.int64) * n + rows, y.to(y_ptr.dtype.element_ty), mask=(rows < n) & (token < m))
+    tl.store(y_ptr + token.to(tl.int64) * n + rows, y.to(y_ptr.dtype.element_ty), mask=_only_if(rows < n, token < m))
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -362,4 +362,4 @@ def decode_kernel(
     inside = (row < n)[:, None] & (column < k)[None, :]
     tl.store(out_ptr + (rows * k)[:, None] + column[None, :], codes, mask=inside)
     if scale_ptr is not None:
-        tl.store(scale_ptr + row, tl.load(sw_ptr + rows).to(tl.float32), mask=(row < n) & (first == 0))
+        tl.store(scale_ptr + row, tl.load(sw_ptr + rows).to(tl.float32), mask=_only_if(row < n, first == 0))
