@@ -176,7 +176,7 @@ def _native_attention(
     padding, attention = (mask, None) if mask_type == 1 else (None, mask)
     if mask is not None and mask_type not in (0, 1):
         raise NotImplementedError("a mask of both kinds in one")
-    out, weights = F.multi_head_attention_forward(
+    out, weights = _attention(
         query, key, value, embed_dim, num_heads, in_weight, in_bias, None, None, False, 0.0, out_weight, out_bias,
         training=False, key_padding_mask=padding, need_weights=need_weights, attn_mask=attention,
         average_attn_weights=average_attn_weights,
@@ -209,8 +209,23 @@ def _encoder_layer(
     return normed(x + feed(x), norm2, norm2_bias)
 
 
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, embed_dim: int, num_heads: int, in_weight: Any, in_bias: Any, *others: Any, **named: Any
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``F.multi_head_attention_forward``; other keys than queries take the parts of the joint projection one by one, as matrices."""
+    if in_weight is None or query is key or named.get("use_separate_proj_weight", False):
+        return F.multi_head_attention_forward(
+            query, key, value, embed_dim, num_heads, in_weight, in_bias, *others, **named
+        )
+    parts = in_weight.view(3, embed_dim, embed_dim)
+    apart = {f"{name}_proj_weight": parts[i] for i, name in enumerate("qkv")}
+    return F.multi_head_attention_forward(
+        query, key, value, embed_dim, num_heads, None, in_bias, *others, **named | apart | {"use_separate_proj_weight": True}
+    )  # fmt: skip
+
+
 _ATTENTION: dict[str, Callable[..., Any]] = {
-    "multi_head_attention_forward": F.multi_head_attention_forward,
+    "multi_head_attention_forward": _attention,
     "_native_multi_head_attention": _native_attention,
     "_transformer_encoder_layer_fwd": _encoder_layer,
 }

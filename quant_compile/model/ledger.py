@@ -115,7 +115,9 @@ class Ledger:
         model = unwrap(model)
         adopt(model)
         session = self._session_of(model)
-        weights = {id(weight.parameter): weight for weight in [*possible_weights(model), *linear_weights(model)]}
+        # Of those that no graph has read, a class token or the like is no matrix.
+        possible = [weight for weight in possible_weights(model) if min(weight.parameter.shape[-2:]) > 1]
+        weights = {id(weight.parameter): weight for weight in [*possible, *linear_weights(model)]}
         names = names_in(model)
         lines: list[WeightLine] = []
         misses: list[tuple[str, str]] = []
