@@ -27,6 +27,7 @@ from quant_compile.inspect.models import DTYPES, construct, load_config
 from quant_compile.ir.errors import OptionError
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.target import Target, default_policy
+from quant_compile.lowering.weights import claim_before_tracing
 from quant_compile.model.ledger import LEDGER
 from quant_compile.policy import Policy
 
@@ -89,7 +90,9 @@ def load(
         CheckpointError: a file, a tensor or a config is wrong, or does not fit the model; nothing is left on the device.
         PolicyError: the policy contradicts the checkpoint.
     """
-    target = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     plan = plan_of(path, policy, target, dtype)
     if max_memory is not None and plan.nbytes > max_memory:
         raise OptionError(
@@ -100,6 +103,7 @@ def load(
         filler = Filler(plan.files, plan.description, plan.dtype, target, _schemes(plan), step)
         outcomes = filler.fill(plan.mapped)
     _move_buffers(plan.model, target)
+    claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
     whole = final_policy(plan, outcomes, target)
     options.setdefault("release_weights", True)
     model = api.compile(plan.model.eval(), whole, **options)
@@ -127,7 +131,9 @@ def plan_of(
         model.tie_weights()  # type: ignore[operator]
     given = None if policy is None else Policy.load(policy)
     if given is None and not description.method:
-        given = Policy.load(default_policy(Target.of(device if device is not None and device.type == "cuda" else "cpu")))
+        given = Policy.load(
+            default_policy(Target.of(device if device is not None and device.type == "cuda" else "cpu"))
+        )
     mapped = Resolver(model, files).resolve()
     schemes = scheme_by_policy(model, given)
     filler = Filler(files, description, wanted, torch.device("meta"), lambda slot: _scheme(slot, schemes))
@@ -179,7 +185,9 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
             if buffer is None:
                 continue
             if buffer.is_meta:
-                raise CheckpointError(f"{name}.{attribute} is a buffer that no tensor fills.\nFix: report this architecture.")
+                raise CheckpointError(
+                    f"{name}.{attribute} is a buffer that no tensor fills.\nFix: report this architecture."
+                )
             module._buffers[attribute] = buffer.to(device)
 
 

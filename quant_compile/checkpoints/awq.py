@@ -43,7 +43,9 @@ def read(module: Module, stored: Stored) -> Read:
     codes = _columns(module.tensor("qweight", (torch.int32,), (module.k, words)), module.n).t()
     zeros = _columns(module.tensor("qzeros", (torch.int32,), (groups, words)), module.n).t()
     scale = module.scale("scales", REAL, (groups, module.n)).t().contiguous()
-    return integer_weight(module, Integers(codes.contiguous(), scale, zeros, 4, stored.group, stored.symmetric), stored.inputs)
+    return integer_weight(
+        module, Integers(codes.contiguous(), scale, zeros, 4, stored.group, stored.symmetric), stored.inputs
+    )
 
 
 def _columns(words: Tensor, n: int) -> Tensor:

@@ -172,7 +172,8 @@ class Module:
             _fail(info, f"has shape {_shape(info.shape)}, must be {wanted} for a weight of {self.n}x{self.k}{why}")
         if self.dry:
             return torch.empty(info.shape, dtype=info.dtype, device="meta")
-        return self.tensors[suffix].of(self.files.get(info.name)).to(self.device)
+        # A copy on a CPU too: planes must not depend on a file that may change.
+        return self.tensors[suffix].of(self.files.get(info.name)).to(self.device, copy=True)
 
     def scale(self, suffix: str, dtypes: Sequence[torch.dtype], *shapes: tuple[int, ...]) -> Tensor:
         """A tensor of scales: finite and not zero.

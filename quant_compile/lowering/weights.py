@@ -586,6 +586,14 @@ def claim(parameter: Parameter) -> None:
         parameter.__class__ = ReleasableParameter
 
 
+def claim_before_tracing(parameters: Iterable[Parameter]) -> None:
+    """Make weights releasable that Dynamo has not seen yet; while it traces, a class must not change."""
+    for parameter in parameters:
+        claim(parameter)
+    # Traced where a graph uses such a weight; called by anything else, it is no frame to compile.
+    torch._dynamo.eval_frame.skip_code(ReleasableParameter.__torch_function__.__func__.__code__)
+
+
 def disclaim(parameter: Parameter) -> None:
     """Take back ``claim``, of a weight that has its values."""
     if type(parameter) is ReleasableParameter and not parameter.released_by_sglquant:
