@@ -23,7 +23,7 @@ from quant_compile.checkpoints.weight import REAL, Integers, Module, Quantized, 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 FORMAT = "gptq"
 BITS = (2, 3, 4, 5, 6, 7, 8)
-# What gptqmodel subtracts from words of 3-bit zero points, in turn: not 1 of every field, since its third words come first.
+# What gptqmodel subtracts from words of 3-bit zero points, in turn; that is not 1 of every field.
 THREE_BITS = (0x24924924, 0x92492492, 0x49249249)
 _HARMLESS = (
     "quant_method", "meta", "damp_percent", "static_groups", "true_sequential", "model_name_or_path", "model_file_base_name",
@@ -125,32 +125,26 @@ def _unpack(rows: Tensor, bits: int, count: int, planar: bool) -> Tensor:
 
 
 def _zeros(words: Tensor, n: int, stored: Stored, planar: bool) -> Tensor:
-    """[g, w] -> zero points [g, n] i16."""
-    if not stored.variant.startswith("gptq_"):
-        words = _plus_one(words, stored, n)
-    return _unpack(words, stored.bits, n, planar).to(torch.int16)
+    """[g, w] -> zero points [g, n] u8."""
+    if stored.variant.startswith("gptq_"):
+        return _unpack(words, stored.bits, n, planar)
+    if stored.bits == 3:
+        return _zeros_of_3_bits(words, n, stored)
+    # A zero point of 0 was stored by a subtraction from whole words, which borrows from its neighbour.
+    one = torch.tensor(_signed(sum(1 << place for place in range(0, 32, stored.bits))), dtype=torch.int32)
+    return unpack_bits(words + one.to(words.device), stored.bits, n)
 
 
-def _plus_one(words: Tensor, stored: Stored, n: int) -> Tensor:
-    """One more in every field, as additions of whole words, which is how gptqmodel subtracted it."""
-    plain = words + torch.tensor(_ones(stored.bits, words.shape[1]), dtype=torch.int32, device=words.device)
-    if stored.bits != 3 or words.shape[1] % 3:
+def _zeros_of_3_bits(words: Tensor, n: int, stored: Stored) -> Tensor:
+    """By gptqmodel's constants or by 1 in every field; where zero points are all 4, by that which gives it."""
+    plain = (unpack_bits(words, 3, n) + 1) & 7
+    if words.shape[1] % 3:
         return plain
-    added = torch.tensor(
-        [_signed(word) for word in THREE_BITS] * (words.shape[1] // 3), dtype=torch.int32, device=words.device
-    )
-    theirs = words + added
+    added = torch.tensor([_signed(word) for word in THREE_BITS], dtype=torch.int32, device=words.device)
+    theirs = unpack_bits(words + added.repeat(words.shape[1] // 3), 3, n)
     if stored.symmetric and not words.is_meta:
-        middle = (unpack_bits(theirs, 3, n) == 4).all()
-        return theirs if bool(middle) else plain
+        return theirs if bool((theirs == 4).all()) else plain
     return theirs if stored.variant.endswith("+") else plain
-
-
-def _ones(bits: int, words: int) -> list[int]:
-    """The words of a bit stream whose fields are all 1."""
-    stream = sum(1 << place for place in range(0, 32 * bits, bits))
-    pattern = [_signed((stream >> (32 * i)) & 0xFFFFFFFF) for i in range(bits)]
-    return [pattern[i % bits] for i in range(words)]
 
 
 def _signed(word: int) -> int:

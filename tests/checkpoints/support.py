@@ -63,7 +63,7 @@ def write(folder: Path, model: nn.Module, tensors: dict[str, Tensor], quantizati
     if quantization is not None:
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, default=str))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(folder / "model.safetensors"))
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, str(folder / "model.safetensors"))
     return folder
 
 
