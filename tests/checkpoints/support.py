@@ -63,7 +63,10 @@ def write(folder: Path, model: nn.Module, tensors: dict[str, Tensor], quantizati
     if quantization is not None:
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, default=str))
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, str(folder / "model.safetensors"))
+    save_file(
+        {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
+        str(folder / "model.safetensors"),
+    )
     return folder
 
 
@@ -103,7 +106,7 @@ def stream(codes: np.ndarray, bits: int) -> Tensor:
     )
     plane = np.pad(plane, ((0, 0), (0, -plane.shape[1] % 32)))
     words = np.packbits(plane.reshape(rows, -1, 32), axis=2, bitorder="little")
-    return torch.from_numpy(words.reshape(rows, -1).view("<i4").copy())
+    return torch.from_numpy(np.ascontiguousarray(words.reshape(rows, -1)).view("<i4").copy())
 
 
 def integers(

@@ -36,7 +36,7 @@ def test_the_weight_is_what_the_formula_says(name: str, one_layer: nn.Module, tm
     values = {}
     try:
 
-        def pack(module: str, weight: torch.Tensor):  # noqa: ANN202
+        def pack(module: str, weight: torch.Tensor):
             tensors, values[module] = case.pack(module, weight)
             return tensors, values[module]
 
@@ -69,7 +69,7 @@ def test_zero_points_as_gptqmodel_subtracts_them(bits: int, tmp_path: Path) -> N
     case = gptq(bits, 64, False, "gptq_v2")
     values = {}
 
-    def pack(module: str, weight: torch.Tensor):  # noqa: ANN202
+    def pack(module: str, weight: torch.Tensor):
         tensors, values[module] = case.pack(module, weight)
         words = tensors["qzeros"]
         less = torch.tensor([c - (1 << 32) if c >> 31 else c for c in constants], dtype=torch.int32)
