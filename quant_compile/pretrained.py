@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class Plan:
         mapped: tensors to weights.
         outcomes: of each weight.
         dtype: of the model.
-        given: the user's policy.
+        given: the user's policy, or the device's default for a checkpoint that is not quantized.
+        schemes: what ``given`` makes of weights in 16 bits, by name.
     """
 
     model: nn.Module
@@ -100,11 +102,11 @@ def load(
             "Fix: a policy with fewer bits for what is not quantized, or a larger device."
         )
     with _bar(plan, progress) as step:
-        filler = Filler(plan.files, plan.description, plan.dtype, target, _schemes(plan), step)
+        filler = Filler(plan.files, plan.description, plan.dtype, target, partial(_scheme, plan.schemes), step)
         outcomes = filler.fill(plan.mapped)
     _move_buffers(plan.model, target)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
-    whole = final_policy(plan, outcomes, target)
+    whole = policy_of(plan.model, outcomes, plan.description, plan.given)
     options.setdefault("release_weights", True)
     model = api.compile(plan.model.eval(), whole, **options)
     _note(model, plan, outcomes, whole, target)
@@ -136,22 +138,13 @@ def plan_of(
         )
     mapped = Resolver(model, files).resolve()
     schemes = scheme_by_policy(model, given)
-    filler = Filler(files, description, wanted, torch.device("meta"), lambda slot: _scheme(slot, schemes))
+    filler = Filler(files, description, wanted, torch.device("meta"), partial(_scheme, schemes))
     outcomes = tuple(filler.plan(mapped))
     policy_of(model, outcomes, description, given)  # a contradiction shows before anything is read
     return Plan(model, files, description, mapped, outcomes, wanted, given, schemes)
 
 
-def final_policy(plan: Plan, outcomes: Sequence[Outcome], device: torch.device) -> Policy:
-    """The policy to compile with."""
-    return policy_of(plan.model, outcomes, plan.description, plan.given)
-
-
-def _schemes(plan: Plan) -> Any:
-    return lambda slot: _scheme(slot, plan.schemes)
-
-
-def _scheme(slot: Slot, schemes: Mapping[str, Scheme]) -> Scheme | None:
+def _scheme(schemes: Mapping[str, Scheme], slot: Slot) -> Scheme | None:
     return next((schemes[name] for full in slot.names if (name := full.removesuffix(".weight")) in schemes), None)
 
 

@@ -17,7 +17,7 @@ from quant_compile.ir.scheme import QuantArgs
 _HARMLESS = (
     "quant_method", "autoround_version", "iters", "low_gpu_mem_usage", "nsamples", "seqlen", "batch_size", "enable_quanted_input",
     "block_name_to_quantize", "to_quant_block_names", "provider", "amp", "lr", "minmax_lr", "gradient_accumulate_steps", "backend",
-    "dataset", "enable_norm_bias_tuning", "scale_dtype", "super_bits", "super_group_size", "act_sym", "act_group_size",
+    "dataset", "enable_norm_bias_tuning", "scale_dtype", "super_bits", "super_group_size", "act_sym", "act_group_size", "act_data_type",
     "enable_minmax_tuning", "quant_nontext_module", "static_kv_dtype", "format", "enable_alg_ext", "enable_torch_compile",
     "supported_types", "quant_lm_head", "optimizer", "rotation_config", "transform_config",
 )  # fmt: skip
@@ -47,9 +47,10 @@ def describe(keys: Keys) -> Description:
 
 
 def _stored(keys: Keys, packing: str, data_type: str) -> Stored:
-    bits, group, symmetric = keys.number("bits", 4) or 4, keys.group(), keys.get("sym", bool, True)
+    blocks = "weight_block_size" in keys.data or isinstance(keys.data.get("group_size"), list)
+    group = None if blocks else keys.group()
+    bits, symmetric = keys.number("bits", 4) or 4, keys.get("sym", bool, True)
     act_bits, act_dynamic = keys.number("act_bits", 16) or 16, keys.get("act_dynamic", bool, True)
-    act_type = keys.get("act_data_type", str, "")
     if packing in ("auto_round", "auto_gptq", "gptq", "auto_round_gptq") and data_type == "int":
         return Stored(gptq.FORMAT, bits, group, symmetric, variant="gptq")
     if packing in ("auto_awq", "awq"):
@@ -61,17 +62,17 @@ def _stored(keys: Keys, packing: str, data_type: str) -> Stored:
         inputs = QuantArgs(bits, "float", "group", dynamic=True, group_size=32) if act_bits == bits == 4 else None
         return Stored("mxfp4-pack-quantized" if bits == 4 else "mxfp8-quantized", bits, 32, True, inputs)
     if bits == 8 and ("fp" in data_type or "fp8" in packing):
-        return _fp8(keys, act_bits, act_dynamic, act_type)
+        return _fp8(keys, act_bits, act_dynamic, blocks)
     return keys.fail(
         f"packing_format {packing!r} with data_type {data_type!r} is not read here", "Fix: save it again as auto_round."
     )
 
 
-def _fp8(keys: Keys, act_bits: int, act_dynamic: bool, act_type: str) -> Stored:
-    block = keys.get("weight_block_size", list) or keys.get("group_size", (list, int))
-    if isinstance(block, list) and len(block) == 2:
-        inputs = QuantArgs(8, "float", "group", dynamic=True, group_size=int(block[1])) if act_bits == 8 else None
-        return Stored("float-quantized", 8, inputs=inputs, variant=f"{int(block[0])}x{int(block[1])}")
+def _fp8(keys: Keys, act_bits: int, act_dynamic: bool, blocks: bool) -> Stored:
+    block = keys.block("weight_block_size" if "weight_block_size" in keys.data else "group_size") if blocks else None
+    if block is not None:
+        inputs = QuantArgs(8, "float", "group", dynamic=True, group_size=block[1]) if act_bits == 8 else None
+        return Stored("float-quantized", 8, inputs=inputs, variant=f"{block[0]}x{block[1]}")
     if act_bits != 8:
         return Stored("float-quantized", 8)
     inputs = QuantArgs(8, "float", "token", dynamic=True) if act_dynamic else QuantArgs(8, "float", "tensor")

@@ -97,7 +97,9 @@ def _group(group: Keys, whole: str | None) -> Target:
         group.fail(f"format {format!r} is not read here; {', '.join(FORMATS)} are", "Fix: compress it as one of these.")
     if group.get("output_activations", dict) is not None:
         group.fail("output_activations are not read here", "Fix: quantize inputs instead.")
-    block = weights.get("block_structure", list)
+    block = weights.block("block_structure")
+    if strategy == "block" and block is None:
+        weights.fail("has no block_structure")
     inputs = _inputs(group.child("input_activations"))
     variant = "x".join(map(str, block)) if block else f"{kind} {strategy}"
     return Target(Stored(format, bits, size, symmetric, inputs, variant), group.texts("targets"))

@@ -154,6 +154,15 @@ class Keys:
             self.fail(f"{key} must be -1 or a positive number, got {shown(value)}")
         return value if value is not None and value > 0 else None
 
+    def block(self, key: str) -> tuple[int, int] | None:
+        """Two sizes of a block."""
+        value = self.get(key, list)
+        if value is None:
+            return None
+        if len(value) != 2 or not all(type(size) is int and 0 < size <= 1 << 20 for size in value):
+            self.fail(f"{key} must be two sizes, got {shown(value)}")
+        return value[0], value[1]
+
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of texts."""
         value = cast(list[Any], self.get(key, list, []))

@@ -23,9 +23,7 @@ _EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)
 
 def describe(keys: Keys) -> Description:
     """From ``quantization_config``."""
-    block = keys.get("weight_block_size", list)
-    if block is not None and not (len(block) == 2 and all(type(size) is int and 0 < size <= 1 << 20 for size in block)):
-        keys.fail(f"weight_block_size must be two sizes, got {block}")
+    block = keys.block("weight_block_size")
     activation = keys.get("activation_scheme", str, "dynamic")
     if activation not in ("dynamic", "static"):
         keys.fail(f"activation_scheme must be dynamic or static, got {activation!r}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -370,8 +370,7 @@ class Resolver:
         return Experts(slot, tuple(stems), alternates, transposed, alternates)
 
     def _bias(self, slot: Slot, parts: Mapping[tuple[int, str], str]) -> ExpertBias:
-        _, alternates, _, _ = (False, slot.places[0][1].startswith("gate_up"), 0, 0)
-        alternates = alternates and not getattr(slot.owner, "is_concatenated", True)
+        alternates = slot.places[0][1].startswith("gate_up") and not getattr(slot.owner, "is_concatenated", True)
         kinds = (DOWN,) if slot.places[0][1].startswith("down") else (BOTH,) if (0, BOTH) in parts else (GATE, UP)
         sources: list[tuple[str, ...]] = []
         for expert in range(slot.tensor.shape[0]):
@@ -411,7 +410,7 @@ class Resolver:
         lines.append("Fix: load a checkpoint of this architecture, whole; nothing has been filled with made-up values.")
         raise CheckpointError("\n".join(lines))
 
-    def _fail(self, what: str, fix: str) -> Any:
+    def _fail(self, what: str, fix: str) -> NoReturn:
         raise CheckpointError(f"{self.files.folder}: {what}.\n{fix}")
 
 

@@ -35,7 +35,7 @@ def _spread(values: Tensor, group: int) -> Tensor:
 
 def gptq(bits: int, group: int, symmetric: bool, version: str = "gptq", shuffled: bool = False) -> Case:
     def pack(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        n, k = w.shape
+        k = w.shape[1]
         order = torch.randperm(k, generator=torch.Generator().manual_seed(k)) if shuffled else torch.arange(k)
         codes, scale, zero = integers(w[:, order], bits, group, symmetric)
         if version == "gptq" and not symmetric:
@@ -69,7 +69,7 @@ def gptq(bits: int, group: int, symmetric: bool, version: str = "gptq", shuffled
 
 def planar(codes: np.ndarray, bits: int) -> Tensor:
     """gptq_p: for each 32 codes their low 4 (or 2) bits, then the next 2, then the last, each as words of its own."""
-    rows, columns = codes.shape
+    columns = codes.shape[1]
     widths = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}[bits]
     blocks: list[Tensor] = []
     for start in range(0, columns, 32):

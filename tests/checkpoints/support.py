@@ -24,7 +24,7 @@ def tiny_llama(layers: int = 2, tied: bool = False) -> nn.Module:
         hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=2,
         vocab_size=VOCAB, max_position_embeddings=128, tie_word_embeddings=tied, dtype="bfloat16", initializer_range=0.05,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
 def tiny_moe() -> nn.Module:
@@ -37,7 +37,7 @@ def tiny_moe() -> nn.Module:
         num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, vocab_size=VOCAB, head_dim=64, dtype="bfloat16",
         initializer_range=0.05, decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=False,
     )  # fmt: skip
-    return Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
+    return Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
 def tiny_gpt_oss() -> nn.Module:
@@ -49,7 +49,7 @@ def tiny_gpt_oss() -> nn.Module:
         hidden_size=128, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         num_local_experts=4, num_experts_per_tok=2, vocab_size=VOCAB, dtype="bfloat16", sliding_window=32, max_position_embeddings=512,
     )  # fmt: skip
-    model = GptOssForCausalLM(config).to(torch.bfloat16).eval()
+    model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model
@@ -92,13 +92,13 @@ def quantized(folder: Path, model: nn.Module, pack: Pack, quantization: dict[str
         made, values = pack(name, linear.weight.detach().float())
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in made.items()}
-        linear.weight.data = values.to(torch.bfloat16)
+        linear.weight.data = values.to(linear.weight.dtype)
     return write(folder, model, tensors, quantization)
 
 
 def stream(codes: np.ndarray, bits: int) -> Tensor:
     """[r, c] of small numbers -> i32 [r, ceil(c bits / 32)]: field j at bit ``bits * j``. One bit after the other."""
-    rows, columns = codes.shape
+    rows = codes.shape[0]
     plane = (
         ((codes[:, :, None].astype(np.uint64) >> np.arange(bits, dtype=np.uint64)) & 1)
         .astype(np.uint8)

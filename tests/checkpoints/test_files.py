@@ -1,4 +1,4 @@
-"""Headers, indexes and folders: what can be read is what safetensors reads, and everything else is a clear error before it costs anything."""
+"""Headers, indexes and folders: what can be read is what safetensors reads; all else is a clear error before it costs anything."""
 
 from __future__ import annotations
 
@@ -188,9 +188,10 @@ def test_a_folder_of_nothing(tmp_path: Path) -> None:
         Files.open(tmp_path / "absent")
 
 
+WORDS = ["a", "b", "dtype", "shape", "data_offsets", "__metadata__"]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["F32", "BF16", "U8", "F8_E4M3"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["a", "b", "dtype", "shape", "data_offsets", "__metadata__"]), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
 
