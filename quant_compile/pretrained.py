@@ -5,6 +5,7 @@ Builds the model that transformers would build, without its weights; ``checkpoin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -61,6 +64,34 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of the loaded model."""
         return sum(outcome.nbytes for outcome in self.outcomes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the configs and the names leave to say, one sentence each."""
+        out = [f"{self.files.folder}: {self.description.text}", *self.description.notes]
+        for reason in dict.fromkeys(self.mapped.ignored.values()):
+            names = [name for name, why in self.mapped.ignored.items() if why == reason]
+            out.append(f"not used: {len(names)} tensors, {names[0]} first: {reason}")
+        return tuple(out)
+
+    def table(self, full: bool = False) -> Table:
+        """What becomes of each weight; those that differ only in numbers share a row unless ``full``."""
+        title = (
+            f"{self.files.folder.name}: {self.files.nbytes / 1e6:,.2f} MB in files, {self.nbytes / 1e6:,.2f} MB loaded"
+        )
+        table = Table(title=title, title_justify="left")
+        for column in ("weight", "scheme", "MB", "from", "notes"):
+            table.add_column(column, overflow="fold", justify="right" if column == "MB" else "left")
+        rows: dict[tuple[object, ...], list[Outcome]] = {}
+        for i, outcome in enumerate(self.outcomes):
+            key = i if full else re.sub(r"\d+", "*", outcome.name)
+            rows.setdefault((key, outcome.scheme, outcome.source, outcome.notes), []).append(outcome)
+        for (key, scheme, source, _), row in rows.items():
+            name = row[0].name if len(row) == 1 else f"{key} ({len(row)}x)"
+            size = sum(outcome.nbytes for outcome in row) / 1e6
+            spec = scheme.spec if isinstance(scheme, Scheme) else str(self.dtype).removeprefix("torch.")
+            table.add_row(escape(name), spec, f"{size:,.2f}", escape(str(source)), escape("; ".join(row[0].notes)))
+        return table
 
 
 def load(
@@ -186,12 +217,8 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 def _note(model: nn.Module, plan: Plan, outcomes: Sequence[Outcome], policy: Policy, device: torch.device) -> None:
     session = LEDGER.session(model, policy, Target.of(device if device.type == "cuda" else "cpu").label)
-    session.notes[f"loaded from {plan.files.folder}: {plan.description.text}"] = None
-    for note in plan.description.notes:
+    for note in plan.notes:
         session.notes[note] = None
-    for reason in dict.fromkeys(plan.mapped.ignored.values()):
-        names = [name for name, why in plan.mapped.ignored.items() if why == reason]
-        session.notes[f"not used: {len(names)} tensors, {names[0]} first: {reason}"] = None
 
 
 @contextmanager

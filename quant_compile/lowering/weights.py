@@ -290,7 +290,7 @@ class WeightStore:
         with self._lock:
             entry = self.entry(parameter)
             rows = parameter.shape[0] if key.layout == "experts" else problem_of(parameter, key).n
-            entry.packs = {key: Pack(Slab((id(parameter),), (rows,), planes), 0, rows)}
+            entry.packs = {key: Pack(Slab((identity_of(parameter),), (rows,), planes), 0, rows)}
             entry.source, entry.adopted, entry.input_scale = source, key, input_scale
             entry.released = True
             claim(parameter)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import quant_compile
+from quant_compile import cli
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.ir.errors import OptionError, ReleasedWeightError
 from quant_compile.lowering.weights import STORE
@@ -112,7 +113,7 @@ def test_a_checkpoint_in_16_bits_is_quantized_on_the_way(cut: bool, tmp_path: Pa
         per_expert(model, lambda name, w: ({"weight": w.to(torch.bfloat16)}, w)) if cut else dict(model.state_dict())
     )
     found = load(write(tmp_path, model, tensors, None), "W8A16")
-    wanted = quant_compile.compile(model, "W8A16")
+    wanted = quant_compile.compile(model.requires_grad_(False), "W8A16")
     assert distance(logits(found), logits(wanted)) < CLOSE_CODES
     parameters = dict(wanted.named_parameters())
     for name, parameter in found.named_parameters():
@@ -159,3 +160,14 @@ def test_a_load_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
     gc.collect()
     assert len(STORE) <= before
+
+
+def test_inspect_shows_what_a_checkpoint_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = CASES["ct packed 3 asym"]
+    folder = quantized(tmp_path, tiny_llama(), case.pack, case.config)
+    assert cli.main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "layers.*.mlp.up_proj" in shown and "int4.group64.asym+16" in shown and "3-bit" in shown
+    (folder / "model.safetensors").write_bytes(b"short")
+    assert cli.main(["inspect", str(folder)]) == 1
+    assert "too few" in capsys.readouterr().err
