@@ -170,7 +170,8 @@ class Filler:
         if not dry:
             key = Key(found.scheme.spec, "rows", job.transposed, self.dtype)
             parameter = self._hollow(slot)
-            STORE.adopt(parameter, key, found.planes, text, found.input_scale)
+            own_input = found.gather is not None or found.factor is not None
+            STORE.adopt(parameter, key, found.planes, text, found.input_scale, own_input)
             self._inputs(slot.owner, found.gather, found.factor)
         return Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True)
 

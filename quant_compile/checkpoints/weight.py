@@ -246,7 +246,7 @@ def _fail(info: TensorInfo, what: str) -> NoReturn:
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     """i32 [r, w] of one little-endian bit stream a row -> [r, count] u8: field j is bits ``bits * j`` and on of its row."""
-    data = words.reshape(-1).view(torch.uint8).reshape(words.shape[0], -1)  # [r, 4 w]
+    data = words.reshape(-1).contiguous().view(torch.uint8).reshape(words.shape[0], -1)  # [r, 4 w]
     if bits == 8:
         return data[:, :count]
     if 8 % bits == 0:

@@ -165,6 +165,7 @@ class Entry:
         moves: how often other values came with other memory.
         source: where adopted planes come from.
         adopted: key of adopted planes that another layout has not replaced yet.
+        own_input: the linear's input comes in an order, or with factors, that only these planes belong to.
     """
 
     ref: weakref.ref[Anchor]
@@ -178,6 +179,7 @@ class Entry:
     plain_readers: set[str] = field(default_factory=set)
     source: str = ""
     adopted: Key | None = None
+    own_input: bool = False
 
     def is_as_before(self, parameter: Parameter) -> bool:
         """Whether the values are those that the planes were made of; known once a weight has been moved before."""
@@ -277,7 +279,13 @@ class WeightStore:
             return made.planes
 
     def adopt(
-        self, parameter: Parameter, key: Key, planes: Planes, source: str, input_scale: Tensor | None = None
+        self,
+        parameter: Parameter,
+        key: Key,
+        planes: Planes,
+        source: str,
+        input_scale: Tensor | None = None,
+        own_input: bool = False,
     ) -> None:
         """Take planes in row form for a Parameter that has no values: it counts as released from now on.
 
@@ -286,12 +294,14 @@ class WeightStore:
             key: ``layout`` is ``rows`` for a linear's planes and ``experts`` for those of a block, [E, ...].
             source: where the planes come from, for the ledger.
             input_scale: [1] f32, of a static scheme.
+            own_input: other values cannot take their place, since the linear's input is reordered or scaled for them.
         """
         with self._lock:
             entry = self.entry(parameter)
             rows = parameter.shape[0] if key.layout == "experts" else problem_of(parameter, key).n
             entry.packs = {key: Pack(Slab((identity_of(parameter),), (rows,), planes), 0, rows)}
             entry.source, entry.adopted, entry.input_scale = source, key, input_scale
+            entry.own_input = own_input
             entry.released = True
             claim(parameter)
             parameter.released_by_sglquant = True  # type: ignore[attr-defined]
@@ -331,7 +341,7 @@ class WeightStore:
             self._check_fresh(entry, parameter)
             found = entry.packs.get(key)
             if found is None:
-                other = next((k for k in entry.packs if _same_rows(k, key)), None)
+                other = next((k for k in entry.packs if _same_rows(k, key, bool(entry.source))), None)
                 if other is None and entry.released:
                     raise StaleWeightError(
                         f"{name} was released and cannot become {key.spec}.\n"
@@ -357,7 +367,7 @@ class WeightStore:
     def _row_form(self, parameter: Parameter, key: Key, name: str) -> Planes:
         """Row-form planes of a weight that has no pack under ``key``: out of another layout's pack, else quantized now."""
         entry = self.entry(parameter)
-        other = next((k for k in entry.packs if _same_rows(k, key)), None)
+        other = next((k for k in entry.packs if _same_rows(k, key, bool(entry.source))), None)
         if other is not None:
             return self._rows(entry.packs[other], parameter, other)
         if entry.released:
@@ -553,6 +563,11 @@ class WeightStore:
             entry = self.entry(parameter)
             if not entry.released:
                 return True
+            if entry.own_input:
+                raise StaleWeightError(
+                    "the linear's input is reordered or scaled for the planes of its checkpoint, and other values would be wrong.\n"
+                    "Fix: load the original checkpoint instead."
+                )
             with torch._C.DisableTorchFunctionSubclass():
                 if tuple(source.shape) != tuple(parameter.shape):
                     raise StaleWeightError(
@@ -562,7 +577,7 @@ class WeightStore:
                     values = source.detach().to(device=parameter.device, dtype=parameter.dtype, copy=True)
                     parameter.data = values
                     parameter.released_by_sglquant = False  # type: ignore[attr-defined]
-            entry.released = False
+            entry.released, entry.source, entry.adopted = False, "", None
             entry.signature = signature_of(parameter)
             same = fingerprint(parameter) == entry.fingerprint
             if not same:
@@ -571,13 +586,13 @@ class WeightStore:
             return same
 
 
-def _same_rows(one: Key, other: Key) -> bool:
-    """Whether two keys have the same planes in row form: those of a weight do not depend on what its input becomes."""
+def _same_rows(one: Key, other: Key, adopted: bool) -> bool:
+    """Whether two keys have the same planes in row form; those that were adopted serve whatever their input becomes."""
     if one._replace(layout="", spec="") != other._replace(layout="", spec=""):
         return False
-    return one.spec == other.spec or (
-        NONE not in (one.spec, other.spec) and parse(one.spec).weights == parse(other.spec).weights
-    )
+    if one.spec == other.spec or not adopted or NONE in (one.spec, other.spec):
+        return one.spec == other.spec
+    return parse(one.spec).weights == parse(other.spec).weights
 
 
 def claim(parameter: Parameter) -> None:

@@ -11,7 +11,7 @@ import torch
 import quant_compile
 from quant_compile import cli
 from quant_compile.checkpoints.errors import CheckpointError
-from quant_compile.ir.errors import OptionError, ReleasedWeightError
+from quant_compile.ir.errors import OptionError, ReleasedWeightError, StaleWeightError
 from quant_compile.lowering.weights import STORE
 from tests.checkpoints.packers import CASES
 from tests.checkpoints.support import distance, linears, logits, quantized, tiny_llama, tiny_moe, write
@@ -171,3 +171,17 @@ def test_inspect_shows_what_a_checkpoint_has(tmp_path: Path, capsys: pytest.Capt
     (folder / "model.safetensors").write_bytes(b"short")
     assert cli.main(["inspect", str(folder)]) == 1
     assert "too few" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gptq desc_act", "awq"])
+def test_restoring_original_values(name: str, tmp_path: Path) -> None:
+    """Possible, unless an input is reordered for the planes: then it is refused before anything changes."""
+    original, case = tiny_llama(layers=1), CASES[name]
+    model = quant_compile.load(quantized(tmp_path, tiny_llama(layers=1), case.pack, case.config), device="cpu")
+    if name == "awq":
+        assert quant_compile.restore(model, original) == 7
+        weight = model.model.layers[0].mlp.up_proj.weight  # type: ignore[union-attr, index]
+        assert torch.equal(weight.detach(), original.model.layers[0].mlp.up_proj.weight)  # type: ignore[union-attr, index]
+        return
+    with pytest.raises(StaleWeightError, match="reordered or scaled"):
+        quant_compile.restore(model, original)
