@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from quant_compile.api import compile, refresh, release, report, restore, uncompile
 from quant_compile.calibrate import calibrate
+from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.ir.errors import (
     CoverageError,
     GradModeError,
@@ -25,11 +26,13 @@ from quant_compile.ir.errors import (
 from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
 from quant_compile.policy import Policy, Rule
+from quant_compile.pretrained import load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "CheckpointError",
     "CoverageError",
     "GradModeError",
     "MissingScalesError",
@@ -48,6 +51,7 @@ __all__ = [
     "WeightError",
     "calibrate",
     "compile",
+    "load",
     "refresh",
     "release",
     "report",

@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(check)
     inspect = command("inspect", _inspect, "show the rewritten graph and the kernels; needs no weights")
     inspect.add_argument("model", metavar="MODEL", help="folder with config.json, or Hugging Face id")
-    inspect.add_argument("--policy", required=True, metavar="P", help="preset, shipped policy or YAML file")
+    inspect.add_argument(
+        "--policy", metavar="P", help="preset, shipped policy or YAML file; none: show what the folder's checkpoint has"
+    )
     inspect.add_argument("--graph", choices=("before", "after", "diff"), help="which graph to print (default: after)")
     inspect.add_argument("--target", choices=TARGETS, help="show the kernels that this device would get")
     inspect.add_argument("--tokens", type=_positive, default=16, metavar="N", help="tokens of the traced input")
@@ -208,7 +210,21 @@ def _warn(plan: Plan) -> None:
         print(f"warning: {note}", file=sys.stderr)
 
 
+def _inspect_checkpoint(arguments: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from quant_compile.pretrained import plan_of
+
+    plan = plan_of(arguments.model)
+    console = _console()
+    console.print(plan.table(arguments.full))
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.policy is None:
+        return _inspect_checkpoint(arguments)
     from quant_compile.lowering.target import Target
     from quant_compile.policy import Policy
 

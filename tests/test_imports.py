@@ -22,10 +22,12 @@ ORDER = (
     ("model",),
     ("policy",),
     ("options",),
+    ("checkpoints",),
     ("runtime",),
     ("backend",),
     ("generation",),
     ("inspect", "calibrate", "explain", "api"),
+    ("pretrained",),
     ("",),
     ("cli", "demo"),
 )

@@ -6,6 +6,7 @@ Reads a local folder or a Hugging Face id through transformers, which is importe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     config = load_config(spec.source)
     if spec.layers is not None:
         _set_layers(config, spec.layers)
-    return _construct(config, spec.class_name, _dtype(config, spec.dtype)).eval()
+    return construct(config, spec.class_name, _dtype(config, spec.dtype)).eval()
 
 
 def _dtype(config: Any, name: str | None) -> torch.dtype:
@@ -109,7 +110,15 @@ def _set_layers(config: Any, layers: int) -> None:
         text.layer_types = list(kinds)[:layers]
 
 
-def _construct(config: Any, class_name: str | None, dtype: torch.dtype) -> nn.Module:
+def construct(
+    config: Any, class_name: str | None, dtype: torch.dtype, where: AbstractContextManager[Any] | None = None
+) -> nn.Module:
+    """The model of a configuration, made inside of ``where`` (None: the meta device).
+
+    Raises:
+        ModelError: the class cannot be built from it.
+        OptionError: transformers has no class of that name.
+    """
     import transformers
 
     names = [class_name] if class_name else [*(config.architectures or []), "AutoModelForCausalLM", "AutoModel"]
@@ -126,7 +135,7 @@ def _construct(config: Any, class_name: str | None, dtype: torch.dtype) -> nn.Mo
             failure = ValueError(f"it is a {type(config).__name__}, and the class takes a {wanted.__name__}")
             continue
         try:
-            with torch.device("meta"):
+            with torch.device("meta") if where is None else where:
                 return make(config, dtype=dtype)
         except ValueError as error:  # what transformers raises for a config of another family
             failure = error

@@ -163,6 +163,9 @@ class Entry:
         further: slabs of groups that no home can be cut into, held by each member; the oldest first.
         fingerprint: of the values that the planes were made of, where it was asked for.
         moves: how often other values came with other memory.
+        source: where adopted planes come from.
+        adopted: key of adopted planes that another layout has not replaced yet.
+        own_input: the linear's input comes in an order, or with factors, that only these planes belong to.
     """
 
     ref: weakref.ref[Anchor]
@@ -174,6 +177,9 @@ class Entry:
     fingerprint: int | None = None
     moves: int = 0
     plain_readers: set[str] = field(default_factory=set)
+    source: str = ""
+    adopted: Key | None = None
+    own_input: bool = False
 
     def is_as_before(self, parameter: Parameter) -> bool:
         """Whether the values are those that the planes were made of; known once a weight has been moved before."""
@@ -269,7 +275,45 @@ class WeightStore:
             if made is None:
                 made = self._join(parameters, keys, packs, names or ("a weight",) * len(packs))
                 self._keep(group, made, packs)
+                self._replace_adopted(entries, keys)
             return made.planes
+
+    def adopt(
+        self,
+        parameter: Parameter,
+        key: Key,
+        planes: Planes,
+        source: str,
+        input_scale: Tensor | None = None,
+        own_input: bool = False,
+    ) -> None:
+        """Take planes in row form for a Parameter that has no values: it counts as released from now on.
+
+        Args:
+            parameter: hollow, of the weight's shape, dtype and device.
+            key: ``layout`` is ``rows`` for a linear's planes and ``experts`` for those of a block, [E, ...].
+            source: where the planes come from, for the ledger.
+            input_scale: [1] f32, of a static scheme.
+            own_input: other values cannot take their place, since the linear's input is reordered or scaled for them.
+        """
+        with self._lock:
+            entry = self.entry(parameter)
+            rows = parameter.shape[0] if key.layout == "experts" else problem_of(parameter, key).n
+            entry.packs = {key: Pack(Slab((identity_of(parameter),), (rows,), planes), 0, rows)}
+            entry.source, entry.adopted, entry.input_scale = source, key, input_scale
+            entry.own_input = own_input
+            entry.released = True
+            claim(parameter)
+            parameter.released_by_sglquant = True  # type: ignore[attr-defined]
+            self.epoch += 1
+
+    @staticmethod
+    def _replace_adopted(entries: list[Entry], keys: tuple[Key, ...]) -> None:
+        """Let adopted rows go once they lie in the layout that a kernel reads, from which they can be unpacked."""
+        for entry, key in zip(entries, keys, strict=True):
+            if entry.adopted is not None and entry.adopted != key and key in entry.packs:
+                entry.packs.pop(entry.adopted, None)
+                entry.adopted = None
 
     def _from_home(self, parameter: Parameter, key: Key, packs: list[Pack | None]) -> Planes | None:
         """Planes that are neighbours in one slab, as views of it; None where they are not or the layout cannot be cut."""
@@ -297,7 +341,7 @@ class WeightStore:
             self._check_fresh(entry, parameter)
             found = entry.packs.get(key)
             if found is None:
-                other = next((k for k in entry.packs if k._replace(layout=key.layout) == key), None)
+                other = next((k for k in entry.packs if _same_rows(k, key, bool(entry.source))), None)
                 if other is None and entry.released:
                     raise StaleWeightError(
                         f"{name} was released and cannot become {key.spec}.\n"
@@ -323,7 +367,7 @@ class WeightStore:
     def _row_form(self, parameter: Parameter, key: Key, name: str) -> Planes:
         """Row-form planes of a weight that has no pack under ``key``: out of another layout's pack, else quantized now."""
         entry = self.entry(parameter)
-        other = next((k for k in entry.packs if k._replace(layout=key.layout) == key), None)
+        other = next((k for k in entry.packs if _same_rows(k, key, bool(entry.source))), None)
         if other is not None:
             return self._rows(entry.packs[other], parameter, other)
         if entry.released:
@@ -519,6 +563,11 @@ class WeightStore:
             entry = self.entry(parameter)
             if not entry.released:
                 return True
+            if entry.own_input:
+                raise StaleWeightError(
+                    "the linear's input is reordered or scaled for the planes of its checkpoint, and other values would be wrong.\n"
+                    "Fix: load the original checkpoint instead."
+                )
             with torch._C.DisableTorchFunctionSubclass():
                 if tuple(source.shape) != tuple(parameter.shape):
                     raise StaleWeightError(
@@ -528,7 +577,7 @@ class WeightStore:
                     values = source.detach().to(device=parameter.device, dtype=parameter.dtype, copy=True)
                     parameter.data = values
                     parameter.released_by_sglquant = False  # type: ignore[attr-defined]
-            entry.released = False
+            entry.released, entry.source, entry.adopted = False, "", None
             entry.signature = signature_of(parameter)
             same = fingerprint(parameter) == entry.fingerprint
             if not same:
@@ -537,10 +586,27 @@ class WeightStore:
             return same
 
 
+def _same_rows(one: Key, other: Key, adopted: bool) -> bool:
+    """Whether two keys have the same planes in row form; those that were adopted serve whatever their input becomes."""
+    if one._replace(layout="", spec="") != other._replace(layout="", spec=""):
+        return False
+    if one.spec == other.spec or not adopted or NONE in (one.spec, other.spec):
+        return one.spec == other.spec
+    return parse(one.spec).weights == parse(other.spec).weights
+
+
 def claim(parameter: Parameter) -> None:
     """Make a weight releasable; must happen before Dynamo builds guards over it. Lent weights are not ours to release."""
     if type(parameter) is Parameter and not is_lent(parameter):
         parameter.__class__ = ReleasableParameter
+
+
+def claim_before_tracing(parameters: Iterable[Parameter]) -> None:
+    """Make weights releasable that Dynamo has not seen yet; while it traces, a class must not change."""
+    for parameter in parameters:
+        claim(parameter)
+    # Traced where a graph uses such a weight; called by anything else, it is no frame to compile.
+    torch._dynamo.eval_frame.skip_code(ReleasableParameter.__torch_function__.__func__.__code__)
 
 
 def disclaim(parameter: Parameter) -> None:
@@ -636,6 +702,17 @@ def pack_experts(
             for whole, plane in zip(out, planes, strict=True):
                 whole[expert].copy_(plane)
     return tuple(out)
+
+
+def quantize_expert(stored: Tensor, key: Key, name: str) -> Planes:
+    """Planes of one expert [n, k] as stored, in row form.
+
+    Raises:
+        WeightError: it has NaN or inf, or is not floating point.
+    """
+    with _plain_tensors():
+        _check_values(Parameter(stored, requires_grad=False), stored, name)
+        return _quantize_expert(stored, key)
 
 
 def _quantize_expert(stored: Tensor, key: Key) -> Planes:

@@ -163,7 +163,8 @@ class Ledger:
         if record is not None and record.scheme is not None and after and (record.kernels or not guarded):
             copies = [MORE_COPIES] if entry is not None and entry.further else []
             missed = [f"unquantized in some graph: {miss.splitlines()[0]}" for miss in record.misses]
-            reason = "; ".join([record.reason, *record.guarded, *record.readers, *copies, *missed])
+            adopted = [f"planes from {entry.source}"] if entry is not None and entry.source else []
+            reason = "; ".join([record.reason, *adopted, *record.guarded, *record.readers, *copies, *missed])
             if record.readers or guarded:
                 after += size
             kernels = " / ".join(record.kernels)

@@ -356,6 +356,8 @@ class Decider:
                 if entry.input_scale is None or not torch.equal(entry.input_scale.cpu(), value.reshape(1)):
                     entry.input_scale = value.reshape(1).to(torch.float32)
                 return
+        if entry.source and entry.input_scale is not None:
+            return  # the checkpoint's own
         raise MissingScalesError(
             f"{names[0]} has a static scheme and no calibrated input scale in {self.source.policy.scales or 'the policy'}.\n"
             "Fix: policy = quant_compile.calibrate(model, batches, policy), or use a dynamic scheme."

@@ -1,0 +1,399 @@
+"""Put a checkpoint into a model: planes into the weight store as they are, values into Parameters, one weight at a time.
+
+A dry pass first reads headers only: it finds every fault that shapes and names can have, the scheme of every weight and the bytes to come.
+Only then are tensors mapped, checked, moved to the device and adopted. Reads the model's names and sizes; writes Parameters, buffers,
+the store and, for inputs that a checkpoint permutes or scales, a hook on the linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_compile.checkpoints.description import Description
+from quant_compile.checkpoints.errors import CheckpointError
+from quant_compile.checkpoints.files import Files
+from quant_compile.checkpoints.formats import FORMATS
+from quant_compile.checkpoints.names import Copy, ExpertBias, Experts, Job, Linear, Mapped, Slot, Stem
+from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Read
+from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.weights import STORE, Key, quantize, quantize_expert
+from quant_compile.model.weights import _stores_columns
+
+Progress = Callable[[int], None]
+SchemeOf = Callable[[Slot], Scheme | None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of one Parameter or buffer.
+
+    Attributes:
+        scheme: of its planes; None: values.
+        source: where they come from, for the ledger.
+        nbytes: that it takes.
+        notes: what is not as the checkpoint has it, and why.
+        quantized: the checkpoint has it quantized.
+    """
+
+    name: str
+    scheme: Scheme | None
+    source: str
+    nbytes: int
+    notes: tuple[str, ...] = ()
+    quantized: bool = False
+
+
+@dataclass
+class Filler:
+    """Reads jobs; ``dry`` on the meta device, without effect on the model.
+
+    Attributes:
+        files: of the checkpoint.
+        description: of its configs.
+        dtype: of the model.
+        device: of the model.
+        scheme_of: what the user's policy makes of a weight that the checkpoint has in 16 bits.
+        progress: told the bytes of the file that each job has read.
+    """
+
+    files: Files
+    description: Description
+    dtype: torch.dtype
+    device: torch.device
+    scheme_of: SchemeOf = lambda slot: None
+    progress: Progress = lambda count: None
+    _orders: dict[bytes, Tensor] = field(default_factory=dict)
+
+    def plan(self, mapped: Mapped) -> list[Outcome]:
+        """What each job will do; every header is checked, and no tensor is read.
+
+        Raises:
+            CheckpointError: a tensor's dtype or shape is wrong, or the config contradicts the tensors.
+        """
+        return [self._run(job, dry=True) for job in mapped.jobs]
+
+    def fill(self, mapped: Mapped) -> list[Outcome]:
+        """Do every job.
+
+        Raises:
+            CheckpointError: as ``plan``, or values that cannot be.
+        """
+        out: list[Outcome] = []
+        for job in mapped.jobs:
+            with torch.no_grad():
+                out.append(self._run(job, dry=False))
+            self.progress(sum(self.files.tensors[name].nbytes for name in sources_of(job)))
+        self.files.close()
+        return out
+
+    def _run(self, job: Job, dry: bool) -> Outcome:
+        if isinstance(job, Copy):
+            return self._copy(job, dry)
+        if isinstance(job, Linear):
+            return self._linear(job, dry)
+        return self._experts(job, dry) if isinstance(job, Experts) else self._bias(job, dry)
+
+    # --- reading ---
+
+    def read(self, stem: Stem, dry: bool) -> Read:
+        """A stem's weight through the reader of its format.
+
+        Raises:
+            CheckpointError: the config says nothing of it or something else, or a tensor is not of its format.
+        """
+        module = Module(stem.name, self.files, stem.tensors, stem.n, stem.k, self.dtype, dry, self.device)
+        if set(stem.tensors) == {"weight"} and module.info("weight").dtype in REAL:
+            values = module.tensor("weight", REAL, (stem.n, stem.k))
+            return Dense(values.to(self.dtype), "")
+        where = f"{self.files.folder}: {stem.name}"
+        quantized = sorted(part.name for suffix, part in stem.tensors.items() if suffix != "weight") or [stem.name]
+        stored = self.description.stored(stem.name)
+        if stored is None or self.description.ignores(stem.name):
+            says = "leaves it unquantized" if self.description.method else "does not describe its quantization"
+            config = self.description.where or "config.json"
+            raise CheckpointError(f"{where} has {quantized[0]}, and {config} {says}.\nFix: correct the config.")
+        reader = FORMATS[stored.format]
+        strange = sorted(set(stem.tensors) - set(reader.suffixes))
+        if strange:
+            name = stem.tensors[strange[0]].name
+            text = f"{where}: {name} is no tensor of {stored.text}, which {self.description.where} names"
+            raise CheckpointError(f"{text}.\nFix: correct the config.")
+        return reader.read(module, stored)
+
+    # --- jobs ---
+
+    def _copy(self, job: Copy, dry: bool) -> Outcome:
+        slot, info = job.slot, self.files.tensors[job.source]
+        if info.shape != tuple(slot.tensor.shape):
+            have, want = list(info.shape), list(slot.tensor.shape)
+            text = f"{info.where} has shape {have}; {slot.name} of the model has {want}"
+            raise CheckpointError(f"{text}.\nFix: load the model's own checkpoint.")
+        floating = slot.tensor.dtype.is_floating_point
+        if floating and info.dtype not in (*REAL, torch.float64):
+            raise CheckpointError(f"{info.where} is {info.dtype} without scales.\nFix: write the checkpoint again.")
+        scheme = self.scheme_of(slot)
+        if scheme is not None:
+            return self._quantize(slot, scheme, job.source, dry)
+        if not dry:
+            values = self.files.get(job.source).to(self.device, slot.tensor.dtype, copy=True)
+            place(slot, values)
+        return Outcome(slot.name, None, _source(self.files, job.source), _nbytes(slot))
+
+    def _quantize(self, slot: Slot, scheme: Scheme, source: str, dry: bool) -> Outcome:
+        """A weight in 16 bits, by the user's policy, on its way to the device."""
+        whole = torch.empty(slot.tensor.shape, device="meta") if dry else self.files.get(source)
+        text = f"{_source(self.files, source)}, quantized as it was read"
+        if slot.tensor.dim() == 3:
+            transposed, alternates = _stores_columns(slot.owner), _alternates(slot)
+            key = Key(scheme.spec, "experts", transposed, self.dtype, alternates)
+            parts: Any = (quantize_expert(whole[i].to(self.device), key, slot.name) for i in range(whole.shape[0]))
+            return self._adopt_experts(slot, key, parts, scheme, text, dry)
+        key = Key(scheme.spec, "rows", type(slot.owner).__name__ == "Conv1D", self.dtype)
+        if dry:
+            return Outcome(slot.name, scheme, text, _plane_bytes(slot, scheme, key, self.dtype))
+        values = nn.Parameter(whole.to(self.device), requires_grad=False)
+        planes = quantize(values, key, slot.name)
+        STORE.adopt(self._hollow(slot), key, planes, text)
+        return Outcome(slot.name, scheme, text, _bytes_of(planes))
+
+    def _linear(self, job: Linear, dry: bool) -> Outcome:
+        slot, found = job.slot, self.read(job.stem, dry)
+        text = self._text(job.stem)
+        if isinstance(found, Dense):
+            return self._dense_linear(job, found, text, dry)
+        if not dry:
+            key = Key(found.scheme.spec, "rows", job.transposed, self.dtype)
+            parameter = self._hollow(slot)
+            own_input = found.gather is not None or found.factor is not None
+            STORE.adopt(parameter, key, found.planes, text, found.input_scale, own_input)
+            self._inputs(slot.owner, found.gather, found.factor)
+        return Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True)
+
+    def _dense_linear(self, job: Linear, found: Dense, text: str, dry: bool) -> Outcome:
+        if not dry:
+            _finite(found.values, f"{self.files.folder}: {job.stem.name}")
+            values = found.values.t() if job.transposed else found.values
+            place(job.slot, values.to(job.slot.tensor.dtype).contiguous())
+            self._inputs(job.slot.owner, None, found.factor)
+        notes = (found.reason,) if found.reason else ()
+        return Outcome(job.slot.name, None, text, _nbytes(job.slot), notes, bool(found.reason))
+
+    def _experts(self, job: Experts, dry: bool) -> Outcome:
+        slot, text = job.slot, self._text(job.stems[0][0])
+        first = self._expert(job, 0, dry)
+        if isinstance(first, str):
+            return self._dense_experts(job, first, text, dry)
+        scheme = first.scheme
+        key = Key(scheme.spec, "experts", job.transposed, self.dtype, job.alternates)
+        scales: list[Tensor] = []
+        whole: list[Tensor] = []
+        for expert in range(len(job.stems)):
+            found = first if expert == 0 else self._expert(job, expert, dry)
+            if isinstance(found, str) or found.scheme != scheme:
+                return self._dense_experts(
+                    job, found if isinstance(found, str) else "experts have different schemes", text, dry
+                )
+            if found.input_scale is not None:
+                scales.append(found.input_scale)
+            if not dry:
+                whole = whole or [plane.new_empty((len(job.stems), *plane.shape)) for plane in found.planes]
+                for out, plane in zip(whole, found.planes, strict=True):
+                    out[expert].copy_(plane)
+        notes = first.notes
+        scale = torch.stack(scales).amax(0) if scales else None
+        if not dry:
+            if scale is not None and any(not torch.equal(own, scale) for own in scales):
+                notes = (*notes, "experts have different input scales: the largest serves all of them")
+            STORE.adopt(self._hollow(slot), key, tuple(whole), text, scale)
+        return Outcome(slot.name, scheme, text, len(job.stems) * _bytes_of(first.planes), notes, True)
+
+    def _expert(self, job: Experts, expert: int, dry: bool) -> Quantized | str:
+        """One expert's planes, gate rows before up rows; a reason where its parts are no planes of one scheme."""
+        found = [self.read(stem, dry) for stem in job.stems[expert]]
+        parts = [part for part in found if isinstance(part, Quantized)]
+        if len(parts) < len(found):
+            return next(part.reason for part in found if isinstance(part, Dense))
+        if any(part.gather is not None for part in parts):
+            return "the inputs of its experts are in an order of their own (desc_act)"
+        if any(part.factor is not None for part in parts):
+            return "the inputs of its experts have factors of their own (pre_quant_scale)"
+        if any(part.scheme != parts[0].scheme for part in parts):
+            return "gate and up have different schemes"
+        block = family_of(parts[0].scheme).row_block(parts[0].scheme)
+        rows = parts[0].n // 2 if job.interleaved else parts[0].n
+        if block > 1 and (job.interleaved or (len(parts) > 1 and rows % block)):
+            return f"gate has {rows} rows, which is no multiple of the {block} that share a scale"
+        planes = tuple(torch.cat(same) for same in zip(*(part.planes for part in parts), strict=True))
+        if job.interleaved:
+            planes = tuple(torch.cat((plane[0::2], plane[1::2])) for plane in planes)
+        scales = [part.input_scale for part in parts if part.input_scale is not None]
+        scale = torch.stack(scales).amax(0) if scales else None
+        return replace(parts[0], planes=planes, n=sum(part.n for part in parts), input_scale=scale)
+
+    def _dense_experts(self, job: Experts, reason: str, text: str, dry: bool) -> Outcome:
+        """Experts in 16 bits; by the user's policy on the way, where it names them."""
+        slot = job.slot
+        notes = (
+            ()
+            if not reason
+            else (reason if "kept in" in reason else f"{reason}: its values are kept in {_name(self.dtype)}",)
+        )
+        if dry:
+            for expert in range(len(job.stems)):
+                for stem in job.stems[expert]:
+                    self.read(stem, True)
+        scheme = self.scheme_of(slot) if not reason else None
+        if scheme is not None:
+            key = Key(scheme.spec, "experts", job.transposed, self.dtype, job.alternates)
+            plain = key._replace(transposed=False, interleaved=False)
+            parts = (quantize_expert(self._values(job, i), plain, slot.name) for i in range(len(job.stems)))
+            return self._adopt_experts(slot, key, parts, scheme, f"{text}, quantized as it was read", dry)
+        if not dry:
+            out = torch.empty(slot.tensor.shape, dtype=self.dtype, device=self.device)
+            for expert in range(len(job.stems)):
+                values = self._values(job, expert)
+                if job.alternates:
+                    values = torch.stack(values.chunk(2), 1).flatten(0, 1)
+                out[expert].copy_(values.t() if job.transposed else values)
+            place(slot, out)
+        return Outcome(slot.name, None, text, _nbytes(slot), notes, bool(reason))
+
+    def _values(self, job: Experts, expert: int) -> Tensor:
+        """[n, k] of an expert in the model's dtype, gate rows before up rows; its factors are multiplied in."""
+        parts: list[Tensor] = []
+        for stem in job.stems[expert]:
+            found = self.read(stem, False)
+            values = found.dequantized()
+            parts.append(values if found.factor is None else values * found.factor.float())
+        whole = torch.cat(parts)
+        if job.interleaved:
+            whole = torch.cat((whole[0::2], whole[1::2]))
+        whole = whole.to(self.dtype)
+        _finite(whole, f"{self.files.folder}: {job.stems[expert][0].name}")
+        return whole
+
+    def _adopt_experts(self, slot: Slot, key: Key, parts: Any, scheme: Scheme, text: str, dry: bool) -> Outcome:
+        count = slot.tensor.shape[0]
+        if not dry:
+            whole: list[Tensor] = []
+            for expert, planes in enumerate(parts):
+                whole = whole or [plane.new_empty((count, *plane.shape)) for plane in planes]
+                for out, plane in zip(whole, planes, strict=True):
+                    out[expert].copy_(plane)
+            STORE.adopt(self._hollow(slot), key, tuple(whole), text)
+        return Outcome(slot.name, scheme, text, count * _plane_bytes(slot, scheme, key, self.dtype))
+
+    def _bias(self, job: ExpertBias, dry: bool) -> Outcome:
+        slot, (count, n) = job.slot, job.slot.tensor.shape
+        for sources in job.sources:
+            for source in sources:
+                info = self.files.tensors[source]
+                if info.dtype not in REAL or info.shape != (n // len(sources),):
+                    text = f"{info.where} is {info.dtype} {list(info.shape)}; {slot.name} needs {n // len(sources)} numbers"
+                    raise CheckpointError(f"{text}.\nFix: write the checkpoint again.")
+        if not dry:
+            out = torch.empty(count, n, dtype=slot.tensor.dtype, device=self.device)
+            for expert, sources in enumerate(job.sources):
+                parts = [self.files.get(source).to(self.device) for source in sources]
+                out[expert].copy_(torch.stack(parts, 1).flatten() if job.alternates else torch.cat(parts))
+            place(slot, out)
+        return Outcome(slot.name, None, _source(self.files, job.sources[0][0]), _nbytes(slot))
+
+    # --- writing ---
+
+    def _hollow(self, slot: Slot) -> nn.Parameter:
+        """A Parameter without values in every place of the slot."""
+        meta = slot.tensor
+        values = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=self.device)
+        values.untyped_storage().resize_(0)
+        return place(slot, values)
+
+    def _inputs(self, module: nn.Module, gather: Tensor | None, factor: Tensor | None) -> None:
+        """Let a linear's input come in the order, and with the factors, that its planes were made for."""
+        if gather is not None:
+            same = self._orders.setdefault(
+                gather.cpu().numpy().tobytes(), gather
+            )  # one tensor, so that siblings can merge
+            module.register_buffer("sglq_input_order", same, persistent=False)
+            module.register_forward_pre_hook(_reorder)
+        if factor is not None:
+            module.register_buffer("sglq_input_factor", factor.contiguous(), persistent=False)
+            module.register_forward_pre_hook(_scale)
+
+    def _text(self, stem: Stem) -> str:
+        stored = self.description.stored(stem.name)
+        source = _source(self.files, next(iter(stem.tensors.values())).name)
+        return f"{source} ({stored.text})" if stored is not None and set(stem.tensors) != {"weight"} else source
+
+
+def _reorder(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0].index_select(-1, module.sglq_input_order), *args[1:]
+
+
+def _scale(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0] * module.sglq_input_factor, *args[1:]
+
+
+def place(slot: Slot, values: Tensor) -> nn.Parameter:
+    """Make ``values`` the Parameter or buffer in every place of a slot; returns it."""
+    made: Any = nn.Parameter(values, requires_grad=False) if isinstance(slot.tensor, nn.Parameter) else values
+    for module, attribute in slot.places:
+        if isinstance(slot.tensor, nn.Parameter):
+            module._parameters[attribute] = made
+        else:
+            module._buffers[attribute] = made
+    return made
+
+
+def sources_of(job: Job) -> list[str]:
+    """Tensors that a job reads."""
+    if isinstance(job, Copy):
+        return [job.source]
+    if isinstance(job, Linear):
+        return [part.name for part in job.stem.tensors.values()]
+    if isinstance(job, ExpertBias):
+        return [name for sources in job.sources for name in sources]
+    return list({part.name: None for stems in job.stems for stem in stems for part in stem.tensors.values()})
+
+
+def _finite(values: Tensor, where: str) -> None:
+    if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+        raise CheckpointError(f"{where} dequantizes to NaN or inf.\nFix: write the checkpoint again.")
+
+
+def _alternates(slot: Slot) -> bool:
+    return slot.places[0][1].startswith("gate_up") and not getattr(slot.owner, "is_concatenated", True)
+
+
+def _source(files: Files, name: str) -> str:
+    return files.tensors[name].file.name
+
+
+def _nbytes(slot: Slot) -> int:
+    return slot.tensor.numel() * slot.tensor.element_size()
+
+
+def _bytes_of(planes: Planes) -> int:
+    return sum(plane.numel() * plane.element_size() for plane in planes)
+
+
+def _plane_bytes(slot: Slot, scheme: Scheme, key: Key, dtype: torch.dtype) -> int:
+    """Of one weight, or of one expert."""
+    n, k = slot.tensor.shape[-2:]
+    n, k = (k, n) if key.transposed else (n, k)
+    return sum(spec.nbytes for spec in family_of(scheme).weight_planes(scheme, n, k, dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def bytes_by_name(outcomes: list[Outcome]) -> Mapping[str, int]:
+    """What each weight takes."""
+    return {outcome.name: outcome.nbytes for outcome in outcomes}

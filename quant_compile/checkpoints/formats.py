@@ -1,0 +1,64 @@
+"""Which file reads what: formats by name, and the config's ``quant_method`` to its description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quant_compile.checkpoints import (
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8_block,
+    gptq,
+    modelopt,
+    mxfp4,
+    torchao,
+)
+from quant_compile.checkpoints.description import Description, Keys, Stored
+from quant_compile.checkpoints.weight import Module, Read
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store a weight.
+
+    Attributes:
+        suffixes: tensors that a module may have, after its name and a dot.
+        read: ``(module, stored) -> Quantized | Dense``; also with a dry module.
+    """
+
+    suffixes: tuple[str, ...]
+    read: Callable[[Module, Stored], Read]
+
+
+FORMATS: dict[str, Format] = {
+    gptq.FORMAT: Format(gptq.SUFFIXES, gptq.read),
+    awq.FORMAT: Format(awq.SUFFIXES, awq.read),
+    fp8_block.FORMAT: Format(fp8_block.SUFFIXES, fp8_block.read),
+    mxfp4.FORMAT: Format(mxfp4.SUFFIXES, mxfp4.read),
+    bitsandbytes.FORMAT: Format(bitsandbytes.SUFFIXES, bitsandbytes.read),
+    torchao.FORMAT: Format(torchao.SUFFIXES, torchao.read),
+    **{name: Format(compressed_tensors.SUFFIXES, compressed_tensors.read) for name in compressed_tensors.FORMATS},
+    **{name: Format(modelopt.SUFFIXES, modelopt.read) for name in modelopt.FORMATS},
+}
+
+METHODS: dict[str, Callable[[Keys], Description]] = {
+    "gptq": gptq.describe,
+    "awq": awq.describe,
+    "compressed-tensors": compressed_tensors.describe,
+    "fp8": fp8_block.describe,
+    "modelopt": modelopt.describe,
+    "auto-round": auto_round.describe,
+    "intel/auto-round": auto_round.describe,
+    "mxfp4": mxfp4.describe,
+    "bitsandbytes": bitsandbytes.describe,
+    "torchao": torchao.describe,
+}
+"""``quant_method`` -> its ``describe``."""
+
+SUFFIXES = tuple(
+    sorted({suffix for format in FORMATS.values() for suffix in format.suffixes}, key=lambda s: (-len(s), s))
+)
+"""Every suffix of every format, the longest first."""

@@ -1,0 +1,237 @@
+"""``load``: a checkpoint's directory to a compiled model, with the integers that are in its files.
+
+Builds the model that transformers would build, without its weights; ``checkpoints`` fills it; ``api.compile`` compiles it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from quant_compile import api
+from quant_compile.checkpoints.adopted import policy_of, scheme_by_policy
+from quant_compile.checkpoints.config import describe
+from quant_compile.checkpoints.description import Description
+from quant_compile.checkpoints.errors import CheckpointError
+from quant_compile.checkpoints.files import Files
+from quant_compile.checkpoints.fill import Filler, Outcome, Progress
+from quant_compile.checkpoints.names import Mapped, Resolver, Slot
+from quant_compile.inspect.models import DTYPES, construct, load_config
+from quant_compile.ir.errors import OptionError
+from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.target import Target, default_policy
+from quant_compile.lowering.weights import claim_before_tracing
+from quant_compile.model.ledger import LEDGER
+from quant_compile.policy import Policy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What loading a checkpoint will do, found from headers and configs alone.
+
+    Attributes:
+        model: with Parameters on the meta device.
+        files: of the checkpoint.
+        description: of its configs.
+        mapped: tensors to weights.
+        outcomes: of each weight.
+        dtype: of the model.
+        given: the user's policy, or the device's default for a checkpoint that is not quantized.
+        schemes: what ``given`` makes of weights in 16 bits, by name.
+    """
+
+    model: nn.Module
+    files: Files
+    description: Description
+    mapped: Mapped
+    outcomes: tuple[Outcome, ...]
+    dtype: torch.dtype
+    given: Policy | None
+    schemes: Mapping[str, Scheme]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the loaded model."""
+        return sum(outcome.nbytes for outcome in self.outcomes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the configs and the names leave to say, one sentence each."""
+        out = [f"{self.files.folder}: {self.description.text}", *self.description.notes]
+        for reason in dict.fromkeys(self.mapped.ignored.values()):
+            names = [name for name, why in self.mapped.ignored.items() if why == reason]
+            out.append(f"not used: {len(names)} tensors, {names[0]} first: {reason}")
+        return tuple(out)
+
+    def table(self, full: bool = False) -> Table:
+        """What becomes of each weight; those that differ only in numbers share a row unless ``full``."""
+        title = (
+            f"{self.files.folder.name}: {self.files.nbytes / 1e6:,.2f} MB in files, {self.nbytes / 1e6:,.2f} MB loaded"
+        )
+        table = Table(title=title, title_justify="left")
+        for column in ("weight", "scheme", "MB", "from", "notes"):
+            table.add_column(column, overflow="fold", justify="right" if column == "MB" else "left")
+        rows: dict[tuple[object, ...], list[Outcome]] = {}
+        for i, outcome in enumerate(self.outcomes):
+            key = i if full else re.sub(r"\d+", "*", outcome.name)
+            rows.setdefault((key, outcome.scheme, outcome.source, outcome.notes), []).append(outcome)
+        for (key, scheme, source, _), row in rows.items():
+            name = row[0].name if len(row) == 1 else f"{key} ({len(row)}x)"
+            size = sum(outcome.nbytes for outcome in row) / 1e6
+            spec = scheme.spec if isinstance(scheme, Scheme) else str(self.dtype).removeprefix("torch.")
+            table.add_row(escape(name), spec, f"{size:,.2f}", escape(str(source)), escape("; ".join(row[0].notes)))
+        return table
+
+
+def load(
+    path: str | Path,
+    policy: Any = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_memory: int | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A checkpoint as a compiled, released model: what is quantized in its files is taken over as it is.
+
+    Args:
+        path: folder with config.json and safetensors files.
+        policy: for what the checkpoint has in 16 bits; None: its own quantization is the policy, or the device's default for a
+            checkpoint that is not quantized.
+        device: None: the GPU if there is one.
+        dtype: of everything that is not quantized; None: the config's.
+        max_memory: bytes that the weights may take on the device; more is an error before any is read.
+        progress: show a bar; None: on a terminal.
+        options: of ``compile``.
+
+    Returns:
+        The model; ``report(model)`` says of each weight which file it comes from.
+
+    Raises:
+        CheckpointError: a file, a tensor or a config is wrong, or does not fit the model; nothing is left on the device.
+        PolicyError: the policy contradicts the checkpoint.
+    """
+    target = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    plan = plan_of(path, policy, target, dtype)
+    if max_memory is not None and plan.nbytes > max_memory:
+        raise OptionError(
+            f"{path} takes {plan.nbytes / 1e9:.2f} GB, and max_memory is {max_memory / 1e9:.2f} GB.\n"
+            "Fix: a policy with fewer bits for what is not quantized, or a larger device."
+        )
+    with _bar(plan, progress) as step:
+        filler = Filler(plan.files, plan.description, plan.dtype, target, partial(_scheme, plan.schemes), step)
+        outcomes = filler.fill(plan.mapped)
+    _move_buffers(plan.model, target)
+    claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
+    whole = policy_of(plan.model, outcomes, plan.description, plan.given)
+    options.setdefault("release_weights", True)
+    model = api.compile(plan.model.eval(), whole, **options)
+    _note(model, plan, outcomes, whole, target)
+    return model
+
+
+def plan_of(
+    path: str | Path, policy: Any = None, device: torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> Plan:
+    """What ``load`` would do; reads headers and configs only.
+
+    Raises:
+        CheckpointError, PolicyError: as ``load``, but for faults of values.
+    """
+    folder = Path(path)
+    files = Files.open(folder)
+    description = describe(files.folder)
+    config = load_config(str(files.folder))
+    wanted = _dtype(dtype, config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # transformers would replace modules
+    model = construct(config, None, wanted, _EmptyOnMeta())
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # type: ignore[operator]
+    given = None if policy is None else Policy.load(policy)
+    if given is None and not description.method:
+        given = Policy.load(
+            default_policy(Target.of(device if device is not None and device.type == "cuda" else "cpu"))
+        )
+    mapped = Resolver(model, files).resolve()
+    schemes = scheme_by_policy(model, given)
+    filler = Filler(files, description, wanted, torch.device("meta"), partial(_scheme, schemes))
+    outcomes = tuple(filler.plan(mapped))
+    policy_of(model, outcomes, description, given)  # a contradiction shows before anything is read
+    return Plan(model, files, description, mapped, outcomes, wanted, given, schemes)
+
+
+def _scheme(schemes: Mapping[str, Scheme], slot: Slot) -> Scheme | None:
+    return next((schemes[name] for full in slot.names if (name := full.removesuffix(".weight")) in schemes), None)
+
+
+def _dtype(given: str | torch.dtype | None, config: Any) -> torch.dtype:
+    if isinstance(given, str):
+        given = DTYPES.get(given) or getattr(torch, given, None)
+        if not isinstance(given, torch.dtype):
+            raise OptionError(f"dtype must be a torch dtype or one of {', '.join(DTYPES)}")
+    own = given or getattr(config, "dtype", None)
+    own = getattr(torch, own, None) if isinstance(own, str) else own
+    if own is None:
+        return torch.bfloat16
+    if own not in DTYPES.values():
+        raise OptionError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {own}")
+    return own
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Weights are made with ``torch.empty``; what a model computes for itself (rotary frequencies) is not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for name, module in model.named_modules():
+        for attribute, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if buffer.is_meta:
+                raise CheckpointError(
+                    f"{name}.{attribute} is a buffer that no tensor fills.\nFix: report this architecture."
+                )
+            module._buffers[attribute] = buffer.to(device)
+
+
+def _note(model: nn.Module, plan: Plan, outcomes: Sequence[Outcome], policy: Policy, device: torch.device) -> None:
+    session = LEDGER.session(model, policy, Target.of(device if device.type == "cuda" else "cpu").label)
+    for note in plan.notes:
+        session.notes[note] = None
+
+
+@contextmanager
+def _bar(plan: Plan, wanted: bool | None) -> Generator[Progress]:
+    """A bar with bytes and the time that is left, on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not (console.is_terminal if wanted is None else wanted):
+        yield lambda count: None
+        return
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=plan.files.nbytes)
+        yield lambda count: bar.advance(task, count)
