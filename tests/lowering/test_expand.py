@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._dynamo.device_interface import CpuInterface
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 
@@ -61,6 +62,10 @@ def on_sm90(sm90: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeDriver, "is_active", staticmethod(lambda: True), raising=False)
     monkeypatch.setattr(Target, "of", staticmethod(lambda device: Target.fake("sm90")))
     monkeypatch.setattr(triton_helpers, "set_driver_to_gpu", lambda: None)  # it would look for the GPU
+    # torch 2.15 asks for a triton that compiles for CPUs, the device of the tensors.
+    monkeypatch.setattr(
+        CpuInterface, "raise_if_triton_unavailable", staticmethod(lambda device=None: None), raising=False
+    )
     import quant_compile.lowering.kernels._launch as launch
 
     monkeypatch.setattr(launch, "sm_count_of", lambda device: 132)
