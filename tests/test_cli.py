@@ -189,7 +189,6 @@ def test_a_class_that_does_not_fit_or_exist(capsys: Captured, llama: str) -> Non
         (),
         ("nothing",),
         ("check", "w8a8"),
-        ("inspect", "m"),
         ("inspect", "m", "--policy", "w8a8", "--target", "sm70"),
         ("check", "w8a8", "--model", "m", "--layers", "0"),
     ],

@@ -32,6 +32,7 @@ def transformed(graph: fx.Graph) -> dict[fx.Node, str]:
     """Nodes that a transform reads through -> why a product there cannot be quantized."""
     found: dict[fx.Node, str] = {}
     opened: list[str] = []
+    tracked = any(map(_tracks, graph.nodes))
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if name in _OPENS:
@@ -41,7 +42,7 @@ def transformed(graph: fx.Graph) -> dict[fx.Node, str]:
         elif opened:
             inside = " inside ".join(_OPENS[level] for level in reversed(opened))
             found[node] = f"it is inside {inside}, and kernels of packed planes have no rule for that"
-        elif _has_gradient(node.meta.get("example_value")):
+        elif tracked and _has_gradient(node.meta.get("example_value")):
             found[node] = "a gradient is taken through it, and kernels of packed planes have no derivative"
     return found
 
@@ -52,6 +53,18 @@ def _close(opened: list[str], level: str) -> None:
         if opened[position] == level:
             del opened[position]
             return
+
+
+def _tracks(node: fx.Node) -> bool:
+    """Whether a node turns gradients on, for all that follows or for one tensor.
+
+    Without one they are off in the whole graph, since calls with gradients are refused; yet a traced value may say that it requires
+    one (views of a Parameter do).
+    """
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in ("_set_grad_enabled", "set_grad_enabled"):
+        return True in node.args
+    return name in ("requires_grad_", "enable_grad", "grad", "backward") and node.op in ("call_function", "call_method")
 
 
 def _has_gradient(value: Any) -> bool:
