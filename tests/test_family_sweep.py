@@ -1,4 +1,4 @@
-"""The sweep over model families: its rules build models, its checks can fail, and every family is right (slow).
+"""The sweep over model families: its rules build models, its checks can fail, and every family is right (`--families`).
 
 The code is that of ``benchmarks/families.py``; here each family is a test of its own, under the same limits.
 """
@@ -51,9 +51,16 @@ def test_three_families(family: str) -> None:
     assert row.get("generate") == (None if family == "bert" else "same")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All of them take an hour, so only where they are asked for."""
+    if "any_family" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("--families")
+        metafunc.parametrize("any_family", models.families() if wanted else [])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", models.families())
-def test_every_family(family: str) -> None:
+def test_every_family(any_family: str) -> None:
+    family = any_family
     row = row_of(family)
     if row["status"] in (check.EAGER, check.TORCH, check.LATE, check.UNSTABLE):
         pytest.skip(f"{row['status']}: {row['reason']}")
