@@ -234,14 +234,16 @@ def _with_recurrences(run: Callable[..., Any]) -> Callable[..., Any]:
 def _entered(model: nn.Module) -> Iterator[nn.Module]:
     """Parts that other methods than ``forward`` may call (``encode``, ``get_image_features``): the modules right under a model.
 
-    Where Dynamo skips the model's own frame, these are compiled each on its own instead.
+    Where Dynamo skips the model's own frame, these are compiled each on its own instead. Bare linears are among them in models of
+    transformers only, whose methods call projections: elsewhere ``model.forward(x)`` stays the plain one.
     """
     if type(model).__module__.startswith("torch.nn"):  # has no other methods
         return
     weighty = {id(weight.parameter) for weight in linear_weights(model)}
     for child in model.children():
         for part in child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict) else (child,):
-            if any(id(parameter) in weighty for parameter in part.parameters()):
+            bare = type(part).__module__.startswith("torch.nn") and not hasattr(model, "base_model")
+            if not bare and any(id(parameter) in weighty for parameter in part.parameters()):
                 yield part
 
 
