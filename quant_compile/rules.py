@@ -8,12 +8,13 @@ from __future__ import annotations
 import fnmatch
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from quant_compile.ir.errors import PolicyError
 from quant_compile.ir.scheme import Scheme
 
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
@@ -240,3 +241,15 @@ class Decides(Protocol):
     def decide(self, site: SiteInfo) -> Decision:
         """What a weight gets."""
         ...
+
+
+def strict_error(policy: Decides, what: str, found: Iterable[str], fix: str) -> PolicyError:
+    """What a strict policy raises.
+
+    Args:
+        what: continues "the policy is strict".
+        found: one line each; those alike are one.
+        fix: a sentence.
+    """
+    listed = "\n".join(f"  {text}" for text in dict.fromkeys(found))
+    return PolicyError(f"{policy.source or policy.name}: the policy is strict{what}:\n{listed}\nFix: {fix}")

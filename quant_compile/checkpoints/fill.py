@@ -7,7 +7,7 @@ the store and, for inputs that a checkpoint permutes or scales, a hook on the li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -392,8 +392,3 @@ def _plane_bytes(slot: Slot, scheme: Scheme, key: Key, dtype: torch.dtype) -> in
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def bytes_by_name(outcomes: list[Outcome]) -> Mapping[str, int]:
-    """What each weight takes."""
-    return {outcome.name: outcome.nbytes for outcome in outcomes}

@@ -16,6 +16,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from quant_compile.ir.graph import copy_graph
+from quant_compile.ir.inline import ATTENTION, bodies_of
 from quant_compile.ir.probe import name_of, value_of
 
 
@@ -81,7 +83,6 @@ PRODUCTS = {
     *("vdot", "vecdot", "cdist", "kron", "outer", "ger", "addr", "_addmm_activation", "sparse_mm"),
 }
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
-ATTENTION = {"multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"}
 TABLES = {
     "embedding",
     "embedding_bag",
@@ -171,18 +172,12 @@ _Made = dict[fx.Node, frozenset[int] | None]  # Parameters that a value is made 
 
 def _inside(gm: fx.GraphModule, node: fx.Node, made: _Made, parameters: Mapping[int, Any]) -> list[Read]:
     """What the subgraphs of a higher-order op read."""
-    bodies = [
-        body
-        for leaf in pytree.tree_leaves((node.args, node.kwargs))
-        if isinstance(leaf, fx.Node) and leaf.op == "get_attr"
-        and isinstance(body := getattr(gm, str(leaf.target), None), fx.GraphModule)
-    ]  # fmt: skip
     operands = [
         leaf for leaf in pytree.tree_leaves(node.args) if not (isinstance(leaf, fx.Node) and leaf.op == "get_attr")
     ]
     reads: dict[tuple[int, Use], Read] = {}
     plain: set[int] = set()
-    for body in bodies:
+    for body in bodies_of(gm, node).values():
         inputs = list(body.graph.find_nodes(op="placeholder"))
         given = operands[len(operands) - len(inputs) :] if inputs else []
         fits = len(given) == len(inputs)
@@ -191,9 +186,7 @@ def _inside(gm: fx.GraphModule, node: fx.Node, made: _Made, parameters: Mapping[
             for i, operand in enumerate(given)
             if fits and isinstance(operand, fx.Node) and (slot := operand.meta.get("argument", -1)) in parameters
         }
-        for i, inner in enumerate(inputs):
-            inner.meta["argument"] = i
-        for read in account(body, held, (), ()):
+        for read in account(copy_graph(body), held, (), ()):
             slot = given[read.slot].meta["argument"]
             inner = "whose subgraphs are not rewritten" if read.use.multiplies else read.reason
             reason = f"read inside of {_op(node)} ({plain_name(read.node)}), {inner}"

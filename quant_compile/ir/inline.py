@@ -16,10 +16,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from quant_compile.ir.graph import copy_graph
+
 # Higher-order ops that compute what their body computes; operands are their last arguments, one for each of the body's inputs.
 WRAPPERS = {
     *("tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph", "hints_wrapper"),
-    *("wrap_with_set_grad_enabled", "dynamo_bypassing_wrapper"),
+    "dynamo_bypassing_wrapper",
 }
 
 
@@ -31,50 +33,29 @@ def inline(gm: fx.GraphModule) -> fx.GraphModule:
         name = getattr(node.target, "__name__", "")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             _inline_body(gm, node)
-        elif name in _ATTENTION:
-            _inline_traced(gm, node, _ATTENTION[name])
+        elif name in ATTENTION:
+            _inline_traced(gm, node, ATTENTION[name])
     gm.graph.eliminate_dead_code(lambda node: node.op != "get_attr")
     gm.recompile()
     return gm
 
 
-def body_of(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-    """The one subgraph that a wrapper calls."""
-    bodies = [
-        a
-        for a in node.args
-        if isinstance(a, fx.Node) and a.op == "get_attr" and isinstance(_module(gm, a), fx.GraphModule)
-    ]
-    return _module(gm, bodies[0]) if len(bodies) == 1 else None
-
-
-def _module(gm: fx.GraphModule, node: fx.Node) -> Any:
-    return getattr(gm, str(node.target), None)
+def bodies_of(gm: fx.GraphModule, node: fx.Node) -> dict[str, fx.GraphModule]:
+    """Name -> the subgraphs that a higher-order op is given."""
+    given = [n for n in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, fx.Node) and n.op == "get_attr"]
+    found = {str(n.target): getattr(gm, str(n.target), None) for n in given}
+    return {name: body for name, body in found.items() if isinstance(body, fx.GraphModule)}
 
 
 def _inline_body(gm: fx.GraphModule, node: fx.Node) -> None:
-    if getattr(node.target, "_name", "") not in WRAPPERS:
+    bodies = bodies_of(gm, node)
+    if getattr(node.target, "_name", "") not in WRAPPERS or len(bodies) != 1 or not _only_taken_apart(node):
         return
-    body = body_of(gm, node)
-    if body is None:
-        return
-    body = inline(fx.GraphModule(body, _copy(body.graph)))
+    ((name, body),) = bodies.items()
+    body = inline(copy_graph(body))
     inputs = list(body.graph.find_nodes(op="placeholder"))
-    if len(node.args) < len(inputs):
-        return
-    operands = node.args[len(node.args) - len(inputs) :]
-    _splice(gm, node, body, operands, str(_body_name(gm, node)))
-
-
-def _body_name(gm: fx.GraphModule, node: fx.Node) -> Any:
-    return next(a.target for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr")
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    copy.output(copy.graph_copy(graph, mapping))
-    return copy
+    if len(node.args) >= len(inputs):
+        _splice(gm, node, body, node.args[len(node.args) - len(inputs) :], name)
 
 
 def _splice(gm: fx.GraphModule, node: fx.Node, body: fx.GraphModule, operands: Iterable[Any], prefix: str) -> None:
@@ -107,17 +88,13 @@ def _adopt(gm: fx.GraphModule, body: fx.GraphModule, name: str, prefix: str) -> 
 
 
 def _replace(graph: fx.Graph, node: fx.Node, result: Any) -> None:
-    """Readers of a node, and of the parts that are taken out of its tuple, read ``result``."""
-    if isinstance(result, fx.Node):
-        node.replace_all_uses_with(result)
-    elif isinstance(result, tuple | list):
+    """Readers of a node read ``result``; of a tuple, what takes its parts out is the parts."""
+    if isinstance(result, tuple | list):
         for user in list(node.users):
-            part = result[user.args[1]] if user.target.__name__ == "getitem" else None  # type: ignore[union-attr, index]
-            if isinstance(part, fx.Node):
-                user.replace_all_uses_with(part)
-            elif part is None:
-                user.replace_all_uses_with(None)  # type: ignore[arg-type]
+            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(result)
     graph.erase_node(node)
 
 
@@ -224,7 +201,7 @@ def _attention(
     )  # fmt: skip
 
 
-_ATTENTION: dict[str, Callable[..., Any]] = {
+ATTENTION: dict[str, Callable[..., Any]] = {
     "multi_head_attention_forward": _attention,
     "_native_multi_head_attention": _native_attention,
     "_transformer_encoder_layer_fwd": _encoder_layer,

@@ -133,7 +133,7 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """For ledgers: ``guard: bf16 12.1 µs, FP8_DYNAMIC 14.0 µs at m = 512``."""
+        """For ledgers: ``guard: bf16 … µs, FP8_DYNAMIC … µs at m = 512``."""
         dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f32"}[self.chain.plain[0].dtype]
         siblings = f", {len(self.chain.plain)} linears of one input" if len(self.chain.plain) > 1 else ""
         spec = self.chain.scheme.spec

@@ -21,11 +21,11 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from quant_compile.ir.errors import PolicyError, PolicyWarning
+from quant_compile.ir.errors import PolicyWarning
 from quant_compile.ir.family import family_of
 from quant_compile.model.places import parameters_of
 from quant_compile.model.weights import Weight, dtype_name, linear_weights, possible_weights
-from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, scale_key
+from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, scale_key, strict_error
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,8 @@ class Plan:
             return self
         origin = self.policy.source or self.policy.name
         if self.policy.strict:
-            listed = "\n".join(f"  {problem}" for problem in self.problems)
-            fix = "Fix: correct or remove these rules, or set strict: false."
-            raise PolicyError(f"{origin}: the policy is strict and does not fit this model:\n{listed}\n{fix}")
+            fix = "correct or remove these rules, or set strict: false."
+            raise strict_error(self.policy, " and does not fit this model", self.problems, fix)
         for problem in self.problems:
             warnings.warn(f"{origin}: {problem}", PolicyWarning, stacklevel=3)
         return self

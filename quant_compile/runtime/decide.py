@@ -36,7 +36,7 @@ from quant_compile.model.names import Names, Owners
 from quant_compile.model.weights import expert_site, linear_weights
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes.plan import SiteDecision
-from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, scale_key
+from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, scale_key, strict_error
 from quant_compile.runtime.guard import Compare, Guard, uncompared
 from quant_compile.runtime.merges import notice
 
@@ -235,12 +235,8 @@ class Decider:
 
     def _refuse(self, found: Sequence[str]) -> None:
         if found:
-            origin = self.source.policy.source or self.source.policy.name
-            listed = "\n".join(f"  {text}" for text in dict.fromkeys(found))
-            fix = "Fix: give them `keep` in a rule, or set strict: false."
-            raise PolicyError(
-                f"{origin}: the policy is strict, and weights cannot have their schemes:\n{listed}\n{fix}"
-            )
+            fix = "give them `keep` in a rule, or set strict: false."
+            raise strict_error(self.source.policy, ", and weights cannot have their schemes", found, fix)
 
     def _decide_block(
         self, block: MoeSite, parameters: Mapping[int, Parameter], names: Mapping[int, Names]

@@ -23,11 +23,10 @@ from torch._dynamo import callback, eval_frame
 from torch._dynamo import utils as dynamo
 from torch.nn import functional
 
-from quant_compile.ir.errors import PolicyError
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.names import names_in
 from quant_compile.model.weights import linear_weights, possible_weights
-from quant_compile.rules import Decides
+from quant_compile.rules import Decides, strict_error
 from quant_compile.runtime.call import GraphRunner
 
 _NEVER = {"extra_repr", "reset_parameters", "_apply", "_load_from_state_dict", "_save_to_state_dict", "_init_weights"}
@@ -134,12 +133,9 @@ class Outside:
                 record.misses[reason] = None
                 against[f"{names[id(parameter)].full[0]}: {reason}"] = None
         if against and self._policy.strict:
-            origin = self._policy.source or self._policy.name
-            listed = "\n".join(f"  {text}" for text in against)
-            raise PolicyError(
-                f"{origin}: the policy is strict, and weights were read outside of the compiled graph:\n{listed}\n"
-                "Fix: change the model's code at the place named, give them `keep` in a rule, or set strict: false."
-            )
+            what = ", and weights were read outside of the compiled graph"
+            fix = "change the model's code at the place named, give them `keep` in a rule, or set strict: false."
+            raise strict_error(self._policy, what, against, fix)
 
 
 _GRAPH = GraphRunner.__call__.__code__
