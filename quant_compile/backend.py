@@ -15,7 +15,7 @@ from quant_compile.ir.errors import GradModeError, GraphError, NoKernelError, Op
 from quant_compile.ir.family import Reject
 from quant_compile.ir.graph import copy_graph, planes_of
 from quant_compile.ir.moe import MoeProblem
-from quant_compile.lowering.expand import expanding
+from quant_compile.lowering.expand import expanding, is_late
 from quant_compile.lowering.guard import Chain, Rows, Verdict, compare
 from quant_compile.lowering.moe import MoeDispatch, choose_moe, serves
 from quant_compile.lowering.registry import Problem
@@ -142,9 +142,9 @@ def _cannot_compile(weights: Sequence[str], error: Exception) -> GraphError:
 
 
 def _cache_tag() -> str:
-    """The user's tag of compile caches and a hash of the kernels' sources, which are part of what Inductor compiles here."""
+    """The user's tag of compile caches and what decides what becomes of our ops: caches see the graph with the ops only."""
     tag = torch.compiler.config.cache_key_tag
-    ours = f"sglquant-{source_hash()}"
+    ours = f"sglquant-{source_hash()}{'-late' if is_late() else ''}"
     return tag if tag.endswith(ours) else f"{tag}{ours}"
 
 

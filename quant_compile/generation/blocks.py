@@ -86,9 +86,12 @@ def _layers(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
 
 
 class Active(threading.local):
-    """Whether this thread is inside of a call that runs block by block."""
+    """Whether this thread is inside of a call that runs block by block, and the inputs that its blocks share."""
 
     depth = 0
+
+    def __init__(self) -> None:
+        self._marked: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     def __enter__(self) -> Active:
         self.depth += 1
@@ -96,6 +99,15 @@ class Active(threading.local):
 
     def __exit__(self, *error: object) -> None:
         self.depth -= 1
+        if not self.depth:
+            self._marked.clear()
+
+    def marked(self, name: str, value: Any) -> Any:
+        """``marked`` of an input, once for all blocks that get the same object: masks, positions and their embeddings."""
+        found = self._marked.get((name, id(value)))
+        if found is None:
+            found = self._marked[name, id(value)] = value, marked(name, value)
+        return found[1]
 
 
 class BlockCall:
@@ -121,7 +133,7 @@ class BlockCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or not self._active.depth:
             return self._plain(*args, **kwargs)
-        kwargs = {name: marked(name, value) for name, value in kwargs.items()}
+        kwargs = {name: self._active.marked(name, value) for name, value in kwargs.items()}
         found: Any = kwargs.get(self._cache)
         if isinstance(found, caches.types().static):
             kwargs[self._cache] = OneLayer(found.layers[self._index])

@@ -70,12 +70,24 @@ class CudaRecorder:
         if place not in self._pools:
             self._pools[place] = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with (
-            self._busy,
-            torch.cuda.graph(graph, self._pools[place], self._side(), capture_error_mode="thread_local"),
-        ):
-            made = run()
+        with self._busy:
+            try:
+                with torch.cuda.graph(graph, self._pools[place], self._side(), capture_error_mode="thread_local"):
+                    made = run()
+            except BaseException:
+                self._pools.pop(place)  # torch takes a pool for still in use after a capture that failed
+                self._settle()
+                raise
         return graph.replay, made
+
+    def _settle(self) -> None:
+        """Give the default generator back: after a capture that failed, torch takes it for captured, and no one gets a random number.
+
+        A capture that ends well ends that.
+        """
+        spare = torch.empty(1, device=self._device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._side(), capture_error_mode="thread_local"):
+            spare.zero_()
 
 
 Layers = Sequence[Any]

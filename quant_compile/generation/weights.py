@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from quant_compile.lowering.identity import place_of
+from quant_compile.lowering.identity import Storages, address_of
 from quant_compile.lowering.weights import STORE
 
 _VERSION = attrgetter("_version")
@@ -27,6 +27,7 @@ class Weights:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._places: list[tuple[int, tuple[Any, ...]]] = []
+        self._storages = Storages(())
         self._watched: list[Tensor] = []
         self._versions: list[int] = []
         self._changes = 0
@@ -36,11 +37,12 @@ class Weights:
         model = self._model()
         held = list(_tensors(model)) if model is not None else []
         with torch._C.DisableTorchFunctionSubclass():
-            places = [(id(tensor), () if _released(tensor) else place_of(tensor)) for tensor in held]
-            if places == self._places:
+            places = [(id(tensor), () if _released(tensor) else address_of(tensor)) for tensor in held]
+            if places == self._places and not self._storages.died:
                 return
             self._places = places
             self._changes += 1
+            self._storages = Storages(tensor for tensor, (_, place) in zip(held, places, strict=True) if place)
             self._watched = [t for t in held if isinstance(t, Parameter) and not t.is_inference() and not _released(t)]
             self._versions = list(map(_VERSION, self._watched))
 

@@ -206,10 +206,40 @@ def plane_name(parameter: str, plane: str) -> str:
 
 
 def prepare_for_inductor(gm: fx.GraphModule) -> None:
-    """Drop what ties placeholders to Dynamo's guards, and mark planes static so that CUDA graphs never copy them."""
+    """Drop what ties placeholders to Dynamo's guards, and give every node an example value.
+
+    Without one, torch does not take a method's first argument for a tensor and leaves the graph out of AOTAutograd's cache.
+    """
     gm._param_name_to_source = {}  # type: ignore[assignment]
     for node in gm.graph.find_nodes(op="placeholder"):
         node._dynamo_source = None  # type: ignore[attr-defined]
+    _fill_examples(gm.graph)
+
+
+def _fill_examples(graph: fx.Graph) -> None:
+    """Run what passes have put in on fake tensors; where that does not work, the rest is left as it is."""
+    if not any(node.op == "call_method" and not _has_example(node) for node in graph.nodes):
+        return
+    try:
+        mode = fake_mode_of(graph)
+        with mode, torch.no_grad():
+            for node in graph.nodes:
+                if node.op in ("call_function", "call_method") and not _has_example(node):
+                    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["example_value"])
+                    node.meta["example_value"] = _run(node, args, kwargs)
+    except Exception:  # a cache is missed; whatever is wrong with the graph, AOTAutograd says it
+        return
+
+
+def _has_example(node: fx.Node) -> bool:
+    return "example_value" in node.meta
+
+
+def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
 class _Shape:

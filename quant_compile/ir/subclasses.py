@@ -7,6 +7,7 @@ of the subclass. Parameter's own subclasses that change no operation are plain. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+@lru_cache(maxsize=1024)
 def own_operations(kind: type) -> bool:
     """Whether a tensor class says itself what operations over it do; one that only says when it may be read does not."""
     if getattr(kind, "behaves_as_parameter", False):

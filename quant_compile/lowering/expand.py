@@ -56,6 +56,11 @@ def without_guards() -> Generator[None]:
         _LATE.reset(token)
 
 
+def is_late() -> bool:
+    """Whether Dynamo is done with the graph that is being compiled."""
+    return _LATE.get()
+
+
 @dataclass(frozen=True)
 class Served:
     """What serves a whole range of m: a kernel, cut up for the ``rows`` of the range's end."""
@@ -121,7 +126,7 @@ def beyond(m: Any) -> bool | None:
         return True
     if statically_known_true(m <= SPLIT):
         return False
-    return None if _LATE.get() or free_unbacked_symbols(m) else bool(m > SPLIT)
+    return None if is_late() or free_unbacked_symbols(m) else bool(m > SPLIT)
 
 
 def _is_zero(data: Tensor) -> bool:

@@ -23,6 +23,8 @@ from quant_compile.lowering.target import Target
 NEVER_SLOWER = "never_slower"
 # 16 bits win where the quantized chain takes more than this share longer: two medians of one thing differ by up to 2 %.
 MARGIN = 0.03
+# A quantization takes less than this: launches in microseconds, and its bytes so many times.
+LAUNCHES, PASSES = 6.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Microseconds either way; geometric means over a range of m."""
+    """Microseconds either way; geometric means over a range of m.
+
+    Attributes:
+        quantized: at most, where that is enough for the quantized chain to win; measured where 16 bits do.
+    """
 
     chain: Chain
     rows: Rows
@@ -150,20 +156,62 @@ def compare(chain: Chain, dispatches: Sequence[Dispatch], rows: Rows, target: Ta
         A Reject where a time is not known.
     """
     kernels = [None if rows.m is not None else recorded_for(dispatch, rows.many, target) for dispatch in dispatches]
-    logs, total = [0.0, 0.0], sum(rows.weights.values())
-    for m, weight in rows.weights.items():
+    plains, products, quantizations = list[float](), list[float](), list[float]()
+    for m in rows.weights:
         runs = [
             Product(found.kernel if found is not None else dispatch.kernel_for(m).name, dispatch.problem)
             for found, dispatch in zip(kernels, dispatches, strict=True)
         ]
-        before = [chain.quantize] if chain.quantize is not None else []
-        for way, jobs in enumerate((chain.plain, (*before, *runs))):
-            times = [time(job, m) for job in jobs]
-            known = [t for t in times if not isinstance(t, Reject)]
-            if len(known) < len(times):
-                return next(t for t in times if isinstance(t, Reject))
-            logs[way] += weight * math.log(max(sum(known), 1e-3))
-    return Verdict(chain, rows, math.exp(logs[0] / total), math.exp(logs[1] / total))
+        for total, jobs in ((plains, chain.plain), (products, runs)):
+            took = _sum(jobs, m, time)
+            if isinstance(took, Reject):
+                return took
+            total.append(took)
+    for measure in (False, True) if chain.quantize is not None else ():
+        quantizations.clear()
+        for m in rows.weights:
+            took = time(chain.quantize, m) if measure else _at_most(chain, m, time, target)
+            if isinstance(took, Reject):
+                return took
+            quantizations.append(took)
+        verdict = _verdict(chain, rows, plains, products, quantizations)
+        if not verdict.keeps:
+            return verdict
+    return _verdict(chain, rows, plains, products, quantizations)
+
+
+def _sum(jobs: Sequence[Job], m: int, time: TimeOf) -> float | Reject:
+    times = [time(job, m) for job in jobs]
+    return next((t for t in times if isinstance(t, Reject)), sum(t for t in times if not isinstance(t, Reject)))
+
+
+def _at_most(chain: Chain, m: int, time: TimeOf, target: Target) -> float | Reject:
+    """More than the quantization of an input takes, by the speed at which a linear of one row reads its weight.
+
+    To measure it, Inductor must compile it, which takes a second. Infinite where that speed tells nothing: on CPUs.
+    """
+    if target.device != "cuda" or chain.quantize is None:
+        return math.inf
+    weight = max(chain.plain, key=lambda plain: plain.n * plain.k)
+    took = time(weight, 1)
+    if isinstance(took, Reject):
+        return took
+    bytes_of_input, bytes_of_weight = 2 * m * chain.quantize.k, 2 * weight.n * weight.k
+    return LAUNCHES + PASSES * took * bytes_of_input / bytes_of_weight
+
+
+def _verdict(
+    chain: Chain, rows: Rows, plains: Sequence[float], products: Sequence[float], quantizations: Sequence[float]
+) -> Verdict:
+    weights = list(rows.weights.values())
+    quantized = [a + b for a, b in zip(products, quantizations or [0.0] * len(products), strict=True)]
+    return Verdict(chain, rows, _mean(plains, weights), _mean(quantized, weights))
+
+
+def _mean(times: Sequence[float], weights: Sequence[float]) -> float:
+    """Geometric mean."""
+    logs = sum(weight * math.log(max(time, 1e-3)) for time, weight in zip(times, weights, strict=True))
+    return math.exp(logs / sum(weights))
 
 
 def _name(dtype: torch.dtype) -> str:

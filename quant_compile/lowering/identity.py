@@ -74,11 +74,21 @@ def signature_of(parameter: Parameter) -> tuple[Any, ...]:
 
 def place_of(tensor: Tensor) -> tuple[Any, ...]:
     """Where and as what values lie: storage, address, dtype, device, strides. Empty for subclasses that say themselves what they are."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if not (address := address_of(tensor)):
+            return ()
+        return StorageWeakRef(
+            tensor.untyped_storage()
+        ), *address  # as long as it is held, no other storage has its number
+
+
+def address_of(tensor: Tensor) -> tuple[Any, ...]:
+    """``place_of`` without the storage, for those who know that all storages live (``Storages``), inside of
+    ``DisableTorchFunctionSubclass``.
+    """
     if own_operations(type(tensor)) or tensor.layout != torch.strided:
         return ()
-    with torch._C.DisableTorchFunctionSubclass():
-        storage = StorageWeakRef(tensor.untyped_storage())  # as long as it is held, no other storage has its number
-        return storage, tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.stride())
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.stride()
 
 
 def version_of(parameter: Tensor) -> int:

@@ -100,13 +100,19 @@ def timings(gpu: str, level: str) -> Timings:
 
 def _environment_key(gpu: str) -> str:
     digest = hashlib.sha256(gpu.encode())
-    for library in _LIBRARIES:
-        try:
-            digest.update(f"{library}={importlib.metadata.version(library)}".encode())
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    digest.update(_library_versions())
     digest.update(sources(Path(__file__).parent / "kernels"))
     return digest.hexdigest()[:16]
+
+
+def _library_versions() -> bytes:
+    found = b""
+    for library in _LIBRARIES:
+        try:
+            found += f"{library}={importlib.metadata.version(library)}".encode()
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def sources(folder: Path) -> bytes:
@@ -116,8 +122,8 @@ def sources(folder: Path) -> bytes:
 
 @lru_cache(maxsize=1)
 def source_hash() -> str:
-    """Hash of all that decides what a kernel op is compiled to."""
-    return hashlib.sha256(sources(Path(__file__).parent)).hexdigest()[:16]
+    """Hash of all that decides what a graph with kernel ops is compiled to: this package's sources, and versions of libraries."""
+    return hashlib.sha256(sources(Path(__file__).parents[1]) + _library_versions()).hexdigest()[:16]
 
 
 def measured(target: Target, level: str) -> CostOf | None:

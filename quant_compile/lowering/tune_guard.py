@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -133,8 +134,12 @@ def _product(job: Product, device: torch.device) -> Callable[[int], float]:
     return timed
 
 
+@lru_cache(maxsize=64)
 def _quantization(job: Quantize, device: torch.device) -> Callable[[int], float]:
-    """What quantizing adds to the norm that makes the input, or a launch of its own; by the kernel that graphs get."""
+    """What quantizing adds to the norm that makes the input, or a launch of its own; by the kernel that graphs get.
+
+    Compiled once for all sizes: compiling takes a hundred times as long as measuring.
+    """
     own = input_kernel("maxima", job.scheme, job.dtype, Target.of(device)) if device.type == "cuda" else None
     if own is not None:
         return _by_kernel(own, job, device)
@@ -144,8 +149,8 @@ def _quantization(job: Quantize, device: torch.device) -> Callable[[int], float]
         return family_of(job.scheme).quantize_input(x, job.scheme, scale)
 
     alone = trace(quantize, job.k, 1 + len(scale))
-    whole = _compiled(_after_norm(alone, job) if job.fused else alone, job, device, *scale)
-    norm = _compiled(_norm(job), job, device) if job.fused else None
+    whole = _compiled(_after_norm(alone, job) if job.fused else alone, job.k, job.dtype, device, *scale)
+    norm = _compiled_norm(job.k, job.dtype, device) if job.fused else None
 
     def timed(m: int) -> float:
         x = torch.randn(m, job.k, device=device, dtype=job.dtype)
@@ -164,19 +169,24 @@ def _by_kernel(kernel: InputKernel, job: Quantize, device: torch.device) -> Call
     return timed
 
 
-def _norm(job: Quantize) -> fx.Graph:
+def _norm(k: int, dtype: torch.dtype) -> fx.Graph:
     """An RMSNorm without a weight."""
 
     def normed(x: Any) -> Any:
         wide = x.float()
-        return ((wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + EPS)).to(job.dtype),)
+        return ((wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + EPS)).to(dtype),)
 
-    return trace(normed, job.k, 1)
+    return trace(normed, k, 1)
+
+
+@lru_cache(maxsize=64)
+def _compiled_norm(k: int, dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
+    return _compiled(_norm(k, dtype), k, dtype, device)
 
 
 def _after_norm(quantize: fx.Graph, job: Quantize) -> fx.Graph:
     """The graph of a quantization with a norm before it."""
-    graph = _norm(job)
+    graph = _norm(job.k, job.dtype)
     x, *_ = graph.find_nodes(op="placeholder")
     output = graph.output_node()
     normed: Any = output.args[0]
@@ -186,14 +196,14 @@ def _after_norm(quantize: fx.Graph, job: Quantize) -> fx.Graph:
     return graph
 
 
-def _compiled(graph: fx.Graph, job: Quantize, device: torch.device, *scale: Tensor) -> Callable[..., Any]:
+def _compiled(graph: fx.Graph, k: int, dtype: torch.dtype, device: torch.device, *scale: Tensor) -> Callable[..., Any]:
     """A graph over rows [m, k] as Inductor compiles it where m is a symbol; apart from the graph that Dynamo is tracing."""
     from torch._inductor.compile_fx import compile_fx
 
     gm = fx.GraphModule(torch.nn.Module(), graph)
     mode = FakeTensorMode(shape_env=ShapeEnv())
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    x = mode.from_tensor(torch.empty(64, job.k, device=device, dtype=job.dtype), symbolic_context=sizes)
+    x = mode.from_tensor(torch.empty(64, k, device=device, dtype=dtype), symbolic_context=sizes)
     inputs = [x, *(mode.from_tensor(value) for value in scale)]
     patches: dict[str, Any] = {"split_reductions": False} if device.type == "cuda" else {}
     with tracing(TracingContext(mode)):

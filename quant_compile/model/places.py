@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, cast
 
 from torch import nn
@@ -33,6 +34,8 @@ _PEFT = (
 # Where PEFT keeps trained copies of what is wrapped: rules see them under its name, checkpoints do not.
 _COPIES = (("peft", "AuxiliaryTrainingWrapper", "modules_to_save"),)
 _TUNERS = {"lora": "LoRA adapter"}
+_PEFTS_OWN = (("peft", "BaseTunerLayer"), ("peft", "BaseTuner"), ("peft", "PeftModel"))
+_WRAPPERS = (*_AROUND, *_PEFT, *_COPIES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,9 @@ class _At:
 
     def to(self, module: nn.Module, attribute: str) -> _At:
         """One step down."""
+        if not _is_special(type(module), attribute):
+            name, raw, alias = (_joined(prefix, attribute) for prefix in (self.name, self.raw, self.alias))
+            return _At(name, raw, alias, self.role, self.tuners, self.owner)
         here = replace(self, raw=_joined(self.raw, attribute))
         if is_a(module, "peft", "BaseTunerLayer"):
             here = replace(here, tuners=(*self.tuners, module))
@@ -156,7 +162,19 @@ def without_reserved(name: str) -> str:
 
 def is_a(module: nn.Module, package: str, name: str) -> bool:
     """Whether a class or a base of it is called so in a package; nothing is imported for that."""
-    return any(base.__name__ == name and base.__module__.split(".")[0] == package for base in type(module).__mro__)
+    return (package, name) in _bases(type(module))
+
+
+@lru_cache(maxsize=4096)
+def _bases(kind: type) -> frozenset[tuple[str, str]]:
+    """(package, name) of a class and all its bases."""
+    return frozenset((base.__module__.split(".")[0], base.__name__) for base in kind.__mro__)
+
+
+@lru_cache(maxsize=4096)
+def _is_special(kind: type, attribute: str) -> bool:
+    """Whether names below an attribute of a module of this class are not just longer by the attribute."""
+    return attribute in RESERVED or any((package, name) in _bases(kind) for package, name, *_ in _WRAPPERS)
 
 
 def _joined(prefix: str, part: str) -> str:
@@ -177,7 +195,7 @@ def _is_around(module: nn.Module, attribute: str) -> bool:
 
 def _adapter(module: nn.Module) -> str:
     """What a part of one of PEFT's modules is that is not the wrapped module; empty for other modules."""
-    if not any(is_a(module, "peft", name) for name in ("BaseTunerLayer", "BaseTuner", "PeftModel")):
+    if _bases(type(module)).isdisjoint(_PEFTS_OWN):
         return ""
     parts = type(module).__module__.split(".")
     kind = parts[2] if len(parts) > 2 and parts[1] == "tuners" else "prompt"

@@ -43,6 +43,7 @@ from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import SiteDecision
 from quant_compile.runtime.decide import Choosers, Decider, Found, add_time, multiplied_slices
 from quant_compile.runtime.merges import Merges
+from quant_compile.runtime.profiling import unprofiled
 from quant_compile.runtime.record import claim_weights, record, refuse_released, release_packed
 from quant_compile.runtime.variant import Compile, Variant, Variants
 
@@ -175,7 +176,9 @@ class GraphRunner:
         self.source.reload_if_changed()
         binding = self._bindings.get(tuple(map(id, parameters)))
         if binding is None or not self._is_current(binding, parameters):
-            binding = self._bind(parameters)
+            with unprofiled():  # binding, and what the graph's first call sets up
+                binding = self._bind(parameters)
+                return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
         return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
 
     def _note_slices(self, args: Sequence[Any]) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import callback, eval_frame
+from torch._dynamo import eval_frame
 from torch._dynamo import utils as dynamo
 from torch.nn import functional
 
@@ -28,6 +28,7 @@ from quant_compile.model.names import names_in
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.rules import Decides, strict_error
 from quant_compile.runtime.call import GraphRunner
+from quant_compile.runtime.profiling import profiled
 
 _NEVER = {"extra_repr", "reset_parameters", "_apply", "_load_from_state_dict", "_save_to_state_dict", "_init_weights"}
 _SKIPPED: dict[tuple[str, int], str] = {}  # (file, line) of a function -> why Dynamo would not compile it
@@ -77,7 +78,7 @@ class Outside:
         self._frames = _frames()
         ran: dict[Any, _Ran] = {}
         self._seen.ran, self._seen.inside = ran, 0
-        with _profiling(self._look):
+        with profiled(self._look):
             try:
                 yield
             finally:
@@ -159,32 +160,6 @@ def _may_multiply(code: CodeType) -> bool:
     if code.co_filename.startswith(_WHERE) and code.co_filename != functional.__file__:
         return False
     return not any(name.startswith(("__compiled_fn", "__resume_at")) for name in code.co_names)
-
-
-@contextmanager
-def _profiling(look: Callable[[FrameType, str, Any], None]) -> Generator[None]:
-    """Python's profile hook in this thread, but not while Dynamo compiles."""
-    own, handler = threading.get_ident(), callback.callback_handler
-
-    def pause(*_: Any) -> None:
-        if threading.get_ident() == own:
-            sys.setprofile(None)
-
-    def go_on(*_: Any) -> None:
-        if threading.get_ident() == own:
-            sys.setprofile(look)
-
-    handler.register_start_callback(pause)
-    handler.register_end_callback(go_on)
-    sys.setprofile(look)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-        with suppress(ValueError):  # torch._dynamo.reset() drops them
-            handler.remove_start_callback(pause)
-        with suppress(ValueError):
-            handler.remove_end_callback(go_on)
 
 
 def _frames() -> int:

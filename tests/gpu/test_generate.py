@@ -344,6 +344,12 @@ def test_a_capture_that_fails_is_reported_and_the_loop_goes_on(monkeypatch: pyte
     for _ in range(2):
         assert torch.equal(tokens(model, **call), wanted)
     assert any("cannot be recorded as a CUDA graph" in note for note in quant_compile.report(model).notes)
+    assert torch.randn(8, device="cuda").isfinite().all()  # torch's generator is not left as in a capture
+    monkeypatch.undo()
+    recorded = fast(llama())
+    for _ in range(2):
+        assert torch.equal(tokens(recorded, **call), wanted)
+    assert not [note for note in quant_compile.report(recorded).notes if "cannot be recorded" in note]
 
 
 def test_reduce_overhead_means_our_graphs(count: Counter) -> None:

@@ -13,7 +13,19 @@ from quant_compile.ir.family import Reject
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import tune, tune_guard
 from quant_compile.lowering.expand import recorded_for
-from quant_compile.lowering.guard import MARGIN, Chain, Job, Plain, Product, Quantize, Rows, Verdict, compare
+from quant_compile.lowering.guard import (
+    LAUNCHES,
+    MARGIN,
+    PASSES,
+    Chain,
+    Job,
+    Plain,
+    Product,
+    Quantize,
+    Rows,
+    Verdict,
+    compare,
+)
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target
@@ -53,6 +65,36 @@ def test_16_bits_win_by_more_than_the_margin(share: float, keeps: bool) -> None:
     assert isinstance(verdict, Verdict) and verdict.keeps is keeps
 
 
+def test_a_quantization_is_measured_only_where_it_may_decide() -> None:
+    """It takes Inductor a second to compile one. 40 µs for 32 MiB at m = 1: inputs of m rows of 8 KiB take m / 34 µs at most."""
+
+    def time_of(job: Job, m: int) -> float:
+        asked.append(job)
+        return {Plain: 40.0, Quantize: 0.5, Product: product}[type(job)]
+
+    for product, measured in ((20.0, False), (33.0, False), (35.0, True), (60.0, True)):
+        asked: list[Job] = []
+        verdict = compared(chain(4096), Rows(8), time_of)
+        assert isinstance(verdict, Verdict) and verdict.keeps is (product > 41)
+        assert any(isinstance(job, Quantize) for job in asked) is measured, product
+        assert verdict.quantized == pytest.approx(
+            product + (0.5 if measured else LAUNCHES + PASSES * 8 / 102.4), rel=1e-2
+        )
+
+
+def test_on_a_cpu_nothing_is_known_of_a_quantization_but_its_time() -> None:
+    asked: list[type] = []
+
+    def time_of(job: Job, m: int) -> float:
+        asked.append(type(job))
+        return 40.0 if isinstance(job, Plain) else 1.0
+
+    cpu = Target.of("cpu")
+    dispatches = [choose(problem, cpu) for problem in chain(4096).products]
+    verdict = compare(chain(4096), dispatches, Rows(8), cpu, time_of)
+    assert isinstance(verdict, Verdict) and verdict.quantized == pytest.approx(2.0) and asked.count(Quantize) == 1
+
+
 def test_a_symbol_is_judged_on_its_side_of_1024_by_the_weights_of_selection() -> None:
     asked: set[int] = set()
 
@@ -67,7 +109,7 @@ def test_a_symbol_is_judged_on_its_side_of_1024_by_the_weights_of_selection() ->
     assert low.text.endswith("at m <= 1024")
     asked.clear()
     high = compared(chain(4096), Rows(None, True), time_of)
-    assert asked == {2048, 4096} and isinstance(high, Verdict) and high.text.endswith("at m > 1024")
+    assert asked == {1, 2048, 4096} and isinstance(high, Verdict) and high.text.endswith("at m > 1024")
 
 
 def test_a_symbols_recorded_kernel_is_the_one_that_is_timed() -> None:
