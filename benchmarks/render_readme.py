@@ -128,16 +128,10 @@ def generate_first_token(results: Path) -> str:
 
 
 def generate_start(results: Path) -> str:
-    """First calls, memory, calls without CUDA graphs, and the wrapper; of a run that was cut off while there is no whole one."""
-    whole = read("generate", results)
-    result = whole or read("generate_start", results)
+    """First calls, memory, calls without CUDA graphs, and the wrapper."""
+    result = read("generate", results)
     if result is None:
         return ""
-    run = (
-        "in the same run"
-        if whole
-        else f"in a run that ended before the rest was measured ({place(result, 'transformers')})"
-    )
     base = {row["model"]: start_s(row, "cold") for row in result["rows"] if row["stack"] == "hf-auto"}
     rows = [
         [row["model"], generate_name(row), number(start_s(row, "cold"), 1), number(start_s(row, "warm"), 1)]
@@ -148,7 +142,7 @@ def generate_start(results: Path) -> str:
     ]
     header = ["model", "stack", "first call, s", "in a second process, s", "to HF's", "GiB at the peak", "GiB held"]
     text = (
-        f"**`generate`, the first call**, {run}: everything that happens once, with empty caches and in a second process "
+        "**`generate`, the first call**, in the same run: everything that happens once, with empty caches and in a second process "
         f"that finds them; {result['settings']['processes_per_gpu']} processes compile on the host at a time. Memory is the "
         "allocator's, at the peak of that call and after it, 16-bit weights included unless they are released.\n"
     )
@@ -189,16 +183,22 @@ def generate_cpu(results: Path) -> str:
 
 
 def generate_table(result: Result, name: str, ratio: str) -> str:
-    """Stacks by cells; a stack without any such figure is left out."""
+    """Stacks by cells, and what no figure was taken for."""
     cells = list(dict.fromkeys(cell for row in result["rows"] for cell in row["cells"]))
     cells.sort(key=lambda cell: [int(part) for part in reversed(re.findall(r"\d+", cell))])
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    empty = [cell for cell in cells if not any(row["cells"].get(cell, {}).get(name) for row in result["rows"])]
+    cells = [cell for cell in cells if cell not in empty]
     rows: list[list[str]] = []
+    missing = list[str]()
     for row in result["rows"]:
         found = [generate_cell(row["cells"].get(cell, {}), name, ratio) for cell in cells]
-        if set(found) != {NONE}:
+        if set(found) - {NONE}:
             rows.append([*([row["model"]] if len(models) > 1 else []), generate_name(row), *found])
-    return markdown([*(["model"] if len(models) > 1 else []), "stack", *cells], rows)
+        elif row["stack"] != "wrapper" and any("not asked" not in c.get("reason", "") for c in row["cells"].values()):
+            missing.append(generate_name(row))
+    table = markdown([*(["model"] if len(models) > 1 else []), "stack", *cells], rows)
+    return f"{table}\n\nNot measured: {'; '.join([*missing, *empty])}." if missing or empty else table
 
 
 def generate_cell(cell: Result, name: str, ratio: str) -> str:

@@ -501,7 +501,9 @@ def test_every_document_is_rendered(
     """``--check`` tells and writes nothing; without it all files are filled."""
     paths = (tmp_path / "a.md", tmp_path / "b.md")
     for path, name in zip(paths, ("generate", "cpu_decode"), strict=True):
-        path.write_text(f"<!-- table:{name} -->\n{'old' if stale else ''}\n<!-- end:{name} -->\n", encoding="utf-8")
+        path.write_text(
+            f"<!-- table:{name} -->\n{'stale-text' if stale else ''}\n<!-- end:{name} -->\n", encoding="utf-8"
+        )
     monkeypatch.setattr(renderer, "ROOT", tmp_path)
     monkeypatch.setattr(renderer, "DOCUMENTS", paths)
     if not stale:
@@ -513,7 +515,7 @@ def test_every_document_is_rendered(
     assert [path.read_text(encoding="utf-8") for path in paths] == before
     assert renderer.main([]) == 0
     filled = [path.read_text(encoding="utf-8") for path in paths]
-    assert "old" not in "".join(filled) and "measured" in filled[0] and "| W8A16 |" in filled[1]
+    assert "stale-text" not in "".join(filled) and "FP8_DYNAMIC" in filled[0] and "| W8A16 |" in filled[1]
     assert renderer.main(["--check"]) == 0
 
 

@@ -88,7 +88,7 @@ def fp4_grouped_kernel(
     TILE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     all_rows = 2 * n if GATED else n
     row = tl.arange(0, BLOCK_N)
-    w_row = expert * all_rows + tl.minimum(tile * TILE + row % TILE, n - 1) + (row // TILE) * n.to(tl.int64)
+    w_row = expert * all_rows + tl.minimum(tile * TILE + row % TILE, n - 1) + (row // TILE) * tl.cast(n, tl.int64)
     spots = tl.arange(0, BLOCK_K // 2)
     groups = tl.arange(0, BLOCK_K // GROUP)
     width, groups_k = k // 2, k // GROUP

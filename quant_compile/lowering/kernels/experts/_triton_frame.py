@@ -158,7 +158,7 @@ def _weight_rows(w_ptr, own, near, spots, n, width, TMA: tl.constexpr):
     up_at = w_ptr
     if not TMA:
         w_at = w_ptr + own * width + near[:, None] * width + spots[None, :]
-        up_at = w_at + n.to(tl.int64) * width
+        up_at = w_at + tl.cast(n, tl.int64) * width
     return w_at, up_at
 
 

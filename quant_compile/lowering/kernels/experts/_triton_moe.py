@@ -340,7 +340,7 @@ def gated_rows_kernel(
     rows = first + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK)
     w_at = w_ptr + (expert * 2 * n + rows[:, None, None]) * width + cols[None, None, :]
-    up_at = w_at + n.to(tl.int64) * width
+    up_at = w_at + tl.cast(n, tl.int64) * width
     sw_at = sw_ptr + expert * sw_expert
     zero_first = expert * zero_expert
     token = (pair // top_k).to(tl.int64)

@@ -451,7 +451,7 @@ def gated_rows4_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK)
     w_at = w_ptr + (own + rows[:, None, None]) * width + cols[None, None, :]
-    up_at = w_at + n.to(tl.int64) * width
+    up_at = w_at + tl.cast(n, tl.int64) * width
     sw_at = sw_ptr + own * groups
     zero_at = zero_ptr
     if zero_ptr is not None:

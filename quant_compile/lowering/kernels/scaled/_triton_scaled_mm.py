@@ -340,7 +340,7 @@ def reduce_kernel(
     row = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = row.to(tl.int64) * n + cols
-    size = m.to(tl.int64) * n
+    size = tl.cast(m, tl.int64) * n
     total = tl.load(parts_ptr + at, mask=cols < n, other=0)
     for part in tl.static_range(1, SPLIT):
         total += tl.load(parts_ptr + at + part * size, mask=cols < n, other=0)

@@ -177,7 +177,7 @@ def tile_kernel(
         y += tl.load(bias_ptr + row).to(tl.float32)[:, None]
     place = tokens.to(tl.int64)[None, :] * n + rows[:, None]
     if SPLIT > 1:
-        place += part * (m.to(tl.int64) * n)
+        place += part * (tl.cast(m, tl.int64) * n)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(rows < n)[:, None] & (tokens < m)[None, :])
 
 
