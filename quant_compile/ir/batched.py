@@ -80,7 +80,9 @@ def _match(found: Weighted) -> BatchedSite | Reject:
     index, each, order = found.stored.index, found.each, found.letters
     if not found.over_experts:
         return Reject("a linear")
-    if found.from_another:
+    if (
+        found.from_another and found.product.op != "linear"
+    ):  # a linear says by its second operand which of them is the weight
         return Reject("both operands are Parameters")
     if index is None and not each:
         each = order[0]

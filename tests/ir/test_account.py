@@ -23,6 +23,7 @@ W, X = torch.randn(16, 16), torch.randn(3, 16)
 # what a forward does -> the one way in which the account says that W is read; None: a site
 FORMS: dict[str, tuple[Callable[..., Any], Use | None]] = {
     "linear": (lambda s, x: F.linear(x, s.W), None),
+    "a linear of another weight": (lambda s, x: F.linear(s.V, s.W), None),
     "a linear over a sum of weights": (lambda s, x: F.linear(x, s.W + s.V), Use.PRODUCT),
     "a linear over joined weights": (lambda s, x: F.linear(x, torch.cat((s.W, s.V))), Use.PRODUCT),
     "a linear between two weights": (lambda s, x: F.linear(x, torch.lerp(s.W, s.V, 0.3)), Use.PRODUCT),
@@ -118,6 +119,8 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "encoder, norm first": lambda: encoder(norm_first=True),
     "encoder with gelu": lambda: encoder(activation="gelu"),
     "decoder": lambda: Decodes(),
+    "a learned query": lambda: Pools(),
+    "learned queries, as many as rows": lambda: Pools(rows=3, expanded=True),
 }
 
 
@@ -130,6 +133,21 @@ class Decodes(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x, x)
+
+
+class Pools(nn.Module):
+    """Attention of learned queries over the input: a linear between two Parameters, one of them a slice of the joint projection."""
+
+    def __init__(self, rows: int = 1, expanded: bool = False) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, rows, 32))
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.expanded = expanded
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        count = x.shape[0]
+        queries = self.queries.expand(count, -1, -1) if self.expanded else self.queries.repeat(count, 1, 1)
+        return self.attention(queries, x, x)[0]
 
 
 @pytest.mark.parametrize("name", ATTENTION)
