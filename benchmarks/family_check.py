@@ -114,7 +114,7 @@ def _compared(recipe: Tiny, row: Row, tell: Tell, with_generate: bool) -> Row:
 def _by_compiled_copy(
     reference: nn.Module, recipe: Tiny, rounded: Before, got: list[Tensor], wanted: list[Tensor]
 ) -> Row:
-    """The comparison with the copy as Dynamo traces it, where its outputs are not those of the eager one: transformers makes other masks."""
+    """The comparison with the copy as Dynamo traces it, where that differs from the eager one: other masks are made."""
     torch._dynamo.reset()
     with as_read(rounded):
         traced = outputs(torch.compile(reference, backend="eager"), recipe)
