@@ -603,6 +603,30 @@ def moe(results: Path) -> str:
 
 # --- the documents ---------------------------------------------------------------------------------------------------
 
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def checkpoint_logits(results: Path) -> str:
+    """Loaded checkpoints against the libraries that wrote them; all figures are relative errors of logits."""
+    result = read("checkpoint_logits", results)
+    if result is None:
+        return ""
+    header = ["sample", "dtype", "library's logits", "loaded", "same weights, eager", "same weights, `torch.compile`"]
+    rows = [
+        [row["sample"], row["dtype"], row["reference"].removeprefix("logits").lstrip("_") or "in memory"]
+        + [NONE if row.get(way) is None else f"{row[way]:.1e}" for way in ("loaded", "eager", "compiled")]
+        if "error" not in row
+        else [row["sample"], NONE, cell(row["error"]), NONE, NONE, NONE]
+        for row in result["rows"]
+    ]
+    text = (
+        "Relative error of 64 tokens' logits to those of the library that wrote the sample. *Same weights*: transformers' own model with the "
+        "dequantized weights rounded to bf16, inputs not quantized. "
+        f"{place(result, 'transformers')}.\n"
+    )
+    return "\n".join([text, markdown(header, rows)])
+
+
 # --- families --------------------------------------------------------------------------------------------------------
 
 
@@ -713,6 +737,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "compile_time": compile_time,
     "cpu_decode": cpu_decode,
     "kernels": kernels,
+    "checkpoint_logits": checkpoint_logits,
     "families": families,
 }
 

@@ -409,6 +409,12 @@ RESULTS: dict[str, dict[str, Any]] = {
         ],
         "passes": [{"layers": 5, "nodes": 400, "passes_s": 0.2, "us_per_node": 500.0}, {"layers": 10, "error": "x"}],
     },
+    "checkpoint_logits": {
+        "rows": [
+            {"sample": "a", "dtype": "bf16", "reference": "logits", "loaded": 0.02, "eager": 0.001},
+            {"sample": "b", "error": "ValueError: x"},
+        ],
+    },
     "cpu_decode": {
         "settings": {"shape": "Llama-3-8B", "layers": 2, "batch": 1},
         "rows": [{"variant": "W8A16", "us": 2500.0, "speedup": 1.25, "error": None}, {"variant": "x", "error": "bad"}],
@@ -448,6 +454,7 @@ EXPECTED = {
         "| 5 | 400 | 0.20 | 500 |",
     ],
     "cpu_decode": ["| W8A16 | 2.5 | 1.25× |", "| x (bad) | – | – |"],
+    "checkpoint_logits": ["| a | bf16 | in memory | 2.0e-02 | 1.0e-03 | – |", "| b | – | ValueError: x | – | – | – |"],
     "families": [
         "5 of 5 families under W8A16:",
         "- 2 right: within 1e-03 of the eager reference. 1 have coverage 1.0, 0 no weight that the policy names, "
