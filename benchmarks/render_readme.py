@@ -107,7 +107,7 @@ def generate(results: Path) -> str:
     text = (
         f"**`generate`, milliseconds a token**, by the wall clock: {shapes_of(result)}, seeded random weights, greedy, "
         f"{settings['new_tokens']} new tokens, B prompts of P tokens. In parentheses: speed relative to the first row, "
-        f"bf16 that Hugging Face's own `generate` compiles with CUDA graphs. {options_of(result)}{NONE}: not run. "
+        f"bf16 that Hugging Face's own `generate` compiles with CUDA graphs. {options_of(result)}"
         f"{place(result, 'triton', 'transformers', 'torchao')}.\n"
     )
     return "\n".join([text, generate_table(result, "ms_per_token", "speedup")])
@@ -620,8 +620,8 @@ def checkpoint_logits(results: Path) -> str:
         for row in result["rows"]
     ]
     text = (
-        "Relative error of 64 tokens' logits to those of the library that wrote the sample. *Same weights*: transformers' own model with the "
-        "dequantized weights rounded to bf16, inputs not quantized. "
+        "Relative error of 64 tokens' logits to those of the library that wrote the sample. *Same weights*: transformers' own model with "
+        "the dequantized weights rounded to bf16, inputs not quantized. "
         f"{place(result, 'transformers')}.\n"
     )
     return "\n".join([text, markdown(header, rows)])

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from quant_compile.generation import install, uninstall
 from quant_compile.ir.errors import OptionError, StaleWeightError, WeightError
@@ -34,7 +35,7 @@ def compile(
         policy: preset name, shipped policy, YAML path, dict or Policy; None: the device's default.
         dynamic: as in torch.compile.
         fullgraph: as in torch.compile.
-        options: ``mode``, ``release_weights``, ``kernels``, ``tune``, ``inductor``, ``guard``; see ``Options``.
+        options: ``mode``, ``release_weights``, ``kernels``, ``tune``, ``inductor``, ``guard``, ``blocks``; see ``Options``.
 
     Returns:
         The same model.
@@ -47,6 +48,11 @@ def compile(
     if any(parameter.is_meta and id(parameter) not in lent for parameter in model.parameters()):
         raise WeightError(
             "the model is on the meta device and has no weights. Fix: load it first (from_pretrained, or to_empty + load_state_dict)."
+        )
+    lazy = next((name for name, value in model.named_parameters() if is_lazy(value)), None)
+    if lazy is not None:
+        raise WeightError(
+            f"{lazy} has no shape yet (a lazy module). Fix: call the model once with an example input before compiling it."
         )
     device = offload.execution_device(model)
     target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu" if device is None else device))

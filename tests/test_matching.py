@@ -20,8 +20,10 @@ from quant_compile.passes.insert_quant import insert_quant
 from quant_compile.passes.merge_siblings import merge_siblings
 from quant_compile.passes.share_quant import share_quant
 from tests.ir.tracing import Holder, Traced, plan_for, relative_error, run, trace
+from tests.runtime_support import CompileCounter, plain_inductor
 from tests.textbook import SCHEMES
 
+__all__ = ["plain_inductor"]
 N, K = 33, 51
 """Odd on purpose: no kernel's tile divides them."""
 
@@ -179,6 +181,18 @@ HEADS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], Callable[[Tensor]
         lambda w: w.flatten(0, 1).t(),
         (2, 3, 5, 17),
     ),
+    "heads before rows": (
+        lambda m, x: torch.einsum("bsk,khd->bhsd", x, m.w),
+        (K, 3, 11),
+        lambda w: w.flatten(1).t(),
+        (2, 5, K),
+    ),
+    "outputs before rows": (
+        lambda m, x: torch.einsum("bsk,khd->hdbs", x, m.w),
+        (K, 3, 11),
+        lambda w: w.flatten(1).t(),
+        (2, 5, K),
+    ),
     "tensordot": (lambda m, x: torch.tensordot(x, m.w, dims=2), (3, 17, N), lambda w: w.flatten(0, 1).t(), (2, 3, 17)),
     "conv1d": (lambda m, x: F.conv1d(x, m.w), (N, K, 1), lambda w: w.flatten(1), (2, K, 7)),
     "conv1d without a batch": (lambda m, x: torch.conv1d(x, m.w, m.b), (N, K, 1), lambda w: w.flatten(1), (K, 7)),
@@ -189,7 +203,12 @@ HEADS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], Callable[[Tensor]
 def test_a_weight_of_three_dimensions_that_is_a_matrix(form: str) -> None:
     """Heads of an attention, and kernels of size 1; results lie in memory as eager ones, since callers ``view`` them."""
     forward, shape, matrix, input_shape = HEADS[form]
-    module = Holder(lambda m, x: forward(m, x).view(-1), w=weight(*shape), b=torch.zeros(N))
+    strided = "before" in form  # as eager ones are, so that callers do not view them
+    module = Holder(
+        lambda m, x: forward(m, x).reshape(-1) if strided else forward(m, x).view(-1),
+        w=weight(*shape),
+        b=torch.zeros(N),
+    )
     x = torch.randn(input_shape)
     traced = trace(module, x)
     w = matrix(module.w)
@@ -666,3 +685,15 @@ def test_end_to_end_misses_are_in_the_report() -> None:
     assert lines["scaled"].scheme is None and "alpha" in lines["scaled"].reason
     assert lines["masked"].scheme is None and "computed by mul" in lines["masked"].reason
     assert report.coverage < 1.0 and {name for name, _ in report.skips} == {"scaled", "masked"}
+
+
+def test_a_weight_that_widens_the_input_is_no_expert(plain_inductor: CompileCounter) -> None:
+    """[b, s, k] @ [1, k, n] with a batch of any size: the weight's 1 is no number of experts."""
+    torch._dynamo.reset()
+    module = Holder(lambda m, x: x @ m.w, w=weight(1, K, N))
+    quant_compile.compile(module, "W8A16", kernels="reference", dynamic=True)
+    plain = Holder(lambda m, x: x @ m.w, w=module.w.clone())
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            x = torch.randn(batch, 4, K)
+            assert relative_error(module(x), plain(x)) < 0.05

@@ -205,7 +205,7 @@ def _inside(options: dict[str, Any]) -> dict[str, Any]:
 def _compiled(module: nn.Module, options: dict[str, Any], **arguments: Any) -> Callable[..., Any]:
     """A module's call, compiled; also where forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
     call = module._call_impl
-    if trace_rules.check(type(module).forward):
+    if (forward := getattr(type(module), "forward", None)) is not None and trace_rules.check(forward):
 
         def around(*args: Any, **kwargs: Any) -> Any:
             return module._call_impl(*args, **kwargs)

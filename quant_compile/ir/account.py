@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from quant_compile.ir.graph import copy_graph
 from quant_compile.ir.inline import ATTENTION, bodies_of
 from quant_compile.ir.probe import name_of, value_of
+from quant_compile.ir.writes import storage_of, written_by
 
 
 class Use(Enum):
@@ -126,6 +127,7 @@ def account(
     results = {node for node, _ in known} | set(blocks)
     matrices = {slot for slot, parameter in parameters.items() if parameter.dim() > 1}
     made: _Made = {}
+    by_storage: dict[int, list[fx.Node]] = {}
     reads: list[Read] = []
     for node in gm.graph.nodes:
         if node in results:
@@ -147,7 +149,21 @@ def account(
                     Read(node, slot, use, _made_before(node, slot, made) or _reason(node, use))
                     for slot in sorted(slots)
                 ]
+        _fill(node, made, by_storage)
     return reads
+
+
+def _fill(node: fx.Node, made: _Made, by_storage: dict[int, list[fx.Node]]) -> None:
+    """A tensor that weights are written into (``buffer.copy_(weight)``) is made of them from then on, under all its names."""
+    storage = storage_of(node)
+    if storage is not None:
+        by_storage.setdefault(storage, []).append(node)
+    targets = list(written_by(node)) if node.op != "output" else []
+    given = frozenset[int]().union(*(made.get(i) or () for i in node.all_input_nodes if i not in targets))
+    for target in targets if given else ():
+        for alias in by_storage.get(storage_of(target) or 0, ()):
+            if made.get(alias) is not None:
+                made[alias] = (made[alias] or frozenset()) | given
 
 
 def _made_before(node: fx.Node, slot: int, made: _Made) -> str | None:

@@ -35,7 +35,9 @@ def inline(gm: fx.GraphModule) -> fx.GraphModule:
             _inline_body(gm, node)
         elif name in ATTENTION:
             _inline_traced(gm, node, ATTENTION[name])
-    gm.graph.eliminate_dead_code(lambda node: node.op != "get_attr")
+    for node in gm.graph.find_nodes(op="get_attr"):  # fx's own way removes writes from all other subgraphs as well
+        if not node.users:
+            gm.graph.erase_node(node)
     gm.recompile()
     return gm
 

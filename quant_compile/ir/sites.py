@@ -6,7 +6,7 @@ Reads a copied Dynamo graph and the Parameter objects behind its placeholders; c
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -210,8 +210,19 @@ def _problem_of(
         return f"the weight is computed by {read.cast} before it is used"
     if not value.dtype.is_floating_point or result.dtype not in DTYPES:
         return f"{value.dtype} input and {result.dtype} output: only bf16, fp16 and fp32 are quantized"
-    writer = writes.anywhere(operand) or writes.anywhere(read.weight)
+    writer = next((name for step in _way(operand, read.weight) if (name := writes.anywhere(step)) is not None), None)
     return None if writer is None else f"{writer} writes into the weight"
+
+
+def _way(operand: fx.Node, weight: fx.Node) -> Iterator[fx.Node]:
+    """A Parameter and everything between it and an operand that is made of it: copies on the way may be written too."""
+    ahead, seen = [operand, weight], set[fx.Node]()
+    while ahead:
+        node = ahead.pop()
+        if node not in seen:
+            seen.add(node)
+            ahead += node.all_input_nodes
+            yield node
 
 
 def _sorted(found: Weighted) -> Weighted | Reject:
@@ -235,9 +246,14 @@ def _sorted(found: Weighted) -> Weighted | Reject:
         )
     if sorted(own) != sorted(rows + sums + each) or sorted(out) != sorted(rows + keeps + each):
         return Reject(f"{op} over a Parameter is not a linear: it sums or widens its input alone")
-    if any(isinstance(size, int) and size != found.size(c) for c, size in zip(own, shape, strict=True) if c in letters):
+    if any(_differs(size, found.size(c)) for c, size in zip(own, shape, strict=True) if c in letters):
         return Reject(f"{op} over a Parameter is not a linear: its input is broadcast over the weight")
     return replace(found, own=own, sums=sums, keeps=keeps, each=each, rows=rows, squeezed=squeezed)
+
+
+def _differs(size: Any, own: int) -> bool:
+    """Whether a dimension of the input is not the weight's; a symbol stands for a size that is, but never for 1."""
+    return size != own if isinstance(size, int) else own == 1
 
 
 def _site(found: Weighted) -> LinearSite | Reject:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,11 @@ IN_PLACE = {
 }  # fmt: skip
 
 
+DUNDER = re.compile(r"__(i(add|sub|mul|truediv|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift)|setitem)__$")
+# Functions of these write what their names and schemas say; any other that Dynamo was told to leave alone may write what it is given.
+KNOWN = ("torch", "_operator", "operator", "math", "builtins", "einops")
+
+
 class Writes:
     """The in-place writes of a graph as it is now; nodes that are added later are unknown to it."""
 
@@ -26,7 +32,7 @@ class Writes:
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self._writers: dict[int, list[fx.Node]] = {}
         for node in graph.nodes:
-            for written in _written(node):
+            for written in written_by(node):
                 storage = storage_of(written)
                 if storage is not None:
                     self._writers.setdefault(storage, []).append(node)
@@ -57,36 +63,79 @@ def storage_of(node: fx.Node) -> int | None:
     return value.untyped_storage()._cdata
 
 
-def _written(node: fx.Node) -> Iterator[fx.Node]:
-    """Arguments that a node writes."""
+def written_by(node: fx.Node) -> Iterator[fx.Node]:
+    """Arguments that a node writes, or may write."""
     if node.op not in ("call_function", "call_method"):
         return
-    out = node.kwargs.get("out")
-    yield from _nodes(out)
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
+    yield from _nodes(node.kwargs.get("out"))
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if _subgraphs_write(node):
+            yield from node.all_input_nodes
+        return
+    schemas = _schemas(node.target)
+    for schema in schemas:
         for i, argument in enumerate(schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 yield from _nodes(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
-    elif _writes_its_first(node):
+    if not schemas:
+        yield from _written_by_function(node)
+
+
+def _written_by_function(node: fx.Node) -> Iterator[fx.Node]:
+    """What a Python function or a method writes."""
+    if _writes_its_first(node):
         yield from _nodes(node.args[0] if node.args else node.kwargs.get("input"))
+    elif _is_foreign(node.target):
+        yield from node.all_input_nodes
+    elif _bound(node).get("max_norm") is not None:  # an embedding's rows are scaled down where they are
+        yield from _nodes(_bound(node).get("weight"))
+
+
+def _schemas(target: Any) -> list[Any]:
+    """Schemas of an op; of all overloads where torch has yet to choose one."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name)._schema for name in target.overloads()]
+    schema = getattr(target, "_schema", None)
+    return [] if schema is None else [schema]
+
+
+def _subgraphs_write(node: fx.Node) -> bool:
+    """Whether the subgraphs of a higher-order op write into anything; one without subgraphs (a Triton launch) is taken to."""
+    module = node.graph.owning_module
+    bodies = [
+        body
+        for source in node.all_input_nodes
+        if source.op == "get_attr" and isinstance(body := getattr(module, str(source.target), None), fx.GraphModule)
+    ]
+    return not bodies or any(next(written_by(inner), None) is not None for body in bodies for inner in body.graph.nodes)
+
+
+def _is_foreign(target: Any) -> bool:
+    """Whether a node calls a function that neither torch nor a library known to write nothing has made."""
+    module = getattr(target, "__module__", None)
+    return callable(target) and isinstance(module, str) and module.partition(".")[0] not in KNOWN
 
 
 def _writes_its_first(node: fx.Node) -> bool:
     if node.target in IN_PLACE or _is_inplace(node):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    return DUNDER.fullmatch(name) is not None or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_inplace(node: fx.Node) -> bool:
     """Whether ``inplace=True`` is given, by name or by position as torch.nn's activations do."""
-    if node.kwargs.get("inplace") is True or not callable(node.target):
-        return node.kwargs.get("inplace") is True
+    return node.kwargs.get("inplace") is True or _bound(node).get("inplace") is True
+
+
+def _bound(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a Python function by name; empty where it has no signature."""
+    if not callable(node.target):
+        return {}
     try:
-        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace") is True
+        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
     except (TypeError, ValueError):
-        return False
+        return {}
 
 
 def _nodes(value: Any) -> Iterator[fx.Node]:

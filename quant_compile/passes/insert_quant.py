@@ -71,8 +71,7 @@ def _inverse(step: Step) -> Step:
     """What undoes one of the steps of ``LinearSite.after``; views share the storage, so that writes to them are seen."""
     method, arguments = step
     if method == "permute":
-        (order,) = arguments
-        return method, (tuple(order.index(i) for i in range(len(order))),)
+        return method, tuple(arguments.index(i) for i in range(len(arguments)))
     if method == "unflatten":
         return "flatten", (-len(arguments[1]),)
     return ("unsqueeze" if method == "squeeze" else method), arguments

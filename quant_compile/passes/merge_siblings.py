@@ -75,6 +75,10 @@ def _written(siblings: list[fx.Node], writes: Writes) -> Reject | None:
     if writer is not None:
         return Reject(f"the input is written by {writer}")
     for node in siblings:
+        bias: Any = node.args[2]
+        writer = None if bias is None else writes.anywhere(bias)
+        if writer is not None:  # the joined bias is made before the call
+            return Reject(f"the bias of {node.meta['names'][0]} is written by {writer}")
         writer = writes.anywhere(node)
         if writer is not None and _views(node):
             return Reject(f"{node.meta['names'][0]}'s output is viewed and written by {writer}")
