@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
@@ -109,6 +109,21 @@ def matches(pattern: str, name: str) -> bool:
     if any(wildcard in pattern for wildcard in "*?["):
         return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
     return f".{pattern.strip('.')}." in f".{name}."
+
+
+def alike(values: Mapping[str, Hashable]) -> Iterator[tuple[str, str]]:
+    """(regular expression, one of the names that it stands for) for all names, as few as say it.
+
+    Names that differ only in numbers share one where their values are equal; elsewhere each has its own.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in values:
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    for kind, names in kinds.items():
+        if len({values[name] for name in names}) == 1:
+            yield re.escape(kind).replace(r"\#", "#").replace("#", r"\d+"), names[0]
+        else:
+            yield from ((re.escape(name), name) for name in names)
 
 
 @dataclass
