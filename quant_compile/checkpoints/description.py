@@ -111,19 +111,27 @@ def matches(pattern: str, name: str) -> bool:
     return f".{pattern.strip('.')}." in f".{name}."
 
 
-def alike(values: Mapping[str, Hashable]) -> Iterator[tuple[str, str]]:
-    """(regular expression, one of the names that it stands for) for all names, as few as say it.
+def alike(values: Mapping[str, Hashable], fixed: int = 0) -> Iterator[tuple[str, str]]:
+    """(regular expression, one of the names that it stands for) for all names, few that say it.
 
-    Names that differ only in numbers share one where their values are equal; elsewhere each has its own.
+    Names that differ only in numbers share one where their values are equal; else those that differ only after their first
+    number, and so on.
+
+    Args:
+        values: by name.
+        fixed: numbers of a name, from the left, that are not left open.
     """
     kinds: dict[str, list[str]] = {}
     for name in values:
-        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
-    for kind, names in kinds.items():
+        parts = re.split(r"(\d+)", name)  # every second one is a number
+        open_ = range(1 + 2 * fixed, len(parts), 2)
+        pattern = "".join(r"\d+" if i in open_ else re.escape(part) for i, part in enumerate(parts))
+        kinds.setdefault(pattern, []).append(name)
+    for pattern, names in kinds.items():
         if len({values[name] for name in names}) == 1:
-            yield re.escape(kind).replace(r"\#", "#").replace("#", r"\d+"), names[0]
+            yield pattern, names[0]
         else:
-            yield from ((re.escape(name), name) for name in names)
+            yield from alike({name: values[name] for name in names}, fixed + 1)
 
 
 @dataclass
