@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from quant_compile.api import compile, refresh, release, report, restore, uncompile
 from quant_compile.calibrate import calibrate
-from quant_compile.checkpoints.errors import CheckpointError
+from quant_compile.checkpoints.errors import CheckpointError, SaveError
 from quant_compile.ir.errors import (
     CoverageError,
     GradModeError,
@@ -27,6 +27,7 @@ from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
 from quant_compile.policy import Policy, Rule
 from quant_compile.pretrained import load
+from quant_compile.saving import save
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "ReleasedWeightError",
     "Report",
     "Rule",
+    "SaveError",
     "Scheme",
     "SchemeError",
     "StaleWeightError",
@@ -56,5 +58,6 @@ __all__ = [
     "release",
     "report",
     "restore",
+    "save",
     "uncompile",
 ]

@@ -1,6 +1,6 @@
-"""The command line ``sglquant``: presets and policies, a policy checked against a model, rewritten graphs, a demo.
+"""The command line ``sglquant``: presets and policies, a policy checked against a model, rewritten graphs, checkpoints, a demo.
 
-Models are built from their configuration; no command needs weights. Exit codes: 0 fine, 1 an error of the policy or the
+Models are built from their configuration; no command but ``convert`` needs weights. Exit codes: 0 fine, 1 an error of the policy or the
 model (one text on stderr), 2 wrong usage.
 """
 
@@ -91,6 +91,21 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--tokens", type=_positive, default=16, metavar="N", help="tokens of the traced input")
     inspect.add_argument("--full", action="store_true", help="one line for every weight in the ledger")
     _model_arguments(inspect)
+    convert = command(
+        "convert", _convert, "quantize a checkpoint by a policy, or write a quantized one in another format"
+    )
+    convert.add_argument("source", metavar="SRC", help="folder with config.json and safetensors files")
+    convert.add_argument(
+        "target", metavar="DST", help="folder to write; a checkpoint that is there is replaced at the end"
+    )
+    convert.add_argument(
+        "--policy", metavar="P", help="preset, shipped policy or YAML file, for what SRC has in 16 bits"
+    )
+    convert.add_argument("--format", metavar="F", help="format to write (default: compressed-tensors)")
+    convert.add_argument("--device", default="cpu", metavar="D", help="device to quantize on (default: cpu)")
+    convert.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of what is not quantized (default: the config's)"
+    )
     demo = command("demo", _demo, "quantize bundled small models with several policies and compare them")
     demo.add_argument("--full", action="store_true", default=None, help="show the ledger of each policy too")
     demo.add_argument("--policies", nargs="+", metavar="P", help="presets or policy files for the dense model")
@@ -276,6 +291,16 @@ def _print_kernels(console: Console, plan: Plan, target: Target) -> None:
     choices = kernel_choices(plan, target)
     console.print(kernels_table(choices, target))
     console.print(refusals_table(choices))
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from quant_compile.saving import convert
+
+    given = {"format": arguments.format} if arguments.format else {}
+    source, target = arguments.source, arguments.target
+    print(convert(source, target, arguments.policy, dtype=arguments.dtype, device=arguments.device, **given))
+    return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

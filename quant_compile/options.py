@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,16 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant_compile.ir.errors import OptionError, PolicyError, SchemeError
+from quant_compile.ir.errors import MissingScalesError, OptionError, PolicyError, SchemeError
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.lowering.moe import moe_kernels
 from quant_compile.lowering.registry import kernels as known_kernels
 from quant_compile.lowering.select import Request
 from quant_compile.policy import Policy
+from quant_compile.rules import scale_key
 
 MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TUNE = ("off", "quick", "full")
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,26 @@ class PolicySource:
                 f"scales file {path} is not readable as safetensors: {error}. "
                 "Fix: quant_compile.calibrate(model, batches, policy) writes it again."
             ) from None
+
+    def input_scale(self, names: Iterable[str]) -> Tensor | None:
+        """[1] f32: the calibrated scale of a weight's input, under the first of its names that has one.
+
+        Raises:
+            PolicyError: as ``scales``.
+            MissingScalesError: it is not one positive number.
+        """
+        for name in names:
+            value = self.scales.get(scale_key(name))
+            if value is None:
+                continue
+            if value.numel() != 1 or not SMALLEST_SCALE <= float(value.to(torch.float32)) < float("inf"):
+                shown = float(value) if value.numel() == 1 else f"{value.numel()} numbers"
+                raise MissingScalesError(
+                    f"the input scale of {name} in {self.policy.scales} is {shown}, not a positive number.\n"
+                    "Fix: policy = quant_compile.calibrate(model, batches, policy) with inputs that are not all zeros or NaN."
+                )
+            return value.reshape(1).to(torch.float32)
+        return None
 
     def _now(self) -> tuple[tuple[int, int], ...]:
         out: list[tuple[int, int]] = []

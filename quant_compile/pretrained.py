@@ -24,7 +24,7 @@ from quant_compile.checkpoints.adopted import policy_of, scheme_by_policy
 from quant_compile.checkpoints.config import describe
 from quant_compile.checkpoints.description import Description
 from quant_compile.checkpoints.errors import CheckpointError
-from quant_compile.checkpoints.files import Files
+from quant_compile.checkpoints.files import Files, read_json
 from quant_compile.checkpoints.fill import Filler, Outcome, Progress
 from quant_compile.checkpoints.names import Mapped, Resolver, Slot
 from quant_compile.inspect.models import DTYPES, construct, load_config
@@ -136,6 +136,7 @@ def load(
         filler = Filler(plan.files, plan.description, plan.dtype, target, partial(_scheme, plan.schemes), step)
         outcomes = filler.fill(plan.mapped)
     _move_buffers(plan.model, target)
+    _set_generation(plan.model, plan.files.folder)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
     whole = policy_of(plan.model, outcomes, plan.description, plan.given)
     options.setdefault("release_weights", True)
@@ -201,6 +202,15 @@ class _EmptyOnMeta(TorchFunctionMode):
         if func is torch.empty:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def _set_generation(model: Any, folder: Path) -> None:
+    """What ``generate`` does by default, as the checkpoint says it."""
+    from transformers import GenerationConfig
+
+    if getattr(model, "generation_config", None) is not None and (folder / "generation_config.json").is_file():
+        known = read_json(folder / "generation_config.json")
+        model.generation_config = GenerationConfig.from_dict(known)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

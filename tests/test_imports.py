@@ -28,6 +28,7 @@ ORDER = (
     ("generation",),
     ("inspect", "calibrate", "explain", "api"),
     ("pretrained",),
+    ("saving",),
     ("",),
     ("cli", "demo"),
 )

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from quant_compile.checkpoints.description import Description
+from quant_compile.checkpoints.description import Description, alike
 from quant_compile.checkpoints.fill import Outcome
 from quant_compile.ir.errors import PolicyError
 from quant_compile.ir.scheme import Scheme
@@ -41,20 +41,10 @@ def _outcome(weight: Weight, by_name: dict[str, Outcome]) -> Outcome | None:
 
 
 def _rules(weights: Sequence[tuple[Weight, Outcome | None]]) -> Iterable[Rule]:
-    kinds: dict[str, list[tuple[str, Outcome | None]]] = {}
-    for weight, outcome in weights:
-        name = weight.site.names[0]
-        kinds.setdefault(re.sub(r"\d+", "#", name), []).append((name, outcome))
-    for pattern, members in kinds.items():
-        schemes = {outcome.scheme if outcome else None for _, outcome in members}
-        if all(outcome is not None for _, outcome in members) and len(schemes) == 1:
-            numbers = "#" in pattern
-            text = "re:" + re.escape(pattern).replace(r"\#", r"\d+").replace("#", r"\d+") if numbers else pattern
-            yield _rule(text, members[0][1])
-            continue
-        for name, outcome in members:
-            if outcome is not None:
-                yield _rule(f"re:{re.escape(name)}", outcome)
+    outcomes = {weight.site.names[0]: outcome for weight, outcome in weights}
+    for pattern, name in alike({n: None if o is None else (o.scheme,) for n, o in outcomes.items()}):
+        if outcomes[name] is not None:
+            yield _rule(f"re:{pattern}" if re.search(r"\d", name) else name, outcomes[name])
 
 
 def _rule(match: str, outcome: Outcome | None) -> Rule:

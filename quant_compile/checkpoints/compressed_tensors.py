@@ -43,10 +43,11 @@ SUFFIXES = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
     "input_scale", "input_zero_point", "input_global_scale",
 )  # fmt: skip
-FORMATS = (
-    "pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
-    "mxfp8-quantized", "mxfp8-pack-quantized",
+METHOD = "compressed-tensors"
+PACKED, INT8, FP8, NVFP4, MXFP4 = (
+    "pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
 )  # fmt: skip
+FORMATS = (PACKED, INT8, "naive-quantized", FP8, NVFP4, MXFP4, "mxfp8-quantized", "mxfp8-pack-quantized")
 _HARMLESS = (
     "quant_method",
     "quantization_status",
@@ -80,9 +81,7 @@ def describe(keys: Keys) -> Description:
         if kv is None
         else Keys(kv, f"{keys.where}.kv_cache_scheme").get("type", str, "float") + str(kv.get("num_bits"))
     )
-    return Description(
-        "compressed-tensors", keys.where, tuple(targets), keys.texts("ignore"), text, keys.ignored(_HARMLESS)
-    )
+    return Description(METHOD, keys.where, tuple(targets), keys.texts("ignore"), text, keys.ignored(_HARMLESS))
 
 
 def _group(group: Keys, whole: str | None) -> Target:
@@ -132,7 +131,7 @@ def _inputs(keys: Keys | None) -> QuantArgs | None:
 
 def read(module: Module, stored: Stored) -> Read:
     """A linear's planes."""
-    if stored.format == "pack-quantized":
+    if stored.format == PACKED:
         return _packed_integers(module, stored)
     if module.has("weight_packed"):
         return _packed_floats(module, stored)
@@ -157,7 +156,9 @@ def _packed_integers(module: Module, stored: Stored) -> Read:
         module.info("weight_zero_point")
     if module.has("weight_g_idx"):
         return _by_index(module, Integers(codes, scale, zero, bits, stored.group), stored)
-    return integer_weight(module, Integers(codes, scale, zero, bits, stored.group, stored.symmetric), stored.inputs)
+    made = Integers(codes, scale, zero, bits, stored.group, stored.symmetric)
+    given = module.one("input_scale") if module.has("input_scale") else None
+    return integer_weight(module, made, stored.inputs, given)
 
 
 def _by_index(module: Module, made: Integers, stored: Stored) -> Read:
@@ -224,14 +225,21 @@ def _floats(module: Module, stored: Stored) -> Read:
 
 def _packed_floats(module: Module, stored: Stored) -> Read:
     packed = packed_floats(module, "weight_packed")
-    if stored.format == "mxfp4-pack-quantized":
+    if stored.format == MXFP4:
         scale = module.tensor("weight_scale", (torch.uint8, torch.float8_e8m0fnu), (module.n, module.groups(32)))
         check_e8m0(module, "weight_scale", scale)
         return mxfp4_weight(module, packed, scale, stored.inputs)
     scale = module.scale("weight_scale", (torch.float8_e4m3fn,), (module.n, module.groups(16)))
-    whole = module.one("weight_global_scale").reciprocal()
-    given = module.one("input_global_scale").reciprocal() if module.has("input_global_scale") else None
+    whole = _reciprocal(module, "weight_global_scale")
+    given = _reciprocal(module, "input_global_scale") if module.has("input_global_scale") else None
     return nvfp4_weight(module, packed, scale, whole, stored.inputs, given)
+
+
+def _reciprocal(module: Module, suffix: str) -> Tensor:
+    """[1] f32 of a divisor; one in f64 stands for a scale that no divisor in f32 gives."""
+    divisor = module.scale(suffix, (*REAL, torch.float64), (), (1,), (1, 1)).reshape(1)
+    wide = divisor if divisor.dtype == torch.float64 else divisor.float()
+    return wide.reciprocal().float()
 
 
 def _mxfp8(module: Module) -> Read:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
@@ -109,6 +109,29 @@ def matches(pattern: str, name: str) -> bool:
     if any(wildcard in pattern for wildcard in "*?["):
         return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
     return f".{pattern.strip('.')}." in f".{name}."
+
+
+def alike(values: Mapping[str, Hashable], fixed: int = 0) -> Iterator[tuple[str, str]]:
+    """(regular expression, one of the names that it stands for) for all names, few that say it.
+
+    Names that differ only in numbers share one where their values are equal; else those that differ only after their first
+    number, and so on.
+
+    Args:
+        values: by name.
+        fixed: numbers of a name, from the left, that are not left open.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in values:
+        parts = re.split(r"(\d+)", name)  # every second one is a number
+        open_ = range(1 + 2 * fixed, len(parts), 2)
+        pattern = "".join(r"\d+" if i in open_ else re.escape(part) for i, part in enumerate(parts))
+        kinds.setdefault(pattern, []).append(name)
+    for pattern, names in kinds.items():
+        if len({values[name] for name in names}) == 1:
+            yield pattern, names[0]
+        else:
+            yield from alike({name: values[name] for name in names}, fixed + 1)
 
 
 @dataclass

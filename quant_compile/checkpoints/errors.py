@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint: always with the file or the tensor, and the fix."""
+"""What is wrong with a checkpoint that is read or written: always with the file or the tensor, and the fix."""
 
 from __future__ import annotations
 
@@ -7,3 +7,7 @@ from quant_compile.ir.errors import QuantError
 
 class CheckpointError(QuantError, ValueError):
     """A checkpoint cannot be read: a file, a tensor or a key, what is wrong with it, and the fix."""
+
+
+class SaveError(QuantError, ValueError):
+    """A model cannot be saved: which weights or which folder, why, and the fix. Nothing has been replaced."""

@@ -150,8 +150,8 @@ class Filler:
         whole = torch.empty(slot.tensor.shape, device="meta") if dry else self.files.get(source)
         text = f"{_source(self.files, source)}, quantized as it was read"
         if slot.tensor.dim() == 3:
-            transposed, alternates = _stores_columns(slot.owner), _alternates(slot)
-            key = Key(scheme.spec, "experts", transposed, self.dtype, alternates)
+            transposed, mixed = _stores_columns(slot.owner), alternates(slot)
+            key = Key(scheme.spec, "experts", transposed, self.dtype, mixed)
             parts: Any = (quantize_expert(whole[i].to(self.device), key, slot.name) for i in range(whole.shape[0]))
             return self._adopt_experts(slot, key, parts, scheme, text, dry)
         key = Key(scheme.spec, "rows", type(slot.owner).__name__ == "Conv1D", self.dtype)
@@ -367,7 +367,8 @@ def _finite(values: Tensor, where: str) -> None:
         raise CheckpointError(f"{where} dequantizes to NaN or inf.\nFix: write the checkpoint again.")
 
 
-def _alternates(slot: Slot) -> bool:
+def alternates(slot: Slot) -> bool:
+    """Whether rows of gate and up alternate in a block's weight."""
     return slot.places[0][1].startswith("gate_up") and not getattr(slot.owner, "is_concatenated", True)
 
 

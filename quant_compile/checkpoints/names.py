@@ -12,15 +12,16 @@ or ignored with a reason; every Parameter and every persistent buffer is filled.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import Tensor, nn
 
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, names_of
 from quant_compile.checkpoints.formats import SUFFIXES
+from quant_compile.checkpoints.spelling import names_from_file
 from quant_compile.checkpoints.weight import Part
 from quant_compile.model.weights import _stores_columns
 
@@ -179,7 +180,7 @@ class Resolver:
     def __init__(self, model: nn.Module, files: Files) -> None:
         self.model, self.files = model, files
         self.slots = slots_of(model)
-        self._rename = _renamer(model)
+        self._rename = names_from_file(model)
         self._claims = _Claims()
 
     def resolve(self) -> Mapped:
@@ -425,15 +426,3 @@ def _by_columns(shape: tuple[int, ...], n: int, k: int, stored: bool) -> bool:
     rows = shape in ((n, k), (n, -(-k // 2)))
     columns = shape in ((k, n), (-(-k // 2), n))
     return stored if rows == columns else columns
-
-
-def _renamer(model: nn.Module) -> Callable[[str], str]:
-    """transformers' renamings of this architecture's older names; the identity for other models."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-        renamings: list[Any] = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]  # type: ignore[arg-type]
-    except (ImportError, AttributeError):
-        return lambda name: name
-    return lambda name: rename_source_key(name, renamings, [])[0]

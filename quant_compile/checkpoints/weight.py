@@ -262,6 +262,13 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     return ((pairs >> shift) & (2**bits - 1)).to(torch.uint8).flatten(1)[:, :count]
 
 
+def words(data: Tensor) -> Tensor:
+    """u8 [r, c] -> i32 [r, ceil(c / 4)], little end first; zeros past c."""
+    rows, columns = data.shape[0], -(-data.shape[1] // 4)
+    flat = torch.nn.functional.pad(data, (0, 4 * columns - data.shape[1])).reshape(-1)
+    return flat.contiguous().view(torch.int32).reshape(rows, columns)
+
+
 @dataclass(frozen=True)
 class Integers:
     """An integer weight as all its formats mean it: scale * (code - zero).
@@ -319,11 +326,11 @@ def integer_weight(module: Module, made: Integers, inputs: QuantArgs | None, inp
     if made.zero is None:
         codes, zero = made.codes + (8 - made.middle), ()
     else:
-        codes, zero = made.codes, (_nibbles(made.zero.to(torch.uint8)),)
+        codes, zero = made.codes, (nibbles(made.zero.to(torch.uint8)),)
     scale = made.scale.to(module.dtype)
     if not scale.is_meta and not bool((torch.isfinite(scale) & (scale != 0)).all()):
         return dense(module, made.values(), f"its scales do not fit {_dtype(module.dtype)}")
-    planes = (_nibbles(codes), scale.contiguous(), *zero)
+    planes = (nibbles(codes), scale.contiguous(), *zero)
     return with_inputs(module, args, planes, made.values, inputs, input_scale, notes)
 
 
@@ -342,7 +349,7 @@ def _eight_bits(module: Module, made: Integers, inputs: QuantArgs | None, input_
     return with_inputs(module, QuantArgs(8, "int", "channel"), planes, made.values, inputs, input_scale)
 
 
-def _nibbles(codes: Tensor) -> Tensor:
+def nibbles(codes: Tensor) -> Tensor:
     """[n, c] of 0..15 -> [n, ceil(c / 2)] u8, even column in the low nibble, as the planes of 4-bit integers are."""
     if codes.shape[1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))

@@ -137,6 +137,7 @@ class Layout:
         planes: ``problem -> specs`` of the packed planes, known without data.
         row_block: ``problem -> rows``; planes may be cut along dimension 0 at multiples of it (each plane proportionally);
             0 when they cannot be cut.
+        exact: ``packed planes -> bool``: whether ``unpack`` gives these very rows back, to the last bit.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Layout:
     unpack: Callable[[Planes, Problem], Planes]
     planes: Callable[[Problem], tuple[PlaneSpec, ...]]
     row_block: Callable[[Problem], int]
+    exact: Callable[[Planes], bool] = lambda planes: True
 
 
 ROWS = Layout(

@@ -134,11 +134,12 @@ class Key(NamedTuple):
 
 @dataclass(eq=False)
 class Slab:
-    """Planes of one weight or of merged siblings, in order."""
+    """Planes of one weight or of merged siblings, in order; ``problem``: of an expert block, as its layout was told."""
 
     members: tuple[int, ...]
     rows: tuple[int, ...]
     planes: Planes
+    problem: MoeProblem | None = None
 
 
 @dataclass(frozen=True)
@@ -357,7 +358,8 @@ class WeightStore:
                     source = entry.packs[other].slab.planes
                 planes = pack_experts(source, key, problem, size, other.layout if other is not None else "")
                 _wait(planes)
-                found = entry.packs[key] = Pack(Slab((identity_of(parameter),), (experts,), planes), 0, experts)
+                slab = Slab((identity_of(parameter),), (experts,), planes, problem)
+                found = entry.packs[key] = Pack(slab, 0, experts)
                 if other is not None:
                     del entry.packs[other]
                 self.packed += 1
@@ -454,6 +456,44 @@ class WeightStore:
         if result is None:
             raise WeightError("merged siblings do not end at a block of rows; this is a defect of merge_siblings")
         return result
+
+    def held(self, parameter: Parameter, spec: str | None = None) -> Key | None:
+        """The key of a weight's planes, those under ``spec`` first; None where it has none, or only its values."""
+        entry = self.peek(parameter)
+        keys = [key for key in entry.packs if key.spec != NONE] if entry is not None else []
+        return next((key for key in keys if key.spec == spec), keys[0] if keys else None)
+
+    def logical(self, parameter: Parameter, key: Key, name: str, expert: int | None = None) -> Planes:
+        """Row-form planes of a weight, or of one expert of a block, whatever layout they lie in.
+
+        A weight that has its values is quantized by its family once more, which gives the codes and scales that it has; planes of
+        a released one are unpacked.
+
+        Args:
+            key: one that ``held`` gave.
+            name: of the weight, for errors.
+            expert: of a block's weight [E, n, k].
+
+        Raises:
+            WeightError: the planes are in a layout that does not give back what was packed to the last bit.
+        """
+        with self._lock:
+            entry = self.entry(parameter)
+            if not entry.released:
+                if expert is None:
+                    return quantize(parameter, key, name)
+                with _plain_tensors():
+                    stored = parameter.detach().reshape(key.shape_of(parameter))[expert]
+                return quantize_expert(stored, key, name)
+            pack = entry.packs[key]
+            if expert is not None:
+                return _expert_rows(pack.slab, parameter, key, expert)
+            if not layouts()[key.layout].exact(pack.slab.planes):
+                raise WeightError(
+                    f"{name} is in the layout {key.layout}, whose scales do not unpack to the last bit.\n"
+                    "Fix: quant_compile.restore(model, source) with the checkpoint it came from, then try again."
+                )
+            return tuple(plane.contiguous() for plane in self._rows(pack, parameter, key))
 
     @staticmethod
     def _cut(pack: Pack, problem: Problem, layout: Layout) -> Planes | None:
@@ -584,6 +624,17 @@ class WeightStore:
                 self._drop(entry)
             self.epoch += 1
             return same
+
+
+def _expert_rows(slab: Slab, parameter: Parameter, key: Key, expert: int) -> Planes:
+    """Row-form planes of one expert, out of its block's planes in a kernel's layout."""
+    _, rows, columns = key.shape_of(parameter)
+    size = (columns, rows) if key.transposed else (rows, columns)
+    own = tuple(plane[expert] for plane in slab.planes)
+    if slab.problem is None:  # adopted, which is row form
+        return own
+    with _plain_tensors():
+        return moe_layouts()[key.layout].unpack(own, slab.problem, *size)
 
 
 def _same_rows(one: Key, other: Key, adopted: bool) -> bool:

@@ -137,6 +137,16 @@ class Ledger:
         policy, target = (session.policy.name, session.target) if session else ("none", "none")
         return Report(policy, target, tuple(lines), tuple(notes), tuple(misses), timings)
 
+    def policy_of(self, model: nn.Module) -> Decides | None:
+        """The policy that a model was compiled with last; None: it was not compiled."""
+        session = self._session_of(unwrap(model))
+        return session.policy if session is not None else None
+
+    def has_graphs(self, model: nn.Module) -> bool:
+        """Whether any graph was made under the policy that a model was compiled with last."""
+        session = self._session_of(unwrap(model))
+        return session is not None and bool(session.timings)
+
     def _session_of(self, model: nn.Module) -> Session | None:
         found = self._sessions.get(model)
         if found is not None:

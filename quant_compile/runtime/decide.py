@@ -36,12 +36,11 @@ from quant_compile.model.names import Names, Owners
 from quant_compile.model.weights import expert_site, linear_weights
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes.plan import SiteDecision
-from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, scale_key, strict_error
+from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, strict_error
 from quant_compile.runtime.guard import Compare, Guard, uncompared
 from quant_compile.runtime.merges import notice
 
 SLICED_OUTSIDE = "a slice of the weight is taken outside of the compiled graph that multiplies by it"
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
 
 
 @dataclass(frozen=True)
@@ -340,18 +339,11 @@ class Decider:
 
     def _load_scale(self, parameter: Parameter, names: tuple[str, ...]) -> None:
         entry = STORE.entry(parameter)
-        for name in names:
-            value = self.source.scales.get(scale_key(name))
-            if value is not None:
-                if value.numel() != 1 or not SMALLEST_SCALE <= float(value.to(torch.float32)) < float("inf"):
-                    shown = float(value) if value.numel() == 1 else f"{value.numel()} numbers"
-                    raise MissingScalesError(
-                        f"the input scale of {name} in {self.source.policy.scales} is {shown}, not a positive number.\n"
-                        "Fix: policy = quant_compile.calibrate(model, batches, policy) with inputs that are not all zeros or NaN."
-                    )
-                if entry.input_scale is None or not torch.equal(entry.input_scale.cpu(), value.reshape(1)):
-                    entry.input_scale = value.reshape(1).to(torch.float32)
-                return
+        value = self.source.input_scale(names)
+        if value is not None:
+            if entry.input_scale is None or not torch.equal(entry.input_scale.cpu(), value):
+                entry.input_scale = value
+            return
         if entry.source and entry.input_scale is not None:
             return  # the checkpoint's own
         raise MissingScalesError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quant_compile.checkpoints.config import describe
-from quant_compile.checkpoints.description import matches
+from quant_compile.checkpoints.description import alike, matches
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.formats import METHODS
 
@@ -176,3 +177,25 @@ def test_any_config_is_described_or_refused(method: str, config: dict[str, Any],
         return
     made.stored("model.layers.0.mlp.up_proj")
     assert made.text
+
+
+def test_patterns_of_names_that_have_equal_values() -> None:
+    """One for all numbers where that is true, else one for each first number, and single names at last; each stands for its own only."""
+    values: dict[str, str | None] = {
+        f"layers.{i}.experts.{e}.up": "a" if i else "b" for i in range(3) for e in range(12)
+    }
+    values |= {f"layers.{i}.q": "a" for i in range(12)} | {
+        "layers.1.o": None,
+        "layers.11.o": "a",
+        "head": "b",
+        "a#1": "a",
+    }
+    found = list(alike(values))
+    assert (
+        dict(found)[r"layers\.\d+\.q"] == "layers.0.q"
+        and dict(found)[r"layers\.0\.experts\.\d+\.up"]
+        and len(found) == 8
+    )
+    for pattern, first in found:
+        assert {values[name] for name in values if re.fullmatch(pattern, name)} == {values[first]}
+    assert {name for name in values if any(re.fullmatch(pattern, name) for pattern, _ in found)} == set(values)

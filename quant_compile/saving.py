@@ -1,0 +1,275 @@
+"""``save``: a compiled model to a folder that others load, with the integers that it runs on.
+
+Finds out what a model runs on from the ledger and the weight store; ``checkpoints`` plans and writes the tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant_compile.checkpoints.compressed_tensors import METHOD
+from quant_compile.checkpoints.config import describe
+from quant_compile.checkpoints.errors import SaveError
+from quant_compile.checkpoints.export import Export, export_of
+from quant_compile.checkpoints.files import Files
+from quant_compile.checkpoints.write import check_space, check_target, replacing, shards_of, write_shards
+from quant_compile.ir.errors import OptionError
+from quant_compile.ir.scheme import parse
+from quant_compile.lowering.weights import STORE, Key
+from quant_compile.model import offload
+from quant_compile.model.ledger import LEDGER
+from quant_compile.model.names import names_in
+from quant_compile.model.places import parameters_of, unwrap, wrapped_by_peft
+from quant_compile.model.weights import linear_weights
+from quant_compile.options import PolicySource
+from quant_compile.policy import Policy
+from quant_compile.pretrained import load
+
+FORMATS = (METHOD,)
+# Room for configs, headers and what a file system rounds up, besides the tensors.
+BESIDES = 8_000_000
+SHOWN = 4
+# Linears that vLLM and SGLang join, whatever their names in files.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+GLOBAL_SCALE = "weight_global_scale"
+# Files of a tokenizer or a processor, as transformers and sentencepiece name them.
+ALONG = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.tiktoken", "spiece.model",
+    "sentencepiece*.model", "processor_config.json", "*preprocessor_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written.
+
+    Attributes:
+        folder: that holds it.
+        nbytes: of all tensors.
+        files: how many hold tensors.
+        schemes: scheme -> weights that have it.
+        kept: weights and buffers in their own dtype.
+        notes: what a reader should know, one sentence each.
+    """
+
+    folder: Path
+    nbytes: int
+    files: int
+    schemes: Mapping[str, int]
+    kept: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """In a few lines, for people."""
+        parts = [f"{count} {'weight' if count == 1 else 'weights'} in {spec}" for spec, count in self.schemes.items()]
+        size = f"{self.nbytes / 1e6:,.2f} MB in {self.files} {'file' if self.files == 1 else 'files'}"
+        head = f"{self.folder}: {size}; {', '.join(parts)}; {self.kept} as they were"
+        return "\n".join([head, *(f"note: {note}" for note in self.notes)])
+
+
+def save(model: nn.Module, directory: str | Path, format: str = METHOD, *, beside: Iterable[Path] = ()) -> Saved:
+    """Write a compiled model to a folder: its codes and scales as it runs on them, its other weights in their own dtype.
+
+    The folder appears whole: it is written beside its place, and an older one is replaced in one step.
+
+    Args:
+        model: of transformers, compiled and called once, or made by ``load``; its weights may be released.
+        directory: to write; a checkpoint that is there is replaced.
+        format: ``compressed-tensors``, which vLLM, SGLang, transformers and ``load`` read.
+        beside: files to copy into the folder, such as a tokenizer's.
+
+    Returns:
+        What was written; ``str`` of it is a summary. Its notes are warnings too.
+
+    Raises:
+        OptionError: the format is not known.
+        SaveError: the model is not compiled, was never called, or has weights that the format cannot express; the folder cannot be
+            replaced, or does not fit the disk. Nothing has been written.
+        WeightError: planes of a released weight do not unpack exactly, or values are NaN or inf. The folder is what it was.
+    """
+    saved = _save(model, directory, format, beside)
+    for note in saved.notes:
+        warnings.warn(note, UserWarning, stacklevel=2)
+    return saved
+
+
+def _save(model: nn.Module, directory: str | Path, format: str, beside: Iterable[Path]) -> Saved:
+    if format not in FORMATS:
+        raise OptionError(f"format {format!r} is not known; there is {', '.join(FORMATS)}")
+    folder = Path(directory)
+    check_target(folder)
+    inner = _checked(model)
+    _load_scales(inner)
+    export = export_of(inner, _key, _dtype(inner))
+    files = list(beside)
+    shards = shards_of(export.jobs)
+    check_space(folder, export.nbytes + BESIDES + sum(file.stat().st_size for file in files))
+    with replacing(folder) as made, torch.no_grad():
+        nbytes = write_shards(made, shards)
+        _write_configs(inner, export, made)
+        for file in files:
+            shutil.copyfile(file, made / file.name)
+    schemes = Counter(scheme.spec for scheme in export.schemes.values())
+    return Saved(folder, nbytes, len(shards), dict(schemes), len(export.kept), tuple(_notes(model, export, folder)))
+
+
+def convert(
+    source: str | Path,
+    directory: str | Path,
+    policy: Any = None,
+    format: str = METHOD,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+) -> Saved:
+    """Load a checkpoint, quantized or not, with a policy, and save it; no call of the model is needed.
+
+    Args:
+        source: folder to read; its tokenizer's and processor's files are copied.
+        directory: as in ``save``.
+        policy: for what ``source`` has in 16 bits; None: only a checkpoint that is quantized is written in another format.
+        format: as in ``save``.
+        dtype: of what is not quantized; None: the config's.
+        device: to quantize on.
+
+    Raises:
+        CheckpointError, OptionError, PolicyError, SaveError: as ``load`` and ``save``.
+    """
+    if format not in FORMATS:
+        raise OptionError(f"format {format!r} is not known; there is {', '.join(FORMATS)}")
+    source, folder = Path(source), Path(directory)
+    check_target(folder)
+    if policy is None and not describe(source).method:
+        raise OptionError(f"{source} is not quantized. Fix: name a policy.")
+    model = load(source, policy, device=device, dtype=dtype)
+    files = [file for file in sorted(source.iterdir()) if file.is_file() and _goes_along(file.name)]
+    return _save(model, folder, format, files)
+
+
+def _goes_along(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in ALONG)
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers.
+
+    Raises:
+        SaveError: it cannot be saved, whatever its schemes.
+    """
+    inner = unwrap(model)
+    if wrapped_by_peft(inner) is not None:
+        raise SaveError(
+            "adapters have no place in a quantized checkpoint.\nFix: save the base model and the adapters apart."
+        )
+    if getattr(inner, "config", None) is None:
+        raise SaveError(
+            f"{type(inner).__name__} has no config: the format describes models of transformers.\n"
+            "Fix: save a model of transformers."
+        )
+    if LEDGER.policy_of(inner) is None:
+        raise SaveError(
+            "the model is not compiled, so that nothing of it is quantized.\n"
+            "Fix: quant_compile.compile(model, policy), call it once, then save it."
+        )
+    if offload.lent_parameters(inner):
+        raise SaveError("some weights are offloaded.\nFix: load the model without a device_map that offloads.")
+    if not any(_key(parameter) is not None for parameter in parameters_of(inner)):
+        raise SaveError(
+            "no weight of the model is quantized: it has never been called, or its policy keeps every weight.\n"
+            "Fix: call the model once, with inputs that every part of it sees."
+        )
+    _check_policy(inner)
+    return inner
+
+
+def _check_policy(model: nn.Module) -> None:
+    """Refuse planes of an earlier policy, which are there until the first call under the next.
+
+    Raises:
+        SaveError: there are some.
+    """
+    policy = LEDGER.policy_of(model)
+    if policy is None or LEDGER.has_graphs(model):
+        return
+    for weight in linear_weights(model):
+        key, entry = _key(weight.parameter), STORE.peek(weight.parameter)
+        if key is None or entry is None or entry.released or policy.decide(weight.site).scheme == parse(key.spec):
+            continue
+        raise SaveError(
+            f"the model was compiled with {policy.name} and has not been called since: {weight.site.names[0]} is in {key.spec}.\n"
+            "Fix: call the model once."
+        )
+
+
+def _key(parameter: nn.Parameter) -> Key | None:
+    record = LEDGER.peek(parameter)
+    return STORE.held(parameter, record.scheme if record is not None else None)
+
+
+def _load_scales(model: nn.Module) -> None:
+    """Give weights that no call has read yet, since they were quantized as they were loaded, their policy's scales of inputs."""
+    policy, names = LEDGER.policy_of(model), names_in(model)
+    source = PolicySource(policy, "") if isinstance(policy, Policy) and policy.scales is not None else None
+    for parameter in parameters_of(model) if source is not None else ():
+        key, entry = _key(parameter), STORE.peek(parameter)
+        if source is not None and entry is not None and key is not None and parse(key.spec).static:
+            entry.input_scale = (
+                source.input_scale(names[id(parameter)].full) if entry.input_scale is None else entry.input_scale
+            )
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    own = getattr(model, "dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.get_default_dtype()
+
+
+def _write_configs(model: Any, export: Export, folder: Path) -> None:
+    """``config.json`` with what the tensors are, and ``generation_config.json``, as transformers writes them."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = _dtype(model)
+    config.quantization_config = export.config
+    config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation = copy.deepcopy(generation)
+        vars(generation).pop("disable_compile", None)  # set while the model is compiled
+        generation.to_json_file(folder / "generation_config.json")  # as it is: save_pretrained refuses some that load
+
+
+def _notes(model: nn.Module, export: Export, folder: Path) -> Iterable[str]:
+    skipped = [name for name, _ in LEDGER.report(model).skips if name in export.kept]
+    if skipped:
+        more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+        names = ", ".join(skipped[:SHOWN])
+        yield f"the policy names weights that no call has quantized, which are as they were: {names}{more}"
+    apart = _apart(folder)
+    if apart:
+        yield (
+            f"NVFP4: the global scales of {' and '.join(apart)} differ. vLLM and SGLang multiply such weights together, under one global "
+            "scale, so that the others would be wrong there; transformers and load take each as it is"
+        )
+
+
+def _apart(folder: Path) -> tuple[str, ...]:
+    """The first modules that engines fuse and that have different global scales in a folder."""
+    files = Files.open(folder)
+    for name in files.tensors:
+        for first, *others in FUSED:
+            if name.endswith(f".{first}.{GLOBAL_SCALE}"):
+                stem = name.removesuffix(f"{first}.{GLOBAL_SCALE}")
+                names = [other for part in others if (other := f"{stem}{part}.{GLOBAL_SCALE}") in files.tensors]
+                if any(float(files.get(other)) != float(files.get(name)) for other in names):
+                    return tuple(found.removesuffix(f".{GLOBAL_SCALE}") for found in (name, *names))
+    return ()
