@@ -7,7 +7,7 @@ print(quant_compile.report(model))
 
 from __future__ import annotations
 
-from quant_compile.api import compile, refresh, release, report, restore, uncompile
+from quant_compile.api import compile, refresh, release, report, restore, uncompile, watch
 from quant_compile.calibrate import calibrate
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
 from quant_compile.ir.errors import (
@@ -60,4 +60,5 @@ __all__ = [
     "restore",
     "save",
     "uncompile",
+    "watch",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from quant_compile.generation import install, uninstall
+from quant_compile.generation import install, outside_of, uninstall
 from quant_compile.ir.errors import OptionError, StaleWeightError, WeightError
 from quant_compile.ir.report import Report
 from quant_compile.lowering.target import Target, default_policy
@@ -104,6 +106,28 @@ def uncompile(model: nn.Module) -> nn.Module:
 def report(model: nn.Module) -> Report:
     """The ledger of a model: what became of every parameter's bytes, and why. See ``Report``."""
     return LEDGER.report(model)
+
+
+@contextmanager
+def watch(model: nn.Module) -> Generator[None]:
+    """Write to the report which weights are read outside of compiled graphs by whatever runs inside of the ``with`` block.
+
+    The first calls of a compiled model are watched anyhow. This is for the others: methods besides ``forward``, parts called by
+    themselves, calls under a dispatch mode or a stance of ``torch.compiler``. Python runs several times slower inside.
+
+    Raises:
+        OptionError: the model is not compiled, or another profiler (``sys.setprofile``) is on.
+        PolicyError: at the end of the block, if the policy is strict and a weight that it names was read outside.
+    """
+    outside = outside_of(unwrap(model)) or outside_of(model)
+    if outside is None:
+        raise OptionError("the model is not compiled. Fix: quant_compile.compile(model, policy) first.")
+    if sys.getprofile() is not None:
+        raise OptionError(
+            "a profiler is on (sys.setprofile), and Python has room for one. Fix: turn it off for this block."
+        )
+    with outside.watching():
+        yield
 
 
 def release(model: nn.Module) -> int:

@@ -31,6 +31,7 @@ ORDER = (
     ("saving",),
     ("",),
     ("cli", "demo"),
+    ("__main__",),
 )
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 LIBRARIES = {"sgl_kernel", "humming", "deep_gemm", "triton", "transformers", "torchao", "gguf", "matplotlib"}

@@ -297,3 +297,64 @@ def test_modules_right_under_a_model_are_quantized_whoever_calls_them(
     assert quant_compile.report(model).coverage == 1.0
     quant_compile.uncompile(model)
     assert all("_compiled_call_impl" not in vars(module) for module in model.modules())
+
+
+class Methods(Base):
+    """What callers do besides calling the model."""
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x)
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x)
+
+
+BESIDE: dict[str, Any] = {
+    "a method": lambda model: model.project(X),
+    "forward": lambda model: model.forward(X),
+    "a part": lambda model: model.last(X),
+    "a stance": lambda model: forced(model),
+    "another thing around it": lambda model: [model(X), model.project(X)],
+}
+
+
+def forced(model: nn.Module) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        model(X)
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_runs_besides_the_model_is_seen_on_request(beside: str, plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+    for policy in ("W8A16", STRICT):
+        model = Methods().eval().requires_grad_(False)
+        quant_compile.compile(model, policy)
+        with torch.no_grad():
+            for _ in range(3):
+                model(X)
+            with quant_compile.watch(model):
+                model(X)
+            report = quant_compile.report(model)
+            assert report.coverage == 1.0 and not report.skips
+            if policy is STRICT:
+                with pytest.raises(PolicyError, match=r"last\.weight"), quant_compile.watch(model):
+                    BESIDE[beside](model)
+                continue
+            with quant_compile.watch(model):
+                BESIDE[beside](model)
+        report = quant_compile.report(model)
+        assert report.coverage < 1 and "last.weight" in dict(report.skips)
+        assert "ran outside of the compiled graph" in dict(report.skips)["last.weight"]
+
+
+def test_watching_needs_a_compiled_model_and_the_profile_hook() -> None:
+    model = Methods().eval()
+    with pytest.raises(quant_compile.OptionError, match="not compiled"), quant_compile.watch(model):
+        pass
+    quant_compile.compile(model, "W8A16")
+    sys.setprofile(lambda *_: None)
+    try:
+        with pytest.raises(quant_compile.OptionError, match="a profiler is on"), quant_compile.watch(model):
+            pass
+    finally:
+        sys.setprofile(None)

@@ -74,7 +74,7 @@ class Call:
         installed: Installed | None = None,
         active: Active | None = None,
     ) -> None:
-        self.run, self.installed, self._outside = run, installed, outside
+        self.run, self.installed, self.outside = run, installed, outside
         self._plain, self._dynamic, self._active = module._call_impl, dynamic, active
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,8 +83,8 @@ class Call:
             return self._plain(*args, **kwargs)
         if self._dynamic:
             kwargs = {name: marked(name, value) for name, value in kwargs.items()}
-        if self._outside.due():
-            with self._outside.watching():
+        if self.outside.due():
+            with self.outside.watching():
                 return self.run(*args, **kwargs)
         return self.run(*args, **kwargs)
 
@@ -189,6 +189,12 @@ def uninstall(model: nn.Module) -> bool:
         return False
     call.installed.undo()
     return True
+
+
+def outside_of(model: nn.Module) -> Outside | None:
+    """What watches a compiled model's calls; None for a model that is not compiled."""
+    call = vars(model).get(CALL)
+    return call.outside if isinstance(call, Call) else None
 
 
 def _inside(options: dict[str, Any]) -> dict[str, Any]:

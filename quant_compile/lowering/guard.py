@@ -167,10 +167,11 @@ def compare(chain: Chain, dispatches: Sequence[Dispatch], rows: Rows, target: Ta
             if isinstance(took, Reject):
                 return took
             total.append(took)
-    for measure in (False, True) if chain.quantize is not None else ():
+    quantize = chain.quantize
+    for measure in (False, True) if quantize is not None else ():
         quantizations.clear()
         for m in rows.weights:
-            took = time(chain.quantize, m) if measure else _at_most(chain, m, time, target)
+            took = time(quantize, m) if measure and quantize is not None else _at_most(chain, m, time, target)
             if isinstance(took, Reject):
                 return took
             quantizations.append(took)
