@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -322,3 +323,13 @@ def test_inspect_shows_every_reason_where_nothing_can_run(capsys: Captured, llam
     assert "sgl_fp8" in refused
     assert err.startswith("sglquant: no kernel for model.layers.0") and "TORCHDYNAMO" not in err
     assert "Fix: map this weight to another scheme" in err
+
+
+def test_python_m_ends_as_the_command_does() -> None:
+    for arguments, status in ((["policies"], 0), (["nonsense"], 2), (["inspect", "no/such/folder"], None)):
+        module = subprocess.run([sys.executable, "-m", "quant_compile", *arguments], capture_output=True, check=False)
+        wanted = subprocess.run(
+            [sys.executable, "-m", "quant_compile.cli", *arguments], capture_output=True, check=False
+        )
+        assert module.returncode == wanted.returncode
+        assert module.returncode == status if status is not None else module.returncode != 0

@@ -158,7 +158,9 @@ def _fill(node: fx.Node, made: _Made, by_storage: dict[int, list[fx.Node]]) -> N
     storage = storage_of(node)
     if storage is not None:
         by_storage.setdefault(storage, []).append(node)
-    targets = list(written_by(node)) if node.op != "output" else []
+    targets = list(written_by(node))
+    if not targets:
+        return
     given = frozenset[int]().union(*(made.get(i) or () for i in node.all_input_nodes if i not in targets))
     for target in targets if given else ():
         for alias in by_storage.get(storage_of(target) or 0, ()):

@@ -8,11 +8,14 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx
+
+from quant_compile.ir.inline import bodies_of
 
 IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul,
@@ -83,12 +86,13 @@ def written_by(node: fx.Node) -> Iterator[fx.Node]:
 
 def _written_by_function(node: fx.Node) -> Iterator[fx.Node]:
     """What a Python function or a method writes."""
-    if _writes_its_first(node):
+    given = _bound(node)
+    if _writes_its_first(node) or node.kwargs.get("inplace") is True or given.get("inplace") is True:
         yield from _nodes(node.args[0] if node.args else node.kwargs.get("input"))
     elif _is_foreign(node.target):
         yield from node.all_input_nodes
-    elif _bound(node).get("max_norm") is not None:  # an embedding's rows are scaled down where they are
-        yield from _nodes(_bound(node).get("weight"))
+    elif given.get("max_norm") is not None:  # an embedding's rows are scaled down where they are
+        yield from _nodes(given.get("weight"))
 
 
 def _schemas(target: Any) -> list[Any]:
@@ -101,12 +105,8 @@ def _schemas(target: Any) -> list[Any]:
 
 def _subgraphs_write(node: fx.Node) -> bool:
     """Whether the subgraphs of a higher-order op write into anything; one without subgraphs (a Triton launch) is taken to."""
-    module = node.graph.owning_module
-    bodies = [
-        body
-        for source in node.all_input_nodes
-        if source.op == "get_attr" and isinstance(body := getattr(module, str(source.target), None), fx.GraphModule)
-    ]
+    owner = node.graph.owning_module
+    bodies = bodies_of(owner, node).values() if owner is not None else ()
     return not bodies or any(next(written_by(inner), None) is not None for body in bodies for inner in body.graph.nodes)
 
 
@@ -117,25 +117,27 @@ def _is_foreign(target: Any) -> bool:
 
 
 def _writes_its_first(node: fx.Node) -> bool:
-    if node.target in IN_PLACE or _is_inplace(node):
+    if node.target in IN_PLACE:
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return DUNDER.fullmatch(name) is not None or (name.endswith("_") and not name.endswith("__"))
 
 
-def _is_inplace(node: fx.Node) -> bool:
-    """Whether ``inplace=True`` is given, by name or by position as torch.nn's activations do."""
-    return node.kwargs.get("inplace") is True or _bound(node).get("inplace") is True
-
-
 def _bound(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a Python function by name; empty where it has no signature."""
-    if not callable(node.target):
-        return {}
+    """Arguments of a Python function by name, as torch.nn's take them by position too; empty where it has no signature."""
+    signature = _signature(node.target) if callable(node.target) else None
     try:
-        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
-    except (TypeError, ValueError):
+        return {} if signature is None else signature.bind(*node.args, **node.kwargs).arguments
+    except TypeError:
         return {}
+
+
+@lru_cache(maxsize=1024)
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
 
 
 def _nodes(value: Any) -> Iterator[fx.Node]:

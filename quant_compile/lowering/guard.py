@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -156,7 +157,7 @@ def compare(chain: Chain, dispatches: Sequence[Dispatch], rows: Rows, target: Ta
         A Reject where a time is not known.
     """
     kernels = [None if rows.m is not None else recorded_for(dispatch, rows.many, target) for dispatch in dispatches]
-    plains, products, quantizations = list[float](), list[float](), list[float]()
+    plains, products = list[float](), list[float]()
     for m in rows.weights:
         runs = [
             Product(found.kernel if found is not None else dispatch.kernel_for(m).name, dispatch.problem)
@@ -167,18 +168,20 @@ def compare(chain: Chain, dispatches: Sequence[Dispatch], rows: Rows, target: Ta
             if isinstance(took, Reject):
                 return took
             total.append(took)
-    quantize = chain.quantize
-    for measure in (False, True) if quantize is not None else ():
-        quantizations.clear()
-        for m in rows.weights:
-            took = time(quantize, m) if measure and quantize is not None else _at_most(chain, m, time, target)
+    verdict = _verdict(chain, rows, plains, products)
+    if chain.quantize is None:
+        return verdict
+    for of_input in (partial(_at_most, chain, time, target), partial(time, chain.quantize)):
+        whole = list[float]()
+        for m, product in zip(rows.weights, products, strict=True):
+            took = of_input(m)
             if isinstance(took, Reject):
                 return took
-            quantizations.append(took)
-        verdict = _verdict(chain, rows, plains, products, quantizations)
+            whole.append(product + took)
+        verdict = _verdict(chain, rows, plains, whole)
         if not verdict.keeps:
-            return verdict
-    return _verdict(chain, rows, plains, products, quantizations)
+            break
+    return verdict
 
 
 def _sum(jobs: Sequence[Job], m: int, time: TimeOf) -> float | Reject:
@@ -186,7 +189,7 @@ def _sum(jobs: Sequence[Job], m: int, time: TimeOf) -> float | Reject:
     return next((t for t in times if isinstance(t, Reject)), sum(t for t in times if not isinstance(t, Reject)))
 
 
-def _at_most(chain: Chain, m: int, time: TimeOf, target: Target) -> float | Reject:
+def _at_most(chain: Chain, time: TimeOf, target: Target, m: int) -> float | Reject:
     """More than the quantization of an input takes, by the speed at which a linear of one row reads its weight.
 
     To measure it, Inductor must compile it, which takes a second. Infinite where that speed tells nothing: on CPUs.
@@ -201,12 +204,9 @@ def _at_most(chain: Chain, m: int, time: TimeOf, target: Target) -> float | Reje
     return LAUNCHES + PASSES * took * bytes_of_input / bytes_of_weight
 
 
-def _verdict(
-    chain: Chain, rows: Rows, plains: Sequence[float], products: Sequence[float], quantizations: Sequence[float]
-) -> Verdict:
+def _verdict(chain: Chain, rows: Rows, plain: Sequence[float], quantized: Sequence[float]) -> Verdict:
     weights = list(rows.weights.values())
-    quantized = [a + b for a, b in zip(products, quantizations or [0.0] * len(products), strict=True)]
-    return Verdict(chain, rows, _mean(plains, weights), _mean(quantized, weights))
+    return Verdict(chain, rows, _mean(plain, weights), _mean(quantized, weights))
 
 
 def _mean(times: Sequence[float], weights: Sequence[float]) -> float:
