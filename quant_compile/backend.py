@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,14 +70,31 @@ def sglquant(
 
 
 def _refuse_gradients(inputs: Sequence[Any]) -> None:
+    """Refuse a call with gradients; a gradient that the model's own code takes is none (its products stay, with that reason)."""
     wanted = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
     if torch.is_grad_enabled() and wanted:
         ours = any(isinstance(value, Parameter) for value in wanted)
+        if not ours and _within_model_code():
+            return
         frozen = "model" if ours else f"the input of shape {tuple(wanted[0].shape)}"
         raise GradModeError(
             "sglquant graphs are for inference: they have no backward, and gradients are enabled.\n"
             f"Fix: call the model under torch.inference_mode() or torch.no_grad(), or {frozen}.requires_grad_(False)."
         )
+
+
+def _within_model_code() -> bool:
+    """Whether Dynamo compiles a function that the model's code called, not the compiled call itself.
+
+    torch 2.15 runs a function as it is, and compiles what it calls, where it breaks inside of a call with a ``with`` open.
+    """
+    frame = inspect.currentframe()
+    homes = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        if not frame.f_code.co_filename.startswith(homes):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _refuse_freezing(gm: fx.GraphModule) -> None:

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from quant_compile.lowering.capture import capturing
+
 Run = Callable[[], Any]
 
 
@@ -72,22 +74,12 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         with self._busy:
             try:
-                with torch.cuda.graph(graph, self._pools[place], self._side(), capture_error_mode="thread_local"):
+                with capturing(graph, self._side(), self._pools[place]):
                     made = run()
             except BaseException:
                 self._pools.pop(place)  # torch takes a pool for still in use after a capture that failed
-                self._settle()
                 raise
         return graph.replay, made
-
-    def _settle(self) -> None:
-        """Give the default generator back: after a capture that failed, torch takes it for captured, and no one gets a random number.
-
-        A capture that ends well ends that.
-        """
-        spare = torch.empty(1, device=self._device)
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._side(), capture_error_mode="thread_local"):
-            spare.zero_()
 
 
 Layers = Sequence[Any]

@@ -32,7 +32,7 @@ def transformed(graph: fx.Graph) -> dict[fx.Node, str]:
     """Nodes that a transform reads through -> why a product there cannot be quantized."""
     found: dict[fx.Node, str] = {}
     opened: list[str] = []
-    tracked = any(map(_tracks, graph.nodes))
+    tracked = torch.is_grad_enabled() or any(map(_tracks, graph.nodes))
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if name in _OPENS:
@@ -58,7 +58,7 @@ def _close(opened: list[str], level: str) -> None:
 def _tracks(node: fx.Node) -> bool:
     """Whether a node turns gradients on, for all that follows or for one tensor.
 
-    Without one they are off in the whole graph, since calls with gradients are refused; yet a traced value may say that it requires
+    Without one, in a graph that starts with gradients off, they are off throughout; yet a traced value may say that it requires
     one (views of a Parameter do).
     """
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -24,6 +24,7 @@ import torch
 
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.lowering.capture import capturing
 from quant_compile.lowering.guard import Plain, Quantize
 from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, CostOf
@@ -312,7 +313,7 @@ def graph_time(calls: Callable[[], Any]) -> float:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with capturing(graph, stream):
         calls()
     graph.replay()
     times: list[float] = []
