@@ -24,7 +24,7 @@ from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.trace import analysed_once
-from quant_compile.lowering.tune import measured, source_hash
+from quant_compile.lowering.tune import begin, measured, serve, source_hash
 from quant_compile.lowering.tune_guard import guard_times
 from quant_compile.lowering.tune_moe import measured_moe
 from quant_compile.options import Options, PolicySource
@@ -56,12 +56,14 @@ def sglquant(
     device = _device_of(example_inputs)
     target = Target.of(device)
     source = PolicySource(parsed.policy, default_policy(target))
+    rows: dict[Problem, int | None] = {}
     choosers = Choosers(
-        _chooser(parsed, source, target, device),
+        _chooser(parsed, source, target, device, rows),
         _moe_chooser(parsed, source, target, device),
-        _chooser(parsed, source, target, device, "rows"),
+        _chooser(parsed, source, target, device, rows, "rows"),
         _server(parsed, source, target, device),
         _comparer(parsed, source, target, device),
+        _beginner(parsed, source, target, device, rows),
     )
     runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target)
     runner.prepare()
@@ -184,14 +186,34 @@ def _moe_chooser(
 
 
 def _chooser(
-    options: Options, source: PolicySource, target: Target, device: torch.device, only: str | None = None
+    options: Options,
+    source: PolicySource,
+    target: Target,
+    device: torch.device,
+    rows: Mapping[Problem, int | None],
+    only: str | None = None,
 ) -> Callable[[Problem, str], Dispatch]:
     def pick(problem: Problem, name: str) -> Dispatch:
         request = options.request(source.policy)
         with _current(device):
-            return choose(problem, target, request, name, measured(target, request.tune), only)
+            chosen = choose(problem, target, request, name, measured(target, request.tune), only)
+            if target.device == "cuda":
+                serve(chosen, rows.get(problem), device)
+            return chosen
 
     return pick
+
+
+def _beginner(
+    options: Options, source: PolicySource, target: Target, device: torch.device, rows: dict[Problem, int | None]
+) -> Callable[[Mapping[Problem, int | None]], None]:
+    def ahead(problems: Mapping[Problem, int | None]) -> None:
+        rows.update(problems)
+        request = options.request(source.policy)
+        if request.kernels == "auto":  # with pins, what is measured is little
+            begin(problems, target, request.tune, device)
+
+    return ahead
 
 
 def _server(

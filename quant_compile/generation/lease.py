@@ -20,6 +20,8 @@ from quant_compile.generation.inputs import Mask, Slot, mark, masks_of, shape_of
 from quant_compile.generation.pool import Block
 from quant_compile.generation.weights import Weights
 
+BUSY = 1024  # a prompt of so many tokens keeps the device busy while the host looks at the weights; else the first step does it
+
 
 @dataclass(frozen=True)
 class Names:
@@ -127,6 +129,7 @@ class Lease:
     _offer: dict[str, Any] | None = None
     _template: Template | None = None
     _skipped: Tensor | None = None
+    _looked: bool = False
 
     def __post_init__(self) -> None:
         self._sliding = caches.sliding(self.cache)
@@ -216,8 +219,9 @@ class Lease:
         if not self.length:
             self.filled_by = graphs
             caches.fill(self.cache)
-        if self.shared.recorder is not None:
-            self.shared.weights.look()  # while the device is busy with the prompt
+        self._looked = False
+        if self.shared.recorder is not None and tokens * self.block.key.batch >= BUSY:
+            self._look()
         self.length += tokens
         self._let_go()
         return made
@@ -239,6 +243,10 @@ class Lease:
             self._template = self._template_of(plan, self._offer, full)
             self._offer = None
         return made
+
+    def _look(self) -> None:
+        self.shared.weights.look()
+        self._looked = True
 
     def _template_of(self, plan: Plan, kept: dict[str, Any], full: tuple[bool, ...]) -> Template:
         names = self.shared.names
@@ -281,6 +289,8 @@ class Lease:
         return made
 
     def _recorded(self, plan: Plan, full: tuple[bool, ...], run: Callable[[], Any], recorder: Recorder) -> Any:
+        if not self._looked:
+            self._look()
         state = self.shared.weights.state()
         key = full, self.filled_by, recorder.place()
         found = plan.recordings.get(key)

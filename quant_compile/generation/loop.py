@@ -92,6 +92,7 @@ class Loop:
         self._records = records
         self._stack = _Stack()
         self._originals = {name: getattr(model, name) for name in HOOKS}
+        self._prepares = inspect.signature(self._originals["_prepare_cache_for_generation"])
         kind = facts.mixin(model)
         self._quick = all(getattr(type(model), name, None) is getattr(kind, name, None) for name in HOOKS[2:])
         self._shared: Shared | None = None
@@ -135,7 +136,7 @@ class Loop:
         call = self._stack.calls[-1] if self._stack.calls else None
         if call is not None:
             self._give_back(call)
-            given = inspect.signature(original).bind(generation_config, model_kwargs, *args, **kwargs).arguments
+            given = self._prepares.bind(generation_config, model_kwargs, *args, **kwargs).arguments
             call.lease = self._lease(call, given)
         if call is None or call.lease is None:
             return original(generation_config, model_kwargs, *args, **kwargs)

@@ -13,6 +13,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Kernel:
             (groups: [m, g]); for 16-bit inputs the one plane is x [m, k]. m is at least 1.
         column_scales: needs the input's group scales in column-major order (stride 1 along m).
         reference: slow and exact; on a GPU only used when the policy or the options allow it.
-        prepare: compile ahead for m rows on a device, where that takes seconds and may run in a thread.
+        prepare: compile for m rows on a device, where that takes seconds; may run in threads (``lowering.ahead``).
         recorded: ``(problem, m, target) -> plan``: ``run`` may be recorded in Inductor's graph for m rows, which launches it
             itself then. A launch for m rows serves fewer, too. A plan of None: not for this m. Without: never.
     """
@@ -85,8 +86,16 @@ class Kernel:
     run: Run
     column_scales: bool = False
     reference: bool = False
-    prepare: Callable[[Problem, int, torch.device], object] | None = None
+    prepare: Prepare | None = None
     recorded: Callable[[Problem, int, Target], object | None] | None = None
+
+
+class Prepare(Protocol):
+    """What compiles a kernel for m rows: when called, or in the background from ``begin`` on; ``serve`` says that a graph has it."""
+
+    def __call__(self, problem: Problem, m: int, device: torch.device, /) -> object: ...
+    def begin(self, problem: Problem, m: int, device: torch.device, /) -> None: ...
+    def serve(self, problem: Problem, device: torch.device, /) -> None: ...
 
 
 def anyhow(problem: Problem, m: int, target: Target) -> object:

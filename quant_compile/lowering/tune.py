@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.capture import capturing
 from quant_compile.lowering.guard import Plain, Quantize
 from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
-from quant_compile.lowering.select import BUCKETS, CostOf
+from quant_compile.lowering.select import BUCKETS, CostOf, Dispatch
 from quant_compile.lowering.target import Target
 
 POINTS = {"quick": (1, 16, 64, 512, 4096), "full": BUCKETS}
@@ -205,6 +205,30 @@ def interpolate(times: Mapping[int, float], m: int, own: Callable[[int], float])
     if near is None or own(m) >= FAILED or own(near) >= FAILED:
         return FAILED
     return times[near] * own(m) / max(own(near), 1e-6)
+
+
+def begin(problems: Iterable[Problem], target: Target, level: str, device: torch.device) -> None:
+    """Compile in the background what measuring these problems will need; nothing where nothing is to be measured."""
+    if level not in POINTS or target.device != "cuda" or target.ops is not None:
+        return
+    known = timings(target.name, level)
+    layouts_of = dict.fromkeys(kernel.layout for kernel in kernels().values() if kernel.prepare is not None)
+    for problem in problems:
+        for layout in layouts_of:
+            _, jobs = missing_jobs(kernels(), layout, problem, target, POINTS[level], known, WORTH[level])
+            for kernel, m in jobs:
+                if kernel.prepare is not None:
+                    kernel.prepare.begin(problem, m, device)
+
+
+def serve(chosen: Dispatch, m: int | None, device: torch.device) -> None:
+    """A graph runs this, next with ``m`` rows, if that is known: compile for them in the background."""
+    for _, name in chosen.table:
+        prepare = kernels()[name].prepare
+        if prepare is not None:
+            prepare.serve(chosen.problem, device)
+            if m and name == chosen.kernel_for(m).name:
+                prepare.begin(chosen.problem, m, device)
 
 
 def _measure_layout(

@@ -48,7 +48,8 @@ class Choosers:
     """How kernels are chosen: ``(problem, name) -> dispatch`` for linears, expert blocks, and products over row-form planes.
 
     ``serves`` tells, without measuring, whether a device has kernels for a linear or a block; ``compare`` what 16 bits and a
-    quantized chain are measured to take.
+    quantized chain are measured to take. ``ahead`` is told at first which products a graph will have, each with its m where that is
+    known.
     """
 
     linear: Callable[[Problem, str], Dispatch]
@@ -56,6 +57,7 @@ class Choosers:
     rows: Callable[[Problem, str], Dispatch]
     serves: Callable[[Problem | MoeProblem], bool]
     compare: Compare = uncompared
+    ahead: Callable[[Mapping[Problem, int | None]], None] = lambda problems: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +183,8 @@ class Decider:
                 self._record_miss(slot, parameters[slot], known, miss.reason)
         others = self._record_reads(owners, parameters, names)
         self._enforce(parameters, names, decisions, others)
+        if not late:
+            self._choosers.ahead(self.guard.products(decisions, parameters))
         return sessions, self.guard.applied(decisions, parameters, sessions, late)
 
     def check_rules(self, parameters: Mapping[int, Parameter]) -> None:

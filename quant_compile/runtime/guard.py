@@ -106,6 +106,13 @@ class Guard:
                 out[site.node.name] = replace(decision, reason=f"{decision.reason}; {NOT_EXPERTS}")
         return out
 
+    def products(
+        self, decisions: Mapping[str, SiteDecision], parameters: Mapping[int, Parameter]
+    ) -> dict[Problem, int | None]:
+        """The linears of the graph as kernels will see them, and m: of a size that is a symbol, the one it was traced with."""
+        groups = self._groups(decisions, parameters)
+        return {problem: _hint(_rows(group.sites[0])) for group in groups for problem in group.chain.products}
+
     def _verdict(
         self, group: _Group, decisions: Mapping[str, SiteDecision], parameters: Mapping[int, Parameter]
     ) -> Verdict | Reject | None:
@@ -177,6 +184,12 @@ def _rows(site: LinearSite) -> Any:
     """m of a site: a number, or a symbol."""
     shape = site.x.meta["example_value"].shape
     return math.prod(shape) // site.k if site.before else math.prod(shape[:-1])
+
+
+def _hint(m: Any) -> int | None:
+    """What a size is, or was when it became a symbol."""
+    found = m if isinstance(m, int) else getattr(getattr(m, "node", None), "hint", None)
+    return found if isinstance(found, int) else None
 
 
 def _is_fused(x: fx.Node) -> bool:

@@ -23,9 +23,8 @@ humming multiplies a scale per row into sums already rounded to the output's dty
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, bits_per_weight, family_of
+from quant_compile.lowering.ahead import Prepared
 from quant_compile.lowering.kernels import _humming
 from quant_compile.lowering.kernels._humming import DTYPES, range_of
 from quant_compile.lowering.kernels._library import arch_from, multiple
@@ -391,8 +391,7 @@ def layer_config(problem: Problem, folded: bool = False) -> dict[str, Any]:
     return fields
 
 
-@lru_cache(maxsize=None)
-def _gemm(problem: Problem, order: str, folded: bool, top: int, device: torch.device) -> Tensor:
+def _gemm(order: str, folded: bool, problem: Problem, top: int, device: torch.device) -> Tensor:
     fields = layer_config(problem, folded) | {"use_packed_k_layout": order == "wide"}
     return _humming.compile_gemm(fields, device, _humming.heuristic_tuning(fields, top, device), order)
 
@@ -403,15 +402,11 @@ def _alone(problem: Problem) -> Problem:
     return replace(problem, has_bias=False, siblings=1)
 
 
-def _preparer(order: str, folded: bool = False) -> Callable[[Problem, int, torch.device], Tensor]:
-    def prepare(problem: Problem, m: int, device: torch.device) -> Tensor:
-        """Compile the GEMM that serves m rows; humming's compiler is a process of its own, so threads run it side by side."""
-        return _gemm(_alone(problem), order, folded, range_of(m), device)
-
-    return prepare
+def _prepared(order: str, folded: bool = False) -> Prepared[Tensor]:
+    return Prepared(partial(_gemm, order, folded), range_of, _alone)
 
 
-PREPARE = {order: _preparer(order) for order in ("flat", "tiles", "wide")} | {"folded": _preparer("tiles", folded=True)}
+PREPARE = {order: _prepared(order) for order in ("flat", "tiles", "wide")} | {"folded": _prepared("tiles", folded=True)}
 
 
 def run_int8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:

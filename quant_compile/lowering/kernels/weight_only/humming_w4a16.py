@@ -6,13 +6,13 @@ Reads humming_kernels (optional), as ``_humming`` describes: a GEMM is compiled 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, bits_per_weight
+from quant_compile.lowering.ahead import Prepared
 from quant_compile.lowering.kernels import _humming
 from quant_compile.lowering.kernels._humming import DTYPES, range_of
 from quant_compile.lowering.kernels._roofline import estimate
@@ -62,9 +62,11 @@ def heuristic_tuning(problem: Problem, m: int, device: torch.device) -> dict[str
     return _humming.heuristic_tuning(layer_config(problem), m, device)
 
 
-@lru_cache(maxsize=None)
 def _gemm(problem: Problem, top: int, device: torch.device) -> Tensor:
     return compile_gemm(problem, device, heuristic_tuning(problem, top, device))
+
+
+prepare = Prepared(_gemm, range_of)
 
 
 def launch(gemm: Tensor, x: Tensor, w: Planes) -> Tensor:
@@ -78,13 +80,8 @@ def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     Split-K programs meet at the plane ``locks``, so one weight must not run on two streams at once.
     Source: humming_kernels' dense GEMM.
     """
-    y = launch(_gemm(problem, range_of(x[0].shape[0]), x[0].device), x[0], w)
+    y = launch(prepare(problem, x[0].shape[0], x[0].device), x[0], w)
     return y if bias is None else y.add_(bias)
-
-
-def prepare(problem: Problem, m: int, device: torch.device) -> Tensor:
-    """Compile the GEMM that serves m rows; humming's compiler is a process of its own, so threads run it side by side."""
-    return _gemm(problem, range_of(m), device)
 
 
 KERNELS = (Kernel("humming_w4a16", "w4_tiles", fit, run, prepare=prepare),)
