@@ -195,9 +195,7 @@ class Worker:
                 self.emit("wrapper", **wrapper_cost.measure(self.device))
             return
         with self.lock.held():
-            self.model = build(setup, self.device)
-            self.model.generation_config.eos_token_id = EOS
-            self.model.generation_config.pad_token_id = 0
+            self.load()
             collect(self.device)
             reset_peak(self.device)
         first = self.first_call(*setup.cells[0])
@@ -217,6 +215,12 @@ class Worker:
             self.emit("begin", cell=name)
             self.guarded(name, lambda b=batch, p=prompt, s=None if index else first: self.cell(b, p, s))
         self.kept()
+
+    def load(self) -> None:
+        """Build the model."""
+        self.model = build(self.setup, self.device)
+        self.model.generation_config.eos_token_id = EOS
+        self.model.generation_config.pad_token_id = 0
 
     def kept(self) -> None:
         """What ``guard: never_slower`` kept in 16 bits: both times, and of how many weights."""
