@@ -95,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             first(made, made.inputs(1, prompts[-1]))
             workers[stack] = made
             print(f"{stack}: ready after {time.perf_counter() - started:.0f} s", flush=True)
-        meta = {"benchmark": "first_token", "machine": machine("cpu" if args.smoke else "cuda"), "settings": {"turns": turns, **options}}
+        meta = {
+            "benchmark": "first_token",
+            "machine": machine("cpu" if args.smoke else "cuda"),
+            "settings": {"turns": turns, **options},
+        }
         for prompt in prompts:
             rows += rows_of(measure(workers, prompt, turns), prompt)
             write_result(args.out, rows, meta, quiet=True)

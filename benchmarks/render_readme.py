@@ -143,15 +143,18 @@ def generate_start(results: Path) -> str:
     header = ["model", "stack", "first call, s", "in a second process, s", "to HF's", "GiB at the peak", "GiB held"]
     text = (
         "**`generate`, the first call**, in the same run: everything that happens once, with empty caches and in a second process "
-        f"that finds them; {result['settings']['processes_per_gpu']} processes compile on the host at a time. Memory is the "
+        f"that finds them; processes that compile at a time, for each GPU: {result['settings']['processes_per_gpu']}. Memory is the "
         "allocator's, at the peak of that call and after it, 16-bit weights included unless they are released.\n"
     )
-    return "\n".join([text, markdown(header, rows), *generate_calls(result)])
+    return "\n".join(
+        [text, markdown(header, rows), *generate_calls([result, *read_all(["generate_default"], results)])]
+    )
 
 
-def generate_calls(result: Result) -> list[str]:
-    """Host and wall time of single calls without CUDA graphs, and what the wrapper costs."""
-    found = [row for row in result["rows"] if row.get("calls")]
+def generate_calls(results: Sequence[Result]) -> list[str]:
+    """Host and wall time of single calls without CUDA graphs, of the last run that has them, and what the wrapper costs."""
+    of_each = [[row for row in result["rows"] if row.get("calls")] for result in results]
+    found = next((rows for rows in reversed(of_each) if rows), [])
     names = list(dict.fromkeys(name for row in found for name in row["calls"]))
     rows = [
         [generate_name(row)]
@@ -162,7 +165,7 @@ def generate_calls(result: Result) -> list[str]:
         rows
     )
     out += [markdown(["stack", *names], rows)] * bool(rows)
-    for cost in [row["wrapper"] for row in result["rows"] if "wrapper" in row]:
+    for cost in [row["wrapper"] for result in results for row in result["rows"] if "wrapper" in row]:
         counts = [(name.removeprefix("us_"), value) for name, value in cost.items() if name.startswith("us_")]
         words = ", ".join(f"{value:.0f} µs with {count} bound to it" for count, value in counts)
         out += ["", f"Python of a call of a graph with {cost['weights']} weights, by the number of models: {words}."]

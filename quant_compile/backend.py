@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -58,9 +59,9 @@ def sglquant(
     source = PolicySource(parsed.policy, default_policy(target))
     rows: dict[Problem, int | None] = {}
     choosers = Choosers(
-        _chooser(parsed, source, target, device, rows),
+        _chooser(parsed, source, target, device, None, rows),
         _moe_chooser(parsed, source, target, device),
-        _chooser(parsed, source, target, device, rows, "rows"),
+        _chooser(parsed, source, target, device, "rows", rows),
         _server(parsed, source, target, device),
         _comparer(parsed, source, target, device),
         _beginner(parsed, source, target, device, rows),
@@ -190,8 +191,8 @@ def _chooser(
     source: PolicySource,
     target: Target,
     device: torch.device,
-    rows: Mapping[Problem, int | None],
     only: str | None = None,
+    rows: Mapping[Problem, int | None] = MappingProxyType({}),
 ) -> Callable[[Problem, str], Dispatch]:
     def pick(problem: Problem, name: str) -> Dispatch:
         request = options.request(source.policy)

@@ -102,15 +102,19 @@ def test_sgl_call_and_numbers(merged: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_torch_takes_the_call(size: tuple[int, int, int]) -> None:
-    """torch's own checks of shapes, dtypes, recipes and orders, which run on the meta device; control: a scale too short."""
+    """torch's own checks, which run on the meta device: to 2.13 those of scales, recipes and orders, from 2.15 those of shapes.
+
+    Control: a scale too short, and a weight with too few columns; each version refuses one of them.
+    """
     problem, x, w, bias = operands(*size)
     packed = fp4_native.pack(w, problem)
     x, bias, packed = tuple(t.to("meta") for t in x), bias.to("meta"), tuple(t.to("meta") for t in packed)
     y = fp4_native.run_torch(x, packed, bias, problem)
     assert tuple(y.shape) == (size[0], size[1]) and y.dtype is BF16
-    short = (packed[0], packed[1][:-512], *packed[2:])
-    with pytest.raises(Exception, match="scale"):
-        fp4_native.run_torch(x, short, bias, problem)
+    short, narrow = (packed[0], packed[1][:-512], *packed[2:]), (packed[0][:, :-16], *packed[1:])
+    with pytest.raises(Exception, match=r"scale|cannot be multiplied"):
+        for wrong in (short, narrow):
+            fp4_native.run_torch(x, wrong, bias, problem)
 
 
 def test_a_wrong_order_of_scales_is_seen() -> None:
