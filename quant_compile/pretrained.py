@@ -22,15 +22,18 @@ from torch.overrides import TorchFunctionMode
 from quant_compile import api
 from quant_compile.checkpoints.adopted import policy_of, scheme_by_policy
 from quant_compile.checkpoints.config import describe
-from quant_compile.checkpoints.description import Description
+from quant_compile.checkpoints.description import PACKED, Description
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, read_json
 from quant_compile.checkpoints.fill import Filler, Outcome, Progress
 from quant_compile.checkpoints.names import Mapped, Resolver, Slot
+from quant_compile.checkpoints.packed import AGAIN, FILE, Packed
+from quant_compile.checkpoints.packed import read as read_packed
 from quant_compile.inspect.models import DTYPES, construct, load_config
-from quant_compile.ir.errors import OptionError
+from quant_compile.ir.errors import OptionError, PolicyError
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.target import Target, default_policy
+from quant_compile.lowering.tune import imported
 from quant_compile.lowering.weights import claim_before_tracing
 from quant_compile.model.ledger import LEDGER
 from quant_compile.policy import Policy
@@ -49,6 +52,7 @@ class Plan:
         dtype: of the model.
         given: the user's policy, or the device's default for a checkpoint that is not quantized.
         schemes: what ``given`` makes of weights in 16 bits, by name.
+        packed: of a folder with planes as kernels read them, which then says everything.
     """
 
     model: nn.Module
@@ -59,6 +63,7 @@ class Plan:
     dtype: torch.dtype
     given: Policy | None
     schemes: Mapping[str, Scheme]
+    packed: Packed | None = None
 
     @property
     def nbytes(self) -> int:
@@ -132,6 +137,8 @@ def load(
             f"{path} takes {plan.nbytes / 1e9:.2f} GB, and max_memory is {max_memory / 1e9:.2f} GB.\n"
             "Fix: a policy with fewer bits for what is not quantized, or a larger device."
         )
+    if plan.packed is not None:
+        return _load_packed(plan, plan.packed, target, progress, options)
     with _bar(plan, progress) as step:
         filler = Filler(plan.files, plan.description, plan.dtype, target, partial(_scheme, plan.schemes), step)
         outcomes = filler.fill(plan.mapped)
@@ -143,6 +150,45 @@ def load(
     model = api.compile(plan.model.eval(), whole, **options)
     _note(model, plan, outcomes, whole, target)
     return model
+
+
+def _load_packed(
+    plan: Plan, packed: Packed, device: torch.device, progress: bool | None, options: dict[str, Any]
+) -> nn.Module:
+    """Planes as they are, under the policy that they were made by."""
+    with _bar(plan, progress) as step:
+        packed.fill(plan.model, device, step)
+    _move_buffers(plan.model, device)
+    _set_generation(plan.model, plan.files.folder)
+    claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
+    target = Target.of(device if device.type == "cuda" else "cpu")
+    known = imported(target, packed.times)
+    assert plan.given is not None
+    options.setdefault("release_weights", True)
+    model = api.compile(plan.model.eval(), plan.given, **options)
+    _note(model, plan, plan.outcomes, plan.given, device)
+    session = LEDGER.session(model, plan.given, target.label)
+    if packed.target != target.label:
+        session.notes[
+            f"packed on {packed.target}: what kernels here read otherwise is packed anew at the first call"
+        ] = None
+    elif target.device == "cuda" and not known:
+        session.notes["packed with other versions: kernels are measured anew"] = None
+    return model
+
+
+def _plan_packed(files: Files, description: Description, model: nn.Module, wanted: torch.dtype, policy: Any) -> Plan:
+    if policy is not None:
+        raise PolicyError(
+            f"{files.folder} is packed by a policy of its own, and another cannot be applied to it.\n"
+            "Fix: load it without a policy, or the checkpoint that it was made of with this one."
+        )
+    packed = read_packed(files, model)
+    try:
+        own = Policy.load({key: value for key, value in packed.policy.items() if key != "scales"})
+    except PolicyError as error:
+        raise CheckpointError(f"{files.folder / FILE} has a policy that cannot be read: {error}\n{AGAIN}") from error
+    return Plan(model, files, description, Mapped((), {}), packed.outcomes, wanted, own, {}, packed)
 
 
 def plan_of(
@@ -158,11 +204,15 @@ def plan_of(
     description = describe(files.folder)
     config = load_config(str(files.folder))
     wanted = _dtype(dtype, config)
+    if description.method == PACKED and wanted != (own := _dtype(None, config)):
+        raise OptionError(f"{folder} is packed for {own}. Fix: load it without dtype.")
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # transformers would replace modules
     model = construct(config, None, wanted, _EmptyOnMeta())
     if hasattr(model, "tie_weights"):
         model.tie_weights()  # type: ignore[operator]
+    if description.method == PACKED:
+        return _plan_packed(files, description, model, wanted, policy)
     given = None if policy is None else Policy.load(policy)
     if given is None and not description.method:
         given = Policy.load(

@@ -6,18 +6,21 @@ Finds out what a model runs on from the ledger and the weight store; ``checkpoin
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from quant_compile.checkpoints import packed
 from quant_compile.checkpoints.compressed_tensors import METHOD
 from quant_compile.checkpoints.config import describe
 from quant_compile.checkpoints.errors import SaveError
@@ -26,6 +29,8 @@ from quant_compile.checkpoints.files import Files
 from quant_compile.checkpoints.write import check_space, check_target, replacing, shards_of, write_shards
 from quant_compile.ir.errors import OptionError
 from quant_compile.ir.scheme import parse
+from quant_compile.lowering.target import Target
+from quant_compile.lowering.tune import exported
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.model import offload
 from quant_compile.model.ledger import LEDGER
@@ -36,10 +41,11 @@ from quant_compile.options import PolicySource
 from quant_compile.policy import Policy
 from quant_compile.pretrained import load
 
-FORMATS = (METHOD,)
+FORMATS = (METHOD, packed.FORMAT)
 # Room for configs, headers and what a file system rounds up, besides the tensors.
 BESIDES = 8_000_000
 SHOWN = 4
+VERSIONS = ("quant-compile", "torch", "transformers")
 # Linears that vLLM and SGLang join, whatever their names in files.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 GLOBAL_SCALE = "weight_global_scale"
@@ -86,7 +92,8 @@ def save(model: nn.Module, directory: str | Path, format: str = METHOD, *, besid
     Args:
         model: of transformers, compiled and called once, or made by ``load``; its weights may be released.
         directory: to write; a checkpoint that is there is replaced.
-        format: ``compressed-tensors``, which vLLM, SGLang, transformers and ``load`` read.
+        format: ``compressed-tensors``, which vLLM, SGLang, transformers and ``load`` read, or ``packed``: planes as the kernels of this
+            device read them, for ``load`` alone, which then neither quantizes nor packs nor measures.
         beside: files to copy into the folder, such as a tokenizer's.
 
     Returns:
@@ -111,17 +118,41 @@ def _save(model: nn.Module, directory: str | Path, format: str, beside: Iterable
     check_target(folder)
     inner = _checked(model)
     _load_scales(inner)
-    export = export_of(inner, _key, _dtype(inner))
+    if format == packed.FORMAT:
+        export = _packed(inner)
+        notes: Iterable[str] = _skipped(model, export.kept)
+    else:
+        export = export_of(inner, _key, _dtype(inner))
+        notes = _notes(model, export, folder)
     files = list(beside)
     shards = shards_of(export.jobs)
     check_space(folder, export.nbytes + BESIDES + sum(file.stat().st_size for file in files))
     with replacing(folder) as made, torch.no_grad():
         nbytes = write_shards(made, shards)
         _write_configs(inner, export, made)
+        for name, text in export.texts.items():
+            (made / name).write_text(text, encoding="utf-8")
         for file in files:
             shutil.copyfile(file, made / file.name)
     schemes = Counter(scheme.spec for scheme in export.schemes.values())
-    return Saved(folder, nbytes, len(shards), dict(schemes), len(export.kept), tuple(_notes(model, export, folder)))
+    return Saved(folder, nbytes, len(shards), dict(schemes), len(export.kept), tuple(notes))
+
+
+def _packed(model: nn.Module) -> Export:
+    """Planes as they lie.
+
+    Raises:
+        SaveError: the model would not be the same when it is loaded.
+    """
+    policy = LEDGER.policy_of(model)
+    assert isinstance(policy, Policy)
+    made = packed.Packer(model, _key)
+    device = next(p.device for p in model.parameters())
+    target = Target.of(device if device.type == "cuda" else "cpu")
+    versions = {name: version(name) for name in VERSIONS}
+    document = made.document(policy.to_dict(), target.label, exported(target), versions)
+    texts = {packed.FILE: json.dumps(document, indent=1) + "\n"}
+    return Export(tuple(made.jobs), packed.quantization_config(), made.schemes, tuple(made.kept), texts)
 
 
 def convert(
@@ -248,12 +279,16 @@ def _write_configs(model: Any, export: Export, folder: Path) -> None:
         generation.to_json_file(folder / "generation_config.json")  # as it is: save_pretrained refuses some that load
 
 
-def _notes(model: nn.Module, export: Export, folder: Path) -> Iterable[str]:
-    skipped = [name for name, _ in LEDGER.report(model).skips if name in export.kept]
+def _skipped(model: nn.Module, kept: Collection[str]) -> Iterable[str]:
+    skipped = [name for name, _ in LEDGER.report(model).skips if name in kept]
     if skipped:
         more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
         names = ", ".join(skipped[:SHOWN])
         yield f"the policy names weights that no call has quantized, which are as they were: {names}{more}"
+
+
+def _notes(model: nn.Module, export: Export, folder: Path) -> Iterable[str]:
+    yield from _skipped(model, export.kept)
     apart = _apart(folder)
     if apart:
         yield (

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.ir.scheme import QuantArgs
 
+PACKED = "sglquant"  # quant_method of the format that ``packed`` reads
 AGAIN = "Fix: write the checkpoint again, or correct this key."
 
 
@@ -92,6 +93,8 @@ class Description:
         """In one line."""
         if not self.method:
             return "not quantized"
+        if self.method == PACKED:
+            return "packed by sglquant"
         kinds = dict.fromkeys(target.stored.text for target in self.targets if target.stored is not None)
         return f"{self.method}: {'; '.join(kinds)}"
 

@@ -42,12 +42,14 @@ class Export:
         config: ``quantization_config``.
         schemes: of every weight that is quantized, by its name in the model.
         kept: names of the other weights and buffers.
+        texts: further files, by name.
     """
 
     jobs: tuple[Job, ...]
     config: dict[str, Any]
     schemes: Mapping[str, Scheme]
     kept: tuple[str, ...]
+    texts: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def nbytes(self) -> int:

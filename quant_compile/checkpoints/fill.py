@@ -159,7 +159,7 @@ class Filler:
             return Outcome(slot.name, scheme, text, _plane_bytes(slot, scheme, key, self.dtype))
         values = nn.Parameter(whole.to(self.device), requires_grad=False)
         planes = quantize(values, key, slot.name)
-        STORE.adopt(self._hollow(slot), key, planes, text)
+        STORE.adopt(hollow(slot, self.device), key, planes, text)
         return Outcome(slot.name, scheme, text, _bytes_of(planes))
 
     def _linear(self, job: Linear, dry: bool) -> Outcome:
@@ -169,7 +169,7 @@ class Filler:
             return self._dense_linear(job, found, text, dry)
         if not dry:
             key = Key(found.scheme.spec, "rows", job.transposed, self.dtype)
-            parameter = self._hollow(slot)
+            parameter = hollow(slot, self.device)
             own_input = found.gather is not None or found.factor is not None
             STORE.adopt(parameter, key, found.planes, text, found.input_scale, own_input)
             self._inputs(slot.owner, found.gather, found.factor)
@@ -210,7 +210,7 @@ class Filler:
         if not dry:
             if scale is not None and any(not torch.equal(own, scale) for own in scales):
                 notes = (*notes, "experts have different input scales: the largest serves all of them")
-            STORE.adopt(self._hollow(slot), key, tuple(whole), text, scale)
+            STORE.adopt(hollow(slot, self.device), key, tuple(whole), text, scale)
         return Outcome(slot.name, scheme, text, len(job.stems) * _bytes_of(first.planes), notes, True)
 
     def _expert(self, job: Experts, expert: int, dry: bool) -> Quantized | str:
@@ -286,7 +286,7 @@ class Filler:
                 whole = whole or [plane.new_empty((count, *plane.shape)) for plane in planes]
                 for out, plane in zip(whole, planes, strict=True):
                     out[expert].copy_(plane)
-            STORE.adopt(self._hollow(slot), key, tuple(whole), text)
+            STORE.adopt(hollow(slot, self.device), key, tuple(whole), text)
         return Outcome(slot.name, scheme, text, count * _plane_bytes(slot, scheme, key, self.dtype))
 
     def _bias(self, job: ExpertBias, dry: bool) -> Outcome:
@@ -307,29 +307,27 @@ class Filler:
 
     # --- writing ---
 
-    def _hollow(self, slot: Slot) -> nn.Parameter:
-        """A Parameter without values in every place of the slot."""
-        meta = slot.tensor
-        values = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=self.device)
-        values.untyped_storage().resize_(0)
-        return place(slot, values)
-
     def _inputs(self, module: nn.Module, gather: Tensor | None, factor: Tensor | None) -> None:
         """Let a linear's input come in the order, and with the factors, that its planes were made for."""
         if gather is not None:
-            same = self._orders.setdefault(
-                gather.cpu().numpy().tobytes(), gather
-            )  # one tensor, so that siblings can merge
-            module.register_buffer("sglq_input_order", same, persistent=False)
-            module.register_forward_pre_hook(_reorder)
-        if factor is not None:
-            module.register_buffer("sglq_input_factor", factor.contiguous(), persistent=False)
-            module.register_forward_pre_hook(_scale)
+            # One tensor, so that siblings can merge.
+            gather = self._orders.setdefault(gather.cpu().numpy().tobytes(), gather)
+        scale_input(module, gather, factor)
 
     def _text(self, stem: Stem) -> str:
         stored = self.description.stored(stem.name)
         source = _source(self.files, next(iter(stem.tensors.values())).name)
         return f"{source} ({stored.text})" if stored is not None and set(stem.tensors) != {"weight"} else source
+
+
+def scale_input(module: nn.Module, order: Tensor | None, factor: Tensor | None) -> None:
+    """Let a module's input be gathered in an order, and multiplied, before each call."""
+    if order is not None:
+        module.register_buffer("sglq_input_order", order, persistent=False)
+        module.register_forward_pre_hook(_reorder)
+    if factor is not None:
+        module.register_buffer("sglq_input_factor", factor.contiguous(), persistent=False)
+        module.register_forward_pre_hook(_scale)
 
 
 def _reorder(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -338,6 +336,14 @@ def _reorder(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _scale(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args[0] * module.sglq_input_factor, *args[1:]
+
+
+def hollow(slot: Slot, device: torch.device) -> nn.Parameter:
+    """A Parameter without values in every place of the slot."""
+    meta = slot.tensor
+    values = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=device)
+    values.untyped_storage().resize_(0)
+    return place(slot, values)
 
 
 def place(slot: Slot, values: Tensor) -> nn.Parameter:

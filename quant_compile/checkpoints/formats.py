@@ -16,7 +16,7 @@ from quant_compile.checkpoints import (
     mxfp4,
     torchao,
 )
-from quant_compile.checkpoints.description import Description, Keys, Stored
+from quant_compile.checkpoints.description import PACKED, Description, Keys, Stored
 from quant_compile.checkpoints.weight import Module, Read
 
 
@@ -55,6 +55,7 @@ METHODS: dict[str, Callable[[Keys], Description]] = {
     "mxfp4": mxfp4.describe,
     "bitsandbytes": bitsandbytes.describe,
     "torchao": torchao.describe,
+    PACKED: lambda keys: Description(PACKED, keys.where),
 }
 """``quant_method`` -> its ``describe``."""
 

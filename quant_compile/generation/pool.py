@@ -91,7 +91,7 @@ class Pool:
         if device.type != "cuda":
             return False
         held = sum(block.bytes for block in self._idle[:-1])
-        return held > torch.cuda.get_device_properties(device).total_memory // SHARE_OF_DEVICE
+        return held > torch.cuda.mem_get_info(device)[1] // SHARE_OF_DEVICE
 
     def clear(self) -> None:
         """Free all idle blocks."""

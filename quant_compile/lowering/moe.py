@@ -109,10 +109,7 @@ class MoeDispatch:
     @property
     def text(self) -> str:
         """Everything about the dispatch as one word: an argument of the kernel op and part of Inductor's cache key."""
-        p = self.problem
-        fields = (p.scheme.spec, p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text)
-        flags = (str(p.dtype).removeprefix("torch."), int(p.has_bias), int(p.has_weights), self.layout)
-        return "|".join(map(str, (*fields, *flags, table_text(self.table))))
+        return "|".join((moe_problem_text(self.problem), self.layout, table_text(self.table)))
 
     @property
     def ranges(self) -> str:
@@ -127,12 +124,24 @@ class MoeDispatch:
 @lru_cache(maxsize=None)
 def parse_moe_dispatch(text: str) -> MoeDispatch:
     """Inverse of ``MoeDispatch.text``."""
-    spec, experts, hidden, inner, top_k, activation, dtype, bias, weights, layout, table = text.split("|")
-    problem = MoeProblem(
+    problem, layout, table = text.rsplit("|", 2)
+    return MoeDispatch(parse_moe_problem(problem), layout, parse_table(table))
+
+
+def moe_problem_text(problem: MoeProblem) -> str:
+    """A block as one word."""
+    p = problem
+    fields = (p.scheme.spec, p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text)
+    return "|".join(map(str, (*fields, str(p.dtype).removeprefix("torch."), int(p.has_bias), int(p.has_weights))))
+
+
+def parse_moe_problem(text: str) -> MoeProblem:
+    """Inverse of ``moe_problem_text``."""
+    spec, experts, hidden, inner, top_k, activation, dtype, bias, weights = text.split("|")
+    return MoeProblem(
         parse(spec), int(experts), int(hidden), int(inner), int(top_k), Activation.parse(activation),
         getattr(torch, dtype), bias == "1", weights == "1",
     )  # fmt: skip
-    return MoeDispatch(problem, layout, parse_table(table))
 
 
 CostOf = Callable[[MoeKernel, MoeProblem, int], float]

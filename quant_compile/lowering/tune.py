@@ -68,6 +68,18 @@ class Timings:
         with self._lock:
             self._passing.setdefault(problem_key(problem), {}).update(times)
 
+    def known(self) -> dict[str, dict[str, float]]:
+        """Everything that was measured, by problem."""
+        with self._lock:
+            return {problem: dict(times) for problem, times in self._data.items()}
+
+    def learn(self, times: Mapping[str, Mapping[str, float]]) -> None:
+        """Take what was measured elsewhere for what is not known here; for this process only."""
+        with self._lock:
+            for problem, own in times.items():
+                for name, value in own.items():
+                    self._passing.setdefault(problem, {}).setdefault(name, value)
+
     def put(self, problem: Measured, times: dict[str, float]) -> None:
         """Add the times of a problem and write the file anew, atomically."""
         with self._lock:
@@ -97,6 +109,24 @@ def timings(gpu: str, level: str) -> Timings:
     """The timings of a GPU model at one level, with the libraries and kernel sources of this process."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Timings(root / "sglquant" / f"kernels-{_environment_key(gpu)}-{level}.json")
+
+
+def exported(target: Target) -> dict[str, Any]:
+    """All times that this process knows of a GPU, for ``imported``; nothing on other devices."""
+    if target.device != "cuda" or target.ops is not None:
+        return {}
+    levels = {level: known for level in POINTS if (known := timings(target.name, level).known())}
+    return {"environment": _environment_key(target.name), "levels": levels} if levels else {}
+
+
+def imported(target: Target, times: Mapping[str, Any]) -> bool:
+    """Use times of another process, if they are of this GPU model, these libraries and these kernels; whether they are."""
+    if target.device != "cuda" or not times or times.get("environment") != _environment_key(target.name):
+        return False
+    for level, found in times.get("levels", {}).items():
+        if level in POINTS:
+            timings(target.name, level).learn(found)
+    return True
 
 
 def _environment_key(gpu: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -297,15 +297,40 @@ class WeightStore:
             input_scale: [1] f32, of a static scheme.
             own_input: other values cannot take their place, since the linear's input is reordered or scaled for them.
         """
+        rows = parameter.shape[0] if key.layout == "experts" else problem_of(parameter, key).n
         with self._lock:
+            self.adopt_slab([parameter], [rows], key, planes)
             entry = self.entry(parameter)
-            rows = parameter.shape[0] if key.layout == "experts" else problem_of(parameter, key).n
-            entry.packs = {key: Pack(Slab((identity_of(parameter),), (rows,), planes), 0, rows)}
-            entry.source, entry.adopted, entry.input_scale = source, key, input_scale
-            entry.own_input = own_input
-            entry.released = True
-            claim(parameter)
-            parameter.released_by_sglquant = True  # type: ignore[attr-defined]
+            entry.source, entry.input_scale, entry.own_input = source, input_scale, own_input
+
+    def adopt_slab(
+        self,
+        members: Sequence[Parameter | None],
+        rows: Sequence[int],
+        key: Key,
+        planes: Planes,
+        problem: MoeProblem | None = None,
+    ) -> None:
+        """Take planes in any layout for hollow Parameters that share them: they count as released from now on.
+
+        Args:
+            members: in order; None stands for rows that nobody reads.
+            rows: of each member; of a block's weight its experts.
+            key: of all of them.
+            planes: as ``key.layout`` has them.
+            problem: of an expert block, as its layout was told; None: row form.
+        """
+        with self._lock:
+            entries = [None if member is None else self.entry(member) for member in members]
+            identities = tuple(0 if member is None else identity_of(member) for member in members)
+            slab, start = Slab(identities, tuple(rows), planes, problem), 0
+            for member, entry, size in zip(members, entries, rows, strict=True):
+                if member is not None and entry is not None:
+                    entry.packs = {key: Pack(slab, start, start + size)}
+                    entry.adopted, entry.released = key, True
+                    claim(member)
+                    member.released_by_sglquant = True  # type: ignore[attr-defined]
+                start += size
             self.epoch += 1
 
     @staticmethod
