@@ -51,6 +51,24 @@ def test_gemm_smoke(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_load_smoke(tmp_path: Path) -> None:
+    rows = run("load.py", tmp_path)["rows"]
+    assert [(row["stored"], row["policy"]) for row in rows] == [
+        ("bf16", "W8A16"), ("packed", "W8A16"), ("bf16", "W4A16"), ("packed", "W4A16"),
+    ]  # fmt: skip
+    assert all(row["seconds"] > 0 and row["file_gb"] > 0 for row in rows)
+    assert rows[1]["file_gb"] < rows[0]["file_gb"]
+
+
+@pytest.mark.slow
+def test_first_token_smoke(tmp_path: Path) -> None:
+    rows = run("first_token.py", tmp_path, "--stacks", "W8A16")["rows"]
+    assert [row["stack"] for row in rows] == ["hf-eager", "inductor", "W8A16"]
+    assert all(row["ms"] >= row["least_ms"] > 0 and row["samples"] == 2 for row in rows)
+    assert max(row["speedup"] for row in rows[:2]) == 1.0
+
+
+@pytest.mark.slow
 def test_e2e_smoke(tmp_path: Path) -> None:
     result = run("e2e.py", tmp_path, "--stacks", "inductor,W8A16,no-such-policy", "--batches", "1", "--layers", "1")
     bf16, quantized, broken = result["rows"]
