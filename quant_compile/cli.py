@@ -12,6 +12,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant_compile.ir.errors import OptionError, QuantError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from quant_compile.lowering.target import Target
     from quant_compile.model.plan import Plan
 
+FALLBACKS = ("weight_only", "fp8")
 TARGETS = ("cpu", "sm80", "sm89", "sm90", "sm100", "sm120")
 # What Dynamo calls a parameter or buffer of a module; "args_0" where forward is wrapped, as by transformers 5.24.
 _DYNAMO_NAME = re.compile(r"\bl_(?:self|args_0)_modules_(\w+?)_(?:parameters|buffers)_(\w+)")
@@ -84,7 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "show the rewritten graph and the kernels; needs no weights")
     inspect.add_argument("model", metavar="MODEL", help="folder with config.json, or Hugging Face id")
     inspect.add_argument(
-        "--policy", metavar="P", help="preset, shipped policy or YAML file; none: show what the folder's checkpoint has"
+        "--policy",
+        metavar="P",
+        help="preset, shipped policy or YAML file; none, or where the folder's checkpoint is quantized: show what load makes of it",
+    )
+    inspect.add_argument(
+        "--fallback", choices=FALLBACKS, help="of a checkpoint: what serves where the target has no kernel for a scheme"
     )
     inspect.add_argument("--graph", choices=("before", "after", "diff"), help="which graph to print (default: after)")
     inspect.add_argument("--target", choices=TARGETS, help="show the kernels that this device would get")
@@ -99,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         "target", metavar="DST", help="folder to write; a checkpoint that is there is replaced at the end"
     )
     convert.add_argument(
-        "--policy", metavar="P", help="preset, shipped policy or YAML file, for what SRC has in 16 bits"
+        "--policy",
+        metavar="P",
+        help="preset, shipped policy or YAML file, for what SRC has in 16 bits; for more, where it says requantize",
     )
     convert.add_argument("--format", metavar="F", help="format to write (default: compressed-tensors)")
     convert.add_argument("--device", default="cpu", metavar="D", help="device to quantize on (default: cpu)")
@@ -227,18 +236,28 @@ def _warn(plan: Plan) -> None:
 
 def _inspect_checkpoint(arguments: argparse.Namespace) -> int:
     _quiet_transformers()
+    from quant_compile.lowering.target import Target
     from quant_compile.pretrained import plan_of
 
-    plan = plan_of(arguments.model)
+    target = Target.fake(arguments.target) if arguments.target else None
+    plan = plan_of(arguments.model, arguments.policy, fallback=arguments.fallback, target=target)
     console = _console()
     console.print(plan.table(arguments.full))
-    for note in plan.notes:
+    for note in (*plan.notes, *plan.serving()):
         console.print(f"note: {note}", markup=False)
     return 0
 
 
+def _is_quantized(source: str) -> bool:
+    """Whether it is the folder of a quantized checkpoint, with its weights."""
+    from quant_compile.checkpoints.config import describe
+
+    folder = Path(source)
+    return folder.is_dir() and any(folder.glob("*.safetensors")) and bool(describe(folder).method)
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
-    if arguments.policy is None:
+    if arguments.policy is None or (arguments.graph is None and _is_quantized(arguments.model)):
         return _inspect_checkpoint(arguments)
     from quant_compile.lowering.target import Target
     from quant_compile.policy import Policy

@@ -25,6 +25,7 @@ from quant_compile.ir.errors import PolicyError, SchemeError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
 from quant_compile.lowering.guard import NEVER_SLOWER
+from quant_compile.lowering.select import FALLBACKS
 from quant_compile.model.plan import Plan
 from quant_compile.rules import CONVENTIONS, Condition, Decision, Rule, SiteInfo, conventional, matcher, rule_reason
 from quant_compile.yaml_lines import Document, KeyPath, read_yaml
@@ -37,11 +38,10 @@ KINDS = ("linear", "moe")
 SHIPPED = Path(__file__).parent / "policies"
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
 _POLICY_KEYS = (
-    "version", "name", "default", "rules", "strict", "allow_reference", "fallback", "guard", "fuse", "release_weights",
-    "scales",
+    "version", "name", "default", "rules", "requantize", "strict", "allow_reference", "fallback", "guard", "fuse",
+    "release_weights", "scales",
 )  # fmt: skip
-_FALLBACKS = ("weight_only",)
-_RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason")
+_RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason", "requantize")
 _SCHEME_KEYS = ("weights", "input_activations")
 _ARG_TYPES: dict[str, tuple[type, str]] = {
     "num_bits": (int, "a whole number"),
@@ -70,10 +70,11 @@ class Policy:
     Attributes:
         default: scheme of weights that no rule and no convention claims; None keeps them.
         rules: the user's rules; the first that matches decides.
+        requantize: the default, and rules that do not say otherwise, hold for weights that a checkpoint has quantized as well.
         strict: a rule without effect or a weight that cannot have its scheme is an error instead of a warning.
         allow_reference: the slow torch reference may serve on a GPU.
         fallback: ``weight_only``: where no kernel of the device multiplies a scheme's quantized inputs, its weights serve under
-            16-bit inputs; None: that is an error.
+            16-bit inputs; ``fp8``: where none serves 4-bit floats, they become FP8_DYNAMIC; None: that is an error.
         guard: ``never_slower``: a linear stays in 16 bits at every m at which its quantized chain is measured to be slower; None: no.
         fuse: rewrites that fuse.
         release_weights: free the original weights after packing; None leaves it to the backend's option.
@@ -85,6 +86,7 @@ class Policy:
 
     default: Scheme | None
     rules: tuple[Rule, ...] = ()
+    requantize: bool = False
     strict: bool = False
     allow_reference: bool = False
     fallback: str | None = None
@@ -138,7 +140,7 @@ class Policy:
         out: dict[str, Any] = {"version": self.version, "name": self.name, "default": _scheme_value(self.default)}
         if self.rules:
             out["rules"] = [_rule_dict(rule) for rule in self.rules]
-        for key in ("strict", "allow_reference"):
+        for key in ("requantize", "strict", "allow_reference"):
             if getattr(self, key):
                 out[key] = True
         if self.fallback is not None:
@@ -183,11 +185,12 @@ class Policy:
     def _decide(self, site: SiteInfo) -> Decision:
         for index, rule in enumerate(self.rules):
             if rule.matches(site):
-                return Decision(rule.scheme, rule_reason(index, rule), "rule", index, rule.line)
+                again = self.requantize if rule.requantize is None else rule.requantize
+                return Decision(rule.scheme, rule_reason(index, rule), "rule", index, rule.line, requantize=again)
         what = conventional(site)
         if what is not None:
             return Decision(None, f"kept by convention: {what}", "convention")
-        return Decision(self.default, "default of the policy", "default")
+        return Decision(self.default, "default of the policy", "default", requantize=self.requantize)
 
     def resolve(self, model: torch.nn.Module, beside: Iterable[torch.nn.Module] = ()) -> Plan:
         """The plan for every linear weight of ``model`` (on any device, meta too).
@@ -228,6 +231,8 @@ def _rule_dict(rule: Rule) -> dict[str, Any]:
     out["scheme"] = _scheme_value(rule.scheme)
     if rule.reason is not None:
         out["reason"] = rule.reason
+    if rule.requantize is not None:
+        out["requantize"] = rule.requantize
     return out
 
 
@@ -281,6 +286,7 @@ class _Reader:
         return Policy(
             default=self._scheme(("default",), data["default"]),
             rules=self._rules(data.get("rules")),
+            requantize=self._boolean(("requantize",), data.get("requantize", False)),
             strict=self._boolean(("strict",), data.get("strict", False)),
             allow_reference=self._boolean(("allow_reference",), data.get("allow_reference", False)),
             fallback=self._fallback(data.get("fallback")),
@@ -293,8 +299,8 @@ class _Reader:
         )
 
     def _fallback(self, value: Any) -> str | None:
-        if value is not None and value not in _FALLBACKS:
-            self.fail(("fallback",), f"fallback must be {' or '.join(_FALLBACKS)}, got {_shown(value)}")
+        if value is not None and value not in FALLBACKS:
+            self.fail(("fallback",), f"fallback must be {' or '.join(FALLBACKS)}, got {_shown(value)}")
         return value
 
     def _guard(self, value: Any) -> str | None:
@@ -328,6 +334,7 @@ class _Reader:
             where=self._where((*path, "where"), data.get("where")),
             reason=self._text((*path, "reason"), data.get("reason")),
             line=self.document.line(path),
+            requantize=self._optional_boolean((*path, "requantize"), data.get("requantize")),
         )
 
     def _pattern(self, path: KeyPath, value: Any) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,25 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quant_compile import api
-from quant_compile.checkpoints.adopted import policy_of, scheme_by_policy
+from quant_compile.checkpoints.adopted import policy_of
 from quant_compile.checkpoints.config import describe
 from quant_compile.checkpoints.description import PACKED, Description
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, read_json
 from quant_compile.checkpoints.fill import Filler, Outcome, Progress
-from quant_compile.checkpoints.names import Mapped, Resolver, Slot
+from quant_compile.checkpoints.names import Mapped, Resolver
 from quant_compile.checkpoints.packed import AGAIN, FILE, Packed
 from quant_compile.checkpoints.packed import read as read_packed
+from quant_compile.checkpoints.wishes import Wishes
 from quant_compile.inspect.models import DTYPES, construct, load_config
 from quant_compile.ir.errors import OptionError, PolicyError
 from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.select import FALLBACKS, Request
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.tune import imported
 from quant_compile.lowering.weights import claim_before_tracing
 from quant_compile.model.ledger import LEDGER
+from quant_compile.options import Options
 from quant_compile.policy import Policy
 
 
@@ -51,7 +53,8 @@ class Plan:
         outcomes: of each weight.
         dtype: of the model.
         given: the user's policy, or the device's default for a checkpoint that is not quantized.
-        schemes: what ``given`` makes of weights in 16 bits, by name.
+        fallback: what serves where the device has no kernel for a scheme.
+        wishes: what ``given`` and the device make of the weights.
         packed: of a folder with planes as kernels read them, which then says everything.
     """
 
@@ -62,13 +65,30 @@ class Plan:
     outcomes: tuple[Outcome, ...]
     dtype: torch.dtype
     given: Policy | None
-    schemes: Mapping[str, Scheme]
+    fallback: str | None
+    wishes: Wishes
     packed: Packed | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the loaded model."""
         return sum(outcome.nbytes for outcome in self.outcomes)
+
+    def serving(self) -> tuple[str, ...]:
+        """What the device makes of schemes that it has no kernels for, one sentence each.
+
+        Raises:
+            NoKernelError: nothing, and no fallback helps.
+        """
+        out: dict[tuple[str, str], int] = {}
+        for outcome in self.outcomes:
+            served = self.wishes.serving(outcome.name, outcome.scheme) if outcome.scheme is not None else None
+            if outcome.scheme is not None and served is not None and served != outcome.scheme:
+                key = (outcome.scheme.spec, served.spec)
+                out[key] = out.get(key, 0) + 1
+        return tuple(
+            f"{count} weights in {old} run as {new}, by fallback {self.fallback}" for (old, new), count in out.items()
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -107,6 +127,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     max_memory: int | None = None,
     progress: bool | None = None,
+    fallback: str | None = None,
     **options: Any,
 ) -> nn.Module:
     """A checkpoint as a compiled, released model: what is quantized in its files is taken over as it is.
@@ -114,11 +135,13 @@ def load(
     Args:
         path: folder with config.json and safetensors files.
         policy: for what the checkpoint has in 16 bits; None: its own quantization is the policy, or the device's default for a
-            checkpoint that is not quantized.
+            checkpoint that is not quantized. Rules with ``requantize: true`` hold for what is quantized as well.
         device: None: the GPU if there is one.
         dtype: of everything that is not quantized; None: the config's.
         max_memory: bytes that the weights may take on the device; more is an error before any is read.
         progress: show a bar; None: on a terminal.
+        fallback: what serves where the device has no kernel for a scheme: ``weight_only`` (its codes under 16-bit inputs) or ``fp8`` (4-bit
+            floats become FP8_DYNAMIC); None: as the policy says, else that is an error.
         options: of ``compile``.
 
     Returns:
@@ -127,11 +150,13 @@ def load(
     Raises:
         CheckpointError: a file, a tensor or a config is wrong, or does not fit the model; nothing is left on the device.
         PolicyError: the policy contradicts the checkpoint.
+        NoKernelError: the device has no kernel for a linear's scheme; names the fallbacks that would do.
     """
     target = (
         torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    plan = plan_of(path, policy, target, dtype)
+    plan = plan_of(path, policy, target, dtype, fallback=fallback, options=options)
+    plan.serving()  # an error shows before anything is read
     if max_memory is not None and plan.nbytes > max_memory:
         raise OptionError(
             f"{path} takes {plan.nbytes / 1e9:.2f} GB, and max_memory is {max_memory / 1e9:.2f} GB.\n"
@@ -140,12 +165,12 @@ def load(
     if plan.packed is not None:
         return _load_packed(plan, plan.packed, target, progress, options)
     with _bar(plan, progress) as step:
-        filler = Filler(plan.files, plan.description, plan.dtype, target, partial(_scheme, plan.schemes), step)
+        filler = Filler(plan.files, plan.description, plan.dtype, target, plan.wishes, step)
         outcomes = filler.fill(plan.mapped)
     _move_buffers(plan.model, target)
     _set_generation(plan.model, plan.files.folder)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
-    whole = policy_of(plan.model, outcomes, plan.description, plan.given)
+    whole = policy_of(plan.model, outcomes, plan.description, plan.given, plan.fallback)
     options.setdefault("release_weights", True)
     model = api.compile(plan.model.eval(), whole, **options)
     _note(model, plan, outcomes, whole, target)
@@ -177,28 +202,48 @@ def _load_packed(
     return model
 
 
-def _plan_packed(files: Files, description: Description, model: nn.Module, wanted: torch.dtype, policy: Any) -> Plan:
+def _plan_packed(
+    files: Files, description: Description, model: nn.Module, wanted: torch.dtype, policy: Any, fallback: str | None
+) -> Plan:
     if policy is not None:
         raise PolicyError(
             f"{files.folder} is packed by a policy of its own, and another cannot be applied to it.\n"
             "Fix: load it without a policy, or the checkpoint that it was made of with this one."
+        )
+    if fallback == "fp8":
+        raise OptionError(
+            f"{files.folder} is packed, and what is packed is not quantized again.\n"
+            "Fix: load the checkpoint that it was made of with fallback='fp8'."
         )
     packed = read_packed(files, model)
     try:
         own = Policy.load({key: value for key, value in packed.policy.items() if key != "scales"})
     except PolicyError as error:
         raise CheckpointError(f"{files.folder / FILE} has a policy that cannot be read: {error}\n{AGAIN}") from error
-    return Plan(model, files, description, Mapped((), {}), packed.outcomes, wanted, own, {}, packed)
+    own = own if fallback is None else replace(own, fallback=fallback)
+    return Plan(model, files, description, Mapped((), {}), packed.outcomes, wanted, own, own.fallback, Wishes(), packed)
 
 
 def plan_of(
-    path: str | Path, policy: Any = None, device: torch.device | None = None, dtype: str | torch.dtype | None = None
+    path: str | Path,
+    policy: Any = None,
+    device: torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    fallback: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    target: Target | None = None,
 ) -> Plan:
     """What ``load`` would do; reads headers and configs only.
+
+    Args:
+        target: that kernels are asked for; None: that of the device.
 
     Raises:
         CheckpointError, PolicyError: as ``load``, but for faults of values.
     """
+    if fallback is not None and fallback not in FALLBACKS:
+        raise OptionError(f"fallback must be one of {', '.join(FALLBACKS)}, got {fallback!r}")
     folder = Path(path)
     files = Files.open(folder)
     description = describe(files.folder)
@@ -212,22 +257,26 @@ def plan_of(
     if hasattr(model, "tie_weights"):
         model.tie_weights()  # type: ignore[operator]
     if description.method == PACKED:
-        return _plan_packed(files, description, model, wanted, policy)
+        return _plan_packed(files, description, model, wanted, policy, fallback)
     given = None if policy is None else Policy.load(policy)
+    target = target or Target.of(device if device is not None and device.type == "cuda" else "cpu")
     if given is None and not description.method:
-        given = Policy.load(
-            default_policy(Target.of(device if device is not None and device.type == "cuda" else "cpu"))
-        )
+        given = Policy.load(default_policy(target))
+    if given is not None:
+        given = given if fallback is None else replace(given, fallback=fallback)
+        fallback = given.fallback
     mapped = Resolver(model, files).resolve()
-    schemes = scheme_by_policy(model, given)
-    filler = Filler(files, description, wanted, torch.device("meta"), partial(_scheme, schemes))
+    wishes = Wishes.of(model, given, fallback, target, _request(options, given))
+    filler = Filler(files, description, wanted, torch.device("meta"), wishes)
     outcomes = tuple(filler.plan(mapped))
-    policy_of(model, outcomes, description, given)  # a contradiction shows before anything is read
-    return Plan(model, files, description, mapped, outcomes, wanted, given, schemes)
+    policy_of(model, outcomes, description, given, fallback)  # a contradiction shows before anything is read
+    return Plan(model, files, description, mapped, outcomes, wanted, given, fallback, wishes)
 
 
-def _scheme(schemes: Mapping[str, Scheme], slot: Slot) -> Scheme | None:
-    return next((schemes[name] for full in slot.names if (name := full.removesuffix(".weight")) in schemes), None)
+def _request(options: Mapping[str, Any] | None, given: Policy | None) -> Request:
+    """What ``compile`` will be allowed to choose from."""
+    own = {key: value for key, value in (options or {}).items() if key not in ("dynamic", "fullgraph")}
+    return Options.of(own).request(given or Policy(None)).unpinned
 
 
 def _dtype(given: str | torch.dtype | None, config: Any) -> torch.dtype:

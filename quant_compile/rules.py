@@ -83,6 +83,7 @@ class Rule:
         reason: the author's words, shown in plans and ledgers.
         line: line in the policy file.
         convention: a built-in rule, not the user's.
+        requantize: also weights that a checkpoint has quantized; None: as the policy says.
     """
 
     match: str
@@ -93,6 +94,7 @@ class Rule:
     reason: str | None = None
     line: int | None = field(default=None, compare=False)
     convention: bool = False
+    requantize: bool | None = None
 
     def matches(self, site: SiteInfo) -> bool:
         """Whether the rule applies to ``site``; any alias of the weight may be the one that its pattern hits."""
@@ -170,6 +172,7 @@ class Decision:
         rule: index into ``Policy.rules`` when a rule of the user decided.
         line: line of that rule in the policy file.
         refused: the policy names a scheme but the weight cannot have it; ``scheme`` is None and ``reason`` says why.
+        requantize: it holds for a weight that a checkpoint has quantized as well.
     """
 
     scheme: Scheme | None
@@ -178,6 +181,7 @@ class Decision:
     rule: int | None = None
     line: int | None = None
     refused: bool = False
+    requantize: bool = False
 
 
 def conventional(site: SiteInfo) -> str | None:

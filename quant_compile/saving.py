@@ -169,7 +169,8 @@ def convert(
     Args:
         source: folder to read; its tokenizer's and processor's files are copied.
         directory: as in ``save``.
-        policy: for what ``source`` has in 16 bits; None: only a checkpoint that is quantized is written in another format.
+        policy: for what ``source`` has in 16 bits, and for all else where it says ``requantize``; None: only a checkpoint that is
+            quantized is written in another format.
         format: as in ``save``.
         dtype: of what is not quantized; None: the config's.
         device: to quantize on.

@@ -15,25 +15,44 @@ from torch import nn
 from quant_compile.checkpoints.description import Description, alike
 from quant_compile.checkpoints.fill import Outcome
 from quant_compile.ir.errors import PolicyError
-from quant_compile.ir.scheme import Scheme
 from quant_compile.model.weights import Weight, linear_weights
 from quant_compile.policy import Policy
 from quant_compile.rules import Rule
 
 
-def policy_of(model: nn.Module, outcomes: Sequence[Outcome], description: Description, given: Policy | None) -> Policy:
-    """The policy under which a filled model is compiled.
+def policy_of(
+    model: nn.Module,
+    outcomes: Sequence[Outcome],
+    description: Description,
+    given: Policy | None,
+    fallback: str | None = None,
+) -> Policy:
+    """The policy under which a filled model is compiled; ``fallback`` is that of a model without ``given``.
 
     Raises:
-        PolicyError: a rule of the user's gives a weight another scheme than the checkpoint has it in.
+        PolicyError: a rule of the user's gives a weight another scheme than the checkpoint has it in, and does not say ``requantize``.
     """
     by_name = {outcome.name.removesuffix(".weight"): outcome for outcome in outcomes if outcome.quantized}
     weights = [(weight, _outcome(weight, by_name)) for weight in linear_weights(model)]
-    rules = tuple(_rules([(weight, outcome) for weight, outcome in weights]))
     if given is None:
-        return Policy(None, rules, name=f"checkpoint ({description.method})", release_weights=True)
+        name = f"checkpoint ({description.method})"
+        return Policy(None, tuple(_rules(weights)), name=name, release_weights=True, fallback=fallback)
     _check(given, weights, description)
-    return replace(given, rules=(*rules, *given.rules), name=f"{description.method} checkpoint, {given.name}")
+    decided = [given.decide(weight.site) for weight, _ in weights]
+    own = [o is not None and o.by_policy and d.rule is not None for (_, o), d in zip(weights, decided, strict=True)]
+    rules = tuple(_rules([(w, None if by_rule else o) for (w, o), by_rule in zip(weights, own, strict=True)]))
+    users = list(given.rules)
+    for (_, outcome), decision, by_rule in zip(weights, decided, own, strict=True):
+        if by_rule and outcome is not None and outcome.scheme is None and decision.rule is not None:
+            users[decision.rule] = _told(users[decision.rule], f"dequantized from {outcome.was}")
+    name = f"{description.method} checkpoint, {given.name}"
+    return replace(given, rules=(*rules, *users), name=name)
+
+
+def _told(rule: Rule, what: str) -> Rule:
+    """A rule of the user's whose reason says what became of the weights that stay in 16 bits: they have no planes to say so."""
+    said = rule.reason.split("; ") if rule.reason else []
+    return rule if what in said else replace(rule, reason="; ".join([*said, what]))
 
 
 def _outcome(weight: Weight, by_name: dict[str, Outcome]) -> Outcome | None:
@@ -42,36 +61,36 @@ def _outcome(weight: Weight, by_name: dict[str, Outcome]) -> Outcome | None:
 
 def _rules(weights: Sequence[tuple[Weight, Outcome | None]]) -> Iterable[Rule]:
     outcomes = {weight.site.names[0]: outcome for weight, outcome in weights}
-    for pattern, name in alike({n: None if o is None else (o.scheme,) for n, o in outcomes.items()}):
+    values = {n: None if o is None else (o.scheme, o.was, o.notes if o.was else ()) for n, o in outcomes.items()}
+    for pattern, name in alike(values):
         if outcomes[name] is not None:
             yield _rule(f"re:{pattern}" if re.search(r"\d", name) else name, outcomes[name])
 
 
 def _rule(match: str, outcome: Outcome | None) -> Rule:
     assert outcome is not None
-    reason = "; ".join(("as the checkpoint has it", *outcome.notes) if outcome.scheme else outcome.notes)
-    return Rule(match, outcome.scheme, reason=reason)
+    how = ["as the checkpoint has it"] if outcome.scheme is not None else []
+    if outcome.was:
+        changed = "dequantized" if outcome.scheme is None else "requantized"
+        how = [f"{changed} from {outcome.was}", *(["default of the policy"] if outcome.by_policy else [])]
+    return Rule(match, outcome.scheme, reason="; ".join((*how, *outcome.notes)))
 
 
 def _check(given: Policy, weights: Sequence[tuple[Weight, Outcome | None]], description: Description) -> None:
     for weight, outcome in weights:
         decision = given.decide(weight.site)
-        if outcome is None or outcome.scheme is None or decision.origin != "rule" or decision.scheme == outcome.scheme:
+        if outcome is None or decision.origin != "rule" or outcome.by_policy:
             continue
+        stored = outcome.was or (outcome.scheme.spec if outcome.scheme is not None else outcome.source)
         wanted = "keep" if decision.scheme is None else decision.scheme.spec
+        if wanted == stored or decision.scheme == outcome.scheme:
+            continue
+        fix = (
+            "give the weights of its expert block one scheme, all with `requantize: true`"
+            if decision.requantize
+            else "add `requantize: true` to the rule, take this weight out of it, or load a checkpoint that has it in 16 bits"
+        )
         raise PolicyError(
             f"{weight.site.names[0]}: {given.source or given.name} says {wanted} ({decision.reason}), and "
-            f"{description.where} has it in {outcome.scheme.spec}.\n"
-            "Fix: take this weight out of the rule, or load a checkpoint that has it in 16 bits."
+            f"{description.where} has it in {stored}.\nFix: {fix}."
         )
-
-
-def scheme_by_policy(model: nn.Module, given: Policy | None) -> dict[str, Scheme]:
-    """First name of every weight that the user's policy names -> its scheme; those that an embedding reads are left out."""
-    from quant_compile.model.plan import Plan
-
-    if given is None:
-        return {}
-    embedded = {weight.site.names for weight in linear_weights(model) if weight.in_embedding}
-    entries = Plan.of(given, model).entries
-    return {e.names[0]: e.decision.scheme for e in entries if e.decision.scheme is not None and e.names not in embedded}

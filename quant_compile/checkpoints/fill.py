@@ -20,13 +20,14 @@ from quant_compile.checkpoints.files import Files
 from quant_compile.checkpoints.formats import FORMATS
 from quant_compile.checkpoints.names import Copy, ExpertBias, Experts, Job, Linear, Mapped, Slot, Stem
 from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Read
+from quant_compile.checkpoints.wishes import Again, Wishes
 from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.moe import NONE
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.weights import STORE, Key, quantize, quantize_expert
 from quant_compile.model.weights import _stores_columns
 
 Progress = Callable[[int], None]
-SchemeOf = Callable[[Slot], Scheme | None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Outcome:
         nbytes: that it takes.
         notes: what is not as the checkpoint has it, and why.
         quantized: the checkpoint has it quantized.
+        was: what the checkpoint has it in, where that is not what it becomes.
+        by_policy: the user's policy, and not the device, is why it is something else.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Outcome:
     nbytes: int
     notes: tuple[str, ...] = ()
     quantized: bool = False
+    was: str = ""
+    by_policy: bool = False
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Filler:
         description: of its configs.
         dtype: of the model.
         device: of the model.
-        scheme_of: what the user's policy makes of a weight that the checkpoint has in 16 bits.
+        wishes: what the user's policy and the device make of its weights.
         progress: told the bytes of the file that each job has read.
     """
 
@@ -66,7 +71,7 @@ class Filler:
     description: Description
     dtype: torch.dtype
     device: torch.device
-    scheme_of: SchemeOf = lambda slot: None
+    wishes: Wishes = field(default_factory=Wishes)
     progress: Progress = lambda count: None
     _orders: dict[bytes, Tensor] = field(default_factory=dict)
 
@@ -101,16 +106,20 @@ class Filler:
 
     # --- reading ---
 
-    def read(self, stem: Stem, dry: bool) -> Read:
+    def read(self, stem: Stem, dry: bool, dtype: torch.dtype | None = None) -> Read:
         """A stem's weight through the reader of its format.
+
+        Args:
+            dtype: of values and of scales that have the model's; None: the model's.
 
         Raises:
             CheckpointError: the config says nothing of it or something else, or a tensor is not of its format.
         """
-        module = Module(stem.name, self.files, stem.tensors, stem.n, stem.k, self.dtype, dry, self.device)
+        dtype = dtype or self.dtype
+        module = Module(stem.name, self.files, stem.tensors, stem.n, stem.k, dtype, dry, self.device)
         if set(stem.tensors) == {"weight"} and module.info("weight").dtype in REAL:
             values = module.tensor("weight", REAL, (stem.n, stem.k))
-            return Dense(values.to(self.dtype), "")
+            return Dense(values.to(dtype), "")
         where = f"{self.files.folder}: {stem.name}"
         quantized = sorted(part.name for suffix, part in stem.tensors.items() if suffix != "weight") or [stem.name]
         stored = self.description.stored(stem.name)
@@ -137,7 +146,7 @@ class Filler:
         floating = slot.tensor.dtype.is_floating_point
         if floating and info.dtype not in (*REAL, torch.float64):
             raise CheckpointError(f"{info.where} is {info.dtype} without scales.\nFix: write the checkpoint again.")
-        scheme = self.scheme_of(slot)
+        scheme = self.wishes.plain(slot)
         if scheme is not None:
             return self._quantize(slot, scheme, job.source, dry)
         if not dry:
@@ -164,16 +173,37 @@ class Filler:
 
     def _linear(self, job: Linear, dry: bool) -> Outcome:
         slot, found = job.slot, self.read(job.stem, dry)
-        text = self._text(job.stem)
+        text, was = self._text(job.stem), self._was(job.stem, found)
+        again = self.wishes.again(slot, found.scheme if isinstance(found, Quantized) else None) if was else None
+        if again is not None and not _same_codes(found, again):
+            return self._linear_again(job, again, was, text, dry)
         if isinstance(found, Dense):
             return self._dense_linear(job, found, text, dry)
+        if again is not None and again.scheme is not None:
+            found, text = replace(found, scheme=again.scheme, input_scale=None), f"{text}, with the codes of {was}"
         if not dry:
             key = Key(found.scheme.spec, "rows", job.transposed, self.dtype)
             parameter = hollow(slot, self.device)
             own_input = found.gather is not None or found.factor is not None
             STORE.adopt(parameter, key, found.planes, text, found.input_scale, own_input)
             self._inputs(slot.owner, found.gather, found.factor)
-        return Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True)
+        return _told(Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True), again, was)
+
+    def _linear_again(self, job: Linear, again: Again, was: str, text: str, dry: bool) -> Outcome:
+        """What the codes stand for, rounded once to the model's dtype, and quantized otherwise or left so."""
+        slot, scheme, text = job.slot, again.scheme, _changed(text, again, was)
+        key = Key(NONE if scheme is None else scheme.spec, "rows", job.transposed, self.dtype)
+        if not dry:
+            values = self._exact(job.stem).to(self.dtype)
+            _finite(values, f"{self.files.folder}: {job.stem.name}")
+            if scheme is None:
+                place(slot, (values.t() if job.transposed else values).to(slot.tensor.dtype).contiguous())
+            else:
+                source = nn.Parameter(values, requires_grad=False)
+                planes = quantize(source, key._replace(transposed=False), slot.name)
+                STORE.adopt(hollow(slot, self.device), key, planes, text)
+        nbytes = _nbytes(slot) if scheme is None else _plane_bytes(slot, scheme, key, self.dtype)
+        return _told(Outcome(slot.name, scheme, text, nbytes, (), True), again, was)
 
     def _dense_linear(self, job: Linear, found: Dense, text: str, dry: bool) -> Outcome:
         if not dry:
@@ -189,17 +219,27 @@ class Filler:
         first = self._expert(job, 0, dry)
         if isinstance(first, str):
             return self._dense_experts(job, first, text, dry)
-        scheme = first.scheme
+        was = first.scheme.spec
+        again = self.wishes.again(slot, first.scheme)
+        if again is not None and not _same_codes(first, again):
+            return self._experts_again(job, again, was, text, dry)
+        if again is None or again.scheme is None:
+            return self._adopt_read(job, first, first.scheme, text, dry)
+        return _told(self._adopt_read(job, first, again.scheme, text, dry), again, was)
+
+    def _adopt_read(self, job: Experts, first: Quantized, scheme: Scheme, text: str, dry: bool) -> Outcome:
+        """Every expert's codes as they are, under ``scheme``; ``first`` is that of the first expert."""
+        slot, same = job.slot, scheme == first.scheme
         key = Key(scheme.spec, "experts", job.transposed, self.dtype, job.alternates)
         scales: list[Tensor] = []
         whole: list[Tensor] = []
         for expert in range(len(job.stems)):
             found = first if expert == 0 else self._expert(job, expert, dry)
-            if isinstance(found, str) or found.scheme != scheme:
+            if isinstance(found, str) or found.scheme != first.scheme:
                 return self._dense_experts(
                     job, found if isinstance(found, str) else "experts have different schemes", text, dry
                 )
-            if found.input_scale is not None:
+            if found.input_scale is not None and same:
                 scales.append(found.input_scale)
             if not dry:
                 whole = whole or [plane.new_empty((len(job.stems), *plane.shape)) for plane in found.planes]
@@ -210,7 +250,8 @@ class Filler:
         if not dry:
             if scale is not None and any(not torch.equal(own, scale) for own in scales):
                 notes = (*notes, "experts have different input scales: the largest serves all of them")
-            STORE.adopt(hollow(slot, self.device), key, tuple(whole), text, scale)
+            source = text if same else f"{text}, with the codes of {first.scheme.spec}"
+            STORE.adopt(hollow(slot, self.device), key, tuple(whole), source, scale)
         return Outcome(slot.name, scheme, text, len(job.stems) * _bytes_of(first.planes), notes, True)
 
     def _expert(self, job: Experts, expert: int, dry: bool) -> Quantized | str:
@@ -239,39 +280,67 @@ class Filler:
     def _dense_experts(self, job: Experts, reason: str, text: str, dry: bool) -> Outcome:
         """Experts in 16 bits; by the user's policy on the way, where it names them."""
         slot = job.slot
+        again = self.wishes.again(slot, None) if reason else None
+        if again is not None:
+            return self._experts_again(job, again, self._stored(job.stems[0][0]), text, dry)
         notes = (
             ()
             if not reason
             else (reason if "kept in" in reason else f"{reason}: its values are kept in {_name(self.dtype)}",)
         )
-        if dry:
-            for expert in range(len(job.stems)):
-                for stem in job.stems[expert]:
-                    self.read(stem, True)
-        scheme = self.scheme_of(slot) if not reason else None
+        scheme = self.wishes.plain(slot) if not reason else None
         if scheme is not None:
-            key = Key(scheme.spec, "experts", job.transposed, self.dtype, job.alternates)
-            plain = key._replace(transposed=False, interleaved=False)
-            parts = (quantize_expert(self._values(job, i), plain, slot.name) for i in range(len(job.stems)))
-            return self._adopt_experts(slot, key, parts, scheme, f"{text}, quantized as it was read", dry)
-        if not dry:
-            out = torch.empty(slot.tensor.shape, dtype=self.dtype, device=self.device)
-            for expert in range(len(job.stems)):
-                values = self._values(job, expert)
-                if job.alternates:
-                    values = torch.stack(values.chunk(2), 1).flatten(0, 1)
-                out[expert].copy_(values.t() if job.transposed else values)
-            place(slot, out)
+            return self._quantize_experts(job, scheme, f"{text}, quantized as it was read", dry)
+        self._place_experts(job, dry)
         return Outcome(slot.name, None, text, _nbytes(slot), notes, bool(reason))
 
-    def _values(self, job: Experts, expert: int) -> Tensor:
+    def _experts_again(self, job: Experts, again: Again, was: str, text: str, dry: bool) -> Outcome:
+        """As ``_linear_again``."""
+        text = _changed(text, again, was)
+        if again.scheme is not None:
+            outcome = self._quantize_experts(job, again.scheme, text, dry, torch.float32)
+        else:
+            self._place_experts(job, dry, torch.float32)
+            outcome = Outcome(job.slot.name, None, text, _nbytes(job.slot))
+        return _told(replace(outcome, quantized=True), again, was)
+
+    def _quantize_experts(
+        self, job: Experts, scheme: Scheme, text: str, dry: bool, dtype: torch.dtype | None = None
+    ) -> Outcome:
+        """Quantize values of experts; ``dtype`` as in ``read``."""
+        key = Key(scheme.spec, "experts", job.transposed, self.dtype, job.alternates)
+        plain = key._replace(transposed=False, interleaved=False)
+        self._check_experts(job, dry)
+        count = range(len(job.stems))
+        parts = (quantize_expert(self._values(job, i, dtype), plain, job.slot.name) for i in count)
+        return self._adopt_experts(job.slot, key, parts, scheme, text, dry)
+
+    def _place_experts(self, job: Experts, dry: bool, dtype: torch.dtype | None = None) -> None:
+        """Values of experts as the Parameter holds them; ``dtype`` as in ``read``."""
+        self._check_experts(job, dry)
+        if dry:
+            return
+        out = torch.empty(job.slot.tensor.shape, dtype=self.dtype, device=self.device)
+        for expert in range(len(job.stems)):
+            values = self._values(job, expert, dtype)
+            if job.alternates:
+                values = torch.stack(values.chunk(2), 1).flatten(0, 1)
+            out[expert].copy_(values.t() if job.transposed else values)
+        place(job.slot, out)
+
+    def _check_experts(self, job: Experts, dry: bool) -> None:
+        for stem in [stem for stems in job.stems for stem in stems] if dry else ():
+            self.read(stem, True)
+
+    def _exact(self, stem: Stem, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """[n, k] in f32, factors of inputs multiplied in; ``dtype`` as in ``read``."""
+        found = self.read(stem, False, dtype)
+        values = found.dequantized()
+        return values if found.factor is None else values * found.factor.float()
+
+    def _values(self, job: Experts, expert: int, dtype: torch.dtype | None = None) -> Tensor:
         """[n, k] of an expert in the model's dtype, gate rows before up rows; its factors are multiplied in."""
-        parts: list[Tensor] = []
-        for stem in job.stems[expert]:
-            found = self.read(stem, False)
-            values = found.dequantized()
-            parts.append(values if found.factor is None else values * found.factor.float())
-        whole = torch.cat(parts)
+        whole = torch.cat([self._exact(stem, dtype) for stem in job.stems[expert]])
         if job.interleaved:
             whole = torch.cat((whole[0::2], whole[1::2]))
         whole = whole.to(self.dtype)
@@ -314,6 +383,16 @@ class Filler:
             gather = self._orders.setdefault(gather.cpu().numpy().tobytes(), gather)
         scale_input(module, gather, factor)
 
+    def _was(self, stem: Stem, found: Read) -> str:
+        """What a checkpoint has a weight in; empty where it is not quantized."""
+        if isinstance(found, Quantized):
+            return found.scheme.spec
+        return self._stored(stem) if found.reason else ""
+
+    def _stored(self, stem: Stem) -> str:
+        stored = self.description.stored(stem.name)
+        return stored.text if stored is not None else self.description.method
+
     def _text(self, stem: Stem) -> str:
         stored = self.description.stored(stem.name)
         source = _source(self.files, next(iter(stem.tensors.values())).name)
@@ -355,6 +434,23 @@ def place(slot: Slot, values: Tensor) -> nn.Parameter:
         else:
             module._buffers[attribute] = made
     return made
+
+
+def _same_codes(found: Read, again: Again) -> bool:
+    """Whether only the inputs differ, so that the codes stay what they are."""
+    return isinstance(found, Quantized) and again.scheme is not None and again.scheme.weights == found.scheme.weights
+
+
+def _changed(text: str, again: Again, was: str) -> str:
+    return f"{text}, {'dequantized' if again.scheme is None else 'requantized'} from {was}"
+
+
+def _told(outcome: Outcome, again: Again | None, was: str) -> Outcome:
+    """The outcome of a weight that is not what the checkpoint has it in."""
+    if again is None or outcome.was:
+        return outcome
+    notes = outcome.notes if again.by_policy else (*outcome.notes, again.reason)
+    return replace(outcome, was=was, by_policy=again.by_policy, notes=notes)
 
 
 def sources_of(job: Job) -> list[str]:

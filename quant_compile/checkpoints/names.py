@@ -2,6 +2,7 @@
 
     a linear's tensors       model.layers.0.mlp.up_proj.{qweight, qzeros, ...}  ->  model.layers.0.mlp.up_proj.weight
     an expert's              ....experts.3.{gate,up,down}_proj.*                ->  expert 3 of ....experts.{gate_up_proj, down_proj}
+    without a gate           ....experts.3.{up,down}_proj.*                     ->  expert 3 of ....experts.{up_proj, down_proj}
     fused, quantized         ....experts.gate_up_proj{_blocks, _scales, ...}    ->  all experts of ....experts.gate_up_proj
     anything else            a Parameter's or a buffer's own name
 
@@ -12,7 +13,7 @@ or ignored with a reason; every Parameter and every persistent buffer is filled.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -261,8 +262,11 @@ class Resolver:
         return True
 
     def _expert_slot(self, found: re.Match[str], ending: str) -> Slot | None:
-        target = "down_proj" if _PARTS[found[3]] == DOWN else "gate_up_proj"
-        return self.slots.get(f"{found[1]}.{target}{ending}")
+        """The block's weight that an expert's part belongs to: of a block without a gate, up's own."""
+        part = _PARTS[found[3]]
+        targets = {DOWN: ("down_proj",), UP: ("gate_up_proj", "up_proj")}.get(part, ("gate_up_proj",))
+        slots = (self.slots.get(f"{found[1]}.{target}{ending}") for target in targets)
+        return next((slot for slot in slots if slot is not None), None)
 
     def _claim_expert_bias(self, name: str, key: str) -> bool:
         found = _EXPERT.fullmatch(key.removesuffix(".bias")) if key.endswith(".bias") else None
@@ -318,7 +322,7 @@ class Resolver:
         self, slot: Slot, parts: Mapping[tuple[int, str], Mapping[str, Part]], fused: Mapping[str, str]
     ) -> Experts:
         transposed, alternates, n, k = self._shape(slot)
-        kinds = (DOWN,) if slot.places[0][1].startswith("down") else (BOTH,) if (0, BOTH) in parts else (GATE, UP)
+        kinds = _kinds(slot, parts)
         stems: list[tuple[Stem, ...]] = []
         for expert in range(slot.tensor.shape[0]):
             own: list[Stem] = []
@@ -372,7 +376,7 @@ class Resolver:
 
     def _bias(self, slot: Slot, parts: Mapping[tuple[int, str], str]) -> ExpertBias:
         alternates = slot.places[0][1].startswith("gate_up") and not getattr(slot.owner, "is_concatenated", True)
-        kinds = (DOWN,) if slot.places[0][1].startswith("down") else (BOTH,) if (0, BOTH) in parts else (GATE, UP)
+        kinds = _kinds(slot, parts)
         sources: list[tuple[str, ...]] = []
         for expert in range(slot.tensor.shape[0]):
             absent = [kind for kind in kinds if (expert, kind) not in parts]
@@ -413,6 +417,16 @@ class Resolver:
 
     def _fail(self, what: str, fix: str) -> NoReturn:
         raise CheckpointError(f"{self.files.folder}: {what}.\n{fix}")
+
+
+def _kinds(slot: Slot, parts: Collection[tuple[int, str]]) -> tuple[str, ...]:
+    """What an expert has in files for a block's weight."""
+    attribute = slot.places[0][1]
+    if attribute.startswith("down"):
+        return (DOWN,)
+    if attribute.startswith("up"):
+        return (UP,)
+    return (BOTH,) if (0, BOTH) in parts else (GATE, UP)
 
 
 def _stem_of(tensors: Mapping[str, Part]) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 
 # What an expert's parts are called where transformers maps no names.
-PARTS: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",),
+}  # fmt: skip
 _PART = re.compile(r"\.\*\.(\w+)\.weight$")
 # Operations that leave every expert's rows as they are.
 _STACKING = ("MergeModulelist", "Concatenate")

@@ -22,7 +22,7 @@ from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_kernels, moe_layouts
 from quant_compile.lowering.registry import Problem, kernels, layouts
-from quant_compile.lowering.select import BUCKETS, AnyProblem, Dispatch, Request, choose, fits, name_for
+from quant_compile.lowering.select import BUCKETS, AnyProblem, Dispatch, Request, choose, fallback_of, fits, name_for
 from quant_compile.lowering.target import FAKE_SM_COUNT, RUN_ON, Target
 from quant_compile.model.plan import Plan, PlanEntry, label_of
 
@@ -114,12 +114,13 @@ def _served(
     target: Target,
     request: Request,
 ) -> KernelChoice:
-    """The problem's choice, or that of its weights under 16-bit inputs where the policy allows it and only they have kernels."""
+    """The problem's choice, or that of what the policy's fallback puts in its place where only that has kernels."""
     choice = choose_of(problem, entries, target, request)
-    if choice.dispatch is not None or fallback is None or problem.scheme.input_activations is None:
+    other = fallback_of(problem.scheme, fallback)
+    if choice.dispatch is not None or other is None:
         return choice
-    alone = choose_of(replace(problem, scheme=Scheme(problem.scheme.weights)), entries, target, request)
-    return choice if alone.dispatch is None else replace(alone, asked=problem.scheme)
+    instead = choose_of(replace(problem, scheme=other), entries, target, request)
+    return choice if instead.dispatch is None else replace(instead, asked=problem.scheme)
 
 
 def _blocks(plan: Plan) -> dict[MoeProblem, list[PlanEntry]]:

@@ -28,6 +28,7 @@ WEIGHTS = {
 }  # fmt: skip
 BUCKETS = tuple(WEIGHTS)
 NOT_FITTING = 1e12
+FALLBACKS = ("weight_only", "fp8")
 
 CostOf = Callable[[Kernel, Problem, int], float]
 Table = tuple[tuple[int, str], ...]
@@ -251,15 +252,26 @@ AnyProblem = TypeVar("AnyProblem", Problem, MoeProblem)
 def fallback_fix(
     problem: AnyProblem, target: Target, request: Request, chooser: Callable[[AnyProblem, Target, Request], object]
 ) -> str:
-    """The beginning of a fix: inputs in 16 bits, where only they stand in the way; else nothing."""
-    if problem.scheme.input_activations is None:
-        return ""
-    alone = replace(problem, scheme=Scheme(problem.scheme.weights))
-    try:
-        chooser(alone, target, request)
-    except (NoKernelError, SchemeError):
-        return ""
-    return f"set `fallback: weight_only` in the policy, which serves it as {alone.scheme.spec} here; or "
+    """The beginning of a fix: the fallbacks that have a kernel here; nothing where none has."""
+    ways: list[str] = []
+    for fallback in FALLBACKS:
+        other = fallback_of(problem.scheme, fallback)
+        if other is None:
+            continue
+        try:
+            chooser(replace(problem, scheme=other), target, request)
+        except (NoKernelError, SchemeError):
+            continue
+        ways.append(f"`fallback: {fallback}` in the policy, which serves it as {other.spec} here; or ")
+    return f"set {''.join(ways)}" if ways else ""
+
+
+def fallback_of(scheme: Scheme, fallback: str | None) -> Scheme | None:
+    """What a policy's ``fallback`` puts in the place of a scheme that no kernel serves; None: nothing."""
+    if fallback == "weight_only" and scheme.input_activations is not None:
+        return Scheme(scheme.weights)
+    floats = scheme.weights.type == "float" and scheme.weights.num_bits == 4
+    return parse("FP8_DYNAMIC") if fallback == "fp8" and floats else None
 
 
 def reasons_of(answers: Mapping[int, Mapping[str, float | str]], named: Mapping[str, _Fitting]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from quant_compile.ir.subclasses import of_subclasses
 from quant_compile.ir.transforms import transformed
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
-from quant_compile.lowering.select import Dispatch
+from quant_compile.lowering.select import Dispatch, fallback_of
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.ledger import LEDGER, Session, Sessions
@@ -286,15 +286,15 @@ class Decider:
         return SiteDecision(decision.scheme, decision.reason, full[0])
 
     def _served(self, decision: Decision, problem: Callable[[Scheme], Problem | MoeProblem]) -> Decision:
-        """The decision, or its weights under 16-bit inputs where the policy allows that and only that has kernels here."""
+        """The decision, or what the policy's fallback puts in its place where only that has kernels here."""
         scheme = decision.scheme
-        if self.source.policy.fallback is None or scheme is None or scheme.input_activations is None:
+        other = fallback_of(scheme, self.source.policy.fallback) if scheme is not None else None
+        if scheme is None or other is None or self._choosers.serves(problem(scheme)):
             return decision
-        alone = Scheme(scheme.weights)
-        if self._choosers.serves(problem(scheme)) or not self._choosers.serves(problem(alone)):
+        if not self._choosers.serves(problem(other)):
             return decision
-        reason = f"{decision.reason}; {alone.spec} by the policy's fallback: no kernel here multiplies {scheme.spec}"
-        return replace(decision, scheme=alone, reason=reason)
+        reason = f"{decision.reason}; {other.spec} by the policy's fallback: no kernel here multiplies {scheme.spec}"
+        return replace(decision, scheme=other, reason=reason)
 
     def _record_reads(
         self, owners: Owners, parameters: Mapping[int, Parameter], names: Mapping[int, Names]

@@ -55,6 +55,20 @@ def tiny_gpt_oss() -> nn.Module:
     return model
 
 
+def tiny_nemotron() -> nn.Module:
+    """A Nemotron-H in bf16 of an attention and a mixture of experts, which have no gate."""
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    torch.manual_seed(0)
+    config = NemotronHConfig(
+        hidden_size=128, intermediate_size=128, layers_block_type=["full_attention", "moe"], num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, vocab_size=VOCAB, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+        moe_shared_expert_intermediate_size=64, n_group=1, topk_group=1, mamba_num_heads=4, mamba_head_dim=32, ssm_state_size=16,
+        n_groups=1, dtype="bfloat16", initializer_range=0.05,
+    )  # fmt: skip
+    return NemotronHForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
 def write(folder: Path, model: nn.Module, tensors: dict[str, Tensor], quantization: dict[str, Any] | None) -> Path:
     """A checkpoint's folder."""
     folder.mkdir(parents=True, exist_ok=True)

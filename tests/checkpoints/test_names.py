@@ -16,7 +16,7 @@ from quant_compile.checkpoints.names import slots_of
 from quant_compile.ir.errors import PolicyError
 from quant_compile.pretrained import Plan, plan_of
 from tests.checkpoints.packers import CASES, ct_config, mxfp4_parts, nvfp4_parts
-from tests.checkpoints.support import quantized, tiny_gpt_oss, tiny_llama, tiny_moe, write
+from tests.checkpoints.support import quantized, tiny_gpt_oss, tiny_llama, tiny_moe, tiny_nemotron, write
 
 MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
 
@@ -61,14 +61,16 @@ def per_expert(model: nn.Module, pack, suffixed: bool = True) -> dict[str, Tenso
             continue
         columns = getattr(module, "is_transposed", False)
         alternate = not getattr(module, "is_concatenated", True)
-        for name in ("gate_up_proj", "down_proj"):
-            parameter = getattr(module, name)
+        for name in ("gate_up_proj", "up_proj", "down_proj"):
+            parameter = getattr(module, name, None)
+            if parameter is None:
+                continue
             for expert in range(parameter.shape[0]):
                 whole = parameter.detach()[expert].float()
                 whole = whole.t() if columns else whole
                 bias = getattr(module, f"{name}_bias", None)
-                rows = {"down_proj": whole}
-                biases = {"down_proj": None if bias is None else bias[expert]}
+                rows = {name: whole}
+                biases = {name: None if bias is None else bias[expert]}
                 if name == "gate_up_proj":
                     cut = (lambda x: (x[0::2], x[1::2])) if alternate else (lambda x: x.chunk(2))
                     rows = dict(zip(("gate_proj", "up_proj"), cut(whole), strict=True))
@@ -89,7 +91,7 @@ def per_expert(model: nn.Module, pack, suffixed: bool = True) -> dict[str, Tenso
     return tensors
 
 
-@pytest.mark.parametrize("make", [tiny_moe, tiny_gpt_oss])
+@pytest.mark.parametrize("make", [tiny_moe, tiny_gpt_oss, tiny_nemotron])
 @pytest.mark.parametrize("form", ["bf16", "mxfp4", "gptq 4 bits sym"])
 def test_experts_one_by_one_become_the_fused_weight(make, form: str, tmp_path: Path) -> None:
     model = make()
@@ -112,7 +114,7 @@ def test_experts_one_by_one_become_the_fused_weight(make, form: str, tmp_path: P
     wanted = dict(model.named_parameters())
     assert set(wanted) <= set(found)
     for name, parameter in wanted.items():
-        assert torch.equal(found[name].to(torch.bfloat16), parameter.detach()), name
+        assert torch.equal(found[name].to(parameter.dtype), parameter.detach()), name
 
 
 @pytest.mark.parametrize("form", ["mxfp4", "modelopt nvfp4"])
@@ -146,7 +148,7 @@ def test_fused_quantized_experts_of_gpt_oss(form: str, tmp_path: Path) -> None:
     config = {"quant_method": "mxfp4"} if form == "mxfp4" else {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     found = filled(write(tmp_path, model, tensors, config))
     for name, parameter in model.named_parameters():
-        assert torch.equal(found[name].to(torch.bfloat16), parameter.detach()), name
+        assert torch.equal(found[name].to(parameter.dtype), parameter.detach()), name
 
 
 def edit(folder: Path, change) -> Path:

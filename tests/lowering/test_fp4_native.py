@@ -251,9 +251,9 @@ def test_cubins_use_the_block_scaled_instruction(spec: str, arch: int, even: boo
     assert built.metadata.shared <= {100: 227, 120: 99}[arch] * 1024
 
 
-@pytest.mark.parametrize("fallback", ["weight_only", None])
-def test_a_policy_may_fall_back_to_weights_alone(fallback: str | None) -> None:
-    """On sm90 NVFP4 has no kernel; by the policy's leave its weights serve under 16-bit inputs, and the ledger says so."""
+@pytest.mark.parametrize("fallback", ["weight_only", "fp8", None])
+def test_a_policy_may_fall_back(fallback: str | None) -> None:
+    """On sm90 NVFP4 has no kernel; by the policy's leave its weights serve under 16-bit inputs or as FP8, and the ledger says so."""
     from quant_compile.explain import explain
 
     config = transformers.LlamaConfig(
@@ -272,7 +272,8 @@ def test_a_policy_may_fall_back_to_weights_alone(fallback: str | None) -> None:
         )
         return
     lines = [line for line in explain(model, example, policy, Target.fake("sm90")).report.lines if line.scheme]
-    assert {line.scheme for line in lines} == {"NVFP4A16"} and len(lines) == 7
+    assert {line.scheme for line in lines} == {"NVFP4A16" if fallback == "weight_only" else "FP8_DYNAMIC"}
+    assert len(lines) == 7
     assert all("fallback" in line.reason and "NVFP4" in line.reason for line in lines)
     native = [line for line in explain(model, example, policy, Target.fake("sm100")).report.lines if line.scheme]
     assert {line.scheme for line in native} == {"NVFP4"}

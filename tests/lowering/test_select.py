@@ -98,8 +98,13 @@ def test_error_names_the_weight_the_problem_and_the_fix() -> None:
 def test_the_fix_is_to_leave_inputs_alone_where_only_they_have_no_kernel() -> None:
     """Told where `fallback: weight_only` would help, for linears and blocks, and nowhere else."""
     words = "Fix: set `fallback: weight_only` in the policy, which serves it as {} here; or map"
+    fp8 = "or `fallback: fp8` in the policy, which serves it as FP8_DYNAMIC here; or map"
+    for spec in ("NVFP4", "MXFP4", "NVFP4_STATIC"):
+        with pytest.raises(NoKernelError) as caught:
+            choose(Problem(parse(spec), 256, 512, torch.bfloat16), Target.fake("sm90"))
+        assert "`fallback: weight_only`" in str(caught.value) and fp8 in str(caught.value)
     for spec, target, alone in (
-        ("NVFP4", "sm90", "NVFP4A16"),
+        ("NVFP4", "sm80", "NVFP4A16"),
         ("MXFP4", "sm80", "MXFP4A16"),
         ("W4AFP8", "sm80", "W4A16"),
     ):
