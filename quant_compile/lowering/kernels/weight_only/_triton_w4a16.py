@@ -372,12 +372,6 @@ def sum_parts_kernel(
 
 
 @triton.jit
-def _bytes(w_ptr, FP8: tl.constexpr):
-    """Rows of e4m3 as bytes, since not every GPU has the type."""
-    return _words(w_ptr, tl.uint8) if FP8 else w_ptr
-
-
-@triton.jit
 def _values(w, FP8: tl.constexpr, OUT: tl.constexpr):
     """int8 codes, or e4m3 in bytes, as numbers of a type that holds them exactly."""
     if FP8:
@@ -393,7 +387,6 @@ def gemv_w8_kernel(
     EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OUT: tl.constexpr, FP8: tl.constexpr = False,
 ):  # fmt: skip
     """y[n] = x[k] @ w[n, k].T * scale[n]; products stay in the thread that read them until the end."""
-    w_ptr = _bytes(w_ptr, FP8)
     row = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]
     column = tl.arange(0, BK)[None, :]
     acc = tl.zeros([BN, BK], tl.float32)
@@ -421,7 +414,6 @@ def matmul_w8_kernel(
     FP8: tl.constexpr = False,
 ):  # fmt: skip
     """y[m, n] = x @ w.T * scale on tensor cores; codes of 8 bits are exact in 16-bit floats, so the scale comes last."""
-    w_ptr = _bytes(w_ptr, FP8)
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     start = tl.program_id(2) * k_per_split
@@ -451,7 +443,6 @@ def dequantize_w8_kernel(
     w_ptr, s_ptr, out_ptr, n, k, BN: tl.constexpr, BK: tl.constexpr, OUT: tl.constexpr, FP8: tl.constexpr = False
 ):  # fmt: skip
     """Rows of 8 bits times their scale, as a matrix [n, k] in ``OUT``."""
-    w_ptr = _bytes(w_ptr, FP8)
     row = tl.program_id(1) * BN + tl.arange(0, BN)[:, None]
     column = tl.program_id(0) * BK + tl.arange(0, BK)[None, :]
     inside = (row < n) & (column < k)

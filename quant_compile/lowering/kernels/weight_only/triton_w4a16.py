@@ -367,6 +367,11 @@ def _sum_parts(parts: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tens
 # --- run, 8 bits ---
 
 
+def _codes8(w: Planes) -> Tensor:
+    """int8 codes, or e4m3 as bytes: Triton takes no pointer to e4m3 below sm89."""
+    return w[0].view(torch.uint8) if w[0].is_floating_point() else w[0]
+
+
 def run_gemv8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """x [1, k] times rows [n, k] of int8 or e4m3 with a scale per row [n, 1] -> [1, n], f32 sums rounded once."""
     n, k = problem.n, problem.k
@@ -377,7 +382,7 @@ def run_gemv8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Te
         _kernels().gemv_w8_kernel,
         (-(-n // rows),),
         x[0],
-        w[0],
+        _codes8(w),
         w[1],
         bias,
         y,
@@ -416,7 +421,7 @@ def run_matmul8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> 
     parts = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=rows.device)
     enqueue(
         _kernels().matmul_w8_kernel, (-(-n // bn), -(-m // bm), splits),
-        rows, w[0], w[1], bias, parts, m, n, k, per_split,
+        rows, _codes8(w), w[1], bias, parts, m, n, k, per_split,
         EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk, SPLIT=splits > 1, OUT=triton_type(problem.dtype),
         FP8=w[0].is_floating_point(), num_warps=8 if bm == 128 else 4, num_stages=3,
     )  # fmt: skip
@@ -430,7 +435,7 @@ def run_dequant8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) ->
     enqueue(
         _kernels().dequantize_w8_kernel,
         (-(-k // 512), -(-n // 16)),
-        w[0],
+        _codes8(w),
         w[1],
         dense,
         n,
