@@ -637,3 +637,16 @@ def test_text_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(b"default: \xff\n")
     with pytest.raises(PolicyError, match="not UTF-8 text"):
         Policy.load(path)
+
+
+def test_requantize_is_a_rules_key_and_the_policys() -> None:
+    """A rule's own wins; on a model that is no checkpoint it decides nothing."""
+    rules = [{"match": "a", "scheme": "W8A16"}, {"match": "b", "scheme": "W8A16", "requantize": False}]
+    policy = Policy.load({"default": "keep", "requantize": True, "fallback": "fp8", "rules": rules})
+    sites = [SiteInfo((name,), "linear", "Linear", 8, 8) for name in ("a", "b", "c", "lm_head")]
+    assert [policy.decide(site).requantize for site in sites] == [True, False, True, False]
+    assert Policy.load(policy.to_dict()) == policy
+    with pytest.raises(PolicyError, match=r"requantize must be true or false, got 'yes'"):
+        Policy.load({"default": "keep", "rules": [{"match": "a", "scheme": "keep", "requantize": "yes"}]})
+    with pytest.raises(PolicyError, match=r"fallback must be weight_only or fp8, got 'int8'"):
+        Policy.load({"default": "keep", "fallback": "int8"})

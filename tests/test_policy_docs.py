@@ -29,7 +29,7 @@ def test_every_yaml_example_is_a_policy(index: int, tmp_path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
 
 
 def rows_of(heading: str) -> dict[str, list[str]]:

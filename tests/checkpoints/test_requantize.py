@@ -1,4 +1,4 @@
-"""What a policy makes of weights that are quantized: other schemes, values, or the same codes under other inputs."""
+"""Weights that a checkpoint has quantized, and that a policy or a device wants otherwise: other schemes, values, the same codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quant_compile.ir.scheme import parse
 from quant_compile.lowering.target import Target
 from quant_compile.pretrained import plan_of
 from tests.checkpoints.packers import CASES, ct_config, nvfp4_parts
-from tests.checkpoints.support import distance, logits, quantized, tiny_llama, tiny_moe, tiny_nemotron, write
+from tests.checkpoints.support import Pack, distance, logits, quantized, tiny_llama, tiny_moe, tiny_nemotron, write
 from tests.checkpoints.test_names import per_expert
 from tests.checkpoints.test_save import assert_equal, planes_of
 
@@ -43,24 +43,46 @@ def again(scheme: str, match: str = "*_proj") -> dict[str, Any]:
     return {"default": "keep", "rules": [{"match": match, "scheme": scheme, "requantize": True}]}
 
 
+def short(pack: Pack) -> Pack:
+    """With scales that bf16 holds, since the packers' values have them in bf16, as the libraries do."""
+
+    def packed(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, values = pack(name, w)
+        if "scales" in tensors:
+            tensors["scales"] = tensors["scales"].to(torch.bfloat16).to(torch.float16)
+        return tensors, values
+
+    return packed
+
+
 @pytest.mark.parametrize("name", ["gptq 4 bits asym", "gptq desc_act", "awq", "modelopt int4 awq", "bitsandbytes nf4"])
 @pytest.mark.parametrize("scheme", ["W8A8", "keep"])
 def test_planes_are_those_of_the_dequantized_weights(name: str, scheme: str, tmp_path: Path) -> None:
     """To the bit; orders and factors of inputs are undone. The truth holds the formula's values, rounded once."""
     case, truth = CASES[name], tiny_llama(layers=1)
-    found = load(quantized(tmp_path, truth, case.pack, case.config), again(scheme))
+    found = load(quantized(tmp_path, truth, short(case.pack), case.config), again(scheme))
     ours = logits(found)
     if scheme == "keep":
         parameters = dict(found.named_parameters())
         for key, parameter in truth.named_parameters():
             assert torch.equal(parameters[key].detach(), parameter.detach()), key
-        assert "dequantized from" in reasons_of(found)["model.layers.0.mlp.up_proj"]
+        words = "dequantized from" if case.scheme else "values are kept"
+        assert words in reasons_of(found)["model.layers.0.mlp.up_proj"]
         return
     wanted = quant_compile.compile(truth.requires_grad_(False), scheme)
     assert distance(ours, logits(wanted)) == 0
     assert_equal(planes_of(found), planes_of(wanted))
     reason = reasons_of(found)["model.layers.0.mlp.up_proj"]
     assert "rule 1" in reason and "requantized from" in reason and quant_compile.report(found).coverage == 1.0
+
+
+def test_values_are_rounded_once(tmp_path: Path) -> None:
+    """Scales in fp16 are not rounded to the model's bf16 before they multiply."""
+    case = CASES["gptq 4 bits asym"]
+    folder = quantized(tmp_path, tiny_llama(layers=1), case.pack, case.config)
+    exact = dict(load(folder, again("keep"), dtype=torch.float32).named_parameters())
+    for name, parameter in load(folder, again("keep")).named_parameters():
+        assert torch.equal(parameter.detach(), exact[name].detach().to(torch.bfloat16)), name
 
 
 def test_factors_of_inputs_are_multiplied_in(tmp_path: Path) -> None:
@@ -122,7 +144,7 @@ def test_the_same_codes_where_only_inputs_differ(tmp_path: Path) -> None:
 def test_experts(make: Callable[[], nn.Module], scheme: str, tmp_path: Path) -> None:
     """With a gate, and without."""
     case, model = CASES["gptq 4 bits sym"], make()
-    folder = write(tmp_path, model, per_expert(model, case.pack), case.config)
+    folder = write(tmp_path, model, per_expert(model, short(case.pack)), case.config)
     found = load(folder, again(scheme, "experts"))
     parameters = dict(model.named_parameters())
     if scheme == "keep":
@@ -216,7 +238,11 @@ def test_fp4_below_sm100(
         load(folder)
     assert f'fallback="weight_only" of load serves it as {alone} here' in str(raised.value)
     assert 'fallback="fp8" of load serves it as FP8_DYNAMIC here' in str(raised.value)
-    found = load(folder, {"default": "keep", "fallback": fallback}) if in_policy else load(folder, fallback=fallback)
+    given: dict[str, Any] = (
+        {"policy": {"default": "keep", "fallback": fallback}} if in_policy else {"fallback": fallback}
+    )
+    dtype = torch.float32 if fallback == "weight_only" else torch.bfloat16
+    found = load(folder, dtype=dtype, **given)
     ours = logits(found)
     wanted = alone if fallback == "weight_only" else "FP8_DYNAMIC"
     assert {found for found in schemes_of(found).values() if found} == {wanted}
@@ -224,7 +250,7 @@ def test_fp4_below_sm100(
     reason = reasons_of(found)["model.layers.0.mlp.up_proj"]
     assert "fallback" in reason and scheme in reason
     if fallback == "weight_only":
-        assert distance(ours, logits(truth)) < CLOSE
+        assert distance(ours, logits(truth.float())) < CLOSE
         return
     reference = quant_compile.compile(truth.requires_grad_(False), "FP8_DYNAMIC")
     assert distance(ours, logits(reference)) < CLOSE
@@ -253,6 +279,15 @@ def test_fallbacks_of_experts(tmp_path: Path) -> None:
             else:
                 assert found[0].scheme is None and "without a gate" in found[0].notes[0]
     assert isinstance(plan.wishes.problems["model.layers.1.mixer.experts.up_proj"](parse("W8A8")), MoeProblem)
+
+
+def test_fp8_on_sm80_is_weights_alone(tmp_path: Path) -> None:
+    """It multiplies no FP8, and reads it."""
+    folder = quantized(tmp_path, tiny_llama(layers=1), *CHECKPOINTS["FP8_DYNAMIC"])
+    with pytest.raises(NoKernelError, match=r'fallback="weight_only" of load serves it as fp8e4m3\.channel\+16 here'):
+        plan_of(folder, target=Target.fake("sm80")).serving()
+    plan = plan_of(folder, fallback="weight_only", target=Target.fake("sm80"))
+    assert plan.serving() == ("7 weights in FP8_DYNAMIC run as fp8e4m3.channel+16, by fallback weight_only",)
 
 
 def test_fallbacks_that_do_not_help_are_not_named(tmp_path: Path) -> None:

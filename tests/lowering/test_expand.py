@@ -44,6 +44,8 @@ RECORDED = [
     ("triton_w4a16", "W4A16_ASYM", 24),
     ("triton_w8a16_gemv", "W8A16", 1),
     ("triton_w8a16", "W8A16", 20),
+    ("triton_fp8a16_gemv", "fp8e4m3.channel+16", 1),
+    ("triton_fp8a16", "fp8e4m3.channel+16", 20),
     ("triton_flat_gemv", "W4A8", 2),
     ("triton_w4a8_gemv", "W4A8", 3),
     ("triton_w4a8", "W4AFP8", 33),

@@ -107,6 +107,7 @@ def test_the_fix_is_to_leave_inputs_alone_where_only_they_have_no_kernel() -> No
         ("NVFP4", "sm80", "NVFP4A16"),
         ("MXFP4", "sm80", "MXFP4A16"),
         ("W4AFP8", "sm80", "W4A16"),
+        ("FP8_DYNAMIC", "sm80", "fp8e4m3.channel+16"),
     ):
         with pytest.raises(NoKernelError) as caught:
             choose(Problem(parse(spec), 256, 512, torch.bfloat16), Target.fake(target))
@@ -115,7 +116,7 @@ def test_the_fix_is_to_leave_inputs_alone_where_only_they_have_no_kernel() -> No
     with pytest.raises(NoKernelError) as caught:
         choose_moe(block, Target.fake("sm80"))
     assert words.format("W4A16") in str(caught.value)
-    for spec, target in (("FP8_DYNAMIC", "sm80"), ("NVFP4A16", "cpu")):
+    for spec, target in (("FP8_BLOCK", "sm80"), ("W8A16", "cpu")):
         request = Request(((spec, "sgl_fp8"),)) if target == "cpu" else Request()
         with pytest.raises(NoKernelError) as caught:
             choose(Problem(parse(spec), 256, 512, torch.bfloat16), Target.fake(target), request)

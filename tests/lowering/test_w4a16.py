@@ -14,8 +14,9 @@ from quant_compile.ir.family import Reject
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels.weight_only import humming_w4a16, torch_int4
 from quant_compile.lowering.kernels.weight_only import triton_w4a16 as w4
-from quant_compile.lowering.registry import Problem, Rank
-from quant_compile.lowering.schemes import weight_only
+from quant_compile.lowering.registry import Problem, Rank, kernels
+from quant_compile.lowering.schemes import fp8, weight_only
+from quant_compile.lowering.select import choose
 from quant_compile.lowering.target import FAKE_OPS, Target
 from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
 
@@ -255,6 +256,24 @@ def check_int8() -> None:
             check(run((x,), rows, bias, problem), reference, dtype, (n, k, dtype, run.__name__))
 
 
+def check_fp8() -> None:
+    """The same kernels over e4m3: every code, subnormals and both zeros among them, and odd shapes."""
+    every = torch.arange(256, dtype=torch.uint8)
+    every = every[(every & 0x7F) != 0x7F].view(torch.float8_e4m3fn).reshape(1, -1)
+    for (n, k), dtype in itertools.product((*SHAPES, (16, 1100), (1, 254)), (torch.float32, torch.float16)):
+        problem = problem_of("fp8e4m3.channel+16", n, k, dtype, has_bias=True)
+        rows = fp8.quantize_weight(torch.randn(n, k), problem.scheme)
+        if n == 1:
+            rows = every, torch.ones(1, 1)
+        bias = torch.randn(n).to(dtype)
+        for m, run in ((1, w4.run_gemv8), (19, w4.run_matmul8), (3, w4.run_dequant8)):
+            if run is w4.run_matmul8 and dtype == torch.float32:
+                continue
+            x = torch.randn(m, k).to(dtype)
+            reference = fp8.linear((x,), rows, bias, problem.scheme, dtype)
+            check(run((x,), rows, bias, problem), reference, dtype, (n, k, dtype, run.__name__))
+
+
 def check_misaligned() -> None:
     """x that starts at an odd element cannot be read in pairs; it is copied."""
     problem = problem_of("W4A16", 64, 256)
@@ -272,9 +291,18 @@ def test_int4_in_interpreter(specs: tuple[str, ...]) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("function", ["check_int8", "check_misaligned"])
+@pytest.mark.parametrize("function", ["check_int8", "check_fp8", "check_misaligned"])
 def test_in_interpreter(function: str) -> None:
     run_interpreted(__name__, function)
+
+
+@pytest.mark.parametrize("spec", ["FP8_DYNAMIC", "FP8", "fp8e5m2.channel+16", "W8A16"])
+def test_what_fp8_kernels_refuse(spec: str) -> None:
+    kernel = kernels()["triton_fp8a16"]
+    answer = kernel.fit(problem_of(spec, 64, 64), 16, Target.fake("sm80"))
+    assert answer == Reject("serves e4m3 weights with 16-bit inputs")
+    for wanted in ("fp8e4m3.channel+16", "fp8e4m3.tensor+16"):
+        assert "triton_fp8a16" in choose(problem_of(wanted, 64, 64), Target.fake("sm80")).text
 
 
 # --- cubins ---
@@ -324,13 +352,15 @@ def test_int4_cubins(arch: int, asymmetric: bool) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("arch", ARCHES)
-def test_int8_cubins(arch: int) -> None:
+@pytest.mark.parametrize("codes", ["i8", "u8"])
+def test_8_bit_cubins(codes: str, arch: int) -> None:
+    """int8, and e4m3 as bytes, since sm80 has no such type."""
     import triton.language as tl
 
     from quant_compile.lowering.kernels.weight_only import _triton_w4a16 as kernels
 
-    pointers = {"x_ptr": "*bf16", "w_ptr": "*i8", "s_ptr": "*fp32", "y_ptr": "*bf16", "out_ptr": "*bf16"}
-    even = {"bias_ptr": None, "EVEN": True, "OUT": tl.bfloat16}
+    pointers = {"x_ptr": "*bf16", "w_ptr": f"*{codes}", "s_ptr": "*fp32", "y_ptr": "*bf16", "out_ptr": "*bf16"}
+    even = {"bias_ptr": None, "EVEN": True, "OUT": tl.bfloat16, "FP8": codes != "i8"}
     gemv = {"BN": 8, "BK": 1024}
     compile_cubin(kernels.gemv_w8_kernel, arch, types_of(kernels.gemv_w8_kernel, pointers), even | gemv)
     for bm, bn, bk in ((16, 64, 128), (128, 128, 64)):
@@ -341,7 +371,9 @@ def test_int8_cubins(arch: int) -> None:
         )  # fmt: skip
         assert done.metadata.shared <= 99 * 1024
     types = types_of(kernels.dequantize_w8_kernel, pointers)
-    compile_cubin(kernels.dequantize_w8_kernel, arch, types, {"BN": 16, "BK": 512, "OUT": tl.bfloat16})
+    compile_cubin(
+        kernels.dequantize_w8_kernel, arch, types, {"BN": 16, "BK": 512, "OUT": tl.bfloat16, "FP8": codes != "i8"}
+    )
     types = types_of(kernels.sum_parts_kernel, {"parts_ptr": "*fp32", "y_ptr": "*bf16"})
     compile_cubin(
         kernels.sum_parts_kernel, arch, types, {"scale_ptr": None, "bias_ptr": None, "BLOCK": 1024, "OUT": tl.bfloat16}

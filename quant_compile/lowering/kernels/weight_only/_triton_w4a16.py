@@ -372,9 +372,19 @@ def sum_parts_kernel(
 
 
 @triton.jit
+def _values(w, FP8: tl.constexpr, OUT: tl.constexpr):
+    """int8 codes, or e4m3 in bytes, as numbers of a type that holds them exactly."""
+    if FP8:
+        wide = w.to(tl.int16)
+        half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)  # its exponent is 8 too low
+        return (half.to(tl.float32) * 256.0).to(OUT)
+    return w.to(OUT)
+
+
+@triton.jit
 def gemv_w8_kernel(
     x_ptr, w_ptr, s_ptr, bias_ptr, y_ptr, n, k,
-    EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OUT: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OUT: tl.constexpr, FP8: tl.constexpr = False,
 ):  # fmt: skip
     """y[n] = x[k] @ w[n, k].T * scale[n]; products stay in the thread that read them until the end."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]
@@ -388,7 +398,7 @@ def gemv_w8_kernel(
         else:
             w = tl.load(w_ptr + row.to(tl.int64) * k + at, mask=(row < n) & (at < k), other=0)
             x = tl.load(x_ptr + at, mask=at < k, other=0.0)
-        acc += w.to(tl.float32) * x.to(tl.float32)
+        acc += _values(w, FP8, tl.float32) * x.to(tl.float32)
     out_row = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = out_row < n
     y = tl.sum(acc, 1) * tl.load(s_ptr + out_row, mask=inside, other=0.0)
@@ -401,8 +411,9 @@ def gemv_w8_kernel(
 def matmul_w8_kernel(
     x_ptr, w_ptr, s_ptr, bias_ptr, y_ptr, m, n, k, k_per_split,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
+    FP8: tl.constexpr = False,
 ):  # fmt: skip
-    """y[m, n] = x @ w.T * scale on tensor cores; int8 codes are exact in 16-bit floats, so the scale comes last."""
+    """y[m, n] = x @ w.T * scale on tensor cores; codes of 8 bits are exact in 16-bit floats, so the scale comes last."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     start = tl.program_id(2) * k_per_split
@@ -415,7 +426,7 @@ def matmul_w8_kernel(
             x_mask, w_mask = x_mask & (at[None, :] < k), w_mask & (at[None, :] < k)
         x = tl.load(x_ptr + rows[:, None].to(tl.int64) * k + at[None, :], mask=x_mask, other=0.0)
         w = tl.load(w_ptr + row[:, None].to(tl.int64) * k + at[None, :], mask=w_mask, other=0)
-        acc = tl.dot(x, tl.trans(w.to(OUT)), acc)
+        acc = tl.dot(x, tl.trans(_values(w, FP8, OUT)), acc)
     inside = (rows[:, None] < m) & (row[None, :] < n)
     if SPLIT:
         place = (tl.program_id(2) * m + rows[:, None]).to(tl.int64) * n + row[None, :]
@@ -428,12 +439,14 @@ def matmul_w8_kernel(
 
 
 @triton.jit
-def dequantize_w8_kernel(w_ptr, s_ptr, out_ptr, n, k, BN: tl.constexpr, BK: tl.constexpr, OUT: tl.constexpr):
-    """int8 rows times their scale, as a matrix [n, k] in ``OUT``."""
+def dequantize_w8_kernel(
+    w_ptr, s_ptr, out_ptr, n, k, BN: tl.constexpr, BK: tl.constexpr, OUT: tl.constexpr, FP8: tl.constexpr = False
+):  # fmt: skip
+    """Rows of 8 bits times their scale, as a matrix [n, k] in ``OUT``."""
     row = tl.program_id(1) * BN + tl.arange(0, BN)[:, None]
     column = tl.program_id(0) * BK + tl.arange(0, BK)[None, :]
     inside = (row < n) & (column < k)
     place = row.to(tl.int64) * k + column
-    w = tl.load(w_ptr + place, mask=inside, other=0).to(tl.float32)
+    w = _values(tl.load(w_ptr + place, mask=inside, other=0), FP8, tl.float32)
     scale = tl.load(s_ptr + row, mask=row < n, other=0.0)
     tl.store(out_ptr + place, (w * scale).to(OUT), mask=inside)

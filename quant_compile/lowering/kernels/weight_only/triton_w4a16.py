@@ -367,8 +367,13 @@ def _sum_parts(parts: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tens
 # --- run, 8 bits ---
 
 
+def _codes8(w: Planes) -> Tensor:
+    """int8 codes, or e4m3 as bytes: Triton takes no pointer to e4m3 below sm89."""
+    return w[0].view(torch.uint8) if w[0].is_floating_point() else w[0]
+
+
 def run_gemv8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x [1, k] times int8 rows [n, k] with a scale per row [n, 1] -> [1, n], f32 sums rounded once."""
+    """x [1, k] times rows [n, k] of int8 or e4m3 with a scale per row [n, 1] -> [1, n], f32 sums rounded once."""
     n, k = problem.n, problem.k
     rows, columns, warps = 8, 1024, 4
     y = x[0].new_empty(1, n)
@@ -377,7 +382,7 @@ def run_gemv8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Te
         _kernels().gemv_w8_kernel,
         (-(-n // rows),),
         x[0],
-        w[0],
+        _codes8(w),
         w[1],
         bias,
         y,
@@ -387,6 +392,7 @@ def run_gemv8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Te
         BN=rows,
         BK=columns,
         OUT=triton_type(problem.dtype),
+        FP8=w[0].is_floating_point(),
         num_warps=warps,
     )
     return y
@@ -405,7 +411,7 @@ def recorded_matmul8(problem: Problem, m: int, target: Target) -> object:
 
 
 def run_matmul8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x [m, k] bf16 or f16 times int8 rows [n, k], exact in 16-bit floats, then the scale per row -> [m, n]."""
+    """x [m, k] bf16 or f16 times rows [n, k] of int8 or e4m3, exact in 16-bit floats, then the scale per row -> [m, n]."""
     rows, (n, k) = x[0], (problem.n, problem.k)
     m = rows.shape[0]
     (bm, bn, bk), splits = _matmul8_config(problem, rows_of(rows), sm_count_of(rows.device))
@@ -415,21 +421,21 @@ def run_matmul8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> 
     parts = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=rows.device)
     enqueue(
         _kernels().matmul_w8_kernel, (-(-n // bn), -(-m // bm), splits),
-        rows, w[0], w[1], bias, parts, m, n, k, per_split,
+        rows, _codes8(w), w[1], bias, parts, m, n, k, per_split,
         EVEN=k % bk == 0, BM=bm, BN=bn, BK=bk, SPLIT=splits > 1, OUT=triton_type(problem.dtype),
-        num_warps=8 if bm == 128 else 4, num_stages=3,
+        FP8=w[0].is_floating_point(), num_warps=8 if bm == 128 else 4, num_stages=3,
     )  # fmt: skip
     return y if splits == 1 else _sum_parts(parts, w[1], bias, y)
 
 
 def run_dequant8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
-    """x [m, k] times a dequantized copy of int8 rows, by cuBLAS -> [m, n]."""
+    """x [m, k] times a dequantized copy of rows of 8 bits, by cuBLAS -> [m, n]."""
     n, k = problem.n, problem.k
     dense = torch.empty(n, k, dtype=problem.dtype, device=w[0].device)
     enqueue(
         _kernels().dequantize_w8_kernel,
         (-(-k // 512), -(-n // 16)),
-        w[0],
+        _codes8(w),
         w[1],
         dense,
         n,
@@ -437,6 +443,7 @@ def run_dequant8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) ->
         BN=16,
         BK=512,
         OUT=triton_type(problem.dtype),
+        FP8=w[0].is_floating_point(),
         num_warps=4,
     )
     return torch.mm(x[0], dense.t()) if bias is None else torch.addmm(bias, x[0], dense.t())
