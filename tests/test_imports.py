@@ -27,7 +27,7 @@ ORDER = (
     ("backend",),
     ("generation",),
     ("inspect", "calibrate", "explain", "api"),
-    ("pretrained",),
+    ("pretrained", "_transformers"),
     ("saving",),
     ("",),
     ("cli", "demo"),

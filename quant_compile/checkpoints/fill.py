@@ -7,7 +7,7 @@ the store and, for inputs that a checkpoint permutes or scales, a hook on the li
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from quant_compile.model.weights import _stores_columns
 
 Progress = Callable[[int], None]
 SchemeOf = Callable[[Slot], Scheme | None]
+AS_READ = "quantized as it was read"
 
 
 @dataclass(frozen=True)
@@ -147,20 +148,12 @@ class Filler:
 
     def _quantize(self, slot: Slot, scheme: Scheme, source: str, dry: bool) -> Outcome:
         """A weight in 16 bits, by the user's policy, on its way to the device."""
-        whole = torch.empty(slot.tensor.shape, device="meta") if dry else self.files.get(source)
-        text = f"{_source(self.files, source)}, quantized as it was read"
-        if slot.tensor.dim() == 3:
-            transposed, mixed = _stores_columns(slot.owner), alternates(slot)
-            key = Key(scheme.spec, "experts", transposed, self.dtype, mixed)
-            parts: Any = (quantize_expert(whole[i].to(self.device), key, slot.name) for i in range(whole.shape[0]))
-            return self._adopt_experts(slot, key, parts, scheme, text, dry)
-        key = Key(scheme.spec, "rows", type(slot.owner).__name__ == "Conv1D", self.dtype)
-        if dry:
-            return Outcome(slot.name, scheme, text, _plane_bytes(slot, scheme, key, self.dtype))
-        values = nn.Parameter(whole.to(self.device), requires_grad=False)
-        planes = quantize(values, key, slot.name)
-        STORE.adopt(self._hollow(slot), key, planes, text)
-        return Outcome(slot.name, scheme, text, _bytes_of(planes))
+        text = f"{_source(self.files, source)}, {AS_READ}"
+        if not dry:
+            adopt_values(slot, self.files.get(source), scheme, self.dtype, self.device, text)
+        experts = slot.tensor.shape[0] if slot.tensor.dim() == 3 else 1
+        nbytes = experts * _plane_bytes(slot, scheme, key_of(slot, scheme, self.dtype), self.dtype)
+        return Outcome(slot.name, scheme, text, nbytes)
 
     def _linear(self, job: Linear, dry: bool) -> Outcome:
         slot, found = job.slot, self.read(job.stem, dry)
@@ -169,7 +162,7 @@ class Filler:
             return self._dense_linear(job, found, text, dry)
         if not dry:
             key = Key(found.scheme.spec, "rows", job.transposed, self.dtype)
-            parameter = self._hollow(slot)
+            parameter = hollow(slot, self.device)
             own_input = found.gather is not None or found.factor is not None
             STORE.adopt(parameter, key, found.planes, text, found.input_scale, own_input)
             self._inputs(slot.owner, found.gather, found.factor)
@@ -210,7 +203,7 @@ class Filler:
         if not dry:
             if scale is not None and any(not torch.equal(own, scale) for own in scales):
                 notes = (*notes, "experts have different input scales: the largest serves all of them")
-            STORE.adopt(self._hollow(slot), key, tuple(whole), text, scale)
+            STORE.adopt(hollow(slot, self.device), key, tuple(whole), text, scale)
         return Outcome(slot.name, scheme, text, len(job.stems) * _bytes_of(first.planes), notes, True)
 
     def _expert(self, job: Experts, expert: int, dry: bool) -> Quantized | str:
@@ -253,7 +246,7 @@ class Filler:
             key = Key(scheme.spec, "experts", job.transposed, self.dtype, job.alternates)
             plain = key._replace(transposed=False, interleaved=False)
             parts = (quantize_expert(self._values(job, i), plain, slot.name) for i in range(len(job.stems)))
-            return self._adopt_experts(slot, key, parts, scheme, f"{text}, quantized as it was read", dry)
+            return self._adopt_experts(slot, key, parts, scheme, f"{text}, {AS_READ}", dry)
         if not dry:
             out = torch.empty(slot.tensor.shape, dtype=self.dtype, device=self.device)
             for expert in range(len(job.stems)):
@@ -279,15 +272,9 @@ class Filler:
         return whole
 
     def _adopt_experts(self, slot: Slot, key: Key, parts: Any, scheme: Scheme, text: str, dry: bool) -> Outcome:
-        count = slot.tensor.shape[0]
         if not dry:
-            whole: list[Tensor] = []
-            for expert, planes in enumerate(parts):
-                whole = whole or [plane.new_empty((count, *plane.shape)) for plane in planes]
-                for out, plane in zip(whole, planes, strict=True):
-                    out[expert].copy_(plane)
-            STORE.adopt(self._hollow(slot), key, tuple(whole), text)
-        return Outcome(slot.name, scheme, text, count * _plane_bytes(slot, scheme, key, self.dtype))
+            adopt_experts(slot, key, parts, self.device, text)
+        return Outcome(slot.name, scheme, text, slot.tensor.shape[0] * _plane_bytes(slot, scheme, key, self.dtype))
 
     def _bias(self, job: ExpertBias, dry: bool) -> Outcome:
         slot, (count, n) = job.slot, job.slot.tensor.shape
@@ -306,13 +293,6 @@ class Filler:
         return Outcome(slot.name, None, _source(self.files, job.sources[0][0]), _nbytes(slot))
 
     # --- writing ---
-
-    def _hollow(self, slot: Slot) -> nn.Parameter:
-        """A Parameter without values in every place of the slot."""
-        meta = slot.tensor
-        values = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=self.device)
-        values.untyped_storage().resize_(0)
-        return place(slot, values)
 
     def _inputs(self, module: nn.Module, gather: Tensor | None, factor: Tensor | None) -> None:
         """Let a linear's input come in the order, and with the factors, that its planes were made for."""
@@ -348,6 +328,57 @@ def place(slot: Slot, values: Tensor) -> nn.Parameter:
             module._parameters[attribute] = made
         else:
             module._buffers[attribute] = made
+    return made
+
+
+def hollow(slot: Slot, device: torch.device) -> nn.Parameter:
+    """A Parameter without values in every place of the slot."""
+    meta = slot.tensor
+    values = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=device)
+    values.untyped_storage().resize_(0)
+    return place(slot, values)
+
+
+def key_of(slot: Slot, scheme: Scheme, dtype: torch.dtype) -> Key:
+    """What the planes of a weight depend on, of one linear's or of experts'."""
+    if slot.tensor.dim() == 3:
+        return Key(scheme.spec, "experts", _stores_columns(slot.owner), dtype, alternates(slot))
+    return Key(scheme.spec, "rows", type(slot.owner).__name__ == "Conv1D", dtype)
+
+
+def adopt_values(
+    slot: Slot, values: Tensor, scheme: Scheme, dtype: torch.dtype, device: torch.device, text: str
+) -> nn.Parameter:
+    """Quantize a weight's values, an expert at a time, and put a Parameter without values, with these planes, into its slot.
+
+    Args:
+        values: [n, k], or [E, n, k], as the slot's Parameter stores them.
+        dtype: of the model.
+        device: where it is quantized and stays.
+        text: where the values come from, for the ledger.
+
+    Raises:
+        WeightError: the values are NaN or inf.
+    """
+    key = key_of(slot, scheme, dtype)
+    if values.dim() == 3:
+        parts = (quantize_expert(values[i].to(device), key, slot.name) for i in range(values.shape[0]))
+        return adopt_experts(slot, key, parts, device, text)
+    planes = quantize(nn.Parameter(values.to(device), requires_grad=False), key, slot.name)
+    made = hollow(slot, device)
+    STORE.adopt(made, key, planes, text)
+    return made
+
+
+def adopt_experts(slot: Slot, key: Key, parts: Iterable[Planes], device: torch.device, text: str) -> nn.Parameter:
+    """Put a Parameter without values, with the planes of its experts, into its slot."""
+    whole: list[Tensor] = []
+    for expert, planes in enumerate(parts):
+        whole = whole or [plane.new_empty((slot.tensor.shape[0], *plane.shape)) for plane in planes]
+        for out, plane in zip(whole, planes, strict=True):
+            out[expert].copy_(plane)
+    made = hollow(slot, device)
+    STORE.adopt(made, key, tuple(whole), text)
     return made
 
 
