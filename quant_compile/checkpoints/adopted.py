@@ -20,6 +20,9 @@ from quant_compile.model.weights import Weight, linear_weights
 from quant_compile.policy import Policy
 from quant_compile.rules import Rule
 
+OWN = "checkpoint"
+"""How the name of a policy begins that is a checkpoint's own."""
+
 
 def policy_of(model: nn.Module, outcomes: Sequence[Outcome], description: Description, given: Policy | None) -> Policy:
     """The policy under which a filled model is compiled.
@@ -31,7 +34,7 @@ def policy_of(model: nn.Module, outcomes: Sequence[Outcome], description: Descri
     weights = [(weight, _outcome(weight, by_name)) for weight in linear_weights(model)]
     rules = tuple(_rules([(weight, outcome) for weight, outcome in weights]))
     if given is None:
-        return Policy(None, rules, name=f"checkpoint ({description.method})", release_weights=True)
+        return Policy(None, rules, name=f"{OWN} ({description.method})", release_weights=True)
     _check(given, weights, description)
     return replace(given, rules=(*rules, *given.rules), name=f"{description.method} checkpoint, {given.name}")
 

@@ -161,19 +161,13 @@ class Filler:
         if isinstance(found, Dense):
             return self._dense_linear(job, found, text, dry)
         if not dry:
-            key = Key(found.scheme.spec, "rows", job.transposed, self.dtype)
-            parameter = hollow(slot, self.device)
-            own_input = found.gather is not None or found.factor is not None
-            STORE.adopt(parameter, key, found.planes, text, found.input_scale, own_input)
-            self._inputs(slot.owner, found.gather, found.factor)
+            return put(slot, found, self.dtype, self.device, text, job.transposed, self._orders)
         return Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True)
 
     def _dense_linear(self, job: Linear, found: Dense, text: str, dry: bool) -> Outcome:
         if not dry:
             _finite(found.values, f"{self.files.folder}: {job.stem.name}")
-            values = found.values.t() if job.transposed else found.values
-            place(job.slot, values.to(job.slot.tensor.dtype).contiguous())
-            self._inputs(job.slot.owner, None, found.factor)
+            return put(job.slot, found, self.dtype, self.device, text, job.transposed, self._orders)
         notes = (found.reason,) if found.reason else ()
         return Outcome(job.slot.name, None, text, _nbytes(job.slot), notes, bool(found.reason))
 
@@ -294,18 +288,6 @@ class Filler:
 
     # --- writing ---
 
-    def _inputs(self, module: nn.Module, gather: Tensor | None, factor: Tensor | None) -> None:
-        """Let a linear's input come in the order, and with the factors, that its planes were made for."""
-        if gather is not None:
-            same = self._orders.setdefault(
-                gather.cpu().numpy().tobytes(), gather
-            )  # one tensor, so that siblings can merge
-            module.register_buffer("sglq_input_order", same, persistent=False)
-            module.register_forward_pre_hook(_reorder)
-        if factor is not None:
-            module.register_buffer("sglq_input_factor", factor.contiguous(), persistent=False)
-            module.register_forward_pre_hook(_scale)
-
     def _text(self, stem: Stem) -> str:
         stored = self.description.stored(stem.name)
         source = _source(self.files, next(iter(stem.tensors.values())).name)
@@ -337,6 +319,49 @@ def hollow(slot: Slot, device: torch.device) -> nn.Parameter:
     values = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=device)
     values.untyped_storage().resize_(0)
     return place(slot, values)
+
+
+def put(
+    slot: Slot,
+    found: Read,
+    dtype: torch.dtype,
+    device: torch.device,
+    text: str,
+    transposed: bool = False,
+    orders: dict[bytes, Tensor] | None = None,
+) -> Outcome:
+    """Put what was read of a linear into its slot: planes into the store, or values, and what its input needs into hooks.
+
+    Args:
+        dtype: of the model.
+        device: of the planes.
+        text: where they come from, for the ledger.
+        transposed: the Parameter is stored [k, n].
+        orders: of inputs that other linears have, which are shared.
+    """
+    if isinstance(found, Dense):
+        values = found.values.t() if transposed else found.values
+        place(slot, values.to(slot.tensor.dtype).contiguous())
+        _inputs(slot.owner, None, found.factor, {})
+        return Outcome(
+            slot.name, None, text, _nbytes(slot), (found.reason,) if found.reason else (), bool(found.reason)
+        )
+    key = Key(found.scheme.spec, "rows", transposed, dtype)
+    own_input = found.gather is not None or found.factor is not None
+    STORE.adopt(hollow(slot, device), key, found.planes, text, found.input_scale, own_input)
+    _inputs(slot.owner, found.gather, found.factor, {} if orders is None else orders)
+    return Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True)
+
+
+def _inputs(module: nn.Module, gather: Tensor | None, factor: Tensor | None, orders: dict[bytes, Tensor]) -> None:
+    """Let a linear's input come in the order, and with the factors, that its planes were made for."""
+    if gather is not None:
+        same = orders.setdefault(gather.cpu().numpy().tobytes(), gather)  # one tensor, so that siblings can merge
+        module.register_buffer("sglq_input_order", same, persistent=False)
+        module.register_forward_pre_hook(_reorder)
+    if factor is not None:
+        module.register_buffer("sglq_input_factor", factor.contiguous(), persistent=False)
+        module.register_forward_pre_hook(_scale)
 
 
 def key_of(slot: Slot, scheme: Scheme, dtype: torch.dtype) -> Key:
