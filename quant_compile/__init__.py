@@ -27,6 +27,7 @@ from quant_compile.ir.errors import (
 )
 from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
+from quant_compile.on_import import enter as _enter
 from quant_compile.policy import Policy, Rule
 from quant_compile.pretrained import load
 from quant_compile.saving import save
@@ -67,6 +68,8 @@ __all__ = [
     "uncompile",
     "watch",
 ]
+
+_enter()
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ ORDER = (
     ("generation",),
     ("inspect", "calibrate", "explain", "api"),
     ("pretrained", "_transformers"),
-    ("saving",),
+    ("saving", "on_import"),
     ("",),
     ("cli", "demo"),
     ("__main__",),

@@ -10,7 +10,7 @@ a reason: experts, modules of GPTQ, AWQ and bitsandbytes, whose libraries put th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -239,9 +239,9 @@ def _reason(module: nn.Module) -> str:
     kind = type(module).__name__
     scheme = vars(module).get("quantization_scheme")
     if scheme is not None and getattr(scheme, "weights", None) is not None and not _is_compressed(module):
-        if isinstance(module._parameters.get("weight"), nn.Parameter):
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dtype in REAL:
             return "compressed-tensors has decompressed its weight already, at an earlier call or as it was loaded"
-        return ""
     held = {**module._parameters, **module._buffers}
     integers = [name for name, t in held.items() if t is not None and _is_code(name, t)]
     if not integers:
