@@ -101,7 +101,7 @@ def _with_loaded(model: nn.Module, source: PolicySource, given: bool) -> tuple[P
     for module in found.stays:
         for parameter in module.parameters:
             LEDGER.record(parameter).reason = f"{module.reason}; {from_transformers.FIX}"
-    return source, list(from_transformers.notes(found.stays))
+    return source, [*from_transformers.notes(found.stays), *from_transformers.dequantized(model, found)]
 
 
 def _called(model: nn.Module) -> tuple[nn.Module, ...]:

@@ -10,6 +10,7 @@ a reason: experts, modules of GPTQ, AWQ and bitsandbytes, whose libraries put th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 
 from quant_compile.checkpoints.compressed_tensors import METHOD as COMPRESSED
 from quant_compile.checkpoints.compressed_tensors import describe
-from quant_compile.checkpoints.description import Keys, Stored
+from quant_compile.checkpoints.description import Description, Keys, Stored
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, TensorInfo
 from quant_compile.checkpoints.fill import Outcome, put
-from quant_compile.checkpoints.formats import FORMATS, SUFFIXES
+from quant_compile.checkpoints.formats import FORMATS, METHODS, SUFFIXES
 from quant_compile.checkpoints.fp8_block import FORMAT as FP8_BLOCK
 from quant_compile.checkpoints.names import Slot
 from quant_compile.checkpoints.weight import REAL, Dense, Module, Part
@@ -34,7 +35,7 @@ from quant_compile.model.places import modules_of
 MARK = "sglq_loaded"
 HOOK = "ct_decompress_hook"
 MEMORY = Path("memory")
-FIX = "quant_compile.load(directory) adopts its integers"
+FIX = "quant_compile.load(directory) adopts the integers"
 # Attributes by which compressed-tensors finds modules to decompress.
 _SCHEME = ("quantization_scheme", "quantization_status")
 _CODES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -174,6 +175,41 @@ def forget(model: nn.Module) -> int:
             freed += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             mark.before = None
     return freed
+
+
+def dequantized(model: nn.Module, found: Loaded) -> Iterator[str]:
+    """What to say of weights that a model's config calls quantized and that no module holds integers of; at most one sentence."""
+    method, description = _configured(model)
+    if description is None:
+        return
+    if not found.outcomes and not found.stays:
+        yield f"the config says {method}, and no module holds integers: weights are taken as transformers made them; {FIX}"
+        return
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and parameter.dtype in REAL and "scale" not in name
+        if description.stored(name) is not None and not description.ignores(name)
+    ]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{names[0]}{more}: transformers has dequantized them as it loaded them, and they are taken as they are; {FIX}"
+
+
+def _configured(model: nn.Module) -> tuple[str, Description | None]:
+    """The method, and the description, of a model's config; none where it has none that is known."""
+    found: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if found is None:
+        return "", None
+    data: dict[str, Any] = json.loads(json.dumps(found if isinstance(found, dict) else found.to_dict(), default=str))
+    method = str(data.pop("quant_method", "")).lower()
+    method = method.rpartition(".")[2].replace("_", "-")
+    if method not in METHODS:
+        return method, None
+    try:
+        return method, METHODS[method](Keys(data, "config.quantization_config"))
+    except CheckpointError:  # of another version than the reader knows
+        return method, Description(method)
 
 
 # --- what a module is ---
