@@ -7,6 +7,8 @@ print(quant_compile.report(model))
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from quant_compile.api import compile, refresh, release, report, restore, uncompile, watch
 from quant_compile.calibrate import calibrate
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
@@ -25,9 +27,13 @@ from quant_compile.ir.errors import (
 )
 from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
+from quant_compile.on_import import enter as _enter
 from quant_compile.policy import Policy, Rule
 from quant_compile.pretrained import load
 from quant_compile.saving import save
+
+if TYPE_CHECKING:
+    from quant_compile._transformers import HfConfig as HfConfig
 
 __version__ = "0.1.0"
 
@@ -62,3 +68,18 @@ __all__ = [
     "uncompile",
     "watch",
 ]
+
+_enter()
+
+
+def __getattr__(name: str) -> Any:
+    """``HfConfig``, which imports transformers: at its first use, since ``import quant_compile`` is to work without."""
+    if name != "HfConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from quant_compile._transformers import HfConfig
+
+    return HfConfig
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "HfConfig"])

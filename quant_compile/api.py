@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from quant_compile.checkpoints import loaded as from_transformers
+from quant_compile.checkpoints.adopted import OWN, policy_of
+from quant_compile.checkpoints.description import Description
 from quant_compile.generation import install, outside_of, uninstall
-from quant_compile.ir.errors import OptionError, StaleWeightError, WeightError
+from quant_compile.ir.errors import OptionError, PolicyError, StaleWeightError, WeightError
 from quant_compile.ir.report import Report
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import STORE, disclaim
@@ -59,18 +63,45 @@ def compile(
     device = offload.execution_device(model)
     target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu" if device is None else device))
     source = PolicySource(parsed.policy, default_policy(target))
+    source, loaded = _with_loaded(unwrap(model), source, policy is not None)
     problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)
     session = LEDGER.session(unwrap(model), source.policy, target.label)
     session.checked = True
     session.notes |= dict.fromkeys(problems)
-    if policy is None:
+    session.notes |= dict.fromkeys(loaded)
+    if policy is None and not source.policy.name.startswith(OWN):
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
+    if parsed.releases(source.policy):
+        from_transformers.forget(unwrap(model))
     options = {**options, "policy": source.policy}
     note = partial(_note, weakref.ref(unwrap(model)), source.policy, target.label)
     for part in _called(model):
         install(part, options, note, dynamic=dynamic, fullgraph=fullgraph)
     return model
+
+
+def _with_loaded(model: nn.Module, source: PolicySource, given: bool) -> tuple[PolicySource, list[str]]:
+    """The policy of a model some of whose modules transformers loaded quantized, and what is to say of the others.
+
+    Raises:
+        CheckpointError, PolicyError: tensors are not of their format, or the policy contradicts them; nothing has been changed.
+    """
+    before = set(map(id, from_transformers.adopted(model)))
+    found = from_transformers.adopt(model)
+    if found.outcomes:
+        description = Description(found.method, "the model that transformers loaded")
+        try:
+            whole = policy_of(model, found.outcomes, description, source.policy if given else None)
+        except PolicyError:
+            if not before:
+                from_transformers.undo(model)
+            raise
+        source = PolicySource(whole if given else replace(whole, release_weights=None), whole.name)
+    for module in found.stays:
+        for parameter in module.parameters:
+            LEDGER.record(parameter).reason = f"{module.reason}; {from_transformers.FIX}"
+    return source, [*from_transformers.notes(found.stays), *from_transformers.dequantized(model, found)]
 
 
 def _called(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -95,9 +126,12 @@ def uncompile(model: nn.Module) -> nn.Module:
         StaleWeightError: weights are released, so that the model cannot run without its planes; nothing has been changed.
     """
     inner = unwrap(model)
-    refresh(inner)
+    offload.adopt(inner)
+    own = set(map(id, from_transformers.adopted(inner)))  # released, but what they were made of is here
+    STORE.refresh(parameter for parameter in parameters_of(inner) if id(parameter) not in own)
     for part in _called(model):
         uninstall(part)
+    from_transformers.undo(inner)
     for parameter in parameters_of(inner):
         disclaim(parameter)
     return model
@@ -136,7 +170,7 @@ def release(model: nn.Module) -> int:
     Compiled calls go on. Graphs compiled before notice the change of class and are compiled once more at their next call;
     with ``release_weights=True`` at compile time they are not. Eager use, state_dict, save and deepcopy raise until ``restore``.
     """
-    return sum(STORE.release(parameter) for parameter in parameters_of(model))
+    return from_transformers.forget(unwrap(model)) + sum(STORE.release(parameter) for parameter in parameters_of(model))
 
 
 def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Module) -> int:

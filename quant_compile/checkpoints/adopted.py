@@ -19,6 +19,9 @@ from quant_compile.model.weights import Weight, linear_weights
 from quant_compile.policy import Policy
 from quant_compile.rules import Rule
 
+OWN = "checkpoint"
+"""How the name of a policy begins that is a checkpoint's own."""
+
 
 def policy_of(
     model: nn.Module,
@@ -35,7 +38,7 @@ def policy_of(
     by_name = {outcome.name.removesuffix(".weight"): outcome for outcome in outcomes if outcome.quantized}
     weights = [(weight, _outcome(weight, by_name)) for weight in linear_weights(model)]
     if given is None:
-        name = f"checkpoint ({description.method})"
+        name = f"{OWN} ({description.method})"
         return Policy(None, tuple(_rules(weights)), name=name, release_weights=True, fallback=fallback)
     _check(given, weights, description)
     decided = [given.decide(weight.site) for weight, _ in weights]

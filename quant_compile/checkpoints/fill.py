@@ -7,7 +7,7 @@ the store and, for inputs that a checkpoint permutes or scales, a hook on the li
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from quant_compile.lowering.weights import STORE, Key, quantize, quantize_expert
 from quant_compile.model.weights import _stores_columns
 
 Progress = Callable[[int], None]
+AS_READ = "quantized as it was read"
 
 
 @dataclass(frozen=True)
@@ -156,20 +157,12 @@ class Filler:
 
     def _quantize(self, slot: Slot, scheme: Scheme, source: str, dry: bool) -> Outcome:
         """A weight in 16 bits, by the user's policy, on its way to the device."""
-        whole = torch.empty(slot.tensor.shape, device="meta") if dry else self.files.get(source)
-        text = f"{_source(self.files, source)}, quantized as it was read"
-        if slot.tensor.dim() == 3:
-            transposed, mixed = _stores_columns(slot.owner), alternates(slot)
-            key = Key(scheme.spec, "experts", transposed, self.dtype, mixed)
-            parts: Any = (quantize_expert(whole[i].to(self.device), key, slot.name) for i in range(whole.shape[0]))
-            return self._adopt_experts(slot, key, parts, scheme, text, dry)
-        key = Key(scheme.spec, "rows", type(slot.owner).__name__ == "Conv1D", self.dtype)
-        if dry:
-            return Outcome(slot.name, scheme, text, _plane_bytes(slot, scheme, key, self.dtype))
-        values = nn.Parameter(whole.to(self.device), requires_grad=False)
-        planes = quantize(values, key, slot.name)
-        STORE.adopt(hollow(slot, self.device), key, planes, text)
-        return Outcome(slot.name, scheme, text, _bytes_of(planes))
+        text = f"{_source(self.files, source)}, {AS_READ}"
+        if not dry:
+            adopt_values(slot, self.files.get(source), scheme, self.dtype, self.device, text)
+        experts = slot.tensor.shape[0] if slot.tensor.dim() == 3 else 1
+        nbytes = experts * _plane_bytes(slot, scheme, key_of(slot, scheme, self.dtype), self.dtype)
+        return Outcome(slot.name, scheme, text, nbytes)
 
     def _linear(self, job: Linear, dry: bool) -> Outcome:
         slot, found = job.slot, self.read(job.stem, dry)
@@ -182,11 +175,7 @@ class Filler:
         if again is not None and again.scheme is not None:
             found, text = replace(found, scheme=again.scheme, input_scale=None), f"{text}, with the codes of {was}"
         if not dry:
-            key = Key(found.scheme.spec, "rows", job.transposed, self.dtype)
-            parameter = hollow(slot, self.device)
-            own_input = found.gather is not None or found.factor is not None
-            STORE.adopt(parameter, key, found.planes, text, found.input_scale, own_input)
-            self._inputs(slot.owner, found.gather, found.factor)
+            put(slot, found, self.dtype, self.device, text, job.transposed, self._orders)
         return _told(Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True), again, was)
 
     def _linear_again(self, job: Linear, again: Again, was: str, text: str, dry: bool) -> Outcome:
@@ -208,9 +197,7 @@ class Filler:
     def _dense_linear(self, job: Linear, found: Dense, text: str, dry: bool) -> Outcome:
         if not dry:
             _finite(found.values, f"{self.files.folder}: {job.stem.name}")
-            values = found.values.t() if job.transposed else found.values
-            place(job.slot, values.to(job.slot.tensor.dtype).contiguous())
-            self._inputs(job.slot.owner, None, found.factor)
+            return put(job.slot, found, self.dtype, self.device, text, job.transposed, self._orders)
         notes = (found.reason,) if found.reason else ()
         return Outcome(job.slot.name, None, text, _nbytes(job.slot), notes, bool(found.reason))
 
@@ -290,7 +277,7 @@ class Filler:
         )
         scheme = self.wishes.plain(slot) if not reason else None
         if scheme is not None:
-            return self._quantize_experts(job, scheme, f"{text}, quantized as it was read", dry)
+            return self._quantize_experts(job, scheme, f"{text}, {AS_READ}", dry)
         self._place_experts(job, dry)
         return Outcome(slot.name, None, text, _nbytes(slot), notes, bool(reason))
 
@@ -348,15 +335,9 @@ class Filler:
         return whole
 
     def _adopt_experts(self, slot: Slot, key: Key, parts: Any, scheme: Scheme, text: str, dry: bool) -> Outcome:
-        count = slot.tensor.shape[0]
         if not dry:
-            whole: list[Tensor] = []
-            for expert, planes in enumerate(parts):
-                whole = whole or [plane.new_empty((count, *plane.shape)) for plane in planes]
-                for out, plane in zip(whole, planes, strict=True):
-                    out[expert].copy_(plane)
-            STORE.adopt(hollow(slot, self.device), key, tuple(whole), text)
-        return Outcome(slot.name, scheme, text, count * _plane_bytes(slot, scheme, key, self.dtype))
+            adopt_experts(slot, key, parts, self.device, text)
+        return Outcome(slot.name, scheme, text, slot.tensor.shape[0] * _plane_bytes(slot, scheme, key, self.dtype))
 
     def _bias(self, job: ExpertBias, dry: bool) -> Outcome:
         slot, (count, n) = job.slot, job.slot.tensor.shape
@@ -375,13 +356,6 @@ class Filler:
         return Outcome(slot.name, None, _source(self.files, job.sources[0][0]), _nbytes(slot))
 
     # --- writing ---
-
-    def _inputs(self, module: nn.Module, gather: Tensor | None, factor: Tensor | None) -> None:
-        """Let a linear's input come in the order, and with the factors, that its planes were made for."""
-        if gather is not None:
-            # One tensor, so that siblings can merge.
-            gather = self._orders.setdefault(gather.cpu().numpy().tobytes(), gather)
-        scale_input(module, gather, factor)
 
     def _was(self, stem: Stem, found: Read) -> str:
         """What a checkpoint has a weight in; empty where it is not quantized."""
@@ -451,6 +425,88 @@ def _told(outcome: Outcome, again: Again | None, was: str) -> Outcome:
         return outcome
     notes = outcome.notes if again.by_policy else (*outcome.notes, again.reason)
     return replace(outcome, was=was, by_policy=again.by_policy, notes=notes)
+
+
+def put(
+    slot: Slot,
+    found: Read,
+    dtype: torch.dtype,
+    device: torch.device,
+    text: str,
+    transposed: bool = False,
+    orders: dict[bytes, Tensor] | None = None,
+) -> Outcome:
+    """Put what was read of a linear into its slot: planes into the store, or values, and what its input needs into hooks.
+
+    Args:
+        dtype: of the model.
+        device: of the planes.
+        text: where they come from, for the ledger.
+        transposed: the Parameter is stored [k, n].
+        orders: of inputs that other linears have, which are shared.
+    """
+    if isinstance(found, Dense):
+        values = found.values.t() if transposed else found.values
+        place(slot, values.to(slot.tensor.dtype).contiguous())
+        _inputs(slot.owner, None, found.factor, {})
+        return Outcome(
+            slot.name, None, text, _nbytes(slot), (found.reason,) if found.reason else (), bool(found.reason)
+        )
+    key = Key(found.scheme.spec, "rows", transposed, dtype)
+    own_input = found.gather is not None or found.factor is not None
+    STORE.adopt(hollow(slot, device), key, found.planes, text, found.input_scale, own_input)
+    _inputs(slot.owner, found.gather, found.factor, {} if orders is None else orders)
+    return Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True)
+
+
+def _inputs(module: nn.Module, gather: Tensor | None, factor: Tensor | None, orders: dict[bytes, Tensor]) -> None:
+    """Let a linear's input come in the order, and with the factors, that its planes were made for."""
+    if gather is not None:
+        gather = orders.setdefault(gather.cpu().numpy().tobytes(), gather)  # one tensor, so that siblings can merge
+    scale_input(module, gather, factor)
+
+
+def key_of(slot: Slot, scheme: Scheme, dtype: torch.dtype) -> Key:
+    """What the planes of a weight depend on, of one linear's or of experts'."""
+    if slot.tensor.dim() == 3:
+        return Key(scheme.spec, "experts", _stores_columns(slot.owner), dtype, alternates(slot))
+    return Key(scheme.spec, "rows", type(slot.owner).__name__ == "Conv1D", dtype)
+
+
+def adopt_values(
+    slot: Slot, values: Tensor, scheme: Scheme, dtype: torch.dtype, device: torch.device, text: str
+) -> nn.Parameter:
+    """Quantize a weight's values, an expert at a time, and put a Parameter without values, with these planes, into its slot.
+
+    Args:
+        values: [n, k], or [E, n, k], as the slot's Parameter stores them.
+        dtype: of the model.
+        device: where it is quantized and stays.
+        text: where the values come from, for the ledger.
+
+    Raises:
+        WeightError: the values are NaN or inf.
+    """
+    key = key_of(slot, scheme, dtype)
+    if values.dim() == 3:
+        parts = (quantize_expert(values[i].to(device), key, slot.name) for i in range(values.shape[0]))
+        return adopt_experts(slot, key, parts, device, text)
+    planes = quantize(nn.Parameter(values.to(device), requires_grad=False), key, slot.name)
+    made = hollow(slot, device)
+    STORE.adopt(made, key, planes, text)
+    return made
+
+
+def adopt_experts(slot: Slot, key: Key, parts: Iterable[Planes], device: torch.device, text: str) -> nn.Parameter:
+    """Put a Parameter without values, with the planes of its experts, into its slot."""
+    whole: list[Tensor] = []
+    for expert, planes in enumerate(parts):
+        whole = whole or [plane.new_empty((slot.tensor.shape[0], *plane.shape)) for plane in planes]
+        for out, plane in zip(whole, planes, strict=True):
+            out[expert].copy_(plane)
+    made = hollow(slot, device)
+    STORE.adopt(made, key, tuple(whole), text)
+    return made
 
 
 def sources_of(job: Job) -> list[str]:

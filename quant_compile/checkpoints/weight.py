@@ -125,6 +125,7 @@ class Module:
         dtype: of the model.
         dry: tensors are read on the meta device, and their values are not looked at.
         device: where the planes are made.
+        copy: planes must not share memory with the tensors.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Module:
     dtype: torch.dtype
     dry: bool = False
     device: str | torch.device = "cpu"
+    copy: bool = True
 
     def has(self, suffix: str) -> bool:
         """Whether the module has this tensor."""
@@ -173,7 +175,7 @@ class Module:
         if self.dry:
             return torch.empty(info.shape, dtype=info.dtype, device="meta")
         # A copy on a CPU too: planes must not depend on a file that may change.
-        return self.tensors[suffix].of(self.files.get(info.name)).to(self.device, copy=True)
+        return self.tensors[suffix].of(self.files.get(info.name)).to(self.device, copy=self.copy)
 
     def scale(self, suffix: str, dtypes: Sequence[torch.dtype], *shapes: tuple[int, ...]) -> Tensor:
         """A tensor of scales: finite and not zero.
