@@ -17,17 +17,17 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from quant_compile import api
 from quant_compile.checkpoints.adopted import policy_of, scheme_by_policy
+from quant_compile.checkpoints.build import build, read_config
 from quant_compile.checkpoints.config import describe
-from quant_compile.checkpoints.description import Description
+from quant_compile.checkpoints.description import Description, shown
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, read_json
 from quant_compile.checkpoints.fill import Filler, Outcome, Progress
 from quant_compile.checkpoints.names import Mapped, Resolver, Slot
-from quant_compile.inspect.models import DTYPES, construct, load_config
+from quant_compile.inspect.models import DTYPES
 from quant_compile.ir.errors import OptionError
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.target import Target, default_policy
@@ -136,7 +136,6 @@ def load(
         filler = Filler(plan.files, plan.description, plan.dtype, target, partial(_scheme, plan.schemes), step)
         outcomes = filler.fill(plan.mapped)
     _move_buffers(plan.model, target)
-    _set_generation(plan.model, plan.files.folder)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
     whole = policy_of(plan.model, outcomes, plan.description, plan.given)
     options.setdefault("release_weights", True)
@@ -156,13 +155,12 @@ def plan_of(
     folder = Path(path)
     files = Files.open(folder)
     description = describe(files.folder)
-    config = load_config(str(files.folder))
-    wanted = _dtype(dtype, config)
+    config = read_config(files)
+    wanted = _dtype(dtype, config, files.folder)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # transformers would replace modules
-    model = construct(config, None, wanted, _EmptyOnMeta())
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # type: ignore[operator]
+    model = build(config, wanted, files)
+    _set_generation(model, files.folder)
     given = None if policy is None else Policy.load(policy)
     if given is None and not description.method:
         given = Policy.load(
@@ -180,7 +178,7 @@ def _scheme(schemes: Mapping[str, Scheme], slot: Slot) -> Scheme | None:
     return next((schemes[name] for full in slot.names if (name := full.removesuffix(".weight")) in schemes), None)
 
 
-def _dtype(given: str | torch.dtype | None, config: Any) -> torch.dtype:
+def _dtype(given: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:
     if isinstance(given, str):
         given = DTYPES.get(given) or getattr(torch, given, None)
         if not isinstance(given, torch.dtype):
@@ -189,19 +187,12 @@ def _dtype(given: str | torch.dtype | None, config: Any) -> torch.dtype:
     own = getattr(torch, own, None) if isinstance(own, str) else own
     if own is None:
         return torch.bfloat16
+    if own not in DTYPES.values() and given is None:
+        known = ", ".join(map(str, DTYPES.values()))
+        raise CheckpointError(f"{folder / 'config.json'}: dtype must be one of {known}, got {shown(own)}.\nFix: name one.")
     if own not in DTYPES.values():
         raise OptionError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {own}")
     return own
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Weights are made with ``torch.empty``; what a model computes for itself (rotary frequencies) is not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
 
 
 def _set_generation(model: Any, folder: Path) -> None:
@@ -210,7 +201,11 @@ def _set_generation(model: Any, folder: Path) -> None:
 
     if getattr(model, "generation_config", None) is not None and (folder / "generation_config.json").is_file():
         known = read_json(folder / "generation_config.json")
-        model.generation_config = GenerationConfig.from_dict(known)
+        try:
+            model.generation_config = GenerationConfig.from_dict(known)
+        except Exception as error:  # whatever transformers raises for values that it does not expect
+            text = f"{folder / 'generation_config.json'}: transformers cannot read it: {type(error).__name__}: {str(error)[:300]}"
+            raise CheckpointError(f"{text}.\nFix: correct this file, or remove it.") from None
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

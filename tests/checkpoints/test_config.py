@@ -62,7 +62,7 @@ def test_both_files_are_read(tmp_path: Path) -> None:
     [
         (GPTQ, {"quantize_config": {"bits": 8}}, "says bits 8"),
         (GPTQ, {"quantize_config": {"bits": 4, "group_size": 64}}, "says group_size 64"),
-        (GPTQ, {"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, "says modelopt"),
+        (GPTQ, {"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, "says .modelopt"),
         (
             {"quant_method": "modelopt", "quant_algo": "FP8"},
             {"hf_quant_config": {"quantization": {"quant_algo": "NVFP4"}}},
