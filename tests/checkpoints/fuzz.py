@@ -374,7 +374,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
 )  # fmt: skip
 OTHERS = ("hf_quant_config.json", "quantize_config.json", "quantization_config.json")
-NAMES = ("model.layers.0.mlp.up_proj", "lm_head", "a" * 200, "model.layers.0.mlp.experts.3.down_proj", "")
+NAMES = ("model.layers.0.mlp.up_proj", "lm_head", "a" * 200, "a" * 200 + "cb", "model.layers.0.mlp.experts.3.down_proj", "")
 
 
 def config_files(rng: random.Random) -> dict[str, bytes]:
