@@ -189,7 +189,9 @@ def _dtype(given: str | torch.dtype | None, config: Any, folder: Path) -> torch.
         return torch.bfloat16
     if own not in DTYPES.values() and given is None:
         known = ", ".join(map(str, DTYPES.values()))
-        raise CheckpointError(f"{folder / 'config.json'}: dtype must be one of {known}, got {shown(own)}.\nFix: name one.")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: dtype must be one of {known}, got {shown(own)}.\nFix: name one."
+        )
     if own not in DTYPES.values():
         raise OptionError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {own}")
     return own

@@ -1,7 +1,7 @@
 """The model that ``config.json`` describes, without weights; what the config says is held against the files first.
 
-A config of a few bytes can ask for more layers than memory has, or name other files and code. Reads the config and the headers; transformers
-builds the model.
+A config of a few bytes can ask for more layers than memory has, or name other files and code. Reads the config and the headers;
+transformers builds the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from quant_compile.ir.errors import QuantError
 
 AGAIN = "Fix: correct config.json, or download it again."
 # Keys that count parts, each of which has a tensor: num_hidden_layers, n_layer, decoder_layers, depth, n_routed_experts.
-_COUNTS = re.compile(r"(?!.*(?:window|per_tok|shared_kv)).*(?:layers?|experts?|blocks?|depth)")
+_COUNTS = re.compile(r"(?!.*(?:window|per_tok|shared_kv)).*(?:layers?|experts?|blocks?|depth|labels)")
+LABELS = 1 << 20  # of a classifier; transformers makes a name for each
 FEW = 256  # counts up to this cost nothing, whatever the files hold
 # Bytes that a model may compute for itself as it is made, beside the size of its files: tables of positions and the like.
 COMPUTED = 64_000_000
@@ -45,7 +46,7 @@ def read_config(files: Files) -> Any:
         _fail(path, "names other configs (configuration_files), and no path in a config is opened", AGAIN)
     most = max([FEW, len(files.tensors), *(info.shape[0] for info in files.tensors.values() if len(info.shape) > 2)])
     for key, value in _numbers(data):
-        if _COUNTS.fullmatch(key) and value > most:
+        if _COUNTS.fullmatch(key) and value > (LABELS if "labels" in key else most):
             _fail(path, f"says {key} {shown(value)}, and the files have {len(files.tensors)} tensors", AGAIN)
     try:
         return load_config(str(files.folder))

@@ -7,7 +7,6 @@ is allocated later. Never opens a path that is not directly in the checkpoint's 
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -99,7 +98,9 @@ class Files:
             out.metadata |= metadata
         for name, shard in (index or {}).items():
             if name not in out.tensors or out.tensors[name].file.name != shard:
-                _fail(out.folder / shard, f"the index promises {cut(name)} in this file, which has no such tensor", AGAIN)
+                _fail(
+                    out.folder / shard, f"the index promises {cut(name)} in this file, which has no such tensor", AGAIN
+                )
         return out
 
     def get(self, name: str) -> Tensor:
@@ -155,7 +156,9 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=once)
         if rb"\u" in data:
-            json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a surrogate is in no text that can be shown or named
+            json.dumps(found, ensure_ascii=False).encode(
+                "utf-8"
+            )  # half a surrogate is in no text that can be shown or named
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise

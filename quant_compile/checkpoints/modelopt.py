@@ -134,7 +134,9 @@ def _fp8(module: Module, stored: Stored) -> Read:
         block = _block(n, rows), _block(k, columns)
         if (-(-n // block[0]), -(-k // block[1])) != (rows, columns):
             where = module.info("weight_scale").where
-            raise CheckpointError(f"{where} has {rows}x{columns} blocks, into which no {n}x{k} is cut.\nFix: export it again.")
+            raise CheckpointError(
+                f"{where} has {rows}x{columns} blocks, into which no {n}x{k} is cut.\nFix: export it again."
+            )
         scale = module.scale("weight_scale", REAL, (rows, 1, columns, 1), (rows, columns)).reshape(rows, columns)
         return fp8_blocks(module, codes, scale, block, stored.inputs)
     if stored.variant == "blocks":

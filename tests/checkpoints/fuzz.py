@@ -126,7 +126,9 @@ class Watch:
         raise FuzzError(f"{what}\n{case!r:.1500}")
 
     def __str__(self) -> str:
-        return f"{self.cases:,} cases, {self.accepted:,} accepted, at most {self.slowest:.3f} s and {self.largest:,} bytes"
+        return (
+            f"{self.cases:,} cases, {self.accepted:,} accepted, at most {self.slowest:.3f} s and {self.largest:,} bytes"
+        )
 
 
 @contextmanager
@@ -268,7 +270,9 @@ def monster(rng: random.Random) -> bytes:
     if kind == 3:
         return b'{"a":' + b"9" * count + b"}"
     if kind == 4:
-        return json.dumps({"a" * count: {"dtype": "F32" * count, "shape": [1] * count, "data_offsets": [0] * count}}).encode()
+        return json.dumps(
+            {"a" * count: {"dtype": "F32" * count, "shape": [1] * count, "data_offsets": [0] * count}}
+        ).encode()
     if kind == 5:
         return b'{"' + b"\\u0000" * count + b'":0}'
     return b" " * count + b"{}" + b"\n" * count
@@ -276,8 +280,32 @@ def monster(rng: random.Random) -> bytes:
 
 # --- headers ---
 
-SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "BOOL": 1, "I64": 8}
-HEADER_WORDS = ("dtype", "shape", "data_offsets", "__metadata__", "w", "a.weight", *SIZES, "F4", "F6_E2M3", "f32", "Q4_K")
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I32": 4,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "BOOL": 1,
+    "I64": 8,
+}
+HEADER_WORDS = (
+    "dtype",
+    "shape",
+    "data_offsets",
+    "__metadata__",
+    "w",
+    "a.weight",
+    *SIZES,
+    "F4",
+    "F6_E2M3",
+    "f32",
+    "Q4_K",
+)
 
 
 def header(rng: random.Random) -> tuple[dict[str, Any], int]:
@@ -319,10 +347,12 @@ def safetensors_file(rng: random.Random) -> bytes:
 # --- indexes ---
 
 SHARDS = ("one.safetensors", "two.safetensors")
-INDEX_WORDS = ("weight_map", "metadata", "a", "b", "c", *SHARDS, "three.safetensors", "../one.safetensors", "/dev/zero.safetensors",
-               "one.safetensors/", "./one.safetensors", "one.safetensors\0", "sub/one.safetensors", "C:one.safetensors", "pytorch_model.bin",
-               "\\one.safetensors", "x" * 300 + ".safetensors", "\ud800.safetensors", "~.safetensors", ".safetensors",
-               "model.safetensors.index.json", "pipe.safetensors", "folder.safetensors", "loop.safetensors")  # fmt: skip
+INDEX_WORDS = (
+    "weight_map", "metadata", "a", "b", "c", *SHARDS, "three.safetensors",
+    "../one.safetensors", "/dev/zero.safetensors", "one.safetensors/", "./one.safetensors", "one.safetensors\0", "sub/one.safetensors",
+    "C:one.safetensors", "pytorch_model.bin", "\\one.safetensors", "x" * 300 + ".safetensors", "\ud800.safetensors", "~.safetensors",
+    ".safetensors", "model.safetensors.index.json", "pipe.safetensors", "folder.safetensors", "loop.safetensors",
+)  # fmt: skip
 
 
 def index_file(rng: random.Random) -> bytes:
@@ -337,44 +367,109 @@ def index_file(rng: random.Random) -> bytes:
 
 CONFIG_WORDS = (
     "bits", "group_size", "sym", "desc_act", "checkpoint_format", "config_groups", "format", "ignore", "kv_cache_scheme", "quant_algo",
-    "quantized_layers", "weight_block_size", "packing_format", "data_type", "extra_config", "dynamic", "version", "modules_to_not_convert",
-    "meta", "load_in_4bit", "load_in_8bit", "quant_type", "weights", "input_activations", "output_activations", "targets", "num_bits", "type",
-    "strategy", "symmetric", "block_structure", "activation_scheme", "act_bits", "act_dynamic", "sparsity_config", "transform_config",
-    "quant_method", "w_bit", "q_group_size", "zero_point", "exclude_modules", "quantizer", "gptq", "gptq_v2", "gptq_p", "awq", "fp8", "modelopt",
-    "compressed-tensors", "auto-round", "intel/auto-round", "bitsandbytes", "torchao", "mxfp4", "hqq", "int", "float", "group", "tensor",
-    "channel", "block", "token", "tensor_group", "pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "FP8", "NVFP4",
-    "W4A16_AWQ", "MIXED_PRECISION", "auto_round:auto_awq", "auto_round:auto_gptq", "auto_round:llm_compressor", "mx_fp", "nv_fp4",
-    "dynamic", "static", "Linear", "+:.*down.*", "-:.*", "+:(a|a)*b",
+    "quantized_layers", "weight_block_size", "packing_format", "data_type", "extra_config", "dynamic", "version",
+    "modules_to_not_convert", "meta", "load_in_4bit", "load_in_8bit", "quant_type", "weights", "input_activations",
+    "output_activations", "targets", "num_bits", "type", "strategy", "symmetric", "block_structure", "activation_scheme", "act_bits",
+    "act_dynamic", "sparsity_config", "transform_config", "quant_method", "w_bit", "q_group_size", "zero_point", "exclude_modules",
+    "quantizer", "gptq", "gptq_v2", "gptq_p", "awq", "fp8", "modelopt", "compressed-tensors", "auto-round", "intel/auto-round",
+    "bitsandbytes", "torchao", "mxfp4", "hqq", "int", "float", "group", "tensor", "channel", "block", "token", "tensor_group",
+    "pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "FP8", "NVFP4", "W4A16_AWQ", "MIXED_PRECISION",
+    "auto_round:auto_awq", "auto_round:auto_gptq", "auto_round:llm_compressor", "mx_fp", "nv_fp4", "dynamic", "static", "Linear",
+    "+:.*down.*", "-:.*", "+:(a|a)*b",
 )  # fmt: skip
 PATTERNS = (
-    "re:.*up_proj", "re:(a|a)*$", "re:(?:a|aa)+b", "re:a*a*a*a*a*a*a*b", "re:((a*)*)*", "re:(a{1,9}){1,9}b", "re:(", "re:(?P<n>x)(?P=n)",
-    "re:(?i:UP)", "re:(?=(a|a)*b)", "re:(a|b|ab)*c", "re:(.|a)*c", "re:(a?){60}a{60}b", "re:a{4294967296}", "re:(?:a{65535}){65535}",
-    "re:[[:alpha:]", "re:\\p{L}+", "re:(?R)", "re:(?:abc){e<=1}", "re:\\L<x>", "re:" + "(" * 150 + ")" * 150, "*a*a*a*a*a*a*a*a*b", "[z-a]", "[!",
-    "[]", "model.layers.*", "?" * 300, "re:(?<=a)b", "re:a++", "re:(?>a)", "re:\\N{DIGIT ONE}", "re:(?(1)a|b)", "re:(?u:a)|(?a:b)",
+    "re:.*up_proj", "re:(a|a)*$", "re:(?:a|aa)+b", "re:a*a*a*a*a*a*a*b", "re:((a*)*)*", "re:(a{1,9}){1,9}b", "re:(",
+    "re:(?P<n>x)(?P=n)", "re:(?i:UP)", "re:(?=(a|a)*b)", "re:(a|b|ab)*c", "re:(.|a)*c", "re:(a?){60}a{60}b", "re:a{4294967296}",
+    "re:(?:a{65535}){65535}", "re:[[:alpha:]", "re:\\p{L}+", "re:(?R)", "re:(?:abc){e<=1}", "re:\\L<x>", "re:" + "(" * 150 + ")" * 150,
+    "*a*a*a*a*a*a*a*a*b", "[z-a]", "[!", "[]", "model.layers.*", "?" * 300, "re:(?<=a)b", "re:a++", "re:(?>a)", "re:\\N{DIGIT ONE}",
+    "re:(?(1)a|b)", "re:(?u:a)|(?a:b)",
 )  # fmt: skip
 CONFIG_WORDS += PATTERNS
 _CT = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "symmetric": True}
 CONFIGS: tuple[dict[str, Any], ...] = (
-    {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "checkpoint_format": "gptq", "meta": {"quantizer": ["gptqmodel:7"]},
-     "dynamic": {"+:.*down.*": {"bits": 8, "group_size": 32}, "-:.*o_proj": {}}},
-    {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["lm_head"]},
-    {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*gate$"], "kv_cache_scheme": {"num_bits": 8},
-     "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CT, "input_activations": None},
-                       "group_1": {"targets": ["re:.*down_proj"], "format": "float-quantized", "weights": {**_CT, "type": "float"},
-                                   "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}}}},
-    {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]},
-    {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"], "group_size": 16},
-    {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION",
-     "quantized_layers": {"model.layers.0.mlp.up_proj": {"quant_algo": "NVFP4", "group_size": 16}, "lm_head": {"quant_algo": "FP8"}}},
-    {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True, "packing_format": "auto_round:auto_gptq", "data_type": "int",
-     "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 8}, ".*o_proj.*": {"bits": 16}}},
-    {"quant_method": "auto-round", "bits": 8, "data_type": "fp", "act_bits": 8, "act_dynamic": True, "packing_format": "auto_round:fp8"},
+    {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 64,
+        "sym": True,
+        "checkpoint_format": "gptq",
+        "meta": {"quantizer": ["gptqmodel:7"]},
+        "dynamic": {"+:.*down.*": {"bits": 8, "group_size": 32}, "-:.*o_proj": {}},
+    },
+    {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 64,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ["lm_head"],
+    },
+    {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head", "re:.*gate$"],
+        "kv_cache_scheme": {"num_bits": 8},
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": _CT, "input_activations": None},
+            "group_1": {
+                "targets": ["re:.*down_proj"],
+                "format": "float-quantized",
+                "weights": {**_CT, "type": "float"},
+                "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+            },
+        },
+    },
+    {
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": ["lm_head"],
+    },
+    {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "kv_cache_quant_algo": "FP8",
+        "exclude_modules": ["lm_head"],
+        "group_size": 16,
+    },
+    {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {
+            "model.layers.0.mlp.up_proj": {"quant_algo": "NVFP4", "group_size": 16},
+            "lm_head": {"quant_algo": "FP8"},
+        },
+    },
+    {
+        "quant_method": "auto-round",
+        "bits": 4,
+        "group_size": 128,
+        "sym": True,
+        "packing_format": "auto_round:auto_gptq",
+        "data_type": "int",
+        "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 8}, ".*o_proj.*": {"bits": 16}},
+    },
+    {
+        "quant_method": "auto-round",
+        "bits": 8,
+        "data_type": "fp",
+        "act_bits": 8,
+        "act_dynamic": True,
+        "packing_format": "auto_round:fp8",
+    },
     {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "llm_int8_skip_modules": ["lm_head"]},
     {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8DynamicActivationInt8WeightConfig"}}},
     {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
-)  # fmt: skip
+)
 OTHERS = ("hf_quant_config.json", "quantize_config.json", "quantization_config.json")
-NAMES = ("model.layers.0.mlp.up_proj", "lm_head", "a" * 200, "a" * 200 + "cb", "model.layers.0.mlp.experts.3.down_proj", "")
+NAMES = (
+    "model.layers.0.mlp.up_proj",
+    "lm_head",
+    "a" * 200,
+    "a" * 200 + "cb",
+    "model.layers.0.mlp.experts.3.down_proj",
+    "",
+)
 
 
 def config_files(rng: random.Random) -> dict[str, bytes]:
@@ -403,12 +498,17 @@ def _wrapped(rng: random.Random, made: Any) -> Any:
 
 def _config(rng: random.Random) -> Any:
     if rng.random() < 0.1:
-        return {"quant_method": rng.choice(CONFIG_WORDS), **{rng.choice(CONFIG_WORDS): value(rng) for _ in range(rng.randrange(5))}}
+        return {
+            "quant_method": rng.choice(CONFIG_WORDS),
+            **{rng.choice(CONFIG_WORDS): value(rng) for _ in range(rng.randrange(5))},
+        }
     if rng.random() < 0.05:
         bomb = rng.choice(PATTERNS)
         return rng.choice(
             ({**CONFIGS[0], "dynamic": {bomb.replace("re:", "+:"): {}}}, {**CONFIGS[1], "modules_to_not_convert": [bomb]},
-             {**CONFIGS[2], "ignore": [bomb]}, {**CONFIGS[5], "quantized_layers": {bomb: {"quant_algo": "FP8"}}}, {**CONFIGS[6], "extra_config": {bomb.removeprefix("re:"): {"bits": 8}}})
+             {**CONFIGS[2], "ignore": [bomb]},
+             {**CONFIGS[5], "quantized_layers": {bomb: {"quant_algo": "FP8"}}},
+             {**CONFIGS[6], "extra_config": {bomb.removeprefix("re:"): {"bits": 8}}})
         )  # fmt: skip
     return config(rng, rng.choice(CONFIGS))
 
@@ -425,9 +525,11 @@ def config(rng: random.Random, whole: dict[str, Any]) -> Any:
 
 SUFFIX_WORDS = ("weight", "scales", "qzeros", "g_idx", "weight_scale", "weight_packed", "weight_zero_point", "_weight_scale", "bias",
                 "_weight_zero_point", "input_scale", "weight_scale_2", "weight_shape", "pre_quant_scale", "weight.absmax")  # fmt: skip
-NAME_WORDS = ("", ".", "x", "model", "layers." + "9" * 5000 + ".x", "model.layers.٣.mlp.up_proj.weight", "model.layers.7.mlp.up_proj.scales",
-              "model.layers.0.mlp.experts.99999999999999999999.up_proj.weight", "model.layers.0.mlp.experts." + "1" * 5000 + ".up_proj.weight",
-              "experts.0.up_proj", "lm_head.scales", "k_scale", "model.embed_tokens.qweight", "model.norm.weight_scale")  # fmt: skip
+NAME_WORDS = (
+    "", ".", "x", "model", "layers." + "9" * 5000 + ".x", "model.layers.٣.mlp.up_proj.weight", "model.layers.7.mlp.up_proj.scales",
+    "model.layers.0.mlp.experts.99999999999999999999.up_proj.weight", "model.layers.0.mlp.experts." + "1" * 5000 + ".up_proj.weight",
+    "experts.0.up_proj", "lm_head.scales", "k_scale", "model.embed_tokens.qweight", "model.norm.weight_scale",
+)  # fmt: skip
 
 
 def tensors(rng: random.Random, whole: dict[str, tuple[str, list[int]]]) -> dict[str, tuple[str, list[int]]]:
@@ -492,12 +594,13 @@ def sparse_file(file: Path, whole: dict[str, tuple[str, list[int]]], data: dict[
 
 
 MODEL_WORDS = (
-    "llama", "mistral", "qwen3_moe", "gpt2", "bert", "gpt_oss", "deepseek_v3", "mamba", "t5", "LlamaForCausalLM", "LlamaModel", "pipeline", "utils",
-    "AutoModel", "PreTrainedModel", "GPT2LMHeadModel", "num_hidden_layers", "hidden_size", "head_dim", "vocab_size", "model_type", "architectures",
-    "auto_map", "configuration_files", "text_config", "rope_parameters", "rope_scaling", "rope_type", "yarn", "linear", "dynamic", "dtype",
-    "torch_dtype", "float99", "float32", "int8", "attn_implementation", "_attn_implementation", "kernels-community/flash-attn", "layer_types",
-    "tie_word_embeddings", "hidden_act", "gelu", "_name_or_path", "max_position_embeddings", "num_experts", "n_layer", "../../config.1.0.0.json",
-    "evil--repo.Config", "AutoConfig", "custom.Config", "base_config", "_commit_hash", "gguf_file", "id2label", "num_labels", "quantization_config",
+    "llama", "mistral", "qwen3_moe", "gpt2", "bert", "gpt_oss", "deepseek_v3", "mamba", "t5", "LlamaForCausalLM", "LlamaModel",
+    "pipeline", "utils", "AutoModel", "PreTrainedModel", "GPT2LMHeadModel", "num_hidden_layers", "hidden_size", "head_dim",
+    "vocab_size", "model_type", "architectures", "auto_map", "configuration_files", "text_config", "rope_parameters", "rope_scaling",
+    "rope_type", "yarn", "linear", "dynamic", "dtype", "torch_dtype", "float99", "float32", "int8", "attn_implementation",
+    "_attn_implementation", "kernels-community/flash-attn", "layer_types", "tie_word_embeddings", "hidden_act", "gelu", "_name_or_path",
+    "max_position_embeddings", "num_experts", "n_layer", "../../config.1.0.0.json", "evil--repo.Config", "AutoConfig", "custom.Config",
+    "base_config", "_commit_hash", "gguf_file", "id2label", "num_labels", "quantization_config",
 )  # fmt: skip
 
 

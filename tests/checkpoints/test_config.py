@@ -102,12 +102,22 @@ BAD: dict[str, tuple[Any, str]] = {
     "ct endless regex": (ct(targets=["re:(a+)+$"]), "repeats a repetition"),
     "ct exponential regex": (ct(targets=["re:(?:a{99}x){99}"]), "repeats too often"),
     "mixed regex": (
-        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"re:((": {"quant_algo": "FP8"}}},
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {"re:((": {"quant_algo": "FP8"}},
+        },
         "no regular expression",
     ),
     "auto-round bits": ({"quant_method": "auto-round", "bits": 9}, "bits must be one of 2, 3, 4, 8"),
-    "auto-round awq bits": ({"quant_method": "auto-round", "bits": 3, "packing_format": "auto_round:auto_awq"}, "bits must be one of 4"),
-    "auto-round bits of one": ({"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 1}}}, "lm_head: bits must"),
+    "auto-round awq bits": (
+        {"quant_method": "auto-round", "bits": 3, "packing_format": "auto_round:auto_awq"},
+        "bits must be one of 4",
+    ),
+    "auto-round bits of one": (
+        {"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 1}}},
+        "lm_head: bits must",
+    ),
     "sparsity": (ct() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
     "packing": ({"quant_method": "auto-round", "packing_format": "auto_round:zip"}, "packing_format 'zip'"),
     "bnb both": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": True}, "one of load_in_4bit"),

@@ -103,7 +103,10 @@ BAD = {
     "absurd beside a size of 0": (raw({"a": entry(shape=(0, 1 << 61, 4), span=(0, 0))}), "larger than any"),
     "half a surrogate": (raw(b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"), "no JSON"),
     "blanks first": (raw(b" {}"), "blanks"),
-    "twice among many": (raw(b'{"z":0,%s"z":0}' % b"".join(b'"%d":0,' % i for i in range(200_000))), "'z' is there twice"),
+    "twice among many": (
+        raw(b'{"z":0,%s"z":0}' % b"".join(b'"%d":0,' % i for i in range(200_000))),
+        "'z' is there twice",
+    ),
     "many dimensions": (raw({"a": entry(shape=[1] * 40)}, b"x" * 8), "shape"),
     "offsets backwards": (raw({"a": entry(span=(8, 0))}, b"x" * 8), "has -8 bytes"),
     "three offsets": (raw({"a": entry(span=(0, 4, 8))}, b"x" * 8), "data_offsets"),

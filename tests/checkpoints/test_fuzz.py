@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,10 @@ def used(made: Description) -> Description:
     return made
 
 
-KINDS = ("gptq desc_act", "gptq_p 5 bits", "awq", "ct packed 3 asym", "ct int8", "ct nvfp4", "ct mxfp8", "deepseek ue8m0", "modelopt fp8 blocks",
-         "modelopt w4a8 awq", "bitsandbytes nf4 double", "torchao int8", "torchao fp8", "auto-round asym")  # fmt: skip
+KINDS = (
+    "gptq desc_act", "gptq_p 5 bits", "awq", "ct packed 3 asym", "ct int8", "ct nvfp4", "ct mxfp8", "deepseek ue8m0",
+    "modelopt fp8 blocks", "modelopt w4a8 awq", "bitsandbytes nf4 double", "torchao int8", "torchao fp8", "auto-round asym",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("times", LONG)
@@ -126,12 +129,18 @@ def test_tensors_that_do_not_fit_the_model(times: int, folder: Path) -> None:
     for rng in rounds("tensors", 80 * min(times, 20), watch):
         case = rng.choice(began)
         watch.folder = case.folder
-        tensors, files = fuzz.tensors(rng, case.tensors), {"config.json": json.dumps({"quantization_config": case.config}).encode()}
+        tensors, files = (
+            fuzz.tensors(rng, case.tensors),
+            {"config.json": json.dumps({"quantization_config": case.config}).encode()},
+        )
         if rng.random() < 0.3:
             files["config.json"] = json.dumps({"quantization_config": fuzz.config(rng, case.config)}).encode()
         fuzz.sparse_file(case.folder / "model.safetensors", tensors, case.data)
         (case.folder / "config.json").write_bytes(files["config.json"])
-        watch.run(lambda: planned(case), ({name: entry for name, entry in tensors.items() if case.tensors.get(name) != entry}, files))
+        watch.run(
+            partial(planned, case),
+            ({name: entry for name, entry in tensors.items() if case.tensors.get(name) != entry}, files),
+        )
     assert 0.05 < watch.accepted / watch.cases < 0.8
 
 
