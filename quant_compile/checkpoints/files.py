@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -143,8 +143,8 @@ def read_json(path: Path, longest: int = LONGEST_INDEX) -> dict[str, Any]:
     return _parse(data, str(path))
 
 
-def _parse(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object; of a repeated key the first would be lost without a word."""
+def _parse(data: bytes, where: str, constants: bool = True) -> dict[str, Any]:
+    """A JSON object; of a repeated key the first would be lost without a word. ``constants``: NaN and Infinity, as Python writes them."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -154,7 +154,12 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
         return found
 
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+        found = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=once,
+            parse_float=_finite,
+            parse_constant=float if constants else _finite,
+        )
         if rb"\u" in data:
             json.dumps(found, ensure_ascii=False).encode(
                 "utf-8"
@@ -167,6 +172,13 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         _fail(where, f"must hold an object {{...}}, holds a {type(found).__name__}", AGAIN)
     return cast(dict[str, Any], found)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(f"number out of range: {cut(text, 20)}")
+    return number
 
 
 def read_header(file: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
@@ -193,7 +205,7 @@ def read_header(file: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
         _fail(file, f"cannot be read: {error.strerror or error}", "Fix: check the path and its permissions.")
     if len(data) < length:
         _fail(file, "is cut off inside of its header", AGAIN)
-    header = _parse(data, str(file))
+    header = _parse(data, str(file), constants=False)
     if not data.startswith(b"{"):
         _fail(file, "has blanks before its header, which safetensors does not read", AGAIN)
     metadata = _metadata(header.pop("__metadata__", {}), file)

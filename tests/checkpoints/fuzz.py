@@ -502,7 +502,7 @@ def _config(rng: random.Random) -> Any:
             "quant_method": rng.choice(CONFIG_WORDS),
             **{rng.choice(CONFIG_WORDS): value(rng) for _ in range(rng.randrange(5))},
         }
-    if rng.random() < 0.05:
+    if rng.random() < 0.01:
         bomb = rng.choice(PATTERNS)
         return rng.choice(
             ({**CONFIGS[0], "dynamic": {bomb.replace("re:", "+:"): {}}}, {**CONFIGS[1], "modules_to_not_convert": [bomb]},

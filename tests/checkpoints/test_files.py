@@ -102,6 +102,8 @@ BAD = {
     "larger than any": (raw({"a": entry(shape=(1 << 61, 4))}, b"x" * 8), "larger than any"),
     "absurd beside a size of 0": (raw({"a": entry(shape=(0, 1 << 61, 4), span=(0, 0))}), "larger than any"),
     "half a surrogate": (raw(b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"), "no JSON"),
+    "out of range": (raw(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":1e999}}', b"x"), "out of range"),
+    "no number": (raw(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":NaN}}', b"x"), "out of range"),
     "blanks first": (raw(b" {}"), "blanks"),
     "twice among many": (
         raw(b'{"z":0,%s"z":0}' % b"".join(b'"%d":0,' % i for i in range(200_000))),

@@ -33,7 +33,7 @@ from tests.checkpoints.fuzz import Watch
 from tests.checkpoints.packers import CASES
 from tests.checkpoints.support import quantized, tiny_llama, write
 
-LONG = [pytest.param(1, id="short"), pytest.param(50, id="long", marks=pytest.mark.slow)]
+LONG = [pytest.param(1, id="short"), pytest.param(40, id="long", marks=pytest.mark.slow)]
 
 
 @pytest.fixture
