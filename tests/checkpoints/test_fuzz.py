@@ -24,6 +24,7 @@ from torch import nn
 import quant_compile
 from quant_compile.checkpoints.config import describe
 from quant_compile.checkpoints.description import Description
+from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files
 from quant_compile.checkpoints.fill import Filler, Outcome
 from quant_compile.checkpoints.names import Resolver
@@ -186,3 +187,24 @@ def test_configs_of_models(times: int, folder: Path) -> None:
         (inner / "config.json").write_bytes(data)
         watch.run(lambda: plan_of(inner, "W8A16"), data)
     assert watch.accepted > watch.cases / 20
+
+
+FOUND: dict[str, tuple[str, str, str, list[int], str]] = {
+    "no groups": ("torchao int8", "model.layers.0.mlp.up_proj._weight_scale", "F32", [384, 0], "has 0 groups"),
+    "points of another shape": ("torchao int8", "model.layers.0.mlp.up_proj._weight_zero_point", "I8", [384, 9], "has shape"),
+    "state of two dimensions": ("bitsandbytes nf4 double", "weight.quant_state.bitsandbytes__nf4", "U8", [17, 2], "no quantization state"),
+    "no blocks": ("modelopt fp8 blocks", "model.layers.0.mlp.up_proj.weight_scale", "F32", [64, 0], "64x0 blocks"),
+    "a layer of many digits": ("awq", f"layers.{'9' * 5000}.x", "F32", [1], "belong to no weight"),
+    "an expert of many digits": ("awq", f"model.layers.0.mlp.experts.{'1' * 5000}.up_proj.weight", "F32", [1], "belong to no weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_fuzzing_found_in_tensors(what: str, folder: Path) -> None:
+    kind, name, dtype, shape, words = FOUND[what]
+    case = known(kind, folder / "model")
+    names = [own for own in case.tensors if own.endswith(name)] or [name]
+    fuzz.sparse_file(case.folder / "model.safetensors", {**case.tensors, names[0]: (dtype, shape)}, case.data)
+    with pytest.raises(CheckpointError, match=words) as raised:
+        planned(case)
+    assert len(str(raised.value)) < 2000
