@@ -16,12 +16,12 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from quant_compile import api
 from quant_compile.checkpoints.adopted import policy_of
+from quant_compile.checkpoints.build import build, read_config
 from quant_compile.checkpoints.config import describe
-from quant_compile.checkpoints.description import PACKED, Description
+from quant_compile.checkpoints.description import PACKED, Description, shown
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, read_json
 from quant_compile.checkpoints.fill import Filler, Outcome, Progress
@@ -29,7 +29,7 @@ from quant_compile.checkpoints.names import Mapped, Resolver
 from quant_compile.checkpoints.packed import AGAIN, FILE, Packed
 from quant_compile.checkpoints.packed import read as read_packed
 from quant_compile.checkpoints.wishes import Wishes
-from quant_compile.inspect.models import DTYPES, construct, load_config
+from quant_compile.inspect.models import DTYPES
 from quant_compile.ir.errors import OptionError, PolicyError
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.select import FALLBACKS, Request
@@ -168,7 +168,6 @@ def load(
         filler = Filler(plan.files, plan.description, plan.dtype, target, plan.wishes, step)
         outcomes = filler.fill(plan.mapped)
     _move_buffers(plan.model, target)
-    _set_generation(plan.model, plan.files.folder)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
     whole = policy_of(plan.model, outcomes, plan.description, plan.given, plan.fallback)
     options.setdefault("release_weights", True)
@@ -184,7 +183,6 @@ def _load_packed(
     with _bar(plan, progress) as step:
         packed.fill(plan.model, device, step)
     _move_buffers(plan.model, device)
-    _set_generation(plan.model, plan.files.folder)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
     target = Target.of(device if device.type == "cuda" else "cpu")
     known = imported(target, packed.times)
@@ -247,15 +245,14 @@ def plan_of(
     folder = Path(path)
     files = Files.open(folder)
     description = describe(files.folder)
-    config = load_config(str(files.folder))
-    wanted = _dtype(dtype, config)
-    if description.method == PACKED and wanted != (own := _dtype(None, config)):
+    config = read_config(files)
+    wanted = _dtype(dtype, config, files.folder)
+    if description.method == PACKED and wanted != (own := _dtype(None, config, files.folder)):
         raise OptionError(f"{folder} is packed for {own}. Fix: load it without dtype.")
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # transformers would replace modules
-    model = construct(config, None, wanted, _EmptyOnMeta())
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # type: ignore[operator]
+    model = build(config, wanted, files)
+    _set_generation(model, files.folder)
     if description.method == PACKED:
         return _plan_packed(files, description, model, wanted, policy, fallback)
     given = None if policy is None else Policy.load(policy)
@@ -279,7 +276,7 @@ def _request(options: Mapping[str, Any] | None, given: Policy | None) -> Request
     return Options.of(own).request(given or Policy(None)).unpinned
 
 
-def _dtype(given: str | torch.dtype | None, config: Any) -> torch.dtype:
+def _dtype(given: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:
     if isinstance(given, str):
         given = DTYPES.get(given) or getattr(torch, given, None)
         if not isinstance(given, torch.dtype):
@@ -288,19 +285,14 @@ def _dtype(given: str | torch.dtype | None, config: Any) -> torch.dtype:
     own = getattr(torch, own, None) if isinstance(own, str) else own
     if own is None:
         return torch.bfloat16
+    if own not in DTYPES.values() and given is None:
+        known = ", ".join(map(str, DTYPES.values()))
+        raise CheckpointError(
+            f"{folder / 'config.json'}: dtype must be one of {known}, got {shown(own)}.\nFix: name one."
+        )
     if own not in DTYPES.values():
         raise OptionError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {own}")
     return own
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Weights are made with ``torch.empty``; what a model computes for itself (rotary frequencies) is not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
 
 
 def _set_generation(model: Any, folder: Path) -> None:
@@ -309,7 +301,11 @@ def _set_generation(model: Any, folder: Path) -> None:
 
     if getattr(model, "generation_config", None) is not None and (folder / "generation_config.json").is_file():
         known = read_json(folder / "generation_config.json")
-        model.generation_config = GenerationConfig.from_dict(known)
+        try:
+            model.generation_config = GenerationConfig.from_dict(known)
+        except Exception as error:  # whatever transformers raises for values that it does not expect
+            text = f"{folder / 'generation_config.json'}: transformers cannot read it: {type(error).__name__}: {str(error)[:300]}"
+            raise CheckpointError(f"{text}.\nFix: correct this file, or remove it.") from None
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

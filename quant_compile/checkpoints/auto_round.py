@@ -11,7 +11,8 @@ import re
 from dataclasses import replace
 
 from quant_compile.checkpoints import awq, gptq
-from quant_compile.checkpoints.description import Description, Keys, Stored, Target, check_pattern
+from quant_compile.checkpoints.description import Description, Keys, Stored, Target, check_pattern, shown
+from quant_compile.checkpoints.errors import cut
 from quant_compile.ir.scheme import QuantArgs
 
 _HARMLESS = (
@@ -21,6 +22,7 @@ _HARMLESS = (
     "enable_minmax_tuning", "quant_nontext_module", "static_kv_dtype", "format", "enable_alg_ext", "enable_torch_compile",
     "supported_types", "quant_lm_head", "optimizer", "rotation_config", "transform_config",
 )  # fmt: skip
+_BITS = {gptq.FORMAT: (2, 3, 4, 8), awq.FORMAT: (4,)}
 
 
 def describe(keys: Keys) -> Description:
@@ -34,11 +36,12 @@ def describe(keys: Keys) -> Description:
             keys.fail(f"extra_config: {name!r} must have values by key")
         pattern = f"re:{name}" if re.search(r"[\\^$*+?(\[|]", name) else name
         check_pattern(pattern, f"{keys.where}.extra_config")
-        own = Keys(values, f"{keys.where}.extra_config.{name}")
+        own = Keys(values, f"{keys.where}.extra_config.{cut(name)}")
         bits = own.number("bits", stored.bits) or stored.bits
         if bits >= 16:
             ignored.append(pattern)
             continue
+        _check_bits(own, stored.format, bits)
         group = own.group() if "group_size" in values else stored.group
         made = replace(stored, bits=bits, group=group, symmetric=own.get("sym", bool, stored.symmetric))
         targets.append(Target(made, (pattern,)))
@@ -52,8 +55,10 @@ def _stored(keys: Keys, packing: str, data_type: str) -> Stored:
     bits, symmetric = keys.number("bits", 4) or 4, keys.get("sym", bool, True)
     act_bits, act_dynamic = keys.number("act_bits", 16) or 16, keys.get("act_dynamic", bool, True)
     if packing in ("auto_round", "auto_gptq", "gptq", "auto_round_gptq") and data_type == "int":
+        _check_bits(keys, gptq.FORMAT, bits)
         return Stored(gptq.FORMAT, bits, group, symmetric, variant="gptq")
     if packing in ("auto_awq", "awq"):
+        _check_bits(keys, awq.FORMAT, bits)
         return Stored(awq.FORMAT, bits, group, symmetric)
     if "nv_fp" in data_type or "nvfp" in packing:
         inputs = QuantArgs(4, "float", "tensor_group", group_size=16) if act_bits == 4 else None
@@ -66,6 +71,12 @@ def _stored(keys: Keys, packing: str, data_type: str) -> Stored:
     return keys.fail(
         f"packing_format {packing!r} with data_type {data_type!r} is not read here", "Fix: save it again as auto_round."
     )
+
+
+def _check_bits(keys: Keys, format: str, bits: int) -> None:
+    valid = _BITS.get(format, ())
+    if valid and bits not in valid:
+        keys.fail(f"bits must be one of {', '.join(map(str, valid))}, got {shown(bits)}")
 
 
 def _fp8(keys: Keys, act_bits: int, act_dynamic: bool, blocks: bool) -> Stored:

@@ -89,10 +89,10 @@ def _absmax(module: Module, state_name: str, state: Mapping[str, Any], blocks: i
 def _state(module: Module, name: str) -> Mapping[str, Any]:
     """The JSON that is stored as a tensor of bytes; small, so that it is read for a dry module too."""
     info = module.info(name)
-    if info.dtype != torch.uint8 or info.nbytes > LONGEST_STATE:
+    if info.dtype != torch.uint8 or len(info.shape) != 1 or info.nbytes > LONGEST_STATE:
         raise CheckpointError(f"{info.where} is no quantization state.\nFix: save the checkpoint again.")
     try:
-        found = json.loads(bytes(module.files.get(info.name).tolist()))
+        found = json.loads(bytes(module.files.get(info.name).tolist()).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{info.where} is no JSON: {error}.\nFix: save the checkpoint again.") from None
     if not isinstance(found, dict) or (found.get("shape") is not None and found["shape"] != [module.n, module.k]):

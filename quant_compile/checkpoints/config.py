@@ -84,7 +84,7 @@ def _method(found: list[Keys]) -> str:
     first = named[0]
     for keys, method in named[1:]:
         if _family(method) != _family(first[1]):
-            text = f"says {method}, and {first[0].where} says {first[1]}"
+            text = f"says {shown(method)}, and {first[0].where} says {shown(first[1])}"
             _fail(keys.where, text, "Fix: remove the file that is not of this checkpoint.")
     return first[1]
 

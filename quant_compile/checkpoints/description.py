@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
 from typing import Any, NoReturn, cast
 
-from quant_compile.checkpoints.errors import CheckpointError
+import regex  # as ``re``, which cannot be interrupted
+
+from quant_compile.checkpoints.errors import CheckpointError, cut
 from quant_compile.ir.scheme import QuantArgs
 
 PACKED = "sglquant"  # quant_method of the format that ``packed`` reads
 AGAIN = "Fix: write the checkpoint again, or correct this key."
+LONGEST_MATCH = 0.2  # seconds; a pattern that is meant well takes microseconds
+LONGEST_PATTERN = 4096
+MOST_REPEATS = 4096  # by counts in braces, which compiling writes out
+_COUNTS = re.compile(r"\{(\d*),?(\d*)\}")
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,9 @@ class Target:
     stored: Stored | None
     patterns: tuple[str, ...] = ()
 
-    def holds(self, name: str) -> bool:
-        """Whether a module is one of these."""
-        return not self.patterns or any(matches(pattern, name) for pattern in self.patterns)
+    def holds(self, name: str, where: str = "") -> bool:
+        """Whether a module is one of these; ``where`` as in ``matches``."""
+        return not self.patterns or any(matches(pattern, name, where) for pattern in self.patterns)
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,11 @@ class Description:
 
     def ignores(self, name: str) -> bool:
         """Whether the config says that this module is not quantized."""
-        return any(matches(pattern, name) for pattern in self.ignored)
+        return any(matches(pattern, name, self.where) for pattern in self.ignored)
 
     def stored(self, name: str) -> Stored | None:
         """How a module that is quantized is stored; None where nothing of the config applies to it."""
-        return next((target.stored for target in self.targets if target.holds(name)), None)
+        return next((target.stored for target in self.targets if target.holds(name, self.where)), None)
 
     @property
     def text(self) -> str:
@@ -103,15 +112,34 @@ class Description:
 _EVERY = ("Linear", "LinearBase", "FusedMoE")
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of a config names this module: a class of all linears, ``re:``, a glob, a name or a part of one."""
+def matches(pattern: str, name: str, where: str = "") -> bool:
+    """Whether a pattern of a config names this module: a class of all linears, ``re:``, a glob, a name or a part of one.
+
+    Args:
+        where: the config, for messages.
+
+    Raises:
+        CheckpointError: a regular expression that takes too long on this name. Names are the checkpoint's as well.
+    """
     if pattern in _EVERY:
         return True
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
+        try:
+            return _compiled(pattern[3:]).match(name, timeout=LONGEST_MATCH) is not None
+        except (TimeoutError, MemoryError):
+            text = f"{where}: {pattern[:80]!r} takes too long to compare with {name[:80]!r}"
+            raise CheckpointError(f"{text}.\n{AGAIN}") from None
     if any(wildcard in pattern for wildcard in "*?["):
         return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
     return f".{pattern.strip('.')}." in f".{name}."
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+        re.compile(pattern)  # what only ``regex`` understands is no pattern of a config
+        return regex.compile(pattern)
 
 
 def alike(values: Mapping[str, Hashable], fixed: int = 0) -> Iterator[tuple[str, str]]:
@@ -201,16 +229,16 @@ class Keys:
     def child(self, key: str) -> Keys | None:
         """An object."""
         value = self.get(key, dict)
-        return None if value is None else Keys(cast(dict[str, Any], value), f"{self.where}.{key}")
+        return None if value is None else Keys(cast(dict[str, Any], value), f"{self.where}.{cut(key)}")
 
     def ignored(self, harmless: Sequence[str] = ()) -> tuple[str, ...]:
         """Notes on keys that nothing read."""
         unknown = sorted(set(self.data) - self.read - set(harmless))
-        return (f"{self.where}: ignored {', '.join(unknown[:12])}",) if unknown else ()
+        return (f"{self.where}: ignored {', '.join(map(cut, unknown[:12]))}",) if unknown else ()
 
     def fail(self, what: str, fix: str = AGAIN) -> NoReturn:
         """Raise a CheckpointError about this config."""
-        raise CheckpointError(f"{self.where}: {what}.\n{fix}")
+        raise CheckpointError(f"{self.where}: {cut(what, 1000)}.\n{fix}")
 
 
 def check_pattern(pattern: str, where: str) -> None:
@@ -221,15 +249,29 @@ def check_pattern(pattern: str, where: str) -> None:
     """
     if not pattern.startswith("re:"):
         return
-    try:
-        re.compile(pattern[3:])
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{where}: {pattern[:80]!r} is no regular expression: {error}.\n{AGAIN}") from None
+    start = f"{where}: {pattern[:80]!r}"
+    if len(pattern) > LONGEST_PATTERN:
+        raise CheckpointError(f"{start} is longer than any pattern needs to be.\n{AGAIN}")
     if re.search(r"[+*}]\)*[+*{]|\)[+*{].*\)[+*{]", pattern[3:].replace("\\", "")):
-        raise CheckpointError(f"{where}: {pattern[:80]!r} repeats a repetition, which may never end.\n{AGAIN}")
+        raise CheckpointError(f"{start} repeats a repetition, which may never end.\n{AGAIN}")
+    counts = [_count(pair) for pair in _COUNTS.findall(pattern)]
+    if prod(counts) > MOST_REPEATS:
+        raise CheckpointError(f"{start} repeats too often.\n{AGAIN}")
+    try:
+        _compiled(pattern[3:])
+    except (re.error, regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
+        raise CheckpointError(f"{start} is no regular expression: {str(error)[:200]}.\n{AGAIN}") from None
+
+
+def _count(texts: tuple[str, ...]) -> int:
+    """The larger of ``{2,30}``; what has more than four digits is too large in any case."""
+    return max(MOST_REPEATS + 1 if len(text) > 4 else int(text or 1) for text in texts)
 
 
 def shown(value: object) -> str:
     """A value for a message, cut short."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "values nested too deeply"
     return text if len(text) <= 60 else f"{text[:57]}..."

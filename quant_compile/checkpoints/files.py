@@ -7,18 +7,19 @@ is allocated later. Never opens a path that is not directly in the checkpoint's 
 from __future__ import annotations
 
 import json
-import os
+import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from quant_compile.checkpoints.errors import CheckpointError
+from quant_compile.checkpoints.errors import CheckpointError, cut
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -56,7 +57,7 @@ class TensorInfo:
     @property
     def where(self) -> str:
         """File and tensor, for messages."""
-        return f"{self.file}: {self.name}"
+        return f"{self.file}: {cut(self.name)}"
 
 
 @dataclass
@@ -82,12 +83,12 @@ class Files:
             CheckpointError: no safetensors, pickled files, a missing shard, or a header that cannot be true.
         """
         path = Path(path)
-        if path.is_file():
+        if _is_file(path):
             _refuse_others(path)
-            shards, index = [path], None
+            shards, index, folder = [path], None, path.parent
         else:
-            shards, index = _shards(path)
-        out = Files(path if path.is_dir() else path.parent, {})
+            (shards, index), folder = _shards(path), path
+        out = Files(folder, {})
         for shard in shards:
             infos, metadata = read_header(shard)
             for info in infos:
@@ -97,7 +98,9 @@ class Files:
             out.metadata |= metadata
         for name, shard in (index or {}).items():
             if name not in out.tensors or out.tensors[name].file.name != shard:
-                _fail(out.folder / shard, f"the index promises {name} in this file, which has no such tensor", AGAIN)
+                _fail(
+                    out.folder / shard, f"the index promises {cut(name)} in this file, which has no such tensor", AGAIN
+                )
         return out
 
     def get(self, name: str) -> Tensor:
@@ -131,7 +134,7 @@ def read_json(path: Path, longest: int = LONGEST_INDEX) -> dict[str, Any]:
         CheckpointError: unreadable, too long, not JSON, no object, or a key twice.
     """
     try:
-        size = path.stat().st_size
+        size = _size(path)
         if size > longest:
             _fail(path, f"has {size} bytes, more than any config or index needs", AGAIN)
         data = path.read_bytes()
@@ -140,19 +143,27 @@ def read_json(path: Path, longest: int = LONGEST_INDEX) -> dict[str, Any]:
     return _parse(data, str(path))
 
 
-def _parse(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object; of a repeated key the first would be lost without a word."""
+def _parse(data: bytes, where: str, constants: bool = True) -> dict[str, Any]:
+    """A JSON object; of a repeated key the first would be lost without a word. ``constants``: NaN and Infinity, as Python writes them."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            _fail(where, f"{twice!r} is there twice", AGAIN)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            _fail(where, f"{cut(twice)!r} is there twice", AGAIN)
         return found
 
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+        found = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=once,
+            parse_float=_finite,
+            parse_constant=float if constants else _finite,
+        )
+        if rb"\u" in data:
+            json.dumps(found, ensure_ascii=False).encode(
+                "utf-8"
+            )  # half a surrogate is in no text that can be shown or named
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -163,6 +174,13 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
     return cast(dict[str, Any], found)
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(f"number out of range: {cut(text, 20)}")
+    return number
+
+
 def read_header(file: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
     """Tensors and metadata of one file.
 
@@ -170,8 +188,8 @@ def read_header(file: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
         CheckpointError: a header that is cut off, too long, no JSON, or that promises what the file cannot hold.
     """
     try:
+        size = _size(file)
         with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
             head = opened.read(8)
             if len(head) < 8:
                 _fail(file, f"has {size} bytes, too few for a safetensors header", AGAIN)
@@ -187,7 +205,9 @@ def read_header(file: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
         _fail(file, f"cannot be read: {error.strerror or error}", "Fix: check the path and its permissions.")
     if len(data) < length:
         _fail(file, "is cut off inside of its header", AGAIN)
-    header = _parse(data, str(file))
+    header = _parse(data, str(file), constants=False)
+    if not data.startswith(b"{"):
+        _fail(file, "has blanks before its header, which safetensors does not read", AGAIN)
     metadata = _metadata(header.pop("__metadata__", {}), file)
     infos = [_tensor(name, entry, file, 8 + length) for name, entry in header.items()]
     _check_ranges(infos, file, 8 + length, size)
@@ -201,7 +221,7 @@ def _metadata(value: Any, file: Path) -> dict[str, str]:
 
 
 def _tensor(name: str, entry: Any, file: Path, base: int) -> TensorInfo:
-    where = f"{file}: {name[:200]}"
+    where = f"{file}: {cut(name)}"
     if not isinstance(entry, Mapping):
         _fail(where, "its header entry is no object", AGAIN)
     values = cast(Mapping[str, Any], entry)
@@ -211,6 +231,8 @@ def _tensor(name: str, entry: Any, file: Path, base: int) -> TensorInfo:
     shape, span = values.get("shape"), values.get("data_offsets")
     if not _naturals(shape) or len(cast(list[int], shape)) > MOST_DIMENSIONS:
         _fail(where, f"has the shape {str(shape)[:60]}, no list of at most {MOST_DIMENSIONS} sizes", AGAIN)
+    if prod(size or 1 for size in cast(list[int], shape)) >= 1 << 60:  # beside a size of 0, which would hide it
+        _fail(where, f"has the shape {str(shape)[:60]}, larger than any tensor", AGAIN)
     if not _naturals(span) or len(cast(list[int], span)) != 2:
         _fail(where, f"has the data_offsets {str(span)[:60]}, not [first, last]", AGAIN)
     first, last = cast(list[int], span)
@@ -236,11 +258,11 @@ def _check_ranges(infos: list[TensorInfo], file: Path, base: int, size: int) -> 
             _fail(info.where, f"ends {missing} bytes past the end of the file, which is cut off", AGAIN)
     for before, after in pairwise(ordered):
         if before.start + before.nbytes > after.start:
-            _fail(after.where, f"shares bytes with {before.name}", AGAIN)
+            _fail(after.where, f"shares bytes with {cut(before.name)}", AGAIN)
         if before.start + before.nbytes < after.start:
             _fail(
                 after.where,
-                f"begins {after.start - before.start - before.nbytes} bytes after the end of {before.name}",
+                f"begins {after.start - before.start - before.nbytes} bytes after the end of {cut(before.name)}",
                 AGAIN,
             )
     end = ordered[-1].start + ordered[-1].nbytes if ordered else base
@@ -252,26 +274,27 @@ def _check_ranges(infos: list[TensorInfo], file: Path, base: int, size: int) -> 
 
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The safetensors files of a folder, by its index where it has one."""
-    if not folder.is_dir():
-        _fail(
-            folder,
-            "is no folder and no safetensors file",
-            "Fix: name the folder that holds config.json and the weights.",
-        )
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    fix = "Fix: name the folder that holds config.json and the weights."
+    try:
+        entries = sorted(folder.iterdir())
+    except (NotADirectoryError, FileNotFoundError):
+        _fail(folder, "is no folder and no safetensors file", fix)
+    except (OSError, ValueError) as error:
+        _fail(folder, f"cannot be read: {error}", "Fix: check the path and its permissions.")
+    indexes = [entry for entry in entries if entry.name.endswith(".safetensors.index.json")]
     single = folder / "model.safetensors"
-    if single.is_file() and not (folder / "model.safetensors.index.json").is_file():
+    if _is_file(single) and not _is_file(folder / "model.safetensors.index.json"):
         return [single], None
     if len(indexes) > 1:
         names = ", ".join(index.name for index in indexes)
         _fail(folder, f"has several indexes: {names}", "Fix: keep the one of the weights to load.")
     if indexes:
         return _indexed(indexes[0])
-    files = sorted(folder.glob("*.safetensors"))
+    files = [entry for entry in entries if entry.suffix == ".safetensors"]
     if not files:
-        for file in sorted(folder.iterdir()):
+        for file in entries:
             _refuse_others(file)
-        _fail(folder, "has no safetensors files", "Fix: name the folder that holds config.json and the weights.")
+        _fail(folder, "has no safetensors files", fix)
     return files, None
 
 
@@ -281,15 +304,34 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
         _fail(index, "has no weight_map of tensor names and files", AGAIN)
     for name, shard in cast(Mapping[str, Any], where).items():
         if not isinstance(shard, str) or not _plain(shard) or not shard.endswith(".safetensors"):
-            text = f"says that {name[:200]} is in {str(shard)[:80]!r}, which is no safetensors file of this folder"
+            text = f"says that {cut(name)} is in {str(shard)[:80]!r}, which is no safetensors file of this folder"
             _fail(index, text, "Fix: an index names files beside itself, without folders.")
     shards = [index.parent / shard for shard in sorted(set(cast(Mapping[str, str], where).values()))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    missing = [shard.name for shard in shards if not _is_file(shard)]
     if missing:
-        _fail(
-            index, f"needs {len(missing)} files that are not there: {', '.join(missing[:4])}", "Fix: download the rest."
-        )
+        names = ", ".join(map(cut, missing[:4]))
+        _fail(index, f"needs {len(missing)} files that are not there: {names}", "Fix: download the rest.")
     return shards, dict(cast(Mapping[str, str], where))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a regular file is there; no for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file; a pipe would keep its reader waiting.
+
+    Raises:
+        OSError: it is something else, or not there.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is no regular file")
+    return found.st_size
 
 
 def _plain(name: str) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.checkpoints.description import Description, Keys, Stored, Target, check_pattern
-from quant_compile.checkpoints.errors import CheckpointError
+from quant_compile.checkpoints.errors import CheckpointError, cut
 from quant_compile.checkpoints.weight import REAL, Integers, Module, Quantized, Read, dense, integer_weight, unpack_bits
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -73,7 +73,7 @@ def _dynamic(keys: Keys, stored: Stored) -> tuple[tuple[Target, ...], tuple[str,
             continue
         if not isinstance(values, Mapping):
             keys.fail(f"dynamic: {pattern!r} must have values by key")
-        own = Keys(values, f"{keys.where}.dynamic.{pattern}")
+        own = Keys(values, f"{keys.where}.dynamic.{cut(pattern)}")
         group = own.group() if "group_size" in values else stored.group
         bits = own.number("bits", stored.bits, BITS) or stored.bits
         made = replace(stored, bits=bits, group=group, symmetric=own.get("sym", bool, stored.symmetric))

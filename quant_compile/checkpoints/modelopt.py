@@ -18,7 +18,8 @@ from dataclasses import replace
 
 import torch
 
-from quant_compile.checkpoints.description import Description, Keys, Stored, Target
+from quant_compile.checkpoints.description import Description, Keys, Stored, Target, check_pattern
+from quant_compile.checkpoints.errors import CheckpointError, cut
 from quant_compile.checkpoints.weight import (
     REAL,
     Integers,
@@ -108,7 +109,8 @@ def _mixed(keys: Keys) -> tuple[Target, ...]:
     for name, values in keys.get("quantized_layers", dict, {}).items():
         if not isinstance(values, dict) or not isinstance(values.get("quant_algo"), str):
             keys.fail(f"quantized_layers: {name!r} has no quant_algo")
-        own = Keys(values, f"{keys.where}.quantized_layers.{name}")
+        check_pattern(name, f"{keys.where}.quantized_layers")
+        own = Keys(values, f"{keys.where}.quantized_layers.{cut(name)}")
         out.append(Target(_stored(own, values["quant_algo"], own.group()), (name,)))
     if not out:
         keys.fail("MIXED_PRECISION without quantized_layers")
@@ -130,6 +132,11 @@ def _fp8(module: Module, stored: Stored) -> Read:
     if len(shape) in (2, 4) and shape[0] not in (1, n):
         rows, columns = shape[0], shape[2 if len(shape) == 4 else 1]
         block = _block(n, rows), _block(k, columns)
+        if (-(-n // block[0]), -(-k // block[1])) != (rows, columns):
+            where = module.info("weight_scale").where
+            raise CheckpointError(
+                f"{where} has {rows}x{columns} blocks, into which no {n}x{k} is cut.\nFix: export it again."
+            )
         scale = module.scale("weight_scale", REAL, (rows, 1, columns, 1), (rows, columns)).reshape(rows, columns)
         return fp8_blocks(module, codes, scale, block, stored.inputs)
     if stored.variant == "blocks":

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from torch import Tensor, nn
 
-from quant_compile.checkpoints.errors import CheckpointError
+from quant_compile.checkpoints.errors import CheckpointError, cut
 from quant_compile.checkpoints.files import Files, names_of
 from quant_compile.checkpoints.formats import SUFFIXES
 from quant_compile.checkpoints.spelling import names_from_file
@@ -28,7 +28,7 @@ from quant_compile.model.weights import _stores_columns
 
 GATE, UP, DOWN, BOTH = "gate", "up", "down", "both"
 _PARTS = {"gate_proj": GATE, "w1": GATE, "up_proj": UP, "w3": UP, "down_proj": DOWN, "w2": DOWN, "gate_up_proj": BOTH}
-_EXPERT = re.compile(rf"(.*\bexperts)\.(\d+)\.({'|'.join(_PARTS)})")
+_EXPERT = re.compile(rf"(.*\bexperts)\.(\d{{1,9}})\.({'|'.join(_PARTS)})")
 # Endings of fused tensors -> the suffix that a reader knows.
 _FUSED = {
     "_weight_scale_inv": "weight_scale_inv", "_scale_inv": "weight_scale_inv", "_weight_scale_2": "weight_scale_2",
@@ -37,7 +37,7 @@ _FUSED = {
 _KV = re.compile(
     r"\.(?:[kvq]_scale|[kv]_zero_point|[kvq]_proj\.(?:[kv]_scale|output_scale)|prob_output_scale|[kv]_bmm_quantizer\S*)$"
 )
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 SHOWN = 6
 
 
@@ -411,7 +411,7 @@ class Resolver:
         for what, names in (("tensors that belong to no weight", left), ("weights that no tensor fills", missing)):
             if names:
                 more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                lines.append(f"  {len(names)} {what}: {', '.join(names[:SHOWN])}{more}")
+                lines.append(f"  {len(names)} {what}: {', '.join(map(cut, names[:SHOWN]))}{more}")
         lines.append("Fix: load a checkpoint of this architecture, whole; nothing has been filled with made-up values.")
         raise CheckpointError("\n".join(lines))
 

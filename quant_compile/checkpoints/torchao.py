@@ -53,17 +53,18 @@ def read(module: Module, stored: Stored) -> Read:
         return fp8_weight(module, check_fp8(module, "_weight_qdata", codes), scale, stored.inputs)
     shape: Any = module.info("_weight_scale").shape
     groups = shape[1] if len(shape) == 2 else 1
+    if groups < 1 or module.k % groups:
+        where = module.info("_weight_scale").where
+        raise CheckpointError(f"{where} has {groups} groups for {module.k} inputs.\nFix: write the checkpoint again.")
     group = None if groups == 1 else module.k // max(1, groups)
-    scale = (
-        module.scale("_weight_scale", REAL, (module.n, groups), (module.n,), ())
-        .reshape(-1, groups)
-        .expand(module.n, groups)
-    )
+    shapes = ((module.n, groups), *(((module.n,), (1,), ()) if groups == 1 else ()))
+    scale = module.scale("_weight_scale", REAL, *shapes).reshape(-1, groups).expand(module.n, groups)
     bits = 4 if group is not None else 8
     middle = 1 << (bits - 1)
     zero = None
     if module.has("_weight_zero_point"):
-        points = module.tensor("_weight_zero_point", (torch.int8, torch.int32, torch.int64, *REAL)).reshape(-1, groups)
+        kinds = (torch.int8, torch.int32, torch.int64, *REAL)
+        points = module.tensor("_weight_zero_point", kinds, *shapes).reshape(-1, groups)
         zero = points.expand(module.n, groups).to(torch.int32) + middle
     if not module.dry and bits == 4 and (int(codes.min()) < -8 or int(codes.max()) > 7):
         bits, middle = 8, 128

@@ -55,7 +55,11 @@ def load_config(source: str) -> Any:
     if path.exists() and not (path / "config.json").is_file():
         raise ModelError(f"{source} has no config.json. Fix: name the folder of a model in Hugging Face format.")
     if path.exists():
-        return _read_config(read, str(path), local_files_only=True)
+        # Code that a folder names is never run; without a word transformers would ask on the terminal.
+        config = _read_config(read, str(path), local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "auto_map"):
+            del config.auto_map
+        return config
     try:
         return read(source, local_files_only=True)
     except (OSError, ValueError):
@@ -122,7 +126,7 @@ def construct(
     import transformers
 
     names = [class_name] if class_name else [*(config.architectures or []), "AutoModelForCausalLM", "AutoModel"]
-    classes = [cls for name in names if (cls := getattr(transformers, name, None)) is not None]
+    classes = [cls for name in names if (cls := _class_of(transformers, name)) is not None]
     if not classes:
         raise OptionError(f"transformers has no class {class_name!r}")
     failure: Exception | None = None
@@ -140,6 +144,12 @@ def construct(
         except ValueError as error:  # what transformers raises for a config of another family
             failure = error
     raise ModelError(f"{classes[-1].__name__} cannot be built from this configuration: {failure}")
+
+
+def _class_of(library: Any, name: object) -> Any:
+    """A class of transformers that is named in a config, or None."""
+    found = getattr(library, name, None) if isinstance(name, str) and name.isidentifier() else None
+    return found if isinstance(found, type) else None
 
 
 def example_inputs(model: nn.Module, tokens: int) -> Mapping[str, Any]:

@@ -62,7 +62,7 @@ def test_both_files_are_read(tmp_path: Path) -> None:
     [
         (GPTQ, {"quantize_config": {"bits": 8}}, "says bits 8"),
         (GPTQ, {"quantize_config": {"bits": 4, "group_size": 64}}, "says group_size 64"),
-        (GPTQ, {"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, "says modelopt"),
+        (GPTQ, {"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, "says .modelopt"),
         (
             {"quant_method": "modelopt", "quant_algo": "FP8"},
             {"hf_quant_config": {"quantization": {"quant_algo": "NVFP4"}}},
@@ -100,6 +100,24 @@ BAD: dict[str, tuple[Any, str]] = {
     "ct targets": (ct(targets=[3]), "targets must be a list of texts"),
     "ct regex": (ct(targets=["re:(("]), "no regular expression"),
     "ct endless regex": (ct(targets=["re:(a+)+$"]), "repeats a repetition"),
+    "ct exponential regex": (ct(targets=["re:(?:a{99}x){99}"]), "repeats too often"),
+    "mixed regex": (
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {"re:((": {"quant_algo": "FP8"}},
+        },
+        "no regular expression",
+    ),
+    "auto-round bits": ({"quant_method": "auto-round", "bits": 9}, "bits must be one of 2, 3, 4, 8"),
+    "auto-round awq bits": (
+        {"quant_method": "auto-round", "bits": 3, "packing_format": "auto_round:auto_awq"},
+        "bits must be one of 4",
+    ),
+    "auto-round bits of one": (
+        {"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 1}}},
+        "lm_head: bits must",
+    ),
     "sparsity": (ct() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
     "packing": ({"quant_method": "auto-round", "packing_format": "auto_round:zip"}, "packing_format 'zip'"),
     "bnb both": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": True}, "one of load_in_4bit"),
@@ -151,6 +169,14 @@ def test_modules_of_their_own(tmp_path: Path) -> None:
 )
 def test_patterns(pattern: str, name: str, expected: bool) -> None:
     assert matches(pattern, name) is expected
+
+
+@pytest.mark.parametrize("pattern", ["re:(a|a)*b", "re:(?:a|aa)+b"])
+def test_a_pattern_that_does_not_end_is_an_error(pattern: str, tmp_path: Path) -> None:
+    made = describe(folder_of(tmp_path, GPTQ | {"modules_to_not_convert": [pattern]}))
+    assert not made.ignores("lm_head")
+    with pytest.raises(CheckpointError, match=r"config\.json.*takes too long to compare"):
+        made.ignores("a" * 200 + "cb")
 
 
 TEXTS = ["gptq", "int", "group", "block", "float", "pack-quantized", "re:(", "FP8", "x"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,17 @@ BAD = {
     "negative size": (raw({"a": entry(shape=(-2,))}, b"x" * 8), "shape"),
     "fraction": (raw({"a": entry(shape=[2.0])}, b"x" * 8), "shape"),
     "true is no size": (raw({"a": entry(shape=[True])}, b"x" * 8), "shape"),
-    "absurd size": (raw({"a": entry(shape=(1 << 61, 4))}, b"x" * 8), "takes"),
+    "absurd size": (raw({"a": entry(shape=(1 << 58, 2))}, b"x" * 8), "takes"),
+    "larger than any": (raw({"a": entry(shape=(1 << 61, 4))}, b"x" * 8), "larger than any"),
+    "absurd beside a size of 0": (raw({"a": entry(shape=(0, 1 << 61, 4), span=(0, 0))}), "larger than any"),
+    "half a surrogate": (raw(b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"), "no JSON"),
+    "out of range": (raw(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":1e999}}', b"x"), "out of range"),
+    "no number": (raw(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":NaN}}', b"x"), "out of range"),
+    "blanks first": (raw(b" {}"), "blanks"),
+    "twice among many": (
+        raw(b'{"z":0,%s"z":0}' % b"".join(b'"%d":0,' % i for i in range(200_000))),
+        "'z' is there twice",
+    ),
     "many dimensions": (raw({"a": entry(shape=[1] * 40)}, b"x" * 8), "shape"),
     "offsets backwards": (raw({"a": entry(span=(8, 0))}, b"x" * 8), "has -8 bytes"),
     "three offsets": (raw({"a": entry(span=(0, 4, 8))}, b"x" * 8), "data_offsets"),
@@ -147,6 +158,20 @@ def test_an_index_cannot_leave_its_folder(shard: Any, tmp_path: Path) -> None:
     index_of(inner, {"a": shard})
     with pytest.raises(CheckpointError, match="no safetensors file of this folder"):
         Files.open(inner)
+
+
+def test_names_that_no_file_has_and_what_is_no_file(tmp_path: Path) -> None:
+    """A pipe would keep its reader waiting."""
+    for shard in ("x" * 300 + ".safetensors", "\0.safetensors", "pipe.safetensors"):
+        inner = tmp_path / str(len(shard))
+        inner.mkdir()
+        os.mkfifo(inner / "pipe.safetensors")
+        index_of(inner, {"a": shard})
+        with pytest.raises(CheckpointError, match=r"index\.json.*(not there|no safetensors file)"):
+            Files.open(inner)
+        (inner / "model.safetensors.index.json").unlink()
+        with pytest.raises(CheckpointError, match=r"pipe\.safetensors: cannot be read: it is no regular file"):
+            Files.open(inner)
 
 
 def test_shards_that_are_missing_or_lack_a_tensor(tmp_path: Path) -> None:

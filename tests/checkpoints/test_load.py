@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from quant_compile import cli
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.ir.errors import OptionError, ReleasedWeightError, StaleWeightError
 from quant_compile.lowering.weights import STORE
+from quant_compile.pretrained import plan_of
 from tests.checkpoints.packers import CASES
 from tests.checkpoints.support import distance, linears, logits, quantized, tiny_llama, tiny_moe, write
 from tests.checkpoints.test_names import per_expert
@@ -171,6 +173,54 @@ def test_inspect_shows_what_a_checkpoint_has(tmp_path: Path, capsys: pytest.Capt
     (folder / "model.safetensors").write_bytes(b"short")
     assert cli.main(["inspect", str(folder)]) == 1
     assert "too few" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "says num_hidden_layers 1000000000"),
+        ({"num_labels": 1 << 40}, "says num_labels"),
+        ({"head_dim": 1 << 40}, "makes the model compute"),
+        ({"hidden_size": "large"}, "transformers cannot build"),
+        ({"architectures": [3, "pipeline"], "model_type": "no-such"}, "no-such"),
+        ({"dtype": 7}, "dtype"),
+        ({"configuration_files": ["../config.1.0.0.json"]}, "no path in a config is opened"),
+    ],
+)
+def test_a_config_that_no_model_has_is_an_error_before_one_is_built(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    model = tiny_llama(layers=1)
+    folder = write(tmp_path, model, dict(model.state_dict()), None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match=words) as raised:
+        load(folder, "W8A16")
+    assert "config.json" in str(raised.value) and "Fix:" in str(raised.value)
+
+
+def test_code_that_a_config_names_is_neither_run_nor_asked_about(tmp_path: Path) -> None:
+    model = tiny_llama(layers=1)
+    folder = write(tmp_path, model, dict(model.state_dict()), None)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"}
+    (folder / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
+    for kind in ("llama", "no-such"):
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": code, "model_type": kind}))
+        if kind == "llama":
+            assert plan_of(folder, "W8A16").outcomes
+        else:
+            with pytest.raises(CheckpointError, match=r"config\.json"):
+                plan_of(folder, "W8A16")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_generation_config_that_cannot_be_is_an_error_before_anything_is_read(tmp_path: Path) -> None:
+    model = tiny_llama(layers=1)
+    folder = write(tmp_path, model, dict(model.state_dict()), None)
+    (folder / "generation_config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        plan_of(folder, "W8A16")
 
 
 @pytest.mark.parametrize("name", ["gptq desc_act", "awq"])

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -610,42 +609,118 @@ def test_where_folders_cannot_be_exchanged(small: nn.Module, tmp_path: Path, mon
     assert not (folder / "README.md").exists() and len(list(tmp_path.iterdir())) == 1
 
 
-_SAVES = """
-import sys, itertools
+# Told "name moment": forks a process that saves or converts, and kills it that many seconds after its start, or, where the moment begins
+# with "w", after its folder has appeared; "inf" lets it end. Answers with seconds until the folder and until the end, and the exit code.
+_KILLS = """
+import glob, os, signal, sys, time
+import torch
 import quant_compile
+from quant_compile import cli
+torch.set_num_threads(1)
 source, target = sys.argv[1:]
-models = [quant_compile.load(source, policy, device="cpu", progress=False) for policy in ("W8A8", "W4A16")]
-for model in itertools.cycle(models):
-    quant_compile.save(model, target)
-    print("saved", flush=True)
+model = quant_compile.load(source, "W4A16", device="cpu", progress=False)
+steps = {
+    "save": lambda: quant_compile.save(model, target),
+    "convert": lambda: sys.exit(cli.main(["convert", source, target, "--policy", "W4A16"])),
+}
+folder = os.path.join(os.path.dirname(target), "." + os.path.basename(target) + ".saving-*")
+print("ready", flush=True)
+for line in sys.stdin:
+    name, moment = line.split()
+    for left in glob.glob(folder):
+        os.rename(left, os.path.join(os.path.dirname(target), "left-%d" % time.monotonic_ns()))
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(2, 1)
+            steps[name]()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            os._exit(code)
+    writing, ended, status = None, 0, 0
+    while not ended:
+        now = time.monotonic()
+        if writing is None and glob.glob(folder):
+            writing = now
+        start = writing if moment.startswith("w") else began
+        if start is not None and now - start >= float(moment.lstrip("w")):
+            os.kill(child, signal.SIGKILL)
+            ended, status = os.waitpid(child, 0)
+        else:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.0005)
+    print((writing or now) - began, time.monotonic() - began, os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
+class Killer:
+    """A process that has imported everything, and forks those that are killed."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(Path(quant_compile.__file__).parents[1])}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _KILLS, str(source), str(target)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
+
+    def run(self, name: str, moment: str) -> tuple[float, float, int]:
+        """Seconds until the folder, seconds until the end, exit code."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{name} {moment}\n")
+        self.process.stdin.flush()
+        writing, ended, code = self.process.stdout.readline().split()
+        return float(writing), float(ended), int(code)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Killer, Path, dict[str, bytes]]]:
+    """With the place to save to, and the old folder's contents."""
+    place, model = tmp_path_factory.mktemp("killed"), tiny_llama()
+    source = write(place / "source", model, dict(model.state_dict()), None)
+    quant_compile.save(load(source, policy="W8A8"), place / "old")
+    made = Killer(source, place / "saved")
+    yield made, place, contents(place / "old")
+    made.close()
+
+
 @pytest.mark.slow
-def test_a_killed_save_leaves_a_whole_folder(tmp_path: Path) -> None:
-    """kill -9 at random moments of saves that alternate between two schemes."""
-    model = tiny_llama()
-    source = write(tmp_path / "source", model, dict(model.state_dict()), None)
-    target, whole = tmp_path / "saved", []
-    for policy in ("W8A8", "W4A16"):
-        quant_compile.save(load(source, policy=policy), tmp_path / policy)
-        whole.append(contents(tmp_path / policy))
-    chance, seen = random.Random(0), set()
-    environment = {**os.environ, "PYTHONPATH": str(Path(quant_compile.__file__).parents[1])}
-    for _ in range(8):
-        child = subprocess.Popen(
-            [sys.executable, "-c", _SAVES, str(source), str(target)], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        assert child.stdout is not None and child.stdout.readline().strip() == "saved"
-        time.sleep(chance.random() * 0.5)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+@pytest.mark.parametrize("name", ["save", "convert"])
+def test_kill_9_leaves_the_old_folder_or_the_new_one(name: str, killer: tuple[Killer, Path, dict[str, bytes]]) -> None:
+    """Twenty moments all over the operation, and ten of the part that writes."""
+    process, place, old = killer
+    target, chance = place / "saved", random.Random(name)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(place / "old", target)
+    runs = [process.run(name, "inf") for _ in range(2)]
+    assert all(code == 0 for _, _, code in runs)
+    new = contents(target)
+    assert new != old and plan_of(target).outcomes
+    writing, whole = max(begun for begun, _, _ in runs), max(ended for _, ended, _ in runs)
+    moments = [str((i + chance.random()) / 20 * whole) for i in range(20)]
+    moments += [f"w{(i + chance.random()) / 10 * (whole - writing)}" for i in range(10)]
+    killed = seen_old = 0
+    for moment in chance.sample(moments, len(moments)):
+        if contents(target) != old:
+            shutil.rmtree(target)
+            shutil.copytree(place / "old", target)
+        _, _, code = process.run(name, moment)
+        assert code in (0, -signal.SIGKILL), moment
         found = contents(target)
-        assert found in whole
-        seen.add(whole.index(found))
-        assert plan_of(target).description.method == "compressed-tensors"
-    left = [path for path in tmp_path.iterdir() if path.name.startswith(".saved.saving-")]
-    assert left or seen == {0, 1}, "no save was interrupted"
+        assert found in (old, new), moment
+        killed, seen_old = killed + (code != 0), seen_old + (found == old)
+    left = [path for path in place.iterdir() if path.name.startswith(("left-", ".saved.saving-"))]
+    assert killed >= 20 and seen_old >= 10 and left, "too few were interrupted"
+    print(
+        f"{name}: {killed} killed of {len(moments)}, {seen_old} old; {whole:.2f} s, of which {whole - writing:.2f} write"
+    )
 
 
 # --- convert ---
