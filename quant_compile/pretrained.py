@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import nn
 
 from quant_compile import api
+from quant_compile.building import build, read_config
 from quant_compile.checkpoints.adopted import policy_of
-from quant_compile.checkpoints.build import build, read_config
 from quant_compile.checkpoints.config import describe
 from quant_compile.checkpoints.description import PACKED, Description, shown
 from quant_compile.checkpoints.errors import CheckpointError
