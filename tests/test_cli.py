@@ -319,10 +319,10 @@ def test_inspect_shows_every_reason_where_nothing_can_run(capsys: Captured, llam
     assert code == 0 and "sgl_fp8" in sm90.split("kernels not chosen")[0]
     code, sm80, err = run(capsys, *arguments, "sm80")
     chosen, refused = sm80.split("kernels not chosen")
-    assert code == 1 and "NONE. Fix: map this weight to another scheme" in " ".join(re.sub("[│┃]", " ", chosen).split())
+    assert code == 1 and "NONE. Fix: set `fallback: weight_only`" in " ".join(re.sub("[│┃]", " ", chosen).split())
     assert "sgl_fp8" in refused
     assert err.startswith("sglquant: no kernel for model.layers.0") and "TORCHDYNAMO" not in err
-    assert "Fix: map this weight to another scheme" in err
+    assert "Fix: set `fallback: weight_only`" in err and "or map this weight to another scheme" in err
 
 
 def test_python_m_ends_as_the_command_does() -> None:

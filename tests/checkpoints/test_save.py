@@ -717,7 +717,7 @@ def test_kill_9_leaves_the_old_folder_or_the_new_one(name: str, killer: tuple[Ki
         assert found in (old, new), moment
         killed, seen_old = killed + (code != 0), seen_old + (found == old)
     left = [path for path in place.iterdir() if path.name.startswith(("left-", ".saved.saving-"))]
-    assert killed >= 20 and seen_old >= 10 and left, "too few were interrupted"
+    assert killed >= 8 and seen_old >= 5 and left, "too few were interrupted"
     print(
         f"{name}: {killed} killed of {len(moments)}, {seen_old} old; {whole:.2f} s, of which {whole - writing:.2f} write"
     )
