@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant_compile import api
+from quant_compile.checkpoints.description import PACKED
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
 from quant_compile.checkpoints.fill import AS_READ, adopt_values
 from quant_compile.checkpoints.names import Slot, slots_of
@@ -32,7 +33,7 @@ from quant_compile.model.ledger import LEDGER
 from quant_compile.options import Options
 from quant_compile.policy import Policy
 
-METHOD = "sglquant"
+METHOD = PACKED
 
 
 @register_quantization_config(METHOD)
@@ -70,7 +71,7 @@ class _Quantizer(HfQuantizer):
         self.policy: Policy | None = quantization_config.policy
         self.failure: QuantError | None = None
         self.late = ""
-        self._slots: Mapping[str, tuple[Slot, Scheme]] = {}
+        self._slots: dict[str, tuple[Slot, Scheme]] = {}
         self._dtype = torch.get_default_dtype()
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -95,7 +96,7 @@ class _Quantizer(HfQuantizer):
         for name, slot in slots_of(model).items():
             found = wishes.plain(slot)
             if found is not None and not alike & set(slot.names):
-                self._slots = {**self._slots, name: (slot, found)}
+                self._slots[name] = slot, found
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a weight is quantized as it is read."""
@@ -131,8 +132,8 @@ class _Quantizer(HfQuantizer):
             raise self.failure
         claim_before_tracing(p for p in cast(nn.Module, model).parameters() if p.dim() > 1)
         compiled = api.compile(model.eval(), self.policy, **{"release_weights": True, **self._options})
-        for note in filter(None, (self.late,)):
-            LEDGER.session(compiled, cast(Policy, self.policy), "").notes[note] = None
+        if self.late:
+            LEDGER.session(compiled, cast(Policy, self.policy), "").notes[self.late] = None
         return compiled
 
     def is_serializable(self) -> Any:

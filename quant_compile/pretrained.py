@@ -162,42 +162,35 @@ def load(
             f"{path} takes {plan.nbytes / 1e9:.2f} GB, and max_memory is {max_memory / 1e9:.2f} GB.\n"
             "Fix: a policy with fewer bits for what is not quantized, or a larger device."
         )
-    if plan.packed is not None:
-        return _load_packed(plan, plan.packed, target, progress, options)
     with _bar(plan, progress) as step:
-        filler = Filler(plan.files, plan.description, plan.dtype, target, plan.wishes, step)
-        outcomes = filler.fill(plan.mapped)
+        whole = _filled(plan, target, step)
     _move_buffers(plan.model, target)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
-    whole = policy_of(plan.model, outcomes, plan.description, plan.given, plan.fallback)
+    notes = list(plan.notes)
+    if plan.packed is not None:
+        notes += _used_times(plan.packed, Target.of(target if target.type == "cuda" else "cpu"))
     options.setdefault("release_weights", True)
     model = api.compile(plan.model.eval(), whole, **options)
-    _note(model, plan, outcomes, whole, target)
+    _note(model, notes, whole, target)
     return model
 
 
-def _load_packed(
-    plan: Plan, packed: Packed, device: torch.device, progress: bool | None, options: dict[str, Any]
-) -> nn.Module:
-    """Planes as they are, under the policy that they were made by."""
-    with _bar(plan, progress) as step:
-        packed.fill(plan.model, device, step)
-    _move_buffers(plan.model, device)
-    claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
-    target = Target.of(device if device.type == "cuda" else "cpu")
+def _filled(plan: Plan, device: torch.device, progress: Progress) -> Policy:
+    """Fill the model; the policy that what it has now belongs to."""
+    if plan.packed is not None:
+        plan.packed.fill(plan.model, device, progress)
+        assert plan.given is not None
+        return plan.given
+    filler = Filler(plan.files, plan.description, plan.dtype, device, plan.wishes, progress)
+    return policy_of(plan.model, filler.fill(plan.mapped), plan.description, plan.given, plan.fallback)
+
+
+def _used_times(packed: Packed, target: Target) -> list[str]:
+    """Use the times of kernels that a folder has, and say what of it does not hold for this device."""
     known = imported(target, packed.times)
-    assert plan.given is not None
-    options.setdefault("release_weights", True)
-    model = api.compile(plan.model.eval(), plan.given, **options)
-    _note(model, plan, plan.outcomes, plan.given, device)
-    session = LEDGER.session(model, plan.given, target.label)
     if packed.target != target.label:
-        session.notes[
-            f"packed on {packed.target}: what kernels here read otherwise is packed anew at the first call"
-        ] = None
-    elif target.device == "cuda" and not known:
-        session.notes["packed with other versions: kernels are measured anew"] = None
-    return model
+        return [f"packed on {packed.target}: what kernels here read otherwise is packed anew at the first call"]
+    return ["packed with other versions: kernels are measured anew"] if target.device == "cuda" and not known else []
 
 
 def _plan_packed(
@@ -320,10 +313,9 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
             module._buffers[attribute] = buffer.to(device)
 
 
-def _note(model: nn.Module, plan: Plan, outcomes: Sequence[Outcome], policy: Policy, device: torch.device) -> None:
+def _note(model: nn.Module, notes: Sequence[str], policy: Policy, device: torch.device) -> None:
     session = LEDGER.session(model, policy, Target.of(device if device.type == "cuda" else "cpu").label)
-    for note in plan.notes:
-        session.notes[note] = None
+    session.notes |= dict.fromkeys(notes)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ layout prescribes, so that a file of another version, or one that was changed, i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -263,13 +262,13 @@ class _Reader:
         """Everything, checked."""
         slabs = tuple(self._slab(i, value) for i, value in enumerate(self._list("slabs")))
         taken = [slot.name for slab in slabs for slot in slab.members if slot is not None]
-        twice = next((name for name in taken if taken.count(name) > 1), None)
-        if twice is not None:
+        quantized = set(taken)
+        if len(quantized) < len(taken):
+            twice = next(name for name in taken if taken.count(name) > 1)
             self._fail(f"gives {twice} planes twice")
-        kept = tuple(slot for slot in dict.fromkeys(self.slots.values()) if slot.name not in set(taken))
+        kept = tuple(slot for slot in dict.fromkeys(self.slots.values()) if slot.name not in quantized)
         for slot in kept:
             self._check(slot.name, slot.tensor.dtype, tuple(slot.tensor.shape))
-        quantized = set(taken)
         scales = self._names("input_scales", quantized)
         for tensor in scales.values():
             self._check(tensor, torch.float32, (1,))
@@ -386,9 +385,9 @@ class _Reader:
 
     def _of_inputs(self) -> dict[str, dict[str, str]]:
         out: dict[str, dict[str, str]] = {}
+        modules = dict(self.model.named_modules())
         for path, value in self._object(self.data.get("inputs"), "inputs").items():
-            module = dict(self.model.named_modules()).get(path)
-            width = getattr(module, "in_features", None)
+            width = getattr(modules.get(path), "in_features", None)
             named = self._object(value, f"inputs.{path}")
             if not isinstance(width, int) or not named or not set(named) <= {"order", "factor"}:
                 self._fail(f"inputs names {path!r}, which is no linear of the model")
@@ -397,7 +396,7 @@ class _Reader:
                 if info is None or info.shape != (width,) or info.dtype.is_floating_point == (kind == "order"):
                     self._fail(f"inputs.{path}.{kind} is no tensor of {width} numbers")
                 self.used.add(info.name)
-                if kind == "order" and not re.fullmatch(r"torch\.int(32|64)", str(info.dtype)):
+                if kind == "order" and info.dtype not in (torch.int32, torch.int64):
                     self._fail(f"inputs.{path}.order has dtype {info.dtype}")
                 out.setdefault(path, {})[kind] = info.name
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -246,14 +247,18 @@ def check_int8() -> None:
     """Every 8-bit kernel over odd shapes."""
     for (n, k), dtype in itertools.product((*SHAPES, (16, 1100)), (torch.float32, torch.float16)):
         problem = problem_of("W8A16", n, k, dtype, has_bias=True)
-        rows = weights(problem)
-        bias = torch.randn(n).to(dtype)
-        for m, run in ((1, w4.run_gemv8), (19, w4.run_matmul8), (3, w4.run_dequant8)):
-            if run is w4.run_matmul8 and dtype == torch.float32:
-                continue
-            x = torch.randn(m, k).to(dtype)
-            reference = weight_only.linear((x,), rows, bias, problem.scheme, dtype)
-            check(run((x,), rows, bias, problem), reference, dtype, (n, k, dtype, run.__name__))
+        check_rows(problem, weights(problem), weight_only.linear)
+
+
+def check_rows(problem: Problem, rows: tuple[torch.Tensor, ...], linear: Callable[..., torch.Tensor]) -> None:
+    """Every kernel of 8-bit rows against ``linear``, with a bias."""
+    dtype, bias = problem.dtype, torch.randn(problem.n).to(problem.dtype)
+    for m, run in ((1, w4.run_gemv8), (19, w4.run_matmul8), (3, w4.run_dequant8)):
+        if run is w4.run_matmul8 and dtype == torch.float32:
+            continue
+        x = torch.randn(m, problem.k).to(dtype)
+        reference = linear((x,), rows, bias, problem.scheme, dtype)
+        check(run((x,), rows, bias, problem), reference, dtype, (problem.n, problem.k, dtype, run.__name__))
 
 
 def check_fp8() -> None:
@@ -265,13 +270,7 @@ def check_fp8() -> None:
         rows = fp8.quantize_weight(torch.randn(n, k), problem.scheme)
         if n == 1:
             rows = every, torch.ones(1, 1)
-        bias = torch.randn(n).to(dtype)
-        for m, run in ((1, w4.run_gemv8), (19, w4.run_matmul8), (3, w4.run_dequant8)):
-            if run is w4.run_matmul8 and dtype == torch.float32:
-                continue
-            x = torch.randn(m, k).to(dtype)
-            reference = fp8.linear((x,), rows, bias, problem.scheme, dtype)
-            check(run((x,), rows, bias, problem), reference, dtype, (n, k, dtype, run.__name__))
+        check_rows(problem, rows, fp8.linear)
 
 
 def check_misaligned() -> None:
