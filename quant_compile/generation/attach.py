@@ -15,12 +15,13 @@ from torch import nn
 from torch._dynamo import trace_rules
 
 from quant_compile.generation import caches
-from quant_compile.generation.blocks import Active, BlockCall, Blocks, blocks_of, shared_call
+from quant_compile.generation.blocks import Active, BlockCall, Blocks, Head, blocks_of, shared_call
+from quant_compile.generation.calls import noted
 from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.generation.inputs import marked
 from quant_compile.generation.lease import Names
 from quant_compile.generation.loop import HOOKS, Loop
-from quant_compile.generation.step import Step, noted
+from quant_compile.generation.step import Step
 from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options
@@ -172,6 +173,10 @@ def _blockwise(
         installed.set(block, CALL, BlockCall(block, index, cache, run, active))
     for module in found.single:
         installed.set(module, CALL, BlockCall(module, 0, cache, compiled(shared_call()), active))
+    embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = embeddings()
+    if isinstance(head, nn.Linear) and all(head is not module for module in found.single):
+        installed.set(head, CALL, Head(head, active))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not isinstance(kwargs.get(cache), caches.types().static):

@@ -6,7 +6,7 @@ mask is kept, and each step writes what the next token may see into it: on the d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -183,6 +183,15 @@ def shape_of(value: Any) -> Any:
     if isinstance(value, dict | tuple | list) or is_dataclass(value):
         return type(value), *((name, shape_of(item)) for name, item in _members(value).items())
     return type(value)
+
+
+def leaves(value: Any) -> Iterator[Tensor]:
+    """All tensors in a value, in dicts, sequences and models' outputs too; a cache's are left out."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list) or (is_dataclass(value) and not isinstance(value, type)):
+        for item in _members(value).values():
+            yield from leaves(item)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from quant_compile.generation import caches
+from quant_compile.generation.calls import Noting
 from quant_compile.generation.graphs import Recorder, Recording, copier, counted, put_back, python_state
 from quant_compile.generation.inputs import Mask, Slot, mark, masks_of, shape_of, slot_of
 from quant_compile.generation.pool import Block
+from quant_compile.generation.prompts import LONGEST, Filler, Run
 from quant_compile.generation.weights import Weights
 
 BUSY = 1024  # a prompt of so many tokens keeps the device busy while the host looks at the weights; else the first step does it
@@ -209,22 +211,38 @@ class Lease:
 
     # -- calls of the model --------------------------------------------------------------------------------------------
 
-    def fill(self, inputs: dict[str, Any], tokens: int, run: Callable[..., tuple[Any, tuple[int, ...]]]) -> Any:
+    def fill(self, inputs: dict[str, Any], tokens: int, run: Run) -> Any:
         """A call with several tokens, or the first one.
 
         Args:
-            run: calls the model; (its outputs, the graphs that ran).
+            run: calls the model.
         """
-        made, graphs = run(**inputs)
+        self._looked = False
+        made, graphs = self._short(inputs, tokens, run) or _noted(inputs, run)
         if not self.length:
             self.filled_by = graphs
             caches.fill(self.cache)
-        self._looked = False
-        if self.shared.recorder is not None and tokens * self.block.key.batch >= BUSY:
+        if not self._looked and self.shared.recorder is not None and tokens * self.block.key.batch >= BUSY:
             self._look()
         self.length += tokens
         self._let_go()
         return made
+
+    def _short(self, inputs: dict[str, Any], tokens: int, run: Run) -> tuple[Any, tuple[int, ...]] | None:
+        """A short prompt, by way of recordings; None if it is none."""
+        shared, recorder, name = self.shared, self.shared.recorder, self.shared.names.cache
+        rows = self.block.key.batch
+        if recorder is None or self.length or tokens * rows > LONGEST or len(caches.parts(self.cache)) > 1:
+            return None
+        given = {key: value for key, value in inputs.items() if key != name}
+        prompt = self.block.prompts.of(given, recorder.place())
+        if prompt is None:
+            return None
+        with shared.lock:
+            filler = Filler(self.cache, name, run, recorder, shared.weights, shared.note)
+            found = filler.fill(self.block.prompts, prompt, given)
+        self._looked = True
+        return found
 
     def decode(self, inputs: dict[str, Any]) -> Any:
         """A call with one token."""
@@ -325,6 +343,12 @@ class Lease:
         if counts is None:
             return "a step changes Python values of its cache"
         return Recording(replay, copier(made, partial(_kept, self.block, plan, self.cache)), counts, state)
+
+
+def _noted(inputs: dict[str, Any], run: Run) -> tuple[Any, tuple[int, ...]]:
+    """(the model's outputs, the graphs that ran)."""
+    noting = Noting()
+    return run(inputs, noting), noting.graphs
 
 
 def _kept(block: Block, plan: Plan, cache: Any, value: Any) -> Callable[[], Any] | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_compile.generation import caches, facts
+from quant_compile.generation.blocks import around_blocks
 from quant_compile.generation.graphs import CudaRecorder, Recorder
 from quant_compile.generation.inputs import tokens_in
 from quant_compile.generation.lease import Lease, Shared
@@ -211,8 +212,8 @@ class Loop:
             chunked = getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None)
             writes = self._quick and chunked is None
             inside, names = self.step.inside, self.step.names
-            lock = threading.RLock()
-            self._shared = Shared(inside, names, recorder, Weights(model), lock, self._note, writes)
+            lock, weights = threading.RLock(), Weights(model, around_blocks(model))
+            self._shared = Shared(inside, names, recorder, weights, lock, self._note, writes)
         return self._shared
 
     def _blocks(self, rows: int, most: int, inputs: dict[str, Any]) -> Callable[[int], Block | None]:

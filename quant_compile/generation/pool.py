@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quant_compile.generation import caches
+from quant_compile.generation.prompts import Prompts
 
 MOST_IDLE = 6  # blocks that wait for another call
 SHARE_OF_DEVICE = 8  # blocks beyond the last one may take an eighth of a device's memory
@@ -31,11 +32,12 @@ class Key(NamedTuple):
 
 @dataclass(eq=False)
 class Block:
-    """A cache with its memory, and what was recorded over it."""
+    """A cache with its memory, and what was recorded over it: decode steps and short prompts."""
 
     key: Key
     cache: Any
     plans: dict[Any, Any] = field(default_factory=dict)
+    prompts: Prompts = field(default_factory=Prompts)
 
     @property
     def bytes(self) -> int:

@@ -6,40 +6,12 @@ Prompts get a dynamic length from the first on, so that one graph serves them al
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from torch import fx
-
-from quant_compile.backend import sglquant
+from quant_compile.generation.calls import Watcher, watched
 from quant_compile.generation.inputs import marked, tokens_in
 from quant_compile.generation.lease import Lease, Names
-
-
-class _Seen(threading.local):
-    graphs: list[int] | None = None
-
-
-_SEEN = _Seen()
-
-
-def noted(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Callable[..., Any]:
-    """The backend ``sglquant``, whose graphs say that they ran."""
-    run = sglquant(gm, example_inputs, mode=mode, options=options)
-    identity = id(run)
-
-    def call(*args: Any) -> Any:
-        if _SEEN.graphs is not None:
-            _SEEN.graphs.append(identity)
-        return run(*args)
-
-    return call
 
 
 class Step:
@@ -76,13 +48,9 @@ class Step:
             return self.inside(*args, **(self._marked(kwargs)))
         return self.outside(*args, **kwargs)
 
-    def _fill(self, **inputs: Any) -> tuple[Any, tuple[int, ...]]:
-        _SEEN.graphs = []
-        try:
-            made = self.inside(**self._marked(inputs))
-        finally:
-            graphs, _SEEN.graphs = tuple(_SEEN.graphs), None
-        return made, graphs
+    def _fill(self, inputs: dict[str, Any], watcher: Watcher) -> Any:
+        with watched(watcher):
+            return self.inside(**self._marked(inputs))
 
     def _marked(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: marked(name, value) for name, value in inputs.items()} if self._dynamic else inputs

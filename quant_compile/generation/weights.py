@@ -1,13 +1,14 @@
 """Notice that a model's weights are no longer those that a CUDA graph was recorded with.
 
 A recorded graph reads planes and parameters where they lay. ``Weights`` counts the changes: an update in place is seen at each
-token; a Parameter that is replaced, or moved to other memory, when a call of ``generate`` begins.
+token; a Parameter that is replaced, or moved to other memory, when a call of ``generate`` begins. So are numbers and hooks of modules
+that no compiled graph stands for, since no guard of Dynamo's looks at these.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -22,10 +23,17 @@ _VERSION = attrgetter("_version")
 
 
 class Weights:
-    """The Parameters and buffers of a model, and how often they have changed."""
+    """The Parameters and buffers of a model, and how often they have changed.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: held weakly.
+        around: its modules that run as they were written, around compiled blocks.
+    """
+
+    def __init__(self, model: nn.Module, around: Iterable[nn.Module] = ()) -> None:
         self._model = weakref.ref(model)
+        self._around = [weakref.ref(module) for module in around]
+        self._python: list[Any] = []
         self._places: list[tuple[int, tuple[Any, ...]]] = []
         self._storages = Storages(())
         self._watched: list[Tensor] = []
@@ -36,6 +44,10 @@ class Weights:
         """Compare all that a graph may read; when a call begins. Dynamo guards neither Parameters nor which modules hold them."""
         model = self._model()
         held = list(_tensors(model)) if model is not None else []
+        python = [_python_state(module) for reference in self._around if (module := reference()) is not None]
+        if python != self._python:
+            self._python = python
+            self._changes += 1
         with torch._C.DisableTorchFunctionSubclass():
             places = [(id(tensor), () if _released(tensor) else address_of(tensor)) for tensor in held]
             if places == self._places and not self._storages.died:
@@ -45,6 +57,10 @@ class Weights:
             self._storages = Storages(tensor for tensor, (_, place) in zip(held, places, strict=True) if place)
             self._watched = [t for t in held if isinstance(t, Parameter) and not t.is_inference() and not _released(t)]
             self._versions = list(map(_VERSION, self._watched))
+
+    def gone(self) -> bool:
+        """Whether memory that a graph may read has been given up since the last look; costs nothing to ask."""
+        return bool(self._storages.died)
 
     def state(self) -> tuple[int, int]:
         """Counts that move when a weight is updated in place or planes are packed anew; cheap."""
@@ -64,6 +80,14 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
         for values in (held["_parameters"], held["_buffers"]):
             yield from (value for value in values.values() if value is not None)
         stack += [child for child in held["_modules"].values() if child is not None]
+
+
+def _python_state(module: nn.Module) -> tuple[Any, ...]:
+    """What decides how a module runs, but for its weights: numbers, texts, children, hooks, a ``forward`` of its own."""
+    held = vars(module)
+    plain = [(name, value) for name, value in held.items() if isinstance(value, bool | int | float | str)]
+    parts = (held["_modules"], held["_forward_hooks"], held["_forward_pre_hooks"])
+    return plain, [list(map(id, part.values())) for part in parts], id(held.get("forward"))
 
 
 def _released(tensor: Tensor) -> bool:

@@ -170,16 +170,21 @@ class GraphRunner:
         return variant
 
     def __call__(self, *args: Any) -> Any:
+        binding = self.bound(args)
+        if binding is None:
+            with unprofiled():  # binding, and what the graph's first call sets up
+                binding = self._bind(self._pick(args))
+                return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
+        return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
+
+    def bound(self, args: tuple[Any, ...]) -> Binding | None:
+        """What a call with these arguments would run; None if it had to be bound anew."""
         parameters = self._pick(args)
         if self._slices:
             self._note_slices(args)
         self.source.reload_if_changed()
         binding = self._bindings.get(tuple(map(id, parameters)))
-        if binding is None or not self._is_current(binding, parameters):
-            with unprofiled():  # binding, and what the graph's first call sets up
-                binding = self._bind(parameters)
-                return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
-        return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
+        return binding if binding is not None and self._is_current(binding, parameters) else None
 
     def _note_slices(self, args: Sequence[Any]) -> None:
         """Name the weights of which this graph multiplies a slice that was taken outside of it."""

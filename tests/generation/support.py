@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quant_compile
-from quant_compile.generation import attach
+from quant_compile.generation import attach, prompts
 from quant_compile.generation.loop import Loop
 from tests.runtime_support import UNMERGED, CompileCounter, ReferenceLinear, reference_of
 
@@ -129,14 +130,15 @@ class Tape(TorchDispatchMode):
                         old.copy_(new)
 
 
-class TapeRecorder:
-    """A ``Recorder`` for any device, which counts."""
+class TapeRecorder(threading.local):
+    """A ``Recorder`` for any device, which counts; each thread has its own tape and counts."""
+
+    tape: Tape | None = None
 
     def __init__(self) -> None:
         self.warmed = self.recorded = self.replayed = 0
         self.failure: Exception | None = None
         self.stream = 0
-        self.tape: Tape | None = None
 
     def place(self) -> int:
         return self.stream
@@ -169,6 +171,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch, plain_inductor: CompileCounter) ->
     """Models compiled in the test record their decode steps with this recorder, CPU or not.
 
     Dynamo runs nothing compiled under a dispatch mode, so the tape stops at the door of compiled code and goes on inside of it.
+    Prompts are not recorded, so that the counts are those of steps; ``recorder_of_prompts`` does that as well.
     """
     gc.collect()  # the end of an earlier test's model would count as a change of weights
     made = TapeRecorder()
@@ -195,4 +198,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch, plain_inductor: CompileCounter) ->
     monkeypatch.setattr(attach, "_compiled_function", compiled_outside_of_the_tape)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", taped)
     monkeypatch.setattr("quant_compile.generation.loop.recorder_for", lambda device: made)
+    monkeypatch.setattr("quant_compile.generation.lease.LONGEST", 0)
     return made
+
+
+@pytest.fixture
+def recorder_of_prompts(recorder: TapeRecorder, monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
+    """The same, for short prompts too."""
+    monkeypatch.setattr("quant_compile.generation.lease.LONGEST", prompts.LONGEST)
+    return recorder
