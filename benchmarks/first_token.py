@@ -4,6 +4,8 @@ Hosts are shared, and their speed changes by a factor of two within seconds; a f
 ``generate.py`` measures one stack after the other can therefore differ by more than the stacks do. Here each turn runs every
 stack once, in an order drawn anew, so that such changes hit all alike. Medians count; the least is recorded beside them.
 
+A prompt of a length that has come before can be replayed from a CUDA graph, one of a new length cannot: both are measured.
+
     python benchmarks/first_token.py            # on a GPU: Llama-3-8B's shape, 16 layers
     python benchmarks/first_token.py --smoke    # tiny, on a CPU: does it run?
 """
@@ -42,28 +44,29 @@ def first(stack: Worker, inputs: dict[str, torch.Tensor]) -> float:
     return stack.generate(inputs, 1) * 1e3
 
 
-def measure(workers: dict[str, Worker], prompt: int, turns: int) -> dict[str, list[float]]:
-    """Samples of every stack at one prompt length; what compiles does so before."""
-    inputs = {name: made.inputs(1, prompt) for name, made in workers.items()}
+def measure(workers: dict[str, Worker], prompt: int, turns: int, fresh: bool) -> dict[str, list[float]]:
+    """Samples of every stack at one prompt length, or at lengths below it that never come twice; what compiles does so before."""
     for name, made in workers.items():
+        inputs = made.inputs(1, prompt)
         made.fresh(1, prompt)
         for _ in range(3):
-            first(made, inputs[name])
+            first(workers[name], inputs)
     out: dict[str, list[float]] = {name: [] for name in workers}
     order = random.Random(prompt)
-    for _ in range(turns):
+    for turn in range(turns):
+        inputs = next(iter(workers.values())).inputs(1, prompt - 1 - turn if fresh else prompt)
         for name in order.sample(list(workers), len(workers)):
-            out[name].append(first(workers[name], inputs[name]))
+            out[name].append(first(workers[name], inputs))
     return out
 
 
-def rows_of(samples: dict[str, list[float]], prompt: int) -> list[dict[str, Any]]:
+def rows_of(samples: dict[str, list[float]], prompt: int, fresh: bool) -> list[dict[str, Any]]:
     """A row of each stack, with its ratio to the faster of bf16's two."""
     middle = {name: statistics.median(values) for name, values in samples.items()}
     best = min(middle[name] for name in BF16)
     return [
         {
-            "prompt": prompt, "stack": name, "ms": middle[name], "least_ms": min(values), "samples": len(values),
+            "prompt": prompt, "lengths": "new" if fresh else "same", "stack": name, "ms": middle[name], "least_ms": min(values), "samples": len(values),
             "speedup": best / middle[name],
         }
         for name, values in samples.items()
@@ -101,9 +104,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "settings": {"turns": turns, **options},
         }
         for prompt in prompts:
-            rows += rows_of(measure(workers, prompt, turns), prompt)
-            write_result(args.out, rows, meta, quiet=True)
-    keys = ("prompt", "stack", "ms", "least_ms", "speedup")
+            for fresh in (False, True):
+                count = min(turns, prompt // 4) if fresh else turns
+                rows += rows_of(measure(workers, prompt, count, fresh), prompt, fresh)
+                write_result(args.out, rows, meta, quiet=True)
+    keys = ("prompt", "lengths", "stack", "ms", "least_ms", "speedup")
     print(table(list(keys), [[row[key] for key in keys] for row in rows]))
 
 
