@@ -66,7 +66,8 @@ def rows_of(samples: dict[str, list[float]], prompt: int, fresh: bool) -> list[d
     best = min(middle[name] for name in BF16)
     return [
         {
-            "prompt": prompt, "lengths": "new" if fresh else "same", "stack": name, "ms": middle[name], "least_ms": min(values), "samples": len(values),
+            "prompt": prompt, "lengths": "new" if fresh else "same", "stack": name, "ms": middle[name],
+            "least_ms": min(values), "samples": len(values),
             "speedup": best / middle[name],
         }
         for name, values in samples.items()
