@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo import trace_rules
 
 from quant_compile.generation import caches
-from quant_compile.generation.blocks import Active, BlockCall, Blocks, Head, blocks_of, shared_call
+from quant_compile.generation.blocks import Active, BlockCall, Blocks, blocks_of, shared_call
 from quant_compile.generation.calls import noted
 from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.generation.inputs import marked
@@ -173,10 +173,6 @@ def _blockwise(
         installed.set(block, CALL, BlockCall(block, index, cache, run, active))
     for module in found.single:
         installed.set(module, CALL, BlockCall(module, 0, cache, compiled(shared_call()), active))
-    embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = embeddings()
-    if isinstance(head, nn.Linear) and all(head is not module for module in found.single):
-        installed.set(head, CALL, Head(head, active))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not isinstance(kwargs.get(cache), caches.types().static):

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from quant_compile.generation import caches
-from quant_compile.generation.calls import AsGraph, through
 from quant_compile.generation.inputs import marked
 from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights, possible_weights
@@ -147,18 +146,6 @@ def around_blocks(model: nn.Module) -> list[nn.Module]:
     calls = {id(m) for m in model.modules() if isinstance(vars(m).get("_compiled_call_impl"), BlockCall)}
     inside = {id(part) for m in model.modules() if id(m) in calls for part in m.modules()}
     return [m for m in model.modules() if id(m) not in inside] if calls else []
-
-
-class Head:
-    """The call of a linear around the blocks that stays as it is; to those who watch the model's graphs it is one of them."""
-
-    def __init__(self, module: nn.Module, active: Active) -> None:
-        self._plain, self._active, self._graph = module._call_impl, active, AsGraph(module._call_impl)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or torch.compiler.is_dynamo_compiling() or not self._active.depth:
-            return self._plain(*args, **kwargs)
-        return through(self._graph, args)[0]
 
 
 def shared_call() -> Callable[..., Any]:

@@ -1,27 +1,29 @@
-"""Calls of compiled graphs within one call of a model: noted, remembered, or answered from memory with nothing launched.
+"""Calls of compiled graphs within one call of a model: noted, remembered, or answered by CUDA graphs with nothing else launched.
 
-A recorded CUDA graph knows nothing of Dynamo's guards. ``Answering`` lets a call of the model go its whole way on the host, guards and
-all, while the device already works on the recording: a compiled graph that is reached hands out what it returned before. If the call
-reaches other graphs, or the same ones with other arguments, the model is not the one that was recorded.
+A CUDA graph knows nothing of Dynamo's guards, nor of what stands around compiled graphs. So a call of the model always goes its whole
+way on the host. ``Answering`` stands before the compiled graphs on that way: where the first of a segment is reached, the segment's
+recording is launched, and all its graphs answer at once with what they will return. A call that reaches other graphs, or the same ones
+with other arguments, has strayed: the model is not the one that was recorded.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn import Parameter
 
 from quant_compile.backend import sglquant
 
 
 class Graph(Protocol):
-    """A compiled graph, or what is to be treated as one."""
+    """A compiled graph."""
 
     def __call__(self, *args: Any) -> Any:
         """Run it."""
@@ -32,22 +34,14 @@ class Graph(Protocol):
         ...
 
 
-class AsGraph:
-    """A function of tensors that is always the same work, as a graph."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return (self._function(*args),)
-
-    def bound(self, args: tuple[Any, ...]) -> Any:
-        """Itself."""
-        return self
-
-
 class Watcher(Protocol):
-    """What stands between a call and its compiled graphs."""
+    """What stands between a call and its compiled graphs.
+
+    Attributes:
+        compiles: whether graphs may be compiled meanwhile.
+    """
+
+    compiles: bool
 
     def __call__(self, graph: Graph, args: tuple[Any, ...]) -> Any:
         """What the graph returns."""
@@ -58,45 +52,10 @@ class Strayed(Exception):
     """A call did not go the way that is remembered."""
 
 
-@dataclass(frozen=True, eq=False)
-class Called:
-    """One call of a graph.
-
-    Attributes:
-        graph: its identity.
-        bound: what ran, weakly.
-        given: its arguments that are no tensors.
-        outputs: what it returned; a ``Blank`` for what only the next graph reads.
-    """
-
-    graph: int
-    bound: Callable[[], Any]
-    given: tuple[Any, ...]
-    outputs: Any
-
-
-@dataclass(frozen=True)
-class Blank:
-    """A tensor without its values."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @staticmethod
-    def of(tensor: Tensor) -> Blank:
-        """As the tensor."""
-        return Blank(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-    def made(self) -> Tensor:
-        """A tensor full of NaN, or of -1: who reads it notices."""
-        made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
-        return made.fill_(float("nan") if self.dtype.is_floating_point else -1)
-
-
 class Noting:
     """Notes the graphs that ran."""
+
+    compiles = True
 
     def __init__(self) -> None:
         self._graphs: list[int] = []
@@ -111,51 +70,160 @@ class Noting:
         return tuple(self._graphs)
 
 
-class Remembering:
-    """Remembers each graph's arguments and results, with no tensor kept that only the next graph reads."""
+@dataclass(frozen=True, eq=False)
+class Called:
+    """One call of a graph, with all that it was given and returned.
 
-    def __init__(self) -> None:
-        self._calls: list[Called] = []
-        self._read: set[int] = set()
+    Attributes:
+        graph: the graph.
+        args: its arguments.
+        made: what it returned.
+        sources: number of each tensor among the arguments that is no Parameter; equal ones have one number.
+        fresh: those of them that come from outside of compiled graphs, and come for the first time.
+        results: numbers of the tensors that it returned.
+    """
+
+    graph: Graph
+    args: tuple[Any, ...]
+    made: tuple[Any, ...]
+    sources: tuple[int, ...]
+    fresh: tuple[int, ...]
+    results: tuple[int, ...]
+
+
+class Remembering:
+    """Remembers what goes from graph to graph in a call that runs as ever.
+
+    Args:
+        fixed: tensors that every call gets as they are: a cache's.
+    """
+
+    compiles = True
+
+    def __init__(self, fixed: Iterable[Tensor]) -> None:
+        self.calls: list[Called] = []
+        self.fixed = list(fixed)
+        self._numbers = {_key(tensor): number for number, tensor in enumerate(self.fixed)}
 
     def __call__(self, graph: Graph, args: tuple[Any, ...]) -> Any:
-        made, before = graph(*args), self._read
-        self._read = {arg.data_ptr() for arg in args if isinstance(arg, Tensor)}
-        if self._calls:
-            own_results = self._read - before  # not the memory of its own arguments
-            self._calls[-1] = _without_values(self._calls[-1], own_results)
-        self._calls.append(Called(id(graph), weakref.ref(graph.bound(args)), _given(args), made))
+        made, known = graph(*args), len(self._numbers)
+        sources = tuple(map(self._number, tensors_in(args)))
+        fresh = tuple(dict.fromkeys(number for number in sources if number >= known))
+        results = tuple(map(self._number, tensors_in(made)))
+        self.calls.append(Called(graph, args, made, sources, fresh, results))  # alive, so that no address comes twice
         return made
 
-    def calls(self) -> tuple[Called, ...]:
-        """All calls, with tensors in the places of those that were not kept; equal ones are one."""
-        blanks: dict[tuple[int, Blank], Tensor] = {}
-        return tuple(replace(call, outputs=_filled(call.outputs, blanks)) for call in self._calls)
+    def _number(self, tensor: Tensor) -> int:
+        return self._numbers.setdefault(_key(tensor), len(self._numbers))
+
+    @property
+    def count(self) -> int:
+        """Tensors that were seen."""
+        return len(self._numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a recording reads a tensor from outside; memory that the tensor repeats is there once.
+
+    Attributes:
+        base: the memory.
+        view: as the recording sees it.
+    """
+
+    base: Tensor
+    view: Tensor
+
+    @staticmethod
+    def of(tensor: Tensor) -> Slot:
+        """Filled with the tensor's values."""
+        sizes = [1 if step == 0 else size for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+        base = torch.empty_strided(sizes, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        made = Slot(base, base.expand(tensor.shape))
+        made.fill(tensor)
+        return made
+
+    def fill(self, tensor: Tensor) -> None:
+        """Copy a tensor's values.
+
+        Raises:
+            Strayed: it is laid out in another way.
+        """
+        if tensor.shape != self.view.shape or tensor.stride() != self.view.stride():
+            raise Strayed
+        once = tensor.as_strided(self.base.shape, tensor.stride(), tensor.storage_offset())
+        self.base.copy_(once)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a call of a graph must be, and what it gets.
+
+    Attributes:
+        graph: identity of the graph.
+        bound: what ran, weakly.
+        plain: the arguments that are no tensors.
+        sources: as of ``Called``.
+        slots: where the recording reads what is fresh, by number.
+        replay: launches the segment that begins with this call; None within a segment.
+        outputs: what it returns.
+    """
+
+    graph: int
+    bound: Callable[[], Any]
+    plain: list[Any]
+    sources: tuple[int, ...]
+    slots: Mapping[int, Slot]
+    replay: Callable[[], None] | None
+    outputs: tuple[Any, ...]
 
 
 class Answering:
-    """Answers each call of a graph from memory.
+    """Answers each call of a graph.
+
+    Args:
+        answers: in their order.
+        addresses: of all tensors by number; those of fresh ones do not count.
 
     Raises:
         Strayed: when called, if the graph or its arguments are not those that are remembered.
     """
 
-    def __init__(self, calls: Sequence[Called]) -> None:
-        self._calls, self._at = calls, 0
+    compiles = False
+
+    def __init__(self, answers: Sequence[Answer], addresses: Sequence[int]) -> None:
+        self._answers, self._addresses, self._at = answers, list(addresses), 0
+        self._held: list[Tensor] = []  # alive, so that no address comes twice
 
     def __call__(self, graph: Graph, args: tuple[Any, ...]) -> Any:
-        if self._at == len(self._calls):
+        if self._at == len(self._answers):
             raise Strayed
-        found, bound = self._calls[self._at], graph.bound(args)
-        if found.graph != id(graph) or bound is None or found.bound() is not bound or found.given != _given(args):
+        answer, bound = self._answers[self._at], graph.bound(args)
+        if answer.graph != id(graph) or bound is None or answer.bound() is not bound or answer.plain != plain_in(args):
+            raise Strayed
+        tensors = tensors_in(args)
+        if len(tensors) != len(answer.sources):
+            raise Strayed
+        if answer.replay is not None:
+            self._begin(answer, tensors, answer.replay)
+        known = self._addresses
+        if [tensor.data_ptr() for tensor in tensors] != [known[number] for number in answer.sources]:
             raise Strayed
         self._at += 1
-        return found.outputs
+        return answer.outputs
+
+    def _begin(self, answer: Answer, tensors: list[Tensor], replay: Callable[[], None]) -> None:
+        for number, slot in answer.slots.items():
+            tensor = tensors[answer.sources.index(number)]
+            slot.fill(tensor)
+            self._addresses[number] = tensor.data_ptr()
+            self._held.append(tensor)
+        replay()
 
     @property
     def done(self) -> bool:
         """Whether all graphs were called."""
-        return self._at == len(self._calls)
+        return self._at == len(self._answers)
 
 
 class _Current(threading.local):
@@ -167,18 +235,20 @@ _CURRENT = _Current()
 
 @contextmanager
 def watched(watcher: Watcher) -> Generator[None]:
-    """Let a watcher stand before the compiled graphs that this thread calls."""
+    """Let a watcher stand before the compiled graphs that this thread calls.
+
+    Raises:
+        Strayed: a graph would have to be compiled, and the watcher does not let it.
+    """
     before, _CURRENT.watcher = _CURRENT.watcher, watcher
     try:
         yield
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, Strayed):
+            raise error.inner_exception from None
+        raise
     finally:
         _CURRENT.watcher = before
-
-
-def through(graph: Graph, args: tuple[Any, ...]) -> Any:
-    """Call a graph by way of the watcher."""
-    watcher = _CURRENT.watcher
-    return graph(*args) if watcher is None else watcher(graph, args)
 
 
 def noted(
@@ -188,33 +258,32 @@ def noted(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """The backend ``sglquant``, whose graphs go through the watcher."""
+    """The backend ``sglquant``, whose graphs are called by way of the watcher."""
+    if _CURRENT.watcher is not None and not _CURRENT.watcher.compiles:
+        raise Strayed
     graph: Any = sglquant(gm, example_inputs, mode=mode, options=options)
 
     def call(*args: Any) -> Any:
-        return through(graph, args)
+        watcher = _CURRENT.watcher
+        return graph(*args) if watcher is None else watcher(graph, args)
 
     return call
 
 
-def _given(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple([arg for arg in args if not isinstance(arg, Tensor)])
+def is_input(value: Any) -> bool:
+    """Whether a graph's argument is a tensor that differs from call to call, or may."""
+    return isinstance(value, Tensor) and not isinstance(value, Parameter)
 
 
-def _without_values(call: Called, read: set[int]) -> Called:
-    if not isinstance(call.outputs, tuple | list):
-        return call
-    outputs = [Blank.of(o) if isinstance(o, Tensor) and o.data_ptr() in read else o for o in call.outputs]
-    return replace(call, outputs=tuple(outputs))
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among a graph's arguments or results that are no Parameters."""
+    return [value for value in values if is_input(value)]
 
 
-def _filled(outputs: Any, blanks: dict[tuple[int, Blank], Tensor]) -> Any:
-    if not isinstance(outputs, tuple | list):
-        return outputs
-    made: list[Any] = []
-    for position, output in enumerate(outputs):
-        if isinstance(output, Blank):
-            found = blanks.get((position, output))
-            output = blanks[position, output] = output.made() if found is None else found
-        made.append(output)
-    return tuple(made)
+def plain_in(values: Iterable[Any]) -> list[Any]:
+    """What is no tensor among a graph's arguments."""
+    return [value for value in values if not isinstance(value, Tensor)]
+
+
+def _key(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -74,6 +74,8 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         with self._busy:
             try:
+                with torch.cuda.stream(self._side()):
+                    torch.cuda.current_blas_handle()  # each thread has its own, which cannot be made while a stream is captured
                 with capturing(graph, self._side(), self._pools[place]):
                     made = run()
             except BaseException:

@@ -236,11 +236,9 @@ class Lease:
             return None
         given = {key: value for key, value in inputs.items() if key != name}
         prompt = self.block.prompts.of(given, recorder.place())
-        if prompt is None:
-            return None
         with shared.lock:
-            filler = Filler(self.cache, name, run, recorder, shared.weights, shared.note)
-            found = filler.fill(self.block.prompts, prompt, given)
+            filler = Filler(self.cache, run, recorder, shared.weights, shared.note)
+            found = filler.fill(self.block.prompts, prompt, inputs)
         self._looked = True
         return found
 
