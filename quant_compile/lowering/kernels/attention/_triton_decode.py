@@ -5,8 +5,8 @@ sums. Codes are multiplied as f16, which holds e4m3, e5m2 and int8 exactly and c
 So that f16's range is enough, q is first divided by the power of two of its row's largest value, and the weights of the second product, p times
 the value's scale, are kept at or below 1: the running maximum is that of the logarithm of the weights, not of the scores.
 
-The mask is read first, for the range of blocks in which any row sees a key; no key and no value outside of it is read. What a
-program did not see costs nothing in ``combine_kernel``, either.
+The mask is read first, for the range of keys that any row sees; no key and no value outside of it is read. What a program did not
+see costs nothing in ``combine_kernel``, either.
 """
 
 from __future__ import annotations
@@ -55,18 +55,20 @@ def _reach(
     mask_ptr, rows, real, m_n, split, blocks, length, MASK: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr,
     SCAN: tl.constexpr,
 ):  # fmt: skip
-    """(first, end) of the program's own blocks in which any of the mask's ``rows`` (offsets, where ``real``) sees a key."""
-    first, end = blocks, 0
+    """What any of the mask's ``rows`` (offsets, where ``real``) sees: first and end of the program's own blocks, and of keys."""
+    first, end = length, 0
     places = tl.arange(0, SCAN)
     for start in range(0, blocks, SCAN // BN):
-        block = start + places // BN
-        keys = (split + block * SPLITS) * BN + places % BN
+        keys = (split + (start + places // BN) * SPLITS) * BN + places % BN
         inside = real[:, None] & (keys < length)[None, :]
         value = tl.load(mask_ptr + rows[:, None] + keys[None, :] * m_n, mask=inside, other=0)
         seen = tl.max(_sees(value, inside, MASK).to(tl.int32), 0) > 0
-        first = tl.minimum(first, tl.min(tl.where(seen, block, blocks), 0))
-        end = tl.maximum(end, tl.max(tl.where(seen, block + 1, 0), 0))
-    return first, end
+        first = tl.minimum(first, tl.min(tl.where(seen, keys, length), 0))
+        end = tl.maximum(end, tl.max(tl.where(seen, keys + 1, 0), 0))
+    some = end > 0
+    low = tl.where(some, (first // BN - split) // SPLITS, 0)
+    high = tl.where(some, ((end - 1) // BN - split) // SPLITS + 1, 0)
+    return low, high, first, end
 
 
 @triton.jit
@@ -117,22 +119,24 @@ def decode_kernel(
     totals [2, b * hkv, GROUP * T, SPLITS] to stats, f32. SHARED_MASK: one mask for all heads. ``_n``: strides along keys.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
+    WHOLE: tl.constexpr = EVEN and MASK == NO_MASK  # every key of every block is read
     b, h = (pair // kv_heads).to(tl.int64), pair % kv_heads
     rows = tl.program_id(2) * BM + tl.arange(0, BM)
     head, t, real = h * GROUP + rows // T, rows % T, rows < GROUP * T
     cols, d, dv = tl.arange(0, BN), tl.arange(0, PD), tl.arange(0, PDV)
     total_blocks = tl.cdiv(length, BN)
-    first, end = 0, tl.cdiv(total_blocks - split, SPLITS)
+    low, high = 0, tl.cdiv(total_blocks - split, SPLITS)
+    first, end = 0, length  # keys
     if MASK != NO_MASK:
         mask_ptr += b * m_b
         if SHARED_MASK:
             queries = tl.arange(0, SCAN_ROWS)
-            first, end = _reach(
-                mask_ptr, queries * m_t, queries < T, m_n, split, end, length, MASK, SPLITS, BN, SCAN,
+            low, high, first, end = _reach(
+                mask_ptr, queries * m_t, queries < T, m_n, split, high, length, MASK, SPLITS, BN, SCAN,
             )  # fmt: skip
         else:
-            first, end = _reach(
-                mask_ptr, head * m_h + t * m_t, real, m_n, split, end, length, MASK, SPLITS, BN, SCAN,
+            low, high, first, end = _reach(
+                mask_ptr, head * m_h + t * m_t, real, m_n, split, high, length, MASK, SPLITS, BN, SCAN,
             )  # fmt: skip
 
     q = tl.load(
@@ -159,28 +163,26 @@ def decode_kernel(
     top = tl.full((BM,), NEVER, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, PDV), tl.float32)
-    for block in range(first, end):
+    for block in range(low, high):
         start = (split + block * SPLITS) * BN
         keys = start + cols
-        inside = keys < length
+        inside = (keys >= first) & (keys < end)
         at = start.to(tl.int64)
-        k = _load(k_ptr + at * k_n + k_places, inside[:, None] & (d < D)[None, :], EVEN and D == PD, 0.0)
-        v = _load(v_ptr + at * v_n + v_places, inside[:, None] & (dv < DV)[None, :], EVEN and DV == PDV, 0.0)
+        k = _load(k_ptr + at * k_n + k_places, inside[:, None] & (d < D)[None, :], WHOLE and D == PD, 0.0)
+        v = _load(v_ptr + at * v_n + v_places, inside[:, None] & (dv < DV)[None, :], WHOLE and DV == PDV, 0.0)
         s = tl.dot(q, tl.trans(_operand(k, OPERAND))) * factor[:, None]
-        v = _operand(v, OPERAND)
-        seen = inside
         if KS == TOKEN:
-            s = s * _load(ks_ptr + b * ks_b + h * ks_h + keys * ks_n, inside, EVEN, 0.0)[None, :]
+            s = s * _load(ks_ptr + b * ks_b + h * ks_h + keys * ks_n, inside, WHOLE, 0.0)[None, :]
         if VS == TOKEN:
-            weight = _load(vs_ptr + b * vs_b + h * vs_h + keys * vs_n, inside, EVEN, 1.0)
+            weight = _load(vs_ptr + b * vs_b + h * vs_h + keys * vs_n, inside, WHOLE, 1.0)
         if CAP:
             s = _capped(s, softcap) * LOG2E
         if MASK == NO_MASK:
-            if not EVEN:
+            if not WHOLE:
                 s = tl.where(inside[None, :], s, NEVER)
         else:
             if SHARED_MASK and T == 1:
-                within = (keys < length)[None, :]
+                within = inside[None, :]
                 value = tl.load(mask_ptr + keys[None, :] * m_n, mask=within, other=0)
             else:
                 within = real[:, None] & inside[None, :]
@@ -191,12 +193,9 @@ def decode_kernel(
             if MASK == ADDITIVE:
                 s += value.to(tl.float32) * LOG2E
             s = tl.where(shown, s, NEVER)
-            seen = tl.max(shown.to(tl.int32), 0) > 0
-            v = tl.where(seen[:, None], v, 0.0)
         logarithms = s
         if VS == TOKEN:
-            weight = tl.where(seen, weight, 1.0)
-            logarithms = s + tl.math.log2(weight)[None, :]
+            logarithms = tl.where(s == NEVER, NEVER, s + tl.math.log2(weight)[None, :])
         higher = tl.maximum(top, tl.max(logarithms, 1))
         shift = _finite(higher)
         p = tl.math.exp2(s - shift[:, None])
@@ -204,7 +203,7 @@ def decode_kernel(
         total = total * fade + tl.sum(p, 1)
         if VS == TOKEN:
             p = tl.where(s == NEVER, 0.0, p * weight[None, :])
-        acc = tl.dot(p.to(OPERAND), v, acc * fade[:, None])
+        acc = tl.dot(p.to(OPERAND), _operand(v, OPERAND), acc * fade[:, None])
         top = higher
 
     last = BYTES_V
@@ -224,7 +223,7 @@ def decode_kernel(
         place = (pair.to(tl.int64) * (GROUP * T) + rows) * SPLITS + split
         tl.store(stats_ptr + place, top, mask=real)
         tl.store(stats_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * T * SPLITS) + place, total, mask=real)
-        if end > first:
+        if high > low:
             tl.store(parts_ptr + place[:, None] * DV + dv[None, :], acc, mask=width)
 
 

@@ -5,8 +5,9 @@ it open:
 
 * A row that sees no key gives zeros, as SDPA does for bool masks and for -inf (under sinks, too). An additive mask hides a key from
   HIDDEN down; SDPA takes finite values for numbers, so such a row would be the mean of all values, unfilled ones included.
-* A key that no query of a group sees has no influence, be it NaN or inf. SDPA's backends let such values through (0 * NaN).
-* A visible NaN or inf makes NaN, as in SDPA; it may reach other rows of the same sequence and KV head, as there.
+* Before the first and after the last key that any row of a sequence and KV head sees, K and V have no influence, be they NaN or inf:
+  left padding, what a window has left behind, and the unfilled end. SDPA's backends let such values through (0 * NaN).
+* Between those, a NaN or inf of V makes NaN in all rows of the sequence and KV head, as in SDPA; one of K only in rows that see it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def attention(
         full = mask.expand(b, heads, t, -1).reshape(b, kv_heads, rows, -1)
         seen = visible(full)
         s = torch.where(seen, s if mask.dtype == torch.bool else s + full.float(), float("-inf"))
-        values = torch.where(seen.any(2)[..., None], values, 0.0)
+        some = seen.any(2).long()
+        reached = (some.cumsum(-1) > 0) & (some.flip(-1).cumsum(-1).flip(-1) > 0)
+        values = torch.where(reached[..., None], values, 0.0)
     sink = torch.full_like(s[..., :1], float("-inf"))
     if sinks is not None:
         sink = sinks.float().repeat_interleave(t).reshape(1, kv_heads, rows, 1).expand_as(sink)

@@ -21,6 +21,8 @@ from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import enqueue
 
 MOST_TOKENS = 16
+# One program adds up the parts of a row.
+MOST_SPLITS = 64
 HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
 FLOATS = (torch.bfloat16, torch.float16)
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
@@ -170,29 +172,26 @@ def _name(dtype: torch.dtype) -> str:
 def plan_of(problem: Attention, target: Target) -> Plan:
     """The plan of a launch.
 
-    A block of K and V is about 32 KiB: with a block or two more on the way that is what keeps HBM busy at two programs an SM, and
-    the memory of an SM (99 KiB on sm89 and sm120) holds no more. Heads above 128 halve the keys of a block, codes double them,
-    unless there would be too few blocks for all SMs.
+    A block of K and V is 32 KiB in 16 bits, half of that in codes, so that what is on the way at two programs an SM (64 KiB) keeps HBM
+    busy: codes are loaded one block further ahead, where the SM's memory holds it (not the 99 KiB of sm89 and sm120). Heads above 128
+    halve the keys of a block. Codes are decoded in registers, for which four warps have too few.
     """
     wide = max(pow2(problem.head_size), pow2(problem.value_size)) > 128
-    pairs = problem.batch * problem.kv_heads
+    codes = problem.k_dtype.itemsize == 1
     block_n = 32 if wide else 64
-    if problem.k_dtype.itemsize == 1 and pairs * ceil(problem.length, 2 * block_n) >= 2 * target.sm_count:
-        block_n *= 2
     block_m = max(16, min(64, pow2(problem.group * problem.tokens)))
-    warps = 8 if block_m * pow2(problem.value_size) > 64 * 64 else 4
-    stages = 3 if shared_memory(target) >= 160 * 1024 else 2
-    programs = pairs * ceil(problem.group * problem.tokens, block_m)
+    warps = 8 if codes or block_m * pow2(problem.value_size) > 64 * 64 else 4
+    stages = (3 if shared_memory(target) >= 160 * 1024 else 2) + codes
+    programs = problem.batch * problem.kv_heads * ceil(problem.group * problem.tokens, block_m)
     return Plan(block_m, block_n, _splits(programs, ceil(problem.length, block_n), target.sm_count), warps, stages)
 
 
 def _splits(programs: int, blocks: int, sm_count: int) -> int:
-    """The fewest splits under which at most a tenth of the SMs' places (two each) stays empty in the last round; else the best."""
-    places = 2 * sm_count
-    most = max(1, min(blocks, ceil(places, programs), 64))
-    filled = {n: programs * n / (ceil(programs * n, places) * places) for n in range(1, most + 1)}
-    good = [n for n, share in filled.items() if share >= 0.9]
-    return good[0] if good else max(filled, key=lambda n: filled[n])
+    """The splits, 64 at most, under which a full cache takes the least time, in blocks: two programs run on an SM at a time, and each
+    costs about a block more than it reads. Of equals the fewest.
+    """
+    rounds = {n: ceil(programs * n, 2 * sm_count) for n in range(1, min(blocks, MOST_SPLITS) + 1)}
+    return min(rounds, key=lambda n: rounds[n] * (ceil(blocks, n) + 1))
 
 
 def decode(
