@@ -304,14 +304,22 @@ def check_store_and_decode() -> None:
     assert torch.equal(case.found(plan=plan(2)), coded.found(plan=plan(2)))
 
 
+CHECKS = (
+    check_groups,
+    check_caches,
+    check_every_e4m3_byte,
+    check_masks,
+    check_variants,
+    check_odd_numbers,
+    check_unread,
+    check_same_bits,
+    check_store,
+    check_store_and_decode,
+)
+
+
 @needs_triton
-@pytest.mark.parametrize(
-    "function",
-    [
-        "check_store", "check_store_and_decode", "check_groups", "check_caches", "check_every_e4m3_byte", "check_masks", "check_variants", "check_odd_numbers",
-        "check_unread", "check_same_bits",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("function", [check.__name__ for check in CHECKS])
 def test_in_interpreter(function: str) -> None:
     run_interpreted(__name__, function)
 
@@ -432,7 +440,14 @@ def test_what_storing_refuses(arguments: tuple[Any, ...], target: Target, reason
 
 # --- compiled ---
 
-POINTERS = {torch.bfloat16: "*bf16", F16: "*fp16", E4M3: "*fp8e4nv", E5M2: "*fp8e5", torch.int8: "*i8", torch.uint8: "*u8"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    F16: "*fp16",
+    E4M3: "*fp8e4nv",
+    E5M2: "*fp8e5",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
 MASKS = {"none": None, "bool": "*i1", "additive": "*bf16"}
 
 
@@ -464,7 +479,14 @@ BUILDS: dict[str, dict[str, Any]] = {
     "gpt-oss": {"head_size": 64, "value_size": 64, "sinks": True, "tokens": 3, "batch": 64},
     "gemma 2": {"head_size": 256, "value_size": 256, "softcap": True, "mask": "additive", **CODED, "dtype": F16},
     "deepseek": {"kv_heads": 32, "head_size": 192, "mask_heads": True, "tokens": 16, **CODED, "k_scale": "head"},
-    "phi int8": {"head_size": 96, "value_size": 96, "mask": "none", **CODED, "k_dtype": torch.int8, "v_dtype": torch.int8},
+    "phi int8": {
+        "head_size": 96,
+        "value_size": 96,
+        "mask": "none",
+        **CODED,
+        "k_dtype": torch.int8,
+        "v_dtype": torch.int8,
+    },
 }
 
 

@@ -2,8 +2,8 @@
 
 Rows of a program are (query head of the group, query); scores are kept in powers of two. Products have 16-bit operands and f32
 sums. Codes are multiplied as f16, which holds e4m3, e5m2 and int8 exactly and costs sm89 and newer one instruction for two e4m3.
-So that f16's range is enough, q is first divided by the power of two of its row's largest value, and the weights of the second product, p times
-the value's scale, are kept at or below 1: the running maximum is that of the logarithm of the weights, not of the scores.
+So that f16's range is enough, q is divided by the power of two of its row's largest value, and the weights of the second product,
+p times the value's scale, stay at or below 1: the running maximum is that of the logarithm of the weights, not of the scores.
 
 The mask is read first, for the range of keys that any row sees; no key and no value outside of it is read. What a program did not
 see costs nothing in ``combine_kernel``, either.
@@ -186,9 +186,7 @@ def decode_kernel(
                 value = tl.load(mask_ptr + keys[None, :] * m_n, mask=within, other=0)
             else:
                 within = real[:, None] & inside[None, :]
-                value = tl.load(
-                    mask_ptr + (head * m_h + t * m_t)[:, None] + keys[None, :] * m_n, mask=within, other=0
-                )
+                value = tl.load(mask_ptr + (head * m_h + t * m_t)[:, None] + keys[None, :] * m_n, mask=within, other=0)
             shown = _sees(value, within, MASK)
             if MASK == ADDITIVE:
                 s += value.to(tl.float32) * LOG2E

@@ -103,9 +103,7 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tupl
     return to_float8(x.float(), inverse, format), scale
 
 
-def store(
-    x: Tensor, positions: Tensor, cache: Tensor, scale: Tensor, *, fixed: bool = False
-) -> None:
+def store(x: Tensor, positions: Tensor, cache: Tensor, scale: Tensor, *, fixed: bool = False) -> None:
     """Quantize x [b, h, t, d] and write it to cache [b, h, l, d] at ``positions`` [t], int64.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Reject
-from quant_compile.lowering.kernels._launch import ceil, pow2, sm_count_of, target_of, triton_type
+from quant_compile.lowering.kernels._launch import ceil, pow2, target_of, triton_type
 from quant_compile.lowering.kernels._roofline import roof, shared_memory
 from quant_compile.lowering.kernels.attention.triton_store import scale_strides
 from quant_compile.lowering.registry import Rank
@@ -133,7 +133,9 @@ def fit(problem: Attention, target: Target) -> Rank | Reject:
     if refused is not None:
         return Reject(refused)
     plan, limits = plan_of(problem, target), roof(target)
-    parts = 0 if plan.splits == 1 else 8 * problem.batch * problem.heads * problem.tokens * plan.splits * problem.value_size
+    parts = (
+        0 if plan.splits == 1 else 8 * problem.batch * problem.heads * problem.tokens * plan.splits * problem.value_size
+    )
     launches = 1 if plan.splits == 1 else 2
     return Rank(limits.launch * launches + (problem.cache_bytes + parts) / (limits.bandwidth * REACHED))
 

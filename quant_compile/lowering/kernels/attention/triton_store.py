@@ -66,9 +66,7 @@ def store(
     )  # fmt: skip
 
 
-def constants_of(
-    d: int, dv: int, kinds: tuple[torch.dtype, torch.dtype], fixed: tuple[bool, bool]
-) -> dict[str, Any]:
+def constants_of(d: int, dv: int, kinds: tuple[torch.dtype, torch.dtype], fixed: tuple[bool, bool]) -> dict[str, Any]:
     """The constants of ``store_kernel``."""
     return {
         "D": d,
