@@ -18,7 +18,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-3e4)  # reference.HIDDEN
 NO_MASK, BOOL, ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_SCALE, HEAD, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-NEVER = tl.constexpr(float("-inf"))
 
 
 # --- pieces ---
@@ -89,7 +88,7 @@ def _capped(s, softcap):
 @triton.jit
 def _finite(x):
     """A running maximum to subtract: 0 where nothing was seen."""
-    return tl.where(x == NEVER, 0.0, x)
+    return tl.where(x == float("-inf"), 0.0, x)
 
 
 @triton.jit
@@ -160,7 +159,7 @@ def decode_kernel(
     v_ptr += b * v_b + h.to(tl.int64) * v_h
     k_places, v_places = cols[:, None] * k_n + d[None, :], cols[:, None] * v_n + dv[None, :]
 
-    top = tl.full((BM,), NEVER, tl.float32)
+    top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, PDV), tl.float32)
     for block in range(low, high):
@@ -179,7 +178,7 @@ def decode_kernel(
             s = _capped(s, softcap) * LOG2E
         if MASK == NO_MASK:
             if not WHOLE:
-                s = tl.where(inside[None, :], s, NEVER)
+                s = tl.where(inside[None, :], s, float("-inf"))
         else:
             if SHARED_MASK and T == 1:
                 within = inside[None, :]
@@ -190,17 +189,17 @@ def decode_kernel(
             shown = _sees(value, within, MASK)
             if MASK == ADDITIVE:
                 s += value.to(tl.float32) * LOG2E
-            s = tl.where(shown, s, NEVER)
+            s = tl.where(shown, s, float("-inf"))
         logarithms = s
         if VS == TOKEN:
-            logarithms = tl.where(s == NEVER, NEVER, s + tl.math.log2(weight)[None, :])
+            logarithms = tl.where(s == float("-inf"), float("-inf"), s + tl.math.log2(weight)[None, :])
         higher = tl.maximum(top, tl.max(logarithms, 1))
         shift = _finite(higher)
         p = tl.math.exp2(s - shift[:, None])
         fade = tl.math.exp2(top - shift)
         total = total * fade + tl.sum(p, 1)
         if VS == TOKEN:
-            p = tl.where(s == NEVER, 0.0, p * weight[None, :])
+            p = tl.where(s == float("-inf"), 0.0, p * weight[None, :])
         acc = tl.dot(p.to(OPERAND), _operand(v, OPERAND), acc * fade[:, None])
         top = higher
 
@@ -237,7 +236,7 @@ def combine_kernel(
     splits, dv = tl.arange(0, PS), tl.arange(0, PDV)
     base = pid.to(tl.int64) * SPLITS
     stats_n = tl.num_programs(0).to(tl.int64) * SPLITS
-    tops = tl.load(stats_ptr + base + splits, mask=splits < SPLITS, other=NEVER)
+    tops = tl.load(stats_ptr + base + splits, mask=splits < SPLITS, other=float("-inf"))
     totals = tl.load(stats_ptr + stats_n + base + splits, mask=splits < SPLITS, other=0.0)
     top = tl.max(tops, 0)
     if sinks_ptr is not None:
@@ -250,9 +249,9 @@ def combine_kernel(
     acc = tl.zeros((PDV,), tl.float32)
     for start in tl.static_range(0, SPLITS, STEP):
         part = start + tl.arange(0, STEP)
-        some = tl.load(stats_ptr + base + part, mask=part < SPLITS, other=NEVER)
+        some = tl.load(stats_ptr + base + part, mask=part < SPLITS, other=float("-inf"))
         sums = tl.load(stats_ptr + stats_n + base + part, mask=part < SPLITS, other=0.0)
-        live = (some > NEVER) | (sums != 0.0)  # a NaN is; a program that saw nothing has written no part
+        live = (some > float("-inf")) | (sums != 0.0)  # a NaN is; a program that saw nothing has written no part
         inside = live[:, None] & (dv < DV)[None, :]
         values = tl.load(parts_ptr + (base + part)[:, None] * DV + dv[None, :], mask=inside, other=0.0)
         acc += tl.sum(values * tl.where(live, tl.math.exp2(some - shift), 0.0)[:, None], 0)

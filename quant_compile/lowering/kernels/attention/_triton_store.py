@@ -1,7 +1,8 @@
 """Triton source of the cache's write side: a token of one head is quantized and written, K and V in one launch.
 
 Codes are those of ``reference.quantize``, bit for bit. Floats are rounded by integer arithmetic, so that sm80, which has no e4m3,
-and the interpreter, which rounds it wrongly, do the same as the rest.
+and the interpreter, which rounds it wrongly, do the same as the rest. ``_amax`` and ``_codes`` of ``_triton_pieces`` are not used:
+Inductor writes the constants of a kernel that it launches into its code, and the option of theirs has no text that is Python.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_compile.lowering.kernels._triton_pieces import _amax, _codes, _scale_of, _words
+from quant_compile.lowering.kernels._triton_pieces import _words
 
 
 @triton.jit
@@ -29,6 +30,23 @@ def _float8(x, MANTISSA: tl.constexpr, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def _scale_of(x, LARGEST: tl.constexpr):
+    """(scale, 1 / scale) of one row, as ``ir.numerics`` defines them; bits of magnitudes are ordered, NaN above all numbers."""
+    amax = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+    scale = tl.where(amax < 2.0**-100, 2.0**-100, amax) * (1.0 / LARGEST)
+    return scale, tl.math.div_rn(1.0, scale)
+
+
+@triton.jit
+def _int8(x):
+    """f32 -> int8 as bytes, rounded half to even, -127 to 127; NaN becomes 0."""
+    x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -127.0), 127.0)
+    return (
+        ((x + 12582912.0) - 12582912.0).to(tl.int8).to(tl.uint8, bitcast=True)
+    )  # 1.5 * 2**23: whole numbers are the next floats
+
+
+@triton.jit
 def _store_token(
     x_ptr, cache_ptr, scale_ptr, h, scale_h, cache_at, scale_at, SIZE: tl.constexpr, WIDE: tl.constexpr,
     MANTISSA: tl.constexpr, LARGEST: tl.constexpr, FIXED: tl.constexpr,
@@ -39,13 +57,9 @@ def _store_token(
     if FIXED:
         inverse = tl.math.div_rn(1.0, tl.load(scale_ptr + h * scale_h))
     else:
-        scale, inverse = _scale_of(_amax(x, 0), LARGEST)
+        scale, inverse = _scale_of(x, LARGEST)
         tl.store(scale_ptr + scale_at, scale)
-    if MANTISSA == 0:
-        product = x * inverse
-        codes = _codes(tl.where(product == product, product, 0.0), 1.0, LARGEST, tl.int8).to(tl.uint8, bitcast=True)
-    else:
-        codes = _float8(x * inverse, MANTISSA, LARGEST)
+    codes = _int8(x * inverse) if MANTISSA == 0 else _float8(x * inverse, MANTISSA, LARGEST)
     tl.store(_words(cache_ptr, tl.uint8) + cache_at + d, codes, mask=d < SIZE)
 
 
