@@ -26,6 +26,7 @@ E4M3 = torch.float8_e4m3fn
 LIBRARY = torch.library.Library("sglq_test_attention", "DEF")
 LIBRARY.define("store(Tensor k, Tensor v, Tensor at, Tensor(a!) kc, Tensor(b!) vc, Tensor(c!) ks, Tensor(d!) vs) -> ()")
 LIBRARY.define("decode(Tensor q, Tensor kc, Tensor vc, Tensor mask, Tensor ks, Tensor vs) -> Tensor")
+LIBRARY.define("plain(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor sinks) -> Tensor")
 
 
 def record(name: str, function: Callable[..., Any]) -> None:
@@ -35,16 +36,17 @@ def record(name: str, function: Callable[..., Any]) -> None:
         with mode, tracing(None):
             return function(*args)
 
-    LIBRARY.impl(name, lambda *args: torch.empty_like(args[0]) if name == "decode" else None, "Meta")
+    LIBRARY.impl(name, lambda *args: None if name == "store" else torch.empty_like(args[0]), "Meta")
     torch.library.register_torch_dispatch(f"sglq_test_attention::{name}", FunctionalTensorMode, rule, lib=LIBRARY)
 
 
 record("store", lambda k, v, at, kc, vc, ks, vs: triton_store.store(k, v, at, kc, vc, ks, vs))
 record("decode", lambda q, kc, vc, mask, ks, vs: triton_decode.decode(q, kc, vc, mask, 0.1, k_scale=ks, v_scale=vs))
+record("plain", lambda q, k, v, mask, sinks: triton_decode.decode(q, k, v, mask, 0.1, softcap=5.0, sinks=sinks))
 
 
-def test_inductor_launches_the_kernels(on_sm90: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Store, then decode over the same cache: two launches and the sum of the parts, the cache neither copied nor written elsewhere."""
+def code_of(step: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *inputs: Tensor) -> str:
+    """Inductor's code for a function of ops of ours."""
     codes: list[str] = []
 
     def save(code: str) -> None:
@@ -56,20 +58,43 @@ def test_inductor_launches_the_kernels(on_sm90: None, monkeypatch: pytest.Monkey
 
         return compile_fx(gm, list(inputs), config_patches={"cpu_backend": "triton", "force_disable_caches": True})
 
-    def step(
-        q: Tensor, k: Tensor, v: Tensor, at: Tensor, kc: Tensor, vc: Tensor, mask: Tensor, ks: Tensor, vs: Tensor
-    ) -> Tensor:
-        torch.ops.sglq_test_attention.store(k * 2, v, at, kc, vc, ks, vs)
-        return torch.ops.sglq_test_attention.decode(q + 1, kc, vc, mask, ks, vs) * 3
-
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(save))
+    with torch.no_grad(), pytest.raises(Exception, match=r"Stop|code is there"):
+        torch.compile(step, backend=backend)(*inputs)
+    return codes[-1]
+
+
+def launched(code: str) -> list[str]:
+    """Our kernels in the order of their launches; no op of ours is called, and nothing copied."""
+    call = code[code.index("def call") : code.index("runner =")]
+    assert "sglq_test_attention" not in call and "copy_" not in call
+    return re.findall(r"(store|decode|combine)_kernel\w*\.run\(", call)
+
+
+def test_a_quantized_cache(on_sm90: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Store, then decode over the same cache, and the sum of the parts; the cache is written where it lies."""
+
+    def step(
+        q: Tensor, k: Tensor, v: Tensor, at: Tensor, kc: Tensor, vc: Tensor, mask: Tensor, *scales: Tensor
+    ) -> Tensor:
+        torch.ops.sglq_test_attention.store(k * 2, v, at, kc, vc, *scales)
+        return torch.ops.sglq_test_attention.decode(q + 1, kc, vc, mask, *scales) * 3
+
     q, k = torch.randn(1, 8, 1, 64).bfloat16(), torch.randn(1, 2, 1, 64).bfloat16()
     cache = [torch.zeros(1, 2, 256, 64, dtype=torch.uint8).view(E4M3) for _ in range(2)]
     scales, mask = [torch.ones(1, 2, 256) for _ in range(2)], torch.ones(1, 1, 1, 256, dtype=torch.bool)
-    with torch.no_grad(), pytest.raises(Exception, match=r"Stop|code is there"):
-        torch.compile(step, backend=backend)(q, k, k + 1, torch.tensor([7]), *cache, mask, *scales)
-    call = codes[-1][codes[-1].index("def call") : codes[-1].index("runner =")]
-    launched = re.findall(r"(store|decode|combine)_kernel\w*\.run\(", call)
-    assert launched == ["store", "decode", "combine"]
-    assert "sglq_test_attention" not in call and "copy_" not in call
-    assert len(cubins(codes[-1], tmp_path)) >= 3
+    code = code_of(step, monkeypatch, q, k, k + 1, torch.tensor([7]), *cache, mask, *scales)
+    assert launched(code) == ["store", "decode", "combine"]
+    assert len(cubins(code, tmp_path)) >= 3
+
+
+def test_a_cache_in_16_bits(on_sm90: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a softcap, sinks and an additive mask; a batch that needs no splits."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+        return torch.ops.sglq_test_attention.plain(q + 1, k, v, mask, sinks)
+
+    q, k = torch.randn(40, 8, 3, 64).bfloat16(), torch.randn(40, 8, 64, 64).bfloat16()
+    code = code_of(step, monkeypatch, q, k, k + 1, torch.zeros(40, 1, 3, 64).bfloat16(), torch.randn(8).bfloat16())
+    assert launched(code) == ["decode"]
+    assert len(cubins(code, tmp_path)) >= 1

@@ -143,7 +143,7 @@ def decode_kernel(
         mask=real[:, None] & (d < D)[None, :],
         other=0.0,
     )
-    factor = tl.full((BM,), 1.0, tl.float32) * scale
+    factor = tl.full((BM,), scale, tl.float32)  # Inductor passes numbers as f64
     if CODES:
         wide = q.to(tl.float32)
         power, inverse = _powers_of_two(wide)
@@ -175,7 +175,7 @@ def decode_kernel(
         if VS == TOKEN:
             weight = _load(vs_ptr + b * vs_b + h * vs_h + keys * vs_n, inside, WHOLE, 1.0)
         if CAP:
-            s = _capped(s, softcap) * LOG2E
+            s = _capped(s, tl.full((), softcap, tl.float32)) * LOG2E
         if MASK == NO_MASK:
             if not WHOLE:
                 s = tl.where(inside[None, :], s, float("-inf"))

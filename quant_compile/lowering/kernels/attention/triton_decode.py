@@ -147,6 +147,8 @@ def _refused(p: Attention, target: Target) -> str | None:
         return "triton is not installed"
     if not 1 <= p.tokens <= MOST_TOKENS:
         return f"serves 1 to {MOST_TOKENS} queries a sequence, not {p.tokens}"
+    if p.batch < 1:
+        return "there is no sequence"
     if p.kv_heads == 0 or p.heads % p.kv_heads:
         return f"{p.heads} query heads are no multiple of {p.kv_heads} KV heads"
     for size in (p.head_size, p.value_size):
