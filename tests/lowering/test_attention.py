@@ -437,6 +437,18 @@ def test_what_storing_refuses(arguments: tuple[Any, ...], target: Target, reason
     assert triton_store.fit(BF16, E4M3, 128, SM90) is None
 
 
+def test_layouts_that_cannot_be_read() -> None:
+    q, k = torch.zeros(1, 2, 1, 32, dtype=F16), torch.zeros(1, 2, 8, 32, dtype=torch.int8)
+    one = torch.ones(1)
+    for v, mask, reason in (
+        (torch.zeros(1, 2, 32, 8, dtype=torch.int8).transpose(2, 3), None, "last dimension of v must be contiguous"),
+        (torch.zeros(1, 2, 8, 40, dtype=torch.int8)[..., :32], None, "must be multiples of 16"),
+        (k, torch.ones(1, 1, 1, 7, dtype=torch.bool), "over 7 keys cannot serve a cache of 8"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            triton_decode.decode(q, k, v, mask, 1.0, k_scale=one, v_scale=one)
+
+
 # --- compiled ---
 
 POINTERS = {
@@ -499,7 +511,9 @@ def test_cubins(arch: int, name: str, tmp_path: Path) -> None:
     if arch == 80 and problem.k_dtype == E4M3:
         problem = replace(problem, k_dtype=torch.uint8, v_dtype=torch.uint8)
     built = build(problem, target)
-    assert "mma" in built.asm["ptx"] and "cp.async" in built.asm["ptx"]
+    ptx = built.asm["ptx"]
+    assert "mma" in ptx and "cp.async.cg" in ptx
+    assert ".trans.shared.b16" in ptx and "ld.shared.b8" not in ptx, "V is turned byte by byte"
     assert built.metadata.shared <= shared_memory(target) // 2
     assert stack_bytes(built, tmp_path) <= 16
 

@@ -4,6 +4,8 @@ Rows of a program are (query head of the group, query); scores are kept in power
 sums. Codes are multiplied as f16, which holds e4m3, e5m2 and int8 exactly and costs sm89 and newer one instruction for two e4m3.
 So that f16's range is enough, q is divided by the power of two of its row's largest value, and the weights of the second product,
 p times the value's scale, stay at or below 1: the running maximum is that of the logarithm of the weights, not of the scores.
+Codes of v are loaded as words of two, which the instruction that turns 16-bit operands (ldmatrix) takes, and multiplied in two halves:
+single bytes would be turned by single loads.
 
 The mask is read first, for the range of keys that any row sees; no key and no value outside of it is read. What a program did not
 see costs nothing in ``combine_kernel``, either.
@@ -13,6 +15,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from quant_compile.lowering.kernels._triton_pieces import _words
 
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-3e4)  # reference.HIDDEN
@@ -39,6 +43,17 @@ def _operand(x, OPERAND: tl.constexpr):
         half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
         return tl.where((wide & 0x7F) == 0x7F, float("nan"), half).to(OPERAND)
     return x.to(OPERAND)
+
+
+@triton.jit
+def _from_byte(byte, KIND: tl.constexpr, OPERAND: tl.constexpr):
+    """uint16 below 256, codes of KIND, as OPERAND."""
+    if KIND.is_fp8e5():
+        return (byte << 8).to(tl.float16, bitcast=True)
+    byte = byte.to(tl.uint8)
+    if KIND.is_int_unsigned():
+        return _operand(byte, OPERAND)
+    return byte.to(KIND, bitcast=True).to(OPERAND)
 
 
 @triton.jit
@@ -157,18 +172,25 @@ def decode_kernel(
         factor = factor * LOG2E
     k_ptr += b * k_b + h.to(tl.int64) * k_h
     v_ptr += b * v_b + h.to(tl.int64) * v_h
-    k_places, v_places = cols[:, None] * k_n + d[None, :], cols[:, None] * v_n + dv[None, :]
+    k_places = cols[:, None] * k_n + d[None, :]
+    KIND: tl.constexpr = v_ptr.dtype.element_ty
+    if CODES:  # two codes a word; strides are multiples of 16 bytes
+        v_ptr, v_n = _words(v_ptr, tl.uint16), v_n // 16 * 8
+    PACK: tl.constexpr = 2 if CODES else 1
+    dw = tl.arange(0, PDV // PACK)
+    v_places = cols[:, None] * v_n + dw[None, :]
 
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, PDV), tl.float32)
+    acc = tl.zeros((BM, PDV // PACK), tl.float32)
+    odd = acc
     for block in range(low, high):
         start = (split + block * SPLITS) * BN
         keys = start + cols
         inside = (keys >= first) & (keys < end)
         at = start.to(tl.int64)
         k = _load(k_ptr + at * k_n + k_places, inside[:, None] & (d < D)[None, :], WHOLE and D == PD, 0.0)
-        v = _load(v_ptr + at * v_n + v_places, inside[:, None] & (dv < DV)[None, :], WHOLE and DV == PDV, 0.0)
+        v = _load(v_ptr + at * v_n + v_places, inside[:, None] & (dw < DV // PACK)[None, :], WHOLE and DV == PDV, 0)
         s = tl.dot(q, tl.trans(_operand(k, OPERAND))) * factor[:, None]
         if KS == TOKEN:
             s = s * _load(ks_ptr + b * ks_b + h * ks_h + keys * ks_n, inside, WHOLE, 0.0)[None, :]
@@ -200,12 +222,18 @@ def decode_kernel(
         total = total * fade + tl.sum(p, 1)
         if VS == TOKEN:
             p = tl.where(s == float("-inf"), 0.0, p * weight[None, :])
-        acc = tl.dot(p.to(OPERAND), _operand(v, OPERAND), acc * fade[:, None])
+        p = p.to(OPERAND)
+        if CODES:
+            odd = tl.dot(p, _from_byte(v >> 8, KIND, OPERAND), odd * fade[:, None])
+            v = _from_byte(v & 0xFF, KIND, OPERAND)
+        acc = tl.dot(p, v, acc * fade[:, None])
         top = higher
 
     last = BYTES_V
     if VS == HEAD:
         last = last * tl.load(vs_ptr + h * vs_h)
+    if CODES:
+        acc = tl.interleave(acc, odd)
     acc = acc * last
     width = real[:, None] & (dv < DV)[None, :]
     if SPLITS == 1:

@@ -219,7 +219,11 @@ def decode(
 
     Args:
         plan: how to cut the launch up, instead of ``plan_of``.
+
+    Raises:
+        ValueError: a tensor does not lie in memory as the kernel reads it.
     """
+    _check_layout(q, k, v, mask)
     target = target_of(q.device)
     if target.arch < 89:
         k, v = _bytes(k), _bytes(v)
@@ -247,6 +251,16 @@ def decode(
             **combine_constants(problem, splits), num_warps=4,
         )  # fmt: skip
     return out.transpose(1, 2)
+
+
+def _check_layout(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(3) != 1:
+            raise ValueError(f"the last dimension of {name} must be contiguous, its stride is {x.stride(3)}")
+    if v.dtype.itemsize == 1 and any(stride % 16 for stride in v.stride()[:3]):
+        raise ValueError(f"strides of v's codes must be multiples of 16, not {v.stride()}")
+    if mask is not None and mask.shape[3] < k.shape[2]:
+        raise ValueError(f"a mask over {mask.shape[3]} keys cannot serve a cache of {k.shape[2]}")
 
 
 def constants_of(problem: Attention, plan: Plan) -> dict[str, Any]:
