@@ -56,6 +56,7 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+LIBRARIES = ("flashinfer", "flash_attn_interface")
 # Times of a contender that is this much slower than the floor are from one measurement.
 HOPELESS, HOPELESS_US = 60.0, 1000.0
 COPIED = 1 << 31
@@ -337,7 +338,7 @@ def contenders(device: torch.device) -> tuple[list[Contender], list[str]]:
         return [*found, sdpa("math", "repeat"), sdpa("math", "gqa")], notes
     found += [sdpa(backend, how) for backend in BACKENDS for how in ("repeat", "gqa")]
     found += [sdpa_filled("repeat"), sdpa_filled("gqa"), flex()]
-    for library, peer in (("flashinfer", flashinfer), ("flash_attn_interface", flash_attention_3)):
+    for library, peer in zip(LIBRARIES, (flashinfer, flash_attention_3), strict=True):
         if probe_library(library):
             found.append(peer())
         else:
@@ -428,10 +429,11 @@ def groups(names: Sequence[str], cell: Cell, device: torch.device) -> list[list[
 
 
 def needs(cell: Cell, repeating: int = 1) -> int:
-    """Bytes that a cell may take: both caches in copies, a truth in f32, and repeated heads."""
+    """Bytes that a cell may take: both caches in copies, those of libraries that want another order, a truth in f32, repeated heads."""
     one = 2 * cell.batch * cell.kv_heads * cell.context * cell.size  # K or V in bf16
     repeated = 2 * one * cell.heads // cell.kv_heads
-    return 3 * one * copies_for(cell.bytes_read(True)) + repeating * repeated + 8 * one // cell.batch
+    planes = 3 + 2 * sum(map(probe_library, LIBRARIES))
+    return planes * one * copies_for(cell.bytes_read(True)) + repeating * repeated + 8 * one // cell.batch
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:

@@ -55,7 +55,7 @@ def filled(b: int, t: int, length: int, filled: int, left: tuple[int, ...] = (),
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 class Case:

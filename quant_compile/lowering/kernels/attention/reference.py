@@ -7,7 +7,8 @@ it open:
   HIDDEN down; SDPA takes finite values for numbers, so such a row would be the mean of all values, unfilled ones included.
 * Before the first and after the last key that any row of a sequence and KV head sees, K and V have no influence, be they NaN or inf:
   left padding, what a window has left behind, and the unfilled end. SDPA's backends let such values through (0 * NaN).
-* Between those, a NaN or inf of V makes NaN in all rows of the sequence and KV head, as in SDPA; one of K only in rows that see it.
+* Between those, a NaN or inf of V that some row sees, or none, may make NaN in all rows of the sequence and KV head, as in SDPA; one
+  of K does so only in rows that see it.
 """
 
 from __future__ import annotations
