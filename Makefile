@@ -26,8 +26,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/cpu_decode.py
 	$(BIN)/python benchmarks/generate.py --cpu
 	@if $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then \
-	  for script in generate gemm e2e moe moe_e2e compile_time; do $(BIN)/python benchmarks/$$script.py || exit; done; \
-	else echo 'no CUDA GPU: generate, gemm, e2e, moe, moe_e2e and compile_time need one'; fi
+	  for script in generate gemm attention e2e moe moe_e2e compile_time; do $(BIN)/python benchmarks/$$script.py || exit; done; \
+	else echo 'no CUDA GPU: generate, gemm, attention, e2e, moe, moe_e2e and compile_time need one'; fi
 
 # Fills the tables of README.md and docs/*.md from benchmarks/results and from the kernels' own answers.
 docs: $(VENV)/.installed

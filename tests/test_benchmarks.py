@@ -50,6 +50,18 @@ def test_gemm_smoke(tmp_path: Path) -> None:
     assert {verdict["scheme"] for verdict in result["verdicts"]} == schemes
 
 
+def test_attention_smoke(tmp_path: Path) -> None:
+    result = run("attention.py", tmp_path, "--filled", "48")
+    assert [row["batch"] for row in result["summary"]] == [1, 2]
+    assert not [row for row in result["rows"] if row["status"] != "ok"]
+    for row in result["summary"]:
+        assert row["bf16_us"] > 0 and row["e4m3_us"] > 0 and row["sdpa_us"] > 0 and row["filled"] == 48
+    bf16, codes = (
+        next(row for row in result["rows"] if row["contender"] == f"ours {kind}") for kind in ("bf16", "e4m3")
+    )
+    assert codes["floor_us"] / bf16["floor_us"] == pytest.approx((32 + 4) / (2 * 32), rel=0.05)
+
+
 @pytest.mark.slow
 def test_load_smoke(tmp_path: Path) -> None:
     rows = run("load.py", tmp_path)["rows"]

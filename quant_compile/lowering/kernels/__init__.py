@@ -5,6 +5,7 @@
 * ``w4a8``: 4-bit integer weights under 8-bit inputs.
 * ``fp4``: FP4 weights under FP4 or 16-bit inputs, and FP4 inputs.
 * ``experts``: Mixture-of-experts blocks of every scheme.
+* ``attention``: attention over a KV cache, 16 bits or quantized, and the cache's writes.
 * ``cpu``: linears of every scheme on a CPU.
 
 Files without a leading underscore are found by the registry. Of the others, ``_triton_*`` hold Triton source, imported only when a
