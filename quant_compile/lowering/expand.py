@@ -125,9 +125,8 @@ def _expand_attention(
 ) -> Any:  # fmt: skip
     """What ``sglq_kernels.attention`` runs, where its launch can be cut up now; else NotImplemented."""
     sizes: tuple[Any, ...] = (*q.shape, *k.shape, *v.shape)
-    if not q.is_cuda or not attention_kernels()[kernel].recorded or not all(isinstance(size, int) for size in sizes):
-        return NotImplemented
-    if not all(sizes):
+    known = all(isinstance(size, int) and size > 0 for size in sizes)
+    if not known or Target.of(q.device).device != "cuda" or not attention_kernels()[kernel].recorded:
         return NotImplemented
     with tracing(None):
         return ops.run_attention(q, k, v, mask, scale, softcap, sinks, kernel)
