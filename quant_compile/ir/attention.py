@@ -14,7 +14,17 @@ from torch import fx
 
 from quant_compile.ir.family import Reject
 from quant_compile.ir.operands import op_of, operands_of
-from quant_compile.ir.scores import Scores, known, passed, read_scores, same_size, same_sizes, source_of, tensor_of
+from quant_compile.ir.scores import (
+    Scores,
+    agrees,
+    known,
+    passed,
+    read_scores,
+    same_size,
+    same_sizes,
+    source_of,
+    tensor_of,
+)
 from quant_compile.ir.writes import Writes, storage_of
 
 SDPA = "scaled_dot_product_attention"
@@ -166,7 +176,8 @@ def _shapes(p: _Parts, k: fx.Node, v: fx.Node) -> Reject | None:
         return Reject("its heads or their size are not known when it is compiled")
     if q.shape[1] % key.shape[1] or q.shape[3] != key.shape[3]:
         return Reject(f"q has {q.shape[1]} heads of {q.shape[3]}, and k {key.shape[1]} of {key.shape[3]}")
-    if not same_size(q.shape[0], key.shape[0]) or not same_sizes(key.shape[:3], value.shape[:3]):
+    alike = ((q, key, 0), (key, value, 0), (key, value, 1), (key, value, 2))
+    if not all(agrees(a.shape[dim], b.shape[dim]) for a, b, dim in alike):
         return Reject("q, k and v are broadcast to each other")
     if not all(x.dtype == q.dtype and x.dtype.is_floating_point and x.device == q.device for x in (q, key, value)):
         return Reject("q, k and v differ in dtype or device")
@@ -256,15 +267,15 @@ def _written(nodes: Sequence[fx.Node], leaves: Iterable[fx.Node], last: fx.Node,
 
     Nor to what is computed of it on the way, but for the attention's own steps.
     """
-    for inner in nodes[:-1]:
-        writer = writes.between(inner, inner, last)
-        if writer is not None and writer not in (own.name for own in nodes):
-            return Reject(f"{inner.name}, a part of it, is written by {writer}")
     for leaf in leaves:
         first = next((node for node in nodes if leaf in node.all_input_nodes), last)
         writer = writes.between(leaf, first, last) if first is not last else None
         if writer is not None:
             return Reject(f"{leaf.name} is written by {writer} while it is read")
+    for inner in nodes[:-1]:
+        writer = writes.between(inner, inner, last)
+        if writer is not None and writer not in (own.name for own in nodes):
+            return Reject(f"{inner.name}, a part of it, is written by {writer}")
     return None
 
 

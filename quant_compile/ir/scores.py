@@ -338,6 +338,16 @@ def same_size(first: Any, second: Any) -> bool:
     return isinstance(first, int) and isinstance(second, int) and first == second
 
 
+def agrees(first: Any, second: Any) -> bool:
+    """Whether two sizes are equal wherever a product over both is possible without a broadcast.
+
+    Dynamo gives equal sizes of two inputs a symbol each where nothing has compared them, and none to a size of one.
+    """
+    if isinstance(first, torch.SymInt) or isinstance(second, torch.SymInt):
+        return 1 not in (known(first), known(second))
+    return first == second
+
+
 def known(size: Any) -> int | None:
     """A size that is a number when a graph is compiled."""
     return size if isinstance(size, int) else None

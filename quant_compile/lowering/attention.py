@@ -17,7 +17,7 @@ from torch import Tensor
 from quant_compile.ir.attention import AttentionSite
 from quant_compile.ir.family import Reject
 from quant_compile.ir.operands import op_of
-from quant_compile.ir.scores import known, same_size, tensor_of
+from quant_compile.ir.scores import agrees, known, tensor_of
 from quant_compile.lowering.registry import Rank, _modules
 from quant_compile.lowering.target import Target
 
@@ -124,7 +124,7 @@ def _mask_kind(site: AttentionSite, q: Tensor, k: Tensor) -> str:
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     spread = [i < 2 and known(size) == 1 for i, size in enumerate(sizes)]
-    if not all(given or same_size(a, b) for given, a, b in zip(spread, sizes, full, strict=True)):
+    if not all(given or agrees(a, b) for given, a, b in zip(spread, sizes, full, strict=True)):
         return "other"
     return "bool" if mask.dtype == torch.bool else "additive"
 
@@ -178,6 +178,22 @@ def layout_matters(site: AttentionSite) -> bool:
     """Whether what reads a result relies on how it lies in memory: kernels return it as [B, T, Hq, Dv]."""
     value = tensor_of(site.node)
     return value is not None and known(value.shape[2]) != 1 and any(op_of(user) == "view" for user in site.node.users)
+
+
+def check_sizes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Sizes that were symbols when the graph was compiled are what the kernel reads: outside of them lies other memory.
+
+    Raises:
+        ValueError: they differ, as torch's own attention would say.
+    """
+    length = k.shape[2]
+    whole = q.shape[0] == k.shape[0] == v.shape[0] and v.shape[2] == length and v.shape[1] == k.shape[1]
+    if mask is not None:
+        leads = mask.shape[0] in (1, q.shape[0]) and mask.shape[1] in (1, q.shape[1])
+        whole = whole and leads and tuple(mask.shape[2:]) == (q.shape[2], length)
+    if not whole:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, mask) if x is not None)
+        raise ValueError(f"q, k, v and mask of attention do not fit each other: {shapes}")
 
 
 def full_mask(mask: Tensor | None) -> Tensor | None:

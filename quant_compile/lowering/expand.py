@@ -124,7 +124,7 @@ def _expand_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str
 ) -> Any:  # fmt: skip
     """What ``sglq_kernels.attention`` runs, where its launch can be cut up now; else NotImplemented."""
-    sizes: tuple[Any, ...] = (*q.shape, *k.shape, *v.shape)
+    sizes: tuple[Any, ...] = (*q.shape, *k.shape, *v.shape, *(() if mask is None else mask.shape))
     known = all(isinstance(size, int) and size > 0 for size in sizes)
     if not known or Target.of(q.device).device != "cuda" or not attention_kernels()[kernel].recorded:
         return NotImplemented

@@ -27,7 +27,7 @@ from quant_compile.ir.attend import attend
 from quant_compile.ir.family import family_of
 from quant_compile.ir.ops import dense_ids, expert_rows
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.attention import attention_kernels, full_mask
+from quant_compile.lowering.attention import attention_kernels, check_sizes, full_mask
 from quant_compile.lowering.moe import parse_moe_dispatch
 from quant_compile.lowering.registry import Kernel, Norm, Problem, input_kernels, kernels
 from quant_compile.lowering.select import parse_dispatch
@@ -156,7 +156,9 @@ def run_attention(
 ) -> Tensor:  # fmt: skip
     """One kernel; the last dimension of q, k and v contiguous, which it nearly always is."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return attention_kernels()[kernel].run(q, k, v, full_mask(mask), scale, softcap, sinks)
+    mask = full_mask(mask)
+    check_sizes(q, k, v, mask)
+    return attention_kernels()[kernel].run(q, k, v, mask, scale, softcap, sinks)
 
 
 def _attention_fake(

@@ -49,6 +49,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three kernels: one refuses, and of the others one is faster."""
     made = [kernel("slow", Rank(9.0)), kernel("refuses", Reject("it never serves")), kernel("fast", Rank(2.0))]
     monkeypatch.setattr(attention, "attention_kernels", lambda: {k.name: k for k in made})
+    monkeypatch.setattr(ops, "attention_kernels", lambda: {"triton_decode": made[0]})
 
 
 def test_the_cheapest_kernel_serves_few_tokens_over_a_cache(served: None) -> None:
@@ -138,6 +139,27 @@ def test_the_op_is_the_truth_on_a_cpu_and_lies_as_kernels_leave_it() -> None:
         fakes = [mode.from_tensor(x) for x in (q, k, v, mask)]
         fake = ops.attention(*fakes, 0.25, 5.0, None, "triton_decode")
     assert (fake.shape, fake.stride(), fake.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+@pytest.mark.parametrize("shorter", ["k", "v", "mask", "q"])
+def test_sizes_that_do_not_fit_are_an_error_before_memory_is_read(shorter: str, served: None) -> None:
+    """Of symbols only the call knows."""
+    given = {
+        "q": torch.randn(2, 8, 1, 16),
+        "k": torch.randn(2, 2, 20, 16),
+        "v": torch.randn(2, 2, 20, 8),
+        "mask": torch.ones(1, 20, dtype=torch.bool),
+    }
+    ops.run_attention(*given.values(), 0.25, 0.0, None, "triton_decode")  # type: ignore[arg-type]
+    given[shorter] = (
+        given[shorter][:1]
+        if shorter == "q"
+        else given[shorter][..., :19, :]
+        if shorter != "mask"
+        else given["mask"][:, :19]
+    )
+    with pytest.raises(ValueError, match="do not fit each other"):
+        ops.run_attention(*given.values(), 0.25, 0.0, None, "triton_decode")  # type: ignore[arg-type]
 
 
 def code_of(call: Callable[..., Tensor], given: Sequence[Any], monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> str:
