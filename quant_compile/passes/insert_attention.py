@@ -6,6 +6,9 @@ the model wrote it, with the reason in the report. Runs first: the nodes that it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from torch import fx
 
 from quant_compile.ir import ops
@@ -35,7 +38,7 @@ def insert_attention(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pa
         if choice.runs == WRITTEN:
             report.refused.append(f"{site.node.name}: {choice.reason}")
             continue
-        plan.replaced[site.node] = replace_attention(gm.graph, site, choice)
+        plan.replaced[site.node] = replace_attention(gm.graph, after(plan.replaced, site), choice)
         report.rewrote.append(f"{site.node.name}: {choice.runs}")
     for miss in plan.attention_misses:
         report.attention.append(AttentionLine("not matched", WRITTEN, miss.reason, missed=True))
@@ -50,6 +53,12 @@ def _choice(site: AttentionSite, problem: AttentionProblem, plan: Plan) -> Atten
     if choice.runs not in (WRITTEN, GROUPED) and layout_matters(site):
         return AttentionChoice(WRITTEN, "its result is viewed in a way that its order in memory must allow")
     return choice
+
+
+def after(replaced: Mapping[fx.Node, fx.Node], site: AttentionSite) -> AttentionSite:
+    """The site with operands as they are now: one may be the result of an attention that is already replaced."""
+    operands = {name: getattr(site, name) for name in ("q", "k", "v", "mask", "sinks")}
+    return replace(site, **{name: replaced.get(node, node) for name, node in operands.items()})
 
 
 def replace_attention(graph: fx.Graph, site: AttentionSite, choice: AttentionChoice) -> fx.Node:
