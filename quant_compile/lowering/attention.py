@@ -168,8 +168,12 @@ def _unfit(p: AttentionProblem) -> str | None:
 
 
 def _grouped(p: AttentionProblem) -> bool:
-    """Whether torch's flash attention takes the heads in groups: without a mask, and with one size of heads."""
-    plain = p.repeated and not p.products and p.mask == "none" and not p.cached
+    """Whether torch's flash attention takes the heads in groups, as no other of its kernels does: without a mask, and with one size.
+
+    Nor does it take a causal one of fewer queries than keys.
+    """
+    square = p.tokens is not None and p.tokens == p.length
+    plain = p.repeated and not p.products and p.mask == "none" and not p.cached and (square or not p.is_causal)
     half = p.dtype in (torch.bfloat16, torch.float16)
     return plain and half and p.size == p.value_size <= LARGEST_HEAD
 

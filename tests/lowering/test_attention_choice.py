@@ -86,6 +86,7 @@ def test_the_reasons_of_all_kernels_are_said(monkeypatch: pytest.MonkeyPatch) ->
 def test_torchs_grouped_form_serves_prefill_that_repeats_without_a_mask() -> None:
     """Only where its flash kernels take it; what is written without repeating stays."""
     assert choose_attention(PREFILL, SM90).runs == GROUPED
+    assert choose_attention(replace(PREFILL, is_causal=True, length=300), SM90).runs == GROUPED
     for changes in (
         {"repeated": False},
         {"mask": "bool"},
@@ -93,6 +94,8 @@ def test_torchs_grouped_form_serves_prefill_that_repeats_without_a_mask() -> Non
         {"size": 288, "value_size": 288},
         {"dtype": torch.float32},
         {"products": True},
+        {"is_causal": True},
+        {"is_causal": True, "tokens": None, "length": None},
     ):
         assert choose_attention(replace(PREFILL, **changes), SM90).runs == WRITTEN, changes
 
@@ -212,6 +215,7 @@ def test_inductors_code_launches_the_kernel_itself(
     call = call[call.index("def call") :]
     if dynamic:
         assert "sglq_kernels.attention" in call
+        assert not re.search(r"empty_strided\w*\(\([^)]*s\d", call), "a cache is allocated"
         return
     assert "sglq_kernels" not in call, "an op of ours is called"
     assert len(re.findall(r"decode_kernel\w*\.run\(", call)) == 1
