@@ -72,20 +72,33 @@ def find_attention(
     """All attention of a graph, in its order, and what nearly is some; nodes of ``taken`` belong to something else."""
     sites: list[AttentionSite] = []
     misses: list[AttentionMiss] = []
-    writes: Writes | None = None
+    memory: _Memory | None = None
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method") or node in taken:
             continue
         parts = _parts(node)
         if parts is None:
             continue
-        writes = writes or Writes(gm.graph)
-        found = parts if isinstance(parts, Reject) else _site(parts, writes)
+        memory = memory or _Memory.of(gm.graph)
+        found = parts if isinstance(parts, Reject) else _site(parts, memory)
         if isinstance(found, Reject):
             misses.append(AttentionMiss(node, found.reason))
         elif not any(inner in taken for inner in found.nodes):
             sites.append(found)
     return sites, misses
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """What a graph writes in place, and the storages of its inputs."""
+
+    writes: Writes
+    inputs: frozenset[int | None]
+
+    @staticmethod
+    def of(graph: fx.Graph) -> _Memory:
+        """Of a graph as it is now."""
+        return _Memory(Writes(graph), frozenset(map(storage_of, graph.find_nodes(op="placeholder"))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +152,7 @@ def _of_sdpa(node: fx.Node) -> _Parts | Reject:
     return _Parts(node, q, k, v, mask, float(scale), causal, grouped=bool(given.get("enable_gqa", False)))
 
 
-def _site(p: _Parts, writes: Writes) -> AttentionSite | Reject:
+def _site(p: _Parts, memory: _Memory) -> AttentionSite | Reject:
     k, v = _unrepeated(p.k), _unrepeated(p.v)
     if _heads(k) != _heads(v) or _heads(k) is None:
         k, v = p.k, p.v
@@ -151,11 +164,11 @@ def _site(p: _Parts, writes: Writes) -> AttentionSite | Reject:
         return sinks
     leaves = [leaf for leaf in (p.q, k, v, p.mask, sinks) if leaf is not None]
     nodes = tuple(_between(p.node, leaves))
-    written = _written(nodes, leaves, p.node, writes)
+    written = _written(nodes, leaves, p.node, memory.writes)
     if written is not None:
         return written
     repeated = k is not p.k and _heads(k) != _heads(p.k)
-    cached = all(_is_cache(x, p.node, writes) for x in (k, v))
+    cached = all(_is_cache(x, p.node, memory) for x in (k, v))
     return AttentionSite(
         p.node, nodes, p.q, k, v, p.mask, p.scale, p.is_causal, p.softcap, sinks, p.softmax, repeated, cached
     )
@@ -181,6 +194,9 @@ def _shapes(p: _Parts, k: fx.Node, v: fx.Node) -> Reject | None:
         return Reject("q, k and v are broadcast to each other")
     if not all(x.dtype == q.dtype and x.dtype.is_floating_point and x.device == q.device for x in (q, key, value)):
         return Reject("q, k and v differ in dtype or device")
+    result = tensor_of(p.node)
+    if result is None or result.dtype != q.dtype:
+        return Reject("its result has another dtype than q (autocast)")
     mask = tensor_of(p.mask)
     return None if mask is None or mask.dim() <= 4 else Reject("its mask has more than four dimensions")
 
@@ -279,11 +295,9 @@ def _written(nodes: Sequence[fx.Node], leaves: Iterable[fx.Node], last: fx.Node,
     return None
 
 
-def _is_cache(node: fx.Node, last: fx.Node, writes: Writes) -> bool:
+def _is_cache(node: fx.Node, last: fx.Node, memory: _Memory) -> bool:
     """Whether a node is an input, or a view of one, that is written to before ``last``."""
     storage = storage_of(node)
-    inputs = node.graph.find_nodes(op="placeholder")
-    if storage is None or not any(storage_of(given) == storage for given in inputs):
+    if storage is None or storage not in memory.inputs:
         return False
-    first = next(iter(node.graph.nodes))
-    return writes.between(node, first, last) is not None
+    return memory.writes.between(node, next(iter(node.graph.nodes)), last) is not None

@@ -165,7 +165,7 @@ class _Reader:
         if not isinstance(v, fx.Node):
             raise _Refused("its second product has no tensor for V")
         self._alone(node)
-        dtype = given.get("dtype") or value.dtype
+        dtype = self.softmax.meta["example_value"].dtype  # under autocast not that of its input
         return Scores(node, tuple(self.chain), q, k, v, mask, sinks, scale, softcap, dtype)
 
     def _plain(self, node: fx.Node) -> fx.Node:
@@ -283,6 +283,9 @@ class _Reader:
         order = permutation(op_of(turned), operands_of(turned) or {}, count)
         if source is None or order is None or order != (*range(count - 2), count - 1, count - 2):
             raise _Refused("its keys are stored transposed, or are not transposed where they are multiplied")
+        before, after = tensor_of(q), tensor_of(node)
+        if before is None or after is None or before.dtype != after.dtype:
+            raise _Refused("its scores have another dtype than q (autocast)")
         self.chain.append(node)
         return q, source
 

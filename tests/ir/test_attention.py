@@ -186,6 +186,21 @@ def test_a_row_that_sees_no_key_gives_zeros_as_sdpa_does() -> None:
     assert torch.equal(y[0, :, 1], torch.zeros(HEADS, DV)) and torch.allclose(y, wanted, atol=1e-6)
 
 
+def test_under_autocast_it_is_a_miss_where_dtypes_change() -> None:
+    """torch casts what each function reads there; the op would not."""
+    t = tensors()
+
+    def cast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return (
+                F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), mask)
+                + eager(q, k, v, None).mT.transpose(1, 2).sum()
+            )
+
+    _, sites, misses = found_in(cast, t["q"], t["k"], t["v"], t["seen"])
+    assert not sites and len(misses) == 2 and all("autocast" in miss.reason for miss in misses)
+
+
 def test_lengths_that_are_symbols_add_no_conditions() -> None:
     t = tensors()
 
