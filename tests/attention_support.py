@@ -62,7 +62,8 @@ def gpt2(**changes: Any) -> Any:
 DECODERS: Mapping[str, Callable[[], Any]] = {
     "llama3": decoder(hf.LlamaConfig, hf.LlamaForCausalLM),
     "qwen3": decoder(hf.Qwen3Config, hf.Qwen3ForCausalLM),
-    "gemma2": decoder(hf.Gemma2Config, hf.Gemma2ForCausalLM, **MIXED),
+    # transformers 5.17 takes sdpa unless it is told otherwise, and leaves the softcap out.
+    "gemma2": decoder(hf.Gemma2Config, hf.Gemma2ForCausalLM, attn_implementation="eager", **MIXED),
     "gemma3": decoder(hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, **MIXED),
     "gpt_oss": decoder(hf.GptOssConfig, hf.GptOssForCausalLM, num_local_experts=4, num_experts_per_tok=2, **MIXED),
     "gpt2": gpt2,

@@ -283,6 +283,7 @@ def test_blocks_that_share_a_graph_have_the_op_once(like_a_gpu: list[Any], plain
     assert sum("sglq_kernels.attention" in op for op in ops) >= 1
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """With Inductor's own code around it, which writes the cache in place before the op reads it."""
     kernel = AttentionKernel("kernel", lambda p, target: Rank(1.0), lambda *given: None, False)  # type: ignore[arg-type, return-value]
