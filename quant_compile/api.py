@@ -41,7 +41,7 @@ def compile(
         policy: preset name, shipped policy, YAML path, dict or Policy; None: the device's default.
         dynamic: as in torch.compile.
         fullgraph: as in torch.compile.
-        options: ``mode``, ``release_weights``, ``kernels``, ``tune``, ``inductor``, ``guard``, ``blocks``; see ``Options``.
+        options: ``mode``, ``release_weights``, ``kernels``, ``tune``, ``inductor``, ``guard``, ``attention``, ``blocks``; see ``Options``.
 
     Returns:
         The same model.

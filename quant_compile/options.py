@@ -21,7 +21,7 @@ from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.lowering.moe import moe_kernels
 from quant_compile.lowering.registry import kernels as known_kernels
 from quant_compile.lowering.select import Request
-from quant_compile.policy import Policy
+from quant_compile.policy import ATTENTION, AUTO, KEEP, Policy
 from quant_compile.rules import scale_key
 
 MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -45,6 +45,8 @@ class Options:
             decode steps become CUDA graphs.
         guard: ``never_slower``: linears whose quantized chain is measured to be slower than 16 bits at the m that is run stay in 16
             bits there; False: not even if the policy says so; None: as the policy says.
+        attention: ``auto`` (kernels that read a cache once, where they are faster), ``keep`` (as the model wrote it); None: as the
+            policy says.
     """
 
     policy: Any = None
@@ -55,6 +57,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     blocks: bool | None = None
     guard: str | bool | None = None
+    attention: str | None = None
 
     @staticmethod
     def of(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -73,12 +76,12 @@ class Options:
         made = Options(**data)
         _one_of("mode", made.mode, MODES)
         _one_of("tune", made.tune, TUNE)
-        if made.release_weights not in (None, True, False):
-            raise OptionError(f"release_weights must be true or false, got {made.release_weights!r}")
+        for key, value in (("release_weights", made.release_weights), ("blocks", made.blocks)):
+            if value not in (None, True, False):
+                raise OptionError(f"{key} must be true or false, got {value!r}")
         if made.guard is not None and made.guard is not False and made.guard != NEVER_SLOWER:
             raise OptionError(f"guard must be {NEVER_SLOWER}, or false for none, got {made.guard!r}")
-        if made.blocks not in (None, True, False):
-            raise OptionError(f"blocks must be true or false, got {made.blocks!r}")
+        _one_of("attention", AUTO if made.attention is None else made.attention, ATTENTION)
         if isinstance(made.kernels, str):
             _one_of("kernels", made.kernels, ("auto", "reference"), " or a dict {scheme: kernel}")
         elif not isinstance(made.kernels, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -102,6 +105,10 @@ class Options:
     def guards(self, policy: Policy) -> bool:
         """Whether linears stay in 16 bits where these are faster; the option wins over the policy."""
         return (policy.guard if self.guard is None else self.guard) == NEVER_SLOWER
+
+    def attends(self, policy: Policy) -> bool:
+        """Whether attention may be replaced; the option wins over the policy."""
+        return (self.attention or policy.attention) != KEEP
 
 
 def _inductor_keys(patches: Mapping[str, Any]) -> None:

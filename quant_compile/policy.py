@@ -34,12 +34,14 @@ __all__ = ["CONVENTIONS", "KEEP", "Condition", "Decision", "Fuse", "Policy", "Ru
 
 VERSION = 1
 KEEP = "keep"
+AUTO = "auto"
+ATTENTION = (AUTO, KEEP)
 KINDS = ("linear", "moe")
 SHIPPED = Path(__file__).parent / "policies"
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
 _POLICY_KEYS = (
     "version", "name", "default", "rules", "requantize", "strict", "allow_reference", "fallback", "guard", "fuse",
-    "release_weights", "scales",
+    "attention", "release_weights", "scales",
 )  # fmt: skip
 _RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason", "requantize")
 _SCHEME_KEYS = ("weights", "input_activations")
@@ -77,6 +79,7 @@ class Policy:
             16-bit inputs; ``fp8``: where none serves 4-bit floats, they become FP8_DYNAMIC; None: that is an error.
         guard: ``never_slower``: a linear stays in 16 bits at every m at which its quantized chain is measured to be slower; None: no.
         fuse: rewrites that fuse.
+        attention: ``auto``: kernels that read a cache once serve attention where they are faster; ``keep``: all as the model wrote it.
         release_weights: free the original weights after packing; None leaves it to the backend's option.
         scales: safetensors file of calibrated input scales; in a policy file, relative to that file's folder.
         name: label in reports.
@@ -92,6 +95,7 @@ class Policy:
     fallback: str | None = None
     guard: str | None = None
     fuse: Fuse = field(default_factory=Fuse)
+    attention: str = AUTO
     release_weights: bool | None = None
     scales: Path | None = None
     name: str = field(default="policy", compare=False)
@@ -149,6 +153,8 @@ class Policy:
             out["guard"] = self.guard
         if self.fuse != Fuse():
             out["fuse"] = {f.name: getattr(self.fuse, f.name) for f in fields(Fuse)}
+        if self.attention != AUTO:
+            out["attention"] = self.attention
         if self.release_weights is not None:
             out["release_weights"] = self.release_weights
         if self.scales is not None:
@@ -292,6 +298,7 @@ class _Reader:
             fallback=self._fallback(data.get("fallback")),
             guard=self._guard(data.get("guard")),
             fuse=self._fuse(data.get("fuse")),
+            attention=self._attention(data.get("attention")),
             release_weights=self._optional_boolean(("release_weights",), data.get("release_weights")),
             scales=self._scales(data.get("scales")),
             name=self._text(("name",), data.get("name")) or self.name,
@@ -309,6 +316,11 @@ class _Reader:
         if value != NEVER_SLOWER:
             self.fail(("guard",), f"guard must be {NEVER_SLOWER}, or false for none, got {_shown(value)}")
         return NEVER_SLOWER
+
+    def _attention(self, value: Any) -> str:
+        if value is not None and value not in ATTENTION:
+            self.fail(("attention",), f"attention must be {' or '.join(ATTENTION)}, got {_shown(value)}")
+        return value or AUTO
 
     def _rules(self, value: Any) -> tuple[Rule, ...]:
         if value is None:

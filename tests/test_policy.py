@@ -140,6 +140,7 @@ EDITS: list[dict[str, Any]] = [
     {"strict": True},
     {"allow_reference": True},
     {"fuse": {"share_quant": False}},
+    {"attention": "keep"},
     {"release_weights": True},
 ]
 

@@ -5,10 +5,11 @@
     sglq.batched(x planes, w planes, spec, dtype) -> [E, M, n]: x [E, M, k] or [M, k] times every expert
     sglq.dequantize(w planes, spec, k) -> [n, k] f32
     sglq.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, spec, activation, dtype) -> [T, H]
+    sglq.attention(q, k, v, mask?, scale, is_causal, softcap, sinks?, softmax?) -> [B, Hq, T, Dv]
 
 ``spec`` is ``Scheme.spec``. A 16-bit input has no quantize node: ``sglq.linear`` then takes ``[x]``.
 ``sglq.moe`` is the block of ``ir/moe.py``; without ids its rows are in E equal parts, one expert each; ``none`` is the
-scheme of unquantized weights.
+scheme of unquantized weights. ``sglq.attention`` is that of ``ir/attend.py``, with K and V as they are kept: a head for each group.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quant_compile.ir.attend import attend
 from quant_compile.ir.family import family_of
 from quant_compile.ir.moe import NONE, Activation, moe_reference
 from quant_compile.ir.scheme import parse
@@ -31,6 +33,10 @@ LIBRARY.define(
 )
 LIBRARY.define("batched(Tensor[] x, Tensor[] w, str spec, ScalarType dtype) -> Tensor")
 LIBRARY.define("dequantize(Tensor[] w, str spec, SymInt k) -> Tensor")
+LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, float softcap, Tensor? sinks, "
+    "ScalarType? softmax) -> Tensor"
+)
 
 
 def _quantize(x: Tensor, spec: str, scale: Tensor | None = None) -> list[Tensor]:
@@ -99,6 +105,15 @@ def _moe_fake(
     return x[0].new_empty((x[0].shape[0], w2[0].shape[1]), dtype=dtype)
 
 
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, softcap: float, sinks: Tensor | None,
+    softmax: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype if softmax is None else v.dtype)
+
+
+LIBRARY.impl("attention", attend, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq::attention", _attention_fake, lib=LIBRARY)
 LIBRARY.impl("batched", _batched, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq::batched", _batched_fake, lib=LIBRARY)
 LIBRARY.impl("moe", _moe, "CompositeExplicitAutograd")
@@ -115,3 +130,4 @@ linear = torch.ops.sglq.linear.default
 dequantize = torch.ops.sglq.dequantize.default
 moe = torch.ops.sglq.moe.default
 batched = torch.ops.sglq.batched.default
+attention = torch.ops.sglq.attention.default

@@ -50,6 +50,25 @@ class WeightLine:
 
 
 @dataclass(frozen=True)
+class AttentionLine:
+    """What became of the attention of one kind.
+
+    Attributes:
+        what: heads, their size, tokens, and whether it is over a static cache; ``not matched`` of what only looks like attention.
+        runs: kernel, or ``as written``.
+        reason: why that.
+        missed: it is not understood.
+        count: how many there are in the graph that has most of them.
+    """
+
+    what: str
+    runs: str
+    reason: str
+    missed: bool = False
+    count: int = 1
+
+
+@dataclass(frozen=True)
 class Report:
     """The ledger of one model.
 
@@ -60,6 +79,7 @@ class Report:
         notes: what the user should know: warnings, refusals, limits.
         misses: linear-like nodes over Parameters that were not quantized: (parameter or node, reason).
         timings: seconds by stage (``passes.*``, ``packing``, ``selection``, ``inductor``).
+        attention: one line for each kind of attention in the graphs, and for what looks like some.
     """
 
     policy: str
@@ -68,6 +88,7 @@ class Report:
     notes: tuple[str, ...] = ()
     misses: tuple[tuple[str, str], ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
+    attention: tuple[AttentionLine, ...] = ()
 
     @property
     def bytes_total(self) -> int:
@@ -131,6 +152,8 @@ class Report:
             before, after = sum(line.bytes_before for line in group), sum(line.bytes_after for line in group)
             size = f"{_size(before)} → {_size(after)}" if first.scheme else _size(before)
             table.add_row(_label(group), first.scheme or "kept", first.layout, first.kernels, size, first.reason)
+        for site in self.attention:
+            table.add_row(f"attention: {site.what} ({site.count})", "", "", site.runs, "", site.reason)
         for note in self.notes:
             table.add_row("note", "", "", "", "", note)
         return table
@@ -153,7 +176,8 @@ class Report:
         rows: list[dict[str, Any]] = [line | {"names": tuple(line["names"])} for line in data["lines"]]
         lines = tuple(WeightLine(**row) for row in rows)
         misses = tuple((name, reason) for name, reason in data["misses"])
-        return Report(data["policy"], data["target"], lines, tuple(data["notes"]), misses, data["timings"])
+        attention = tuple(AttentionLine(**site) for site in data.get("attention", ()))
+        return Report(data["policy"], data["target"], lines, tuple(data["notes"]), misses, data["timings"], attention)
 
     def __str__(self) -> str:
         console = Console(width=150, record=False, file=None)

@@ -1,6 +1,7 @@
 """Replace kernel ops by what they run, while Inductor's graph is traced: no Python of ours runs at a call then.
 
-Reads the dispatch of ``sglq_kernels.linear``. Where the number of rows m is known, its kernel is recorded. Where it is a
+Reads the dispatch of ``sglq_kernels.linear``, and the sizes of ``sglq_kernels.attention``, which is recorded where all are known.
+For linears: Where the number of rows m is known, its kernel is recorded. Where it is a
 symbol, one kernel is recorded for all m up to SPLIT or for all above: Dynamo guards on which side m is, and compiles the other
 side when a call first has it. A kernel that cannot be recorded stays a call of the op, which looks m up at each call.
 """
@@ -8,7 +9,7 @@ side when a call first has it. A kernel that cannot be recorded stays a call of 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from quant_compile.ir.family import Reject
 from quant_compile.lowering import ops
+from quant_compile.lowering.attention import attention_kernels
 from quant_compile.lowering.registry import Kernel, kernels
 from quant_compile.lowering.select import BUCKETS, Dispatch, parse_dispatch
 from quant_compile.lowering.target import Target
@@ -118,6 +120,18 @@ def _expand(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str
         return ops.run_linear(kernel, chosen.problem, x, w, bias)
 
 
+def _expand_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str
+) -> Any:  # fmt: skip
+    """What ``sglq_kernels.attention`` runs, where its launch can be cut up now; else NotImplemented."""
+    sizes: tuple[Any, ...] = (*q.shape, *k.shape, *v.shape, *(() if mask is None else mask.shape))
+    known = all(isinstance(size, int) and size > 0 for size in sizes)
+    if not known or Target.of(q.device).device != "cuda" or not attention_kernels()[kernel].recorded:
+        return NotImplemented
+    with tracing(None):
+        return ops.run_attention(q, k, v, mask, scale, softcap, sinks, kernel)
+
+
 def beyond(m: Any) -> bool | None:
     """Whether a symbol m is above SPLIT, which Dynamo checks at each call from now on; None where it cannot, or no longer."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
@@ -134,13 +148,21 @@ def _is_zero(data: Tensor) -> bool:
     return any(isinstance(size, int) and size == 0 for size in sizes)
 
 
-def _rule(mode: FunctionalTensorMode, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    if _EXPANDING.get():
-        with mode:
-            result = _expand(*args, **(kwargs or {}))
-        if result is not NotImplemented:
-            return result
-    return mode.__torch_dispatch__(op, types, args, kwargs)
+def _rule(expand: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(
+        mode: FunctionalTensorMode, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+    ) -> Any:
+        if _EXPANDING.get():
+            with mode:
+                result = expand(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+
+    return rule
 
 
-torch.library.register_torch_dispatch("sglq_kernels::linear", FunctionalTensorMode, _rule, lib=ops.LIBRARY)
+torch.library.register_torch_dispatch("sglq_kernels::linear", FunctionalTensorMode, _rule(_expand), lib=ops.LIBRARY)
+torch.library.register_torch_dispatch(
+    "sglq_kernels::attention", FunctionalTensorMode, _rule(_expand_attention), lib=ops.LIBRARY
+)

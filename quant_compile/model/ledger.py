@@ -7,11 +7,13 @@ are held weakly.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from quant_compile.ir.report import Report, WeightLine
+from quant_compile.ir.report import AttentionLine, Report, WeightLine
 from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, peek_anchor
 from quant_compile.lowering.weights import STORE, Entry
 from quant_compile.model.names import Names, names_in
@@ -55,6 +57,7 @@ class Session:
     notes: dict[str, None] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     checked: bool = False
+    attention: dict[AttentionLine, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +70,12 @@ class Sessions:
         """Add a note once."""
         for session in self.each:
             session.notes[text] = None
+
+    def attend(self, lines: Iterable[AttentionLine]) -> None:
+        """Count the attention of a graph; a kind that several graphs have counts as often as in that which has most."""
+        for line, count in Counter(lines).items():
+            for session in self.each:
+                session.attention[line] = max(count, session.attention.get(line, 0))
 
     def seconds(self, key: str) -> float:
         """Spent on ``key`` so far, by the first model's account."""
@@ -135,7 +144,9 @@ class Ledger:
         ]
         timings = dict(session.timings) if session else {}
         policy, target = (session.policy.name, session.target) if session else ("none", "none")
-        return Report(policy, target, tuple(lines), tuple(notes), tuple(misses), timings)
+        found = session.attention if session else {}
+        attention = tuple(replace(line, count=count) for line, count in found.items())
+        return Report(policy, target, tuple(lines), tuple(notes), tuple(misses), timings, attention)
 
     def policy_of(self, model: nn.Module) -> Decides | None:
         """The policy that a model was compiled with last; None: it was not compiled."""

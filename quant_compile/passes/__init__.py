@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quant_compile.passes.insert_attention import insert_attention
 from quant_compile.passes.insert_batched import insert_batched
 from quant_compile.passes.insert_moe import insert_moe
 from quant_compile.passes.insert_quant import insert_quant
@@ -9,4 +10,4 @@ from quant_compile.passes.lower import lower
 from quant_compile.passes.merge_siblings import merge_siblings
 from quant_compile.passes.share_quant import share_quant
 
-PIPELINE = (insert_moe, insert_batched, insert_quant, share_quant, merge_siblings, lower)
+PIPELINE = (insert_attention, insert_moe, insert_batched, insert_quant, share_quant, merge_siblings, lower)

@@ -1,4 +1,4 @@
-"""Turn every sglq op into what runs: quantization into ATen that Inductor fuses, linears into one opaque kernel op.
+"""Turn every sglq op into what runs: quantization into ATen that Inductor fuses, linears and attention into kernel ops.
 
 Reads ``sglq`` nodes; writes traced scheme code, ``sglq_kernels.linear`` with its dispatch, and planes in the chosen layout.
 Inputs of which Inductor would make too many kernels go to one of our own (``fuse_input``).
@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from quant_compile.ir import ops
 from quant_compile.ir.batched import BatchedSite
@@ -31,6 +32,7 @@ from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import parse
 from quant_compile.ir.writes import Writes
 from quant_compile.lowering import ops as kernel_ops
+from quant_compile.lowering.attention import GROUPED, AttentionChoice
 from quant_compile.lowering.moe import MoeDispatch, moe_layouts
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import Dispatch
@@ -60,6 +62,8 @@ def lower(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
         dispatch = _lower_batched(gm.graph, node, plan)
         report.rewrote.append(f"{names}: {dispatch.layout}, {dispatch.ranges}")
         report.dispatches[(slot,)] = dispatch
+    for node in list(gm.graph.find_nodes(op="call_function", target=ops.attention)):
+        report.rewrote.append(f"{node.name}: {_lower_attention(gm.graph, node)}")
     _lower_inputs(gm.graph, plan.target, column_scales, report)
     return verify(gm, "lowered"), report
 
@@ -119,6 +123,21 @@ def _lower_batched(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
     node.replace_all_uses_with(y)
     graph.erase_node(node)
     return dispatch
+
+
+def _lower_attention(graph: fx.Graph, node: fx.Node) -> str:
+    choice: AttentionChoice = node.meta["choice"]
+    q, k, v, mask, scale, is_causal, softcap, sinks, _ = node.args
+    with graph.inserting_before(node):
+        if choice.runs == GROUPED:
+            more = {"attn_mask": mask, "scale": scale, "is_causal": is_causal, "enable_gqa": True}
+            y = graph.call_function(F.scaled_dot_product_attention, (q, k, v), more)
+        else:
+            y = graph.call_function(kernel_ops.attention, (q, k, v, mask, scale, softcap, sinks, choice.runs))
+    y.meta = {key: node.meta[key] for key in ("site", "example_value")}
+    node.replace_all_uses_with(y)
+    graph.erase_node(node)
+    return choice.runs
 
 
 def _moved(graph: fx.Graph, planes: Any, dispatch: MoeDispatch, shape: tuple[int, int]) -> list[fx.Node]:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from quant_compile.ir.attention import AttentionMiss, AttentionSite
 from quant_compile.ir.batched import BatchedSite
 from quant_compile.ir.experts import MoeSite
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.report import AttentionLine
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite
+from quant_compile.lowering.attention import AttentionChoice, AttentionProblem
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch
@@ -54,6 +57,8 @@ class Plan:
         share_quant: quantize an input once for all linears that read it.
         merge_siblings: one GEMM for linears that read one input.
         target: the device that is compiled for; None: inputs are quantized by the families' torch code alone.
+        attention: in graph order; attention_misses: what looks like some and stays as it is.
+        choose_attention: ``problem -> AttentionChoice``; None: all attention stays as it was written.
         replaced: node of a site that a pass replaced -> what stands in its place.
     """
 
@@ -69,6 +74,9 @@ class Plan:
     choose_moe: Callable[[MoeProblem, str], MoeDispatch] | None = None
     choose_rows: Callable[[Problem, str], Dispatch] | None = None
     target: Target | None = None
+    attention: tuple[AttentionSite, ...] = ()
+    attention_misses: tuple[AttentionMiss, ...] = ()
+    choose_attention: Callable[[AttentionProblem], AttentionChoice] | None = None
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
@@ -80,3 +88,4 @@ class PassReport:
     rewrote: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     dispatches: dict[tuple[int, ...], Dispatch | MoeDispatch] = field(default_factory=dict)
+    attention: list[AttentionLine] = field(default_factory=list)

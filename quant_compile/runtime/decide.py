@@ -17,6 +17,7 @@ from torch import fx
 from torch.nn import Parameter
 
 from quant_compile.ir.account import Read, Use, account
+from quant_compile.ir.attention import AttentionMiss, AttentionSite, find_attention
 from quant_compile.ir.batched import BatchedSite, find_batched
 from quant_compile.ir.errors import MissingScalesError, PolicyError, PolicyWarning
 from quant_compile.ir.experts import MoeMiss, MoeSite, Verdicts, find_experts
@@ -62,7 +63,7 @@ class Choosers:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """All that one graph has: blocks, products with all experts, linears, and what is none of them, with the reason."""
+    """All that one graph has: blocks, products with all experts, linears, and what is none of them, with the reason; attention."""
 
     blocks: tuple[MoeSite, ...]
     batched: tuple[BatchedSite, ...]
@@ -70,6 +71,8 @@ class Found:
     misses: tuple[Miss | MoeMiss, ...]
     reads: tuple[Read, ...] = ()
     routers: frozenset[int] = frozenset()
+    attention: tuple[AttentionSite, ...] = ()
+    attention_misses: tuple[AttentionMiss, ...] = ()
 
     @staticmethod
     def of(gm: fx.GraphModule, parameters: Mapping[int, Any], verdicts: Verdicts) -> Found:
@@ -90,7 +93,10 @@ class Found:
         misses += [Miss(r.node, (r.slot,), r.reason) for r in reads if r.use.multiplies and r.slot not in said]
         others = tuple(read for read in reads if not read.use.multiplies)
         gates = routers(gm, linears, misses)
-        everything = Found(tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown), others, gates)
+        attention, unlike = find_attention(gm, inside)
+        everything = Found(
+            tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown), others, gates, tuple(attention), tuple(unlike)
+        )  # fmt: skip
         return everything.outside_of(transformed(gm.graph) | of_subclasses(gm.graph, parameters))
 
     def outside_of(self, reasons: Mapping[fx.Node, str]) -> Found:
@@ -105,6 +111,11 @@ class Found:
             batched=tuple(site for site in self.batched if site.node not in reasons),
             linears=tuple(site for site in self.linears if site.node not in reasons),
             misses=(*self.misses, *(miss for miss in missed if miss.reason)),
+            attention=tuple(site for site in self.attention if not _reason_in(site.nodes, reasons)),
+            attention_misses=(
+                *self.attention_misses,
+                *(AttentionMiss(s.node, why) for s in self.attention if (why := _reason_in(s.nodes, reasons))),
+            ),
         )
 
     @property

@@ -60,6 +60,7 @@ def record(
             LEDGER.record(parameter).readers[ALSO_PLAIN] = None
             STORE.entry(parameter).plain_readers.add(ALSO_PLAIN)
     for report in variant.reports:
+        sessions.attend(report.attention)
         if report.name == "merge_siblings":
             for refusal in report.refused:
                 sessions.note(f"not merged: {refusal}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import Parameter
 from quant_compile.ir.errors import GraphError, OptionError
 from quant_compile.ir.experts import Verdicts
 from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_inductor
+from quant_compile.lowering.attention import choose_attention
 from quant_compile.lowering.expand import without_guards
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
@@ -82,7 +84,7 @@ class Variants:
         specs = tuple(d.scheme.spec if d.scheme else None for d in decisions.values())
         classes = self._scale_classes(parameters, decisions)
         fuse, request = self.source.policy.fuse, self.options.request(self.source.policy)
-        key = (specs, tuple(sorted(classes.items())), fuse, request)
+        key = (specs, tuple(sorted(classes.items())), fuse, request, self.options.attends(self.source.policy))
         found = self._made.get(key)
         if found is None:
             found = self._build(decisions, classes, sessions, late)
@@ -127,6 +129,9 @@ class Variants:
             _timed(sessions, self._choosers.rows, choosing),
             # A kernel takes a norm's eps as a number. Dynamo makes one of a float that is an input, but not once it is done.
             None if late and self._scalars else self.target,
+            found.attention,
+            found.attention_misses,
+            partial(choose_attention, target=self.target) if self.options.attends(self.source.policy) else None,
         )
         with choosing:
             gm, reports = _rewritten(gm, plan, sessions)

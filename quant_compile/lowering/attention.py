@@ -1,0 +1,205 @@
+"""What runs an attention: a kernel, torch's own grouped form, or what the model wrote, and why.
+
+A kernel replaces what was written for a query of few tokens over a static cache on a GPU, where what is written copies K and V for
+every head of a group and reads a cache to its end. Everything else stays as it was written unless another form is known to be faster.
+Modules under ``lowering/kernels`` offer kernels as ``ATTENTION_KERNELS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quant_compile.ir.attention import AttentionSite
+from quant_compile.ir.family import Reject
+from quant_compile.ir.operands import op_of
+from quant_compile.ir.scores import agrees, known, tensor_of
+from quant_compile.lowering.registry import Rank, _modules
+from quant_compile.lowering.target import Target
+
+MOST_TOKENS = 16
+# What stands for a kernel's name where torch's own attention runs on unrepeated K and V, and where the model's own code runs.
+GROUPED, WRITTEN = "sdpa_grouped", "as written"
+# The largest head that torch's flash kernels take.
+LARGEST_HEAD = 256
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """One attention as kernels see it.
+
+    Attributes:
+        batch: sequences; None while it is a symbol, as are tokens and length.
+        heads, kv_heads: Hq and Hkv.
+        size, value_size: of q and k, and of v.
+        tokens: T.
+        length: L, filled or not.
+        dtype: of q, k and v.
+        mask: ``none``, ``bool``, ``additive``, or ``other`` where it does not broadcast to [B, Hq, T, L] by batch and heads alone.
+        mask_heads: the mask has heads.
+        is_causal, softcap, sinks: whether there is one.
+        repeated: as written, K and V are repeated in memory.
+        cached: they are a static cache that the graph has written to.
+        products: written as products around a softmax, not as ``scaled_dot_product_attention``.
+    """
+
+    batch: int | None
+    heads: int
+    kv_heads: int
+    size: int
+    value_size: int
+    tokens: int | None
+    length: int | None
+    dtype: torch.dtype
+    mask: str = "none"
+    mask_heads: bool = False
+    is_causal: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    repeated: bool = False
+    cached: bool = False
+    products: bool = False
+
+    @property
+    def text(self) -> str:
+        """For people; sites of one kind have one text."""
+        heads = f"{self.heads} heads" + (f" over {self.kv_heads}" if self.heads != self.kv_heads else "")
+        size = f"{self.size}" + (f" and {self.value_size}" if self.size != self.value_size else "")
+        few = self.tokens is not None and self.tokens <= MOST_TOKENS
+        tokens = f"{self.tokens} token{'s' * (self.tokens != 1)}" if few else "many tokens"
+        return f"{heads} of {size}, {tokens}{', static cache' if self.cached else ''}"
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """Something that runs attention over K and V that are not repeated.
+
+    Attributes:
+        name: provider, then job.
+        fit: ``(problem, target) -> Rank | Reject``.
+        run: ``(q, k, v, mask [B|1, 1|Hq, T, L] | None, scale, softcap, sinks [Hq] | None) -> y``: [B, Hq, T, Dv], contiguous as
+            [B, T, Hq, Dv].
+        recorded: ``run`` may be recorded in Inductor's graph, which launches it itself then, where all sizes are known.
+    """
+
+    name: str
+    fit: Callable[[AttentionProblem, Target], Rank | Reject]
+    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float, Tensor | None], Tensor]
+    recorded: bool = True
+
+
+@lru_cache(maxsize=1)
+def attention_kernels() -> dict[str, AttentionKernel]:
+    """All attention kernels by name."""
+    return {kernel.name: kernel for module in _modules() for kernel in getattr(module, "ATTENTION_KERNELS", ())}
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """What runs an attention: a kernel's name, GROUPED or WRITTEN, and why it is that."""
+
+    runs: str
+    reason: str
+
+
+def problem_of(site: AttentionSite) -> AttentionProblem:
+    """The problem that a site poses."""
+    q, k, v = (tensor_of(node) for node in (site.q, site.k, site.v))
+    assert q is not None and k is not None and v is not None
+    return AttentionProblem(
+        known(q.shape[0]), int(q.shape[1]), int(k.shape[1]), int(q.shape[3]), int(v.shape[3]), known(q.shape[2]),
+        known(k.shape[2]), q.dtype, _mask_kind(site, q, k), _mask_heads(site), site.is_causal, bool(site.softcap),
+        site.sinks is not None, site.repeated, site.cached, site.softmax is not None,
+    )  # fmt: skip
+
+
+def _mask_kind(site: AttentionSite, q: Tensor, k: Tensor) -> str:
+    mask = tensor_of(site.mask)
+    if mask is None:
+        return "none"
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    spread = [i < 2 and known(size) == 1 for i, size in enumerate(sizes)]
+    if not all(given or agrees(a, b) for given, a, b in zip(spread, sizes, full, strict=True)):
+        return "other"
+    return "bool" if mask.dtype == torch.bool else "additive"
+
+
+def _mask_heads(site: AttentionSite) -> bool:
+    mask = tensor_of(site.mask)
+    return mask is not None and mask.dim() >= 3 and mask.shape[-3] != 1
+
+
+def choose_attention(problem: AttentionProblem, target: Target) -> AttentionChoice:
+    """What runs a problem on a target."""
+    if target.device != "cuda":
+        return AttentionChoice(WRITTEN, "attention kernels run on a GPU")
+    unfit = _unfit(problem)
+    if unfit is not None:
+        if _grouped(problem):
+            return AttentionChoice(GROUPED, f"K and V are not repeated in memory; no kernel: {unfit}")
+        return AttentionChoice(WRITTEN, unfit)
+    reasons: list[str] = []
+    best: tuple[float, str] | None = None
+    for name, kernel in attention_kernels().items():
+        answer = kernel.fit(problem, target)
+        if isinstance(answer, Reject):
+            reasons.append(f"{name}: {answer.reason}")
+        elif best is None or answer.cost < best[0]:
+            best = answer.cost, name
+    if best is None:
+        return AttentionChoice(WRITTEN, "; ".join(reasons) or "no attention kernel is installed")
+    return AttentionChoice(best[1], "the cache is read once, to its filled length")
+
+
+def _unfit(p: AttentionProblem) -> str | None:
+    """Why no kernel is asked: it would not be known to be faster."""
+    if p.tokens is None or p.tokens > MOST_TOKENS:
+        return f"kernels serve up to {MOST_TOKENS} tokens, known when the graph is compiled"
+    if not p.cached:
+        return "its keys are no static cache that the graph writes to"
+    if p.is_causal:
+        return "it is causal without a mask"
+    return "its mask is not one of every token and key" if p.mask == "other" else None
+
+
+def _grouped(p: AttentionProblem) -> bool:
+    """Whether torch's flash attention takes the heads in groups, as no other of its kernels does: without a mask, and with one size.
+
+    Nor does it take a causal one of fewer queries than keys.
+    """
+    square = p.tokens is not None and p.tokens == p.length
+    plain = p.repeated and not p.products and p.mask == "none" and not p.cached and (square or not p.is_causal)
+    half = p.dtype in (torch.bfloat16, torch.float16)
+    return plain and half and p.size == p.value_size <= LARGEST_HEAD
+
+
+def layout_matters(site: AttentionSite) -> bool:
+    """Whether what reads a result relies on how it lies in memory: kernels return it as [B, T, Hq, Dv]."""
+    value = tensor_of(site.node)
+    return value is not None and known(value.shape[2]) != 1 and any(op_of(user) == "view" for user in site.node.users)
+
+
+def check_sizes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Sizes that were symbols when the graph was compiled are what the kernel reads: outside of them lies other memory.
+
+    Raises:
+        ValueError: they differ, as torch's own attention would say.
+    """
+    length = k.shape[2]
+    whole = q.shape[0] == k.shape[0] == v.shape[0] and v.shape[2] == length and v.shape[1] == k.shape[1]
+    if mask is not None:
+        leads = mask.shape[0] in (1, q.shape[0]) and mask.shape[1] in (1, q.shape[1])
+        whole = whole and leads and tuple(mask.shape[2:]) == (q.shape[2], length)
+    if not whole:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, mask) if x is not None)
+        raise ValueError(f"q, k, v and mask of attention do not fit each other: {shapes}")
+
+
+def full_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask with all four dimensions."""
+    return mask if mask is None or mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]

@@ -1,0 +1,71 @@
+"""Models on the GPU whose decode attention runs in the kernel: the eager output, the report, and tokens of ``generate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+import quant_compile
+from quant_compile.lowering.kernels.attention import offered
+from tests.attention_support import MIXED, decoder, seeded
+
+pytestmark = pytest.mark.gpu
+
+WIDE = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 512}
+MODELS = {
+    "llama3": decoder(hf.LlamaConfig, hf.LlamaForCausalLM, **WIDE),
+    "gemma2": decoder(hf.Gemma2Config, hf.Gemma2ForCausalLM, attn_implementation="eager", **WIDE, **MIXED),
+    "gpt_oss": decoder(
+        hf.GptOssConfig, hf.GptOssForCausalLM, num_local_experts=4, num_experts_per_tok=2, **WIDE, **MIXED
+    ),
+}
+# Two layers in bf16, of which eager rounds every score and the kernel none.
+CLOSE = 4e-2
+
+
+def step(call: Any, cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    return call(input_ids=ids, past_key_values=cache, use_cache=True, attention_mask=mask).logits[:, -1].float()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_decode_in_the_kernel(family: str) -> None:
+    """A left-padded prompt, then tokens that are given; a policy that quantizes nothing."""
+    if offered._host() is None:
+        pytest.skip("the decode kernel is not part of this installation")
+    model = seeded(MODELS[family], torch.bfloat16).cuda()
+    prompt = torch.randint(3, 90, (2, 40), device="cuda")
+    mask = torch.ones_like(prompt)
+    mask[0, :7] = 0
+    caches = [hf.StaticCache(config=model.config, max_cache_len=300) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            step(model, cache, prompt, mask)
+        tokens = torch.full((2, 1), 11, device="cuda")
+        masks = [torch.cat((mask, torch.ones(2, n, dtype=mask.dtype, device="cuda")), 1) for n in (1, 2, 3)]
+        wanted = [step(model, caches[0], tokens, given) for given in masks]
+        torch._dynamo.reset()
+        quant_compile.compile(model, {"default": "keep"})
+        got = [step(model, caches[1], tokens, given) for given in masks]
+    for a, b in zip(got, wanted, strict=True):
+        assert float((a - b).norm() / b.norm()) < CLOSE
+    runs = {line.runs: line.count for line in quant_compile.report(model).attention}
+    assert runs == {"triton_decode": 2}
+
+
+def test_generate_in_the_kernel() -> None:
+    """Blocks that share a graph, recorded steps: the report names the kernel."""
+    if offered._host() is None:
+        pytest.skip("the decode kernel is not part of this installation")
+    model = seeded(
+        decoder(hf.LlamaConfig, hf.LlamaForCausalLM, **(WIDE | {"num_hidden_layers": 4})), torch.bfloat16
+    ).cuda()
+    asked = {"input_ids": torch.randint(3, 90, (2, 40), device="cuda"), "max_new_tokens": 24, "do_sample": False}
+    torch._dynamo.reset()
+    quant_compile.compile(model, {"default": "keep"})
+    found = model.generate(**asked)
+    assert found.shape == (2, 64) and torch.equal(found, model.generate(**asked))
+    assert "triton_decode" in {line.runs for line in quant_compile.report(model).attention}

@@ -1,0 +1,226 @@
+"""What is chosen for an attention and why, how the kernel is asked and called, and that Inductor's code launches it itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._inductor.graph import GraphLowering
+
+from quant_compile.ir.attend import attend
+from quant_compile.ir.family import Reject
+from quant_compile.lowering import attention, ops
+from quant_compile.lowering.attention import (
+    GROUPED,
+    WRITTEN,
+    AttentionKernel,
+    AttentionProblem,
+    choose_attention,
+)
+from quant_compile.lowering.expand import expanding
+from quant_compile.lowering.kernels.attention import offered
+from quant_compile.lowering.registry import Rank
+from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import analysed_once
+from tests.lowering.test_expand import Stop, on_sm90
+from tests.passes.test_fusion import sm90
+
+__all__ = ["on_sm90", "sm90"]
+
+SM90 = Target.fake("sm90")
+DECODE = AttentionProblem(
+    2, 8, 2, 64, 64, 1, 512, torch.bfloat16, "bool", repeated=True, cached=True
+)  # Llama's, over a static cache
+PREFILL = replace(DECODE, tokens=300, mask="none", cached=False)
+
+
+def kernel(name: str, answer: Rank | Reject) -> AttentionKernel:
+    return AttentionKernel(name, lambda problem, target: answer, lambda *given: given[0])
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three kernels: one refuses, and of the others one is faster."""
+    made = [kernel("slow", Rank(9.0)), kernel("refuses", Reject("it never serves")), kernel("fast", Rank(2.0))]
+    monkeypatch.setattr(attention, "attention_kernels", lambda: {k.name: k for k in made})
+    monkeypatch.setattr(ops, "attention_kernels", lambda: {"triton_decode": made[0]})
+
+
+def test_the_cheapest_kernel_serves_few_tokens_over_a_cache(served: None) -> None:
+    chosen = choose_attention(DECODE, SM90)
+    assert (chosen.runs, chosen.reason) == ("fast", "the cache is read once, to its filled length")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tokens": 17}, "kernels serve up to 16 tokens, known when the graph is compiled"),
+        ({"tokens": None}, "kernels serve up to 16 tokens, known when the graph is compiled"),
+        ({"cached": False}, "its keys are no static cache that the graph writes to"),
+        ({"is_causal": True, "mask": "none"}, "it is causal without a mask"),
+        ({"mask": "other"}, "its mask is not one of every token and key"),
+    ],
+)
+def test_what_no_kernel_is_asked_for_stays_as_written(served: None, changes: dict[str, Any], reason: str) -> None:
+    chosen = choose_attention(replace(DECODE, **changes), SM90)
+    assert (chosen.runs, chosen.reason) == (WRITTEN, reason)
+
+
+def test_a_cpu_keeps_what_was_written(served: None) -> None:
+    assert choose_attention(DECODE, Target.fake("cpu")).runs == WRITTEN
+
+
+def test_the_reasons_of_all_kernels_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "attention_kernels", lambda: {"one": kernel("one", Reject("no such heads"))})
+    assert choose_attention(DECODE, SM90).reason == "one: no such heads"
+    monkeypatch.setattr(attention, "attention_kernels", dict)
+    assert choose_attention(DECODE, SM90).reason == "no attention kernel is installed"
+
+
+def test_torchs_grouped_form_serves_prefill_that_repeats_without_a_mask() -> None:
+    """Only where its flash kernels take it; what is written without repeating stays."""
+    assert choose_attention(PREFILL, SM90).runs == GROUPED
+    assert choose_attention(replace(PREFILL, is_causal=True, length=300), SM90).runs == GROUPED
+    for changes in (
+        {"repeated": False},
+        {"mask": "bool"},
+        {"value_size": 32},
+        {"size": 288, "value_size": 288},
+        {"dtype": torch.float32},
+        {"products": True},
+        {"is_causal": True},
+        {"is_causal": True, "tokens": None, "length": None},
+    ):
+        assert choose_attention(replace(PREFILL, **changes), SM90).runs == WRITTEN, changes
+
+
+def test_texts_of_one_kind_are_equal() -> None:
+    assert DECODE.text == "8 heads over 2 of 64, 1 token, static cache"
+    assert PREFILL.text == replace(PREFILL, tokens=None, length=9).text == "8 heads over 2 of 64, many tokens"
+    assert replace(DECODE, kv_heads=8, value_size=32, tokens=3).text == "8 heads of 64 and 32, 3 tokens, static cache"
+
+
+def test_without_its_kernel_the_offer_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offered, "_host", lambda: None)
+    answer = offered.fit(DECODE, SM90)
+    assert isinstance(answer, Reject) and answer.reason == "the kernel is not part of this installation"
+
+
+def test_the_offer_asks_and_calls_the_kernel_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symbols become sizes that do not matter; the call is the host function's."""
+    asked: list[Any] = []
+
+    def decode(q: Any, k: Any, v: Any, mask: Any, scale: float, *, softcap: float, sinks: Any) -> Any:
+        return q, k, v, mask, scale, softcap, sinks
+
+    host = SimpleNamespace(
+        Attention=lambda *sizes, **more: (sizes, more),
+        fit=lambda p, target: asked.append(p) or Rank(1.0),
+        decode=decode,
+    )
+    monkeypatch.setattr(offered, "_host", lambda: host)
+    problem = replace(DECODE, batch=None, length=None, softcap=True, mask_heads=True)
+    assert offered.fit(problem, SM90) == Rank(1.0)
+    b = torch.bfloat16
+    assert asked == [((1, 8, 2, 1, 64, 64, 4096, b, b, b, "bool", True), {"softcap": True, "sinks": False})]
+    assert offered.run("q", "k", "v", "m", 0.5, 30.0, "s") == ("q", "k", "v", "m", 0.5, 30.0, "s")  # type: ignore[arg-type]
+
+
+def test_the_op_is_the_truth_on_a_cpu_and_lies_as_kernels_leave_it() -> None:
+    q, k, v = torch.randn(2, 8, 3, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 8)
+    mask = torch.rand(3, 20) > 0.3
+    y = ops.attention(q, k, v, mask, 0.25, 5.0, None, "triton_decode")
+    assert torch.equal(y, attend(q, k, v, mask, 0.25, False, 5.0))
+    assert y.transpose(1, 2).is_contiguous()
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v, mask)]
+        fake = ops.attention(*fakes, 0.25, 5.0, None, "triton_decode")
+    assert (fake.shape, fake.stride(), fake.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+@pytest.mark.parametrize("shorter", ["k", "v", "mask", "q"])
+def test_sizes_that_do_not_fit_are_an_error_before_memory_is_read(shorter: str, served: None) -> None:
+    """Of symbols only the call knows."""
+    given = {
+        "q": torch.randn(2, 8, 1, 16),
+        "k": torch.randn(2, 2, 20, 16),
+        "v": torch.randn(2, 2, 20, 8),
+        "mask": torch.ones(1, 20, dtype=torch.bool),
+    }
+    ops.run_attention(*given.values(), 0.25, 0.0, None, "triton_decode")  # type: ignore[arg-type]
+    given[shorter] = (
+        given[shorter][:1]
+        if shorter == "q"
+        else given[shorter][..., :19, :]
+        if shorter != "mask"
+        else given["mask"][:, :19]
+    )
+    with pytest.raises(ValueError, match="do not fit each other"):
+        ops.run_attention(*given.values(), 0.25, 0.0, None, "triton_decode")  # type: ignore[arg-type]
+
+
+def code_of(call: Callable[..., Tensor], given: Sequence[Any], monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> str:
+    """Inductor's code for a function of tensors."""
+    codes: list[str] = []
+
+    def save(code: str) -> None:
+        codes.append(code)
+        raise Stop
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        with expanding(), analysed_once():
+            return compile_fx(gm, list(inputs), config_patches={"cpu_backend": "triton", "force_disable_caches": True})
+
+    monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(save))
+    torch._dynamo.reset()
+    if dynamic:
+        torch._dynamo.mark_dynamic(given[1], 2)
+    with torch.no_grad(), pytest.raises(Exception, match=r"Stop|code is there"):
+        torch.compile(call, backend=backend)(*given)
+    return codes[-1]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductors_code_launches_the_kernel_itself(
+    dynamic: bool, on_sm90: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a cache that the graph writes: one launch or two, no copy of the cache. A length that is a symbol leaves the op."""
+    if offered._host() is None:
+        pytest.skip("the decode kernel is not part of this installation")
+
+    def step(q: Tensor, keys: Tensor, values: Tensor, at: Tensor, new: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+        keys.index_copy_(2, at, new)
+        values.index_copy_(2, at, new)
+        return ops.attention(q, keys, values, mask, 0.125, 0.0, sinks, "triton_decode")
+
+    half = torch.bfloat16
+    caches = [torch.randn(2, 2, 512, 64, dtype=half) for _ in range(2)]
+    given = (
+        torch.randn(2, 8, 1, 64, dtype=half),
+        *caches,
+        torch.tensor([5]),
+        torch.randn(2, 2, 1, 64, dtype=half),
+        (torch.arange(512) < 6).expand(2, 1, 1, 512),
+        torch.randn(8, dtype=half),
+    )
+    call = code_of(step, given, monkeypatch, dynamic)
+    call = call[call.index("def call") :]
+    if dynamic:
+        assert "sglq_kernels.attention" in call
+        assert not re.search(r"empty_strided\w*\(\([^)]*s\d", call), "a cache is allocated"
+        return
+    assert "sglq_kernels" not in call, "an op of ours is called"
+    assert len(re.findall(r"decode_kernel\w*\.run\(", call)) == 1
+    # What is allocated is small: the result and the parts of splits, never a cache.
+    sizes = [
+        tuple(map(int, re.findall(r"\d+", found))) for found in re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", call)
+    ]
+    assert sizes and all(torch.Size(size).numel() < caches[0].numel() for size in sizes), sizes
