@@ -169,12 +169,16 @@ class Filler:
         del remembering, segments, made
         caches.reset(self.cache)
         again = self._answered(recorded, inputs)
-        if again is not None and _alike(truth, again):
+        far = float("nan") if again is None else _distance(truth, again)
+        if far == 0:
             prompt.recorded = recorded
             return self._copied(again), graphs
         caches.reset(self.cache)
         noting = Noting()
         made = self.run(inputs, noting)
+        if far <= NOISE * _distance(truth, made):
+            prompt.recorded = recorded
+            return made, noting.graphs
         return self._refuse(prompt, "what stands around compiled graphs uses results between them", made, noting.graphs)
 
     def _recorded(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -189,6 +193,6 @@ class Filler:
         return made, graphs
 
 
-def _alike(one: Any, other: Any) -> bool:
-    pairs = [(a.float(), b.float()) for a, b in zip(leaves(one), leaves(other), strict=True)]
-    return all(torch.equal(a, b) or (a - b).norm() <= NOISE * a.norm() for a, b in pairs)
+def _distance(one: Any, other: Any) -> float:
+    """Between the tensors of two results; NaN if one of them has any."""
+    return sum(float((a.float() - b.float()).norm()) for a, b in zip(leaves(one), leaves(other), strict=True))

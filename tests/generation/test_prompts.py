@@ -190,6 +190,23 @@ def test_what_stands_around_the_blocks_may_read_all_of_them(recorder_of_prompts:
     assert "short prompts are not recorded" in str(quant_compile.report(model))
 
 
+@pytest.mark.parametrize("late", [0.0, 50.0])
+def test_kernels_whose_sums_vary(recorder_of_prompts: TapeRecorder, late: float) -> None:
+    """What differs from call to call may differ in a replay as well, by as much; by more it is refused."""
+    model = compiled(llama(num_hidden_layers=LAYERS), blocks=True)
+    noise = iter(
+        [0.0, 0.0, 1e-3 + late, 2e-3, *[0.0] * 99]
+    )  # as compiled code, remembered, replayed, as compiled code again
+
+    def noisy(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + next(noise)
+
+    model.lm_head.register_forward_hook(noisy)
+    for seed in range(4):
+        first(model, seed)
+    assert held(model) == (not late)
+
+
 def test_recordings_are_few_and_not_made_over_and_over(recorder_of_prompts: TapeRecorder, monkeypatch: Any) -> None:
     monkeypatch.setattr(prompts, "MOST", 3)
     model = compiled(llama())
