@@ -75,6 +75,7 @@ class Filler:
     wishes: Wishes = field(default_factory=Wishes)
     progress: Progress = lambda count: None
     _orders: dict[bytes, Tensor] = field(default_factory=dict)
+    _apart: dict[str, str] = field(default_factory=dict)
 
     def plan(self, mapped: Mapped) -> list[Outcome]:
         """What each job will do; every header is checked, and no tensor is read.
@@ -82,6 +83,7 @@ class Filler:
         Raises:
             CheckpointError: a tensor's dtype or shape is wrong, or the config contradicts the tensors.
         """
+        self._find_apart(mapped)
         return [self._run(job, dry=True) for job in mapped.jobs]
 
     def fill(self, mapped: Mapped) -> list[Outcome]:
@@ -91,6 +93,7 @@ class Filler:
             CheckpointError: as ``plan``, or values that cannot be.
         """
         out: list[Outcome] = []
+        self._find_apart(mapped)
         for job in mapped.jobs:
             with torch.no_grad():
                 out.append(self._run(job, dry=False))
@@ -104,6 +107,22 @@ class Filler:
         if isinstance(job, Linear):
             return self._linear(job, dry)
         return self._experts(job, dry) if isinstance(job, Experts) else self._bias(job, dry)
+
+    def _find_apart(self, mapped: Mapped) -> None:
+        """Weights of blocks whose other weight has no planes, or those of another scheme: kernels take both in one."""
+        blocks: dict[int, list[Experts]] = {}
+        for job in mapped.jobs:
+            if isinstance(job, Experts):
+                blocks.setdefault(id(job.slot.owner), []).append(job)
+        for jobs in blocks.values():
+            found = {job.slot.name: self._expert(job, 0, dry=True) for job in jobs}
+            kinds = {name: read if isinstance(read, str) else read.scheme.spec for name, read in found.items()}
+            if len(set(kinds.values())) < 2 or "" in kinds.values():
+                continue
+            for name, read in found.items():
+                other = next(other for other in kinds if kinds[other] != kinds[name])
+                if isinstance(read, Quantized):
+                    self._apart[name] = f"{other.rpartition('.')[2]} of its block is not in {kinds[name]}"
 
     # --- reading ---
 
@@ -203,7 +222,7 @@ class Filler:
 
     def _experts(self, job: Experts, dry: bool) -> Outcome:
         slot, text = job.slot, self._text(job.stems[0][0])
-        first = self._expert(job, 0, dry)
+        first = self._apart.get(slot.name) or self._expert(job, 0, dry)
         if isinstance(first, str):
             return self._dense_experts(job, first, text, dry)
         was = first.scheme.spec

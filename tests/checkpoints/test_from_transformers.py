@@ -213,7 +213,7 @@ def test_released_fp8_linears_cannot_come_back() -> None:
 
 
 class QuantLinear(nn.Module):
-    """As GPTQ's libraries have it: integers in buffers, in an order of the kernel's."""
+    """Of a library that nobody knows: integers in buffers, in an order of the kernel's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,27 +224,27 @@ class QuantLinear(nn.Module):
         return x @ (self.qweight.float().repeat(8, 1)[:64] * self.scales)
 
 
-class FP8Experts(nn.Module):
-    """As transformers has FP8 experts, whose forward needs kernels."""
+class Int8Experts(nn.Module):
+    """Experts of such a library."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 64).to(torch.float8_e4m3fn), requires_grad=False)
-        self.gate_up_proj_scale_inv = nn.Parameter(torch.ones(2, 1, 1))
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 64, dtype=torch.int8), requires_grad=False)
+        self.gate_up_proj_scale = nn.Parameter(torch.ones(2, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 def test_what_stays_is_named() -> None:
-    model = nn.Sequential(QuantLinear(), nn.Linear(16, 64), FP8Experts(), QuantLinear()).eval()
+    model = nn.Sequential(QuantLinear(), nn.Linear(16, 64), Int8Experts(), QuantLinear()).eval()
     quant_compile.compile(model, "W8A16")
     text = "\n".join(quant_compile.report(model).notes)
     assert "0 and 1 more: stays as transformers loaded it: QuantLinear holds qweight" in text
-    assert "2: stays as transformers loaded it: FP8Experts holds gate_up_proj" in text
+    assert "2: stays as transformers loaded it: Int8Experts holds gate_up_proj" in text
     assert text.count("quant_compile.load(directory) adopts the integers") == 2
     line = next(line for line in quant_compile.report(model).lines if line.names == ("2.gate_up_proj",))
-    assert "FP8Experts holds gate_up_proj" in line.reason and line.scheme is None
+    assert "Int8Experts holds gate_up_proj" in line.reason and line.scheme is None
 
 
 def test_weights_that_transformers_has_dequantized_are_named() -> None:
