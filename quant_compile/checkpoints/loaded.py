@@ -193,7 +193,15 @@ def _planes(module: nn.Module) -> Iterator[Tensor]:
 
 
 def dequantized(model: nn.Module, found: Loaded) -> Iterator[str]:
-    """What to say of weights that a model's config calls quantized and that no module holds integers of; at most one sentence."""
+    """What to say of weights that transformers had as integers, or whose config says so, and that no module holds; at most one sentence."""
+    if (
+        vars(model).get("is_quantized") is False
+    ):  # transformers sets it where it takes the config away, and nowhere else
+        yield (
+            "transformers dequantized this model, as it loaded it or when it was told to: its integers are gone, and weights are taken as "
+            "values; quant_compile.load(directory) keeps them"
+        )
+        return
     method, description = _configured(model)
     if description is None:
         return

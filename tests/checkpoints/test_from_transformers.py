@@ -260,6 +260,28 @@ def test_weights_that_transformers_has_dequantized_are_named() -> None:
     )
 
 
+@compressed_tensors
+def test_a_model_that_was_dequantized_as_it_was_loaded_says_so(tmp_path: Path) -> None:
+    from transformers import CompressedTensorsConfig
+
+    case = CASES["ct fp8 channel"]
+    folder = quantized(tmp_path / "ct", tiny_llama(1), case.pack, {**case.config, "quantization_status": "compressed"})
+    case = CASES["deepseek"]
+    other = quantized(tmp_path / "fp8", tiny_llama(1), case.pack, case.config)
+    models = [pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))]
+    if not torch.cuda.is_available():  # else its modules are FP8Linear
+        models.append(pretrained(other))
+    for model in models:
+        assert not hasattr(model.config, "quantization_config")
+        quant_compile.compile(model, "W8A16")
+        (note,) = quant_compile.report(model).notes
+        assert "its integers are gone" in note and "quant_compile.load(directory) keeps them" in note
+    saved(tmp_path / "bf16", tiny_llama(1))
+    for plain in (pretrained(tmp_path / "bf16"), tiny_llama(1)):
+        quant_compile.compile(plain, "W8A16")
+        assert not quant_compile.report(plain).notes
+
+
 def test_a_fault_of_a_module_leaves_all_as_they_were() -> None:
     model = with_fp8_linears(tiny_llama(1), (128, 128))
     model.model.layers[0].mlp.down_proj.weight_scale_inv.data[0, 0] = float("nan")  # type: ignore[union-attr, index]
