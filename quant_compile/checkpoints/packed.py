@@ -187,6 +187,11 @@ class Packed:
     sources: Mapping[str, str]
     inputs: Mapping[str, Mapping[str, str]]
 
+    @property
+    def quantized(self) -> list[Slot]:
+        """Weights that have planes."""
+        return [slot for slab in self.slabs for slot in slab.members if slot is not None]
+
     def fill(self, model: nn.Module, device: torch.device, progress: Progress) -> None:
         """Take everything over.
 

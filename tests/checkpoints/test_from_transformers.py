@@ -150,6 +150,56 @@ def test_every_format_of_compressed_tensors_is_adopted(name: str, tmp_path: Path
         assert any("its values are kept in bfloat16" in line.reason for line in one.lines)
 
 
+# --- packed -----------------------------------------------------------------------------------------------------------
+
+
+def packed_folder(folder: Path, model: nn.Module, policy: Any = "W8A16") -> tuple[Path, torch.Tensor]:
+    """A folder that ``save`` has packed, and the logits of its model."""
+    found = logits(quant_compile.compile(model, policy))
+    quant_compile.save(model, folder, "packed")
+    return folder, found
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llama(1, tied=True), tiny_moe], ids=["tied", "experts"])
+def test_a_packed_folder_loads_by_its_name(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    folder, found = packed_folder(tmp_path / "m", make())
+    model, told = pretrained(folder, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    for weight in linears(model).values():
+        assert STORE.peek(weight.weight).released  # type: ignore[union-attr]
+    assert torch.equal(logits(model), found)
+    ours = quant_compile.load(folder, device="cpu")
+    logits(ours)
+    one, two = quant_compile.report(model), quant_compile.report(ours)
+    assert [(x.names, x.scheme, x.reason) for x in one.lines] == [(x.names, x.scheme, x.reason) for x in two.lines]
+    assert one.policy == two.policy and one.coverage == 1.0
+    assert not model._keys_to_ignore_on_load_unexpected
+    assert model.config.quantization_config.to_dict() == {"quant_method": "sglquant", "format": "packed", "version": 1}
+    quant_compile.save(model, tmp_path / "again", "packed")
+    assert torch.equal(logits(pretrained(tmp_path / "again")), found)
+
+
+def test_a_packed_folder_of_reordered_inputs(tmp_path: Path) -> None:
+    case = CASES["gptq desc_act"]
+    made = quant_compile.load(quantized(tmp_path / "gptq", tiny_llama(1), case.pack, case.config), device="cpu")
+    found = logits(made)
+    quant_compile.save(made, tmp_path / "m", "packed")
+    assert torch.equal(logits(pretrained(tmp_path / "m")), found)
+
+
+def test_a_packed_folder_that_cannot_be_is_an_error_that_names_load(tmp_path: Path) -> None:
+    folder, _ = packed_folder(tmp_path / "m", tiny_llama(1))
+    with pytest.raises(OptionError, match=r"packed for bfloat16. Fix: from_pretrained without dtype"):
+        pretrained(folder, dtype=torch.float32)
+    with pytest.raises(OptionError, match=r"packed for one device.*\n.*quant_compile.load\(directory"):
+        pretrained(folder, device_map="auto")
+    with pytest.raises(CheckpointError, match=r"quantized already \(sglquant\).*\n.*quant_compile.load"):
+        pretrained(folder, quantization_config=quant_compile.HfConfig("W8A16"))
+    (folder / "sglquant.json").rename(folder / "elsewhere.json")
+    with pytest.raises(CheckpointError, match=r"has no sglquant.json.*\n.*quant_compile.load\(directory\)"):
+        pretrained(folder)
+
+
 # --- modules that dequantize ------------------------------------------------------------------------------------------
 
 
