@@ -305,7 +305,8 @@ def _notes(model: nn.Module, export: Export, folder: Path) -> Iterable[str]:
     if apart:
         yield (
             f"NVFP4: the global scales of {' and '.join(apart)} differ. vLLM and SGLang multiply such weights together, under one global "
-            "scale, so that the others would be wrong there; transformers and load take each as it is"
+            "scale, so that the others would be wrong there; transformers and load take each as it is. Scales of groups cannot make up for "
+            "it: e4m3 takes a factor exactly if it is a power of two. For these engines take MXFP4A16 or FP8_DYNAMIC, or llm-compressor"
         )
 
 
