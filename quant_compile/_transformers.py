@@ -31,6 +31,7 @@ from quant_compile.checkpoints.fill import AS_READ, adopt_values
 from quant_compile.checkpoints.names import Slot, slots_of
 from quant_compile.checkpoints.wishes import Wishes
 from quant_compile.ir.errors import OptionError, QuantError
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.select import Request
 from quant_compile.lowering.target import Target, default_policy
@@ -215,7 +216,7 @@ class _PackedFolder:
                 'Fix: quant_compile.load(directory, device="cuda"), or device_map={"": "cuda"}.'
             )
         own = read_json(folder / "config.json").get("dtype")
-        if own != str(dtype).removeprefix("torch."):
+        if own != dtype_name(dtype):
             raise OptionError(f"{folder} is packed for {own}. Fix: from_pretrained without dtype, or with this one.")
         for target, source in (
             getattr(model, "all_tied_weights_keys", None) or {}

@@ -31,6 +31,7 @@ from quant_compile.checkpoints.packed import read as read_packed
 from quant_compile.checkpoints.wishes import Wishes
 from quant_compile.inspect.models import DTYPES
 from quant_compile.ir.errors import OptionError, PolicyError
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.select import FALLBACKS, Request
 from quant_compile.lowering.target import Target, default_policy
@@ -114,7 +115,7 @@ class Plan:
         for (key, scheme, source, _), row in rows.items():
             name = row[0].name if len(row) == 1 else f"{key} ({len(row)}x)"
             size = sum(outcome.nbytes for outcome in row) / 1e6
-            spec = scheme.spec if isinstance(scheme, Scheme) else str(self.dtype).removeprefix("torch.")
+            spec = scheme.spec if isinstance(scheme, Scheme) else dtype_name(self.dtype)
             table.add_row(escape(name), spec, f"{size:,.2f}", escape(str(source)), escape("; ".join(row[0].notes)))
         return table
 

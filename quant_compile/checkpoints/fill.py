@@ -23,6 +23,7 @@ from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Rea
 from quant_compile.checkpoints.wishes import Again, Wishes
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import NONE
+from quant_compile.ir.numerics import all_finite, dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.weights import STORE, Key, quantize, quantize_expert
 from quant_compile.model.weights import _stores_columns
@@ -292,7 +293,7 @@ class Filler:
         notes = (
             ()
             if not reason
-            else (reason if "kept in" in reason else f"{reason}: its values are kept in {_name(self.dtype)}",)
+            else (reason if "kept in" in reason else f"{reason}: its values are kept in {dtype_name(self.dtype)}",)
         )
         scheme = self.wishes.plain(slot) if not reason else None
         if scheme is not None:
@@ -540,7 +541,7 @@ def sources_of(job: Job) -> list[str]:
 
 
 def _finite(values: Tensor, where: str) -> None:
-    if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+    if not all_finite(values):
         raise CheckpointError(f"{where} dequantizes to NaN or inf.\nFix: write the checkpoint again.")
 
 
@@ -566,7 +567,3 @@ def _plane_bytes(slot: Slot, scheme: Scheme, key: Key, dtype: torch.dtype) -> in
     n, k = slot.tensor.shape[-2:]
     n, k = (k, n) if key.transposed else (n, k)
     return sum(spec.nbytes for spec in family_of(scheme).weight_planes(scheme, n, k, dtype))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

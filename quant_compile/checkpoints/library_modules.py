@@ -26,6 +26,7 @@ from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.formats import SUFFIXES
 from quant_compile.checkpoints.weight import REAL
 from quant_compile.ir.family import Reject
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import QuantArgs
 
 # gptqmodel's kernels that hold a file's tensors as they are, at least until their first call; the others bring them into an order of
@@ -186,7 +187,7 @@ def _moved(module: Any, kernels: tuple[str, ...]) -> str:
     if getattr(module, "online_full_had", False) or getattr(module, "online_partial_had", False):
         return f"{kind} rotates its inputs"
     if module.pack_dtype is not torch.int32:
-        return f"{kind} packs codes into {str(module.pack_dtype).removeprefix('torch.')}, and int32 is taken over"
+        return f"{kind} packs codes into {dtype_name(module.pack_dtype)}, and int32 is taken over"
     return ""
 
 
