@@ -2,13 +2,17 @@
 
 Imported at the first use of ``quant_compile.HfConfig``, since it imports transformers, and enters both in transformers' registries.
 transformers builds the model, reads the files, converts and places tensors; here weights that the policy names are quantized as
-they come, one at a time, and the model is compiled at the end.
+they come, one at a time, and the model is compiled at the end. A folder in the format ``packed`` has the same quantizer in its config:
+weights that have planes are taken out of the model before transformers reads the files, so that none is made up, and put back over
+their planes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,12 +23,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant_compile import api
+from quant_compile.checkpoints import packed
 from quant_compile.checkpoints.description import PACKED
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
+from quant_compile.checkpoints.files import Files, read_json
 from quant_compile.checkpoints.fill import AS_READ, adopt_values
 from quant_compile.checkpoints.names import Slot, slots_of
 from quant_compile.checkpoints.wishes import Wishes
-from quant_compile.ir.errors import QuantError
+from quant_compile.ir.errors import OptionError, QuantError
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.select import Request
 from quant_compile.lowering.target import Target, default_policy
@@ -32,8 +39,11 @@ from quant_compile.lowering.weights import claim_before_tracing
 from quant_compile.model.ledger import LEDGER
 from quant_compile.options import Options
 from quant_compile.policy import Policy
+from quant_compile.pretrained import packed_policy, used_times
 
 METHOD = PACKED
+# Tensors of a packed folder that are no weights of the model.
+_PLANES = r"^(?:slab|input_scale|input_order|input_factor)\."
 
 
 @register_quantization_config(METHOD)
@@ -50,6 +60,10 @@ class HfConfig(QuantizationConfigMixin):
 
     def __init__(self, policy: Any = None, **options: Any) -> None:
         options.pop("quant_method", None)  # of a dict that transformers reads
+        self.packed = options.get("format") == packed.FORMAT  # as ``save`` writes it
+        if self.packed:
+            options.pop("format")
+            options.pop("version", None)  # sglquant.json says it too
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (a text, as others register it)
         self.policy = None if policy is None else Policy.load(policy)
         self.options = options
@@ -57,6 +71,8 @@ class HfConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """In values that JSON has."""
+        if self.packed:
+            return packed.quantization_config()
         policy = None if self.policy is None else self.policy.to_dict()
         return {"quant_method": METHOD, "policy": policy, **self.options}
 
@@ -71,6 +87,8 @@ class _Quantizer(HfQuantizer):
         self.policy: Policy | None = quantization_config.policy
         self.failure: QuantError | None = None
         self.late = ""
+        self._is_packed: bool = quantization_config.packed
+        self._packed: _PackedFolder | None = None
         self._slots: dict[str, tuple[Slot, Scheme]] = {}
         self._dtype = torch.get_default_dtype()
 
@@ -79,8 +97,17 @@ class _Quantizer(HfQuantizer):
         self._dtype = dtype
         return dtype
 
-    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Find the weights that the policy names; nothing of the model is changed."""
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Find the weights that the policy names, and change nothing; of a packed folder take out those that have planes.
+
+        Raises:
+            CheckpointError, OptionError: a packed folder does not fit the model, the dtype or the devices.
+        """
+        if self._is_packed:
+            self._packed = _PackedFolder.of(model, checkpoint_files or (), device_map, self._dtype)
+            return
         target = Target.of(_device(device_map))
         self.policy = self.policy or Policy.load(default_policy(target))
         if not _one_place(device_map):
@@ -128,6 +155,8 @@ class _Quantizer(HfQuantizer):
         Raises:
             WeightError: values are NaN or inf.
         """
+        if self._packed is not None:
+            return self._packed.into(model.eval(), self._options)
         if self.failure is not None:
             raise self.failure
         claim_before_tracing(p for p in cast(nn.Module, model).parameters() if p.dim() > 1)
@@ -156,6 +185,65 @@ class _Quantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """It is compiled already."""
         return True
+
+
+@dataclass(frozen=True)
+class _PackedFolder:
+    """A folder that ``save`` has packed, checked against a model.
+
+    Attributes:
+        packed: what it holds.
+        device: of the model.
+        unexpected: names that the model's class lets files have besides its own.
+    """
+
+    packed: packed.Packed
+    device: torch.device
+    unexpected: Any
+
+    @staticmethod
+    def of(model: Any, checkpoint_files: Sequence[str], device_map: Any, dtype: torch.dtype) -> _PackedFolder:
+        """Check it, and take weights that have planes out of the model, which is on the meta device."""
+        folder = Path(next(iter(checkpoint_files), ".")).parent
+        if not (folder / packed.FILE).is_file():
+            raise CheckpointError(
+                f"{folder} is packed by sglquant and has no {packed.FILE}.\n"
+                "Fix: download the whole folder, then quant_compile.load(directory)."
+            )
+        if not _one_place(device_map):
+            raise OptionError(
+                f"{folder} is packed for one device, and device_map names several or is chosen later.\n"
+                'Fix: quant_compile.load(directory, device="cuda"), or device_map={"": "cuda"}.'
+            )
+        own = read_json(folder / "config.json").get("dtype")
+        if own != dtype_name(dtype):
+            raise OptionError(f"{folder} is packed for {own}. Fix: from_pretrained without dtype, or with this one.")
+        for target, source in (
+            getattr(model, "all_tied_weights_keys", None) or {}
+        ).items():  # transformers ties them later
+            parent, _, attribute = target.rpartition(".")
+            model.get_submodule(parent)._parameters[attribute] = model.get_parameter(source)
+        found = packed.read(Files.open(folder), model)
+        packed_policy(found)
+        for slot in found.quantized:
+            for module, attribute in slot.places:
+                module._parameters[attribute] = None
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        known = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = {*(known or ()), _PLANES}
+        device = next(iter(device_map.values())) if device_map else "cpu"
+        return _PackedFolder(found, torch.device(device), known)
+
+    def into(self, model: Any, options: Mapping[str, Any]) -> nn.Module:
+        """Fill the model, and compile it by the folder's own policy."""
+        model._keys_to_ignore_on_load_unexpected = self.unexpected
+        self.packed.fill(model, self.device, lambda count: None)
+        claim_before_tracing(p for p in cast(nn.Module, model).parameters() if p.dim() > 1)
+        policy, target = packed_policy(self.packed), Target.of(self.device if self.device.type == "cuda" else "cpu")
+        notes = used_times(self.packed, target)
+        compiled = api.compile(model, policy, **{"release_weights": True, **options})
+        LEDGER.session(compiled, policy, target.label).notes |= dict.fromkeys(notes)
+        return compiled
 
 
 class _Quantize(ConversionOps):

@@ -100,7 +100,7 @@ def _with_loaded(model: nn.Module, source: PolicySource, given: bool) -> tuple[P
         source = PolicySource(whole if given else replace(whole, release_weights=None), whole.name)
     for module in found.stays:
         for parameter in module.parameters:
-            LEDGER.record(parameter).reason = f"{module.reason}; {from_transformers.FIX}"
+            LEDGER.record(parameter).reason = module.reason
     return source, [*from_transformers.notes(found.stays), *from_transformers.dequantized(model, found)]
 
 

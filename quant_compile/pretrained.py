@@ -31,6 +31,7 @@ from quant_compile.checkpoints.packed import read as read_packed
 from quant_compile.checkpoints.wishes import Wishes
 from quant_compile.inspect.models import DTYPES
 from quant_compile.ir.errors import OptionError, PolicyError
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.select import FALLBACKS, Request
 from quant_compile.lowering.target import Target, default_policy
@@ -114,7 +115,7 @@ class Plan:
         for (key, scheme, source, _), row in rows.items():
             name = row[0].name if len(row) == 1 else f"{key} ({len(row)}x)"
             size = sum(outcome.nbytes for outcome in row) / 1e6
-            spec = scheme.spec if isinstance(scheme, Scheme) else str(self.dtype).removeprefix("torch.")
+            spec = scheme.spec if isinstance(scheme, Scheme) else dtype_name(self.dtype)
             table.add_row(escape(name), spec, f"{size:,.2f}", escape(str(source)), escape("; ".join(row[0].notes)))
         return table
 
@@ -168,7 +169,7 @@ def load(
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
     notes = list(plan.notes)
     if plan.packed is not None:
-        notes += _used_times(plan.packed, Target.of(target if target.type == "cuda" else "cpu"))
+        notes += used_times(plan.packed, Target.of(target if target.type == "cuda" else "cpu"))
     options.setdefault("release_weights", True)
     model = api.compile(plan.model.eval(), whole, **options)
     _note(model, notes, whole, target)
@@ -185,12 +186,25 @@ def _filled(plan: Plan, device: torch.device, progress: Progress) -> Policy:
     return policy_of(plan.model, filler.fill(plan.mapped), plan.description, plan.given, plan.fallback)
 
 
-def _used_times(packed: Packed, target: Target) -> list[str]:
+def used_times(packed: Packed, target: Target) -> list[str]:
     """Use the times of kernels that a folder has, and say what of it does not hold for this device."""
     known = imported(target, packed.times)
     if packed.target != target.label:
         return [f"packed on {packed.target}: what kernels here read otherwise is packed anew at the first call"]
     return ["packed with other versions: kernels are measured anew"] if target.device == "cuda" and not known else []
+
+
+def packed_policy(packed: Packed) -> Policy:
+    """The policy that a packed folder was made with, without its scales, which the planes have.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return Policy.load({key: value for key, value in packed.policy.items() if key != "scales"})
+    except PolicyError as error:
+        where = packed.files.folder / FILE
+        raise CheckpointError(f"{where} has a policy that cannot be read: {error}\n{AGAIN}") from error
 
 
 def _plan_packed(
@@ -207,10 +221,7 @@ def _plan_packed(
             "Fix: load the checkpoint that it was made of with fallback='fp8'."
         )
     packed = read_packed(files, model)
-    try:
-        own = Policy.load({key: value for key, value in packed.policy.items() if key != "scales"})
-    except PolicyError as error:
-        raise CheckpointError(f"{files.folder / FILE} has a policy that cannot be read: {error}\n{AGAIN}") from error
+    own = packed_policy(packed)
     own = own if fallback is None else replace(own, fallback=fallback)
     return Plan(model, files, description, Mapped((), {}), packed.outcomes, wanted, own, own.fallback, Wishes(), packed)
 

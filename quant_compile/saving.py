@@ -79,6 +79,7 @@ class Saved:
     def __str__(self) -> str:
         """In a few lines, for people."""
         parts = [f"{count} {'weight' if count == 1 else 'weights'} in {spec}" for spec, count in self.schemes.items()]
+        parts = parts or ["nothing is quantized"]
         size = f"{self.nbytes / 1e6:,.2f} MB in {self.files} {'file' if self.files == 1 else 'files'}"
         head = f"{self.folder}: {size}; {', '.join(parts)}; {self.kept} as they were"
         return "\n".join([head, *(f"note: {note}" for note in self.notes)])
@@ -170,7 +171,8 @@ def convert(
         source: folder to read; its tokenizer's and processor's files are copied.
         directory: as in ``save``.
         policy: for what ``source`` has in 16 bits, and for all else where it says ``requantize``; None: only a checkpoint that is
-            quantized is written in another format.
+            quantized is written in another format. One that keeps every weight writes a checkpoint in 16 bits, of a quantized one where
+            it says ``requantize``.
         format: as in ``save``.
         dtype: of what is not quantized; None: the config's.
         device: to quantize on.
@@ -216,13 +218,19 @@ def _checked(model: nn.Module) -> nn.Module:
         )
     if offload.lent_parameters(inner):
         raise SaveError("some weights are offloaded.\nFix: load the model without a device_map that offloads.")
-    if not any(_key(parameter) is not None for parameter in parameters_of(inner)):
+    if not any(_key(parameter) is not None for parameter in parameters_of(inner)) and not _keeps_all(inner):
         raise SaveError(
-            "no weight of the model is quantized: it has never been called, or its policy keeps every weight.\n"
+            "no weight of the model is quantized, since it has never been called.\n"
             "Fix: call the model once, with inputs that every part of it sees."
         )
     _check_policy(inner)
     return inner
+
+
+def _keeps_all(model: nn.Module) -> bool:
+    """Whether the policy wants no weight of the model quantized."""
+    policy = LEDGER.policy_of(model)
+    return isinstance(policy, Policy) and all(policy.decide(w.site).scheme is None for w in linear_weights(model))
 
 
 def _check_policy(model: nn.Module) -> None:
@@ -271,7 +279,10 @@ def _write_configs(model: Any, export: Export, folder: Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = _dtype(model)
-    config.quantization_config = export.config
+    if export.config:
+        config.quantization_config = export.config
+    elif hasattr(config, "quantization_config"):  # of the checkpoint that the values come from
+        del config.quantization_config
     config.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -294,7 +305,8 @@ def _notes(model: nn.Module, export: Export, folder: Path) -> Iterable[str]:
     if apart:
         yield (
             f"NVFP4: the global scales of {' and '.join(apart)} differ. vLLM and SGLang multiply such weights together, under one global "
-            "scale, so that the others would be wrong there; transformers and load take each as it is"
+            "scale, so that the others would be wrong there; transformers and load take each as it is. Scales of groups cannot make up for "
+            "it: e4m3 takes a factor exactly if it is a power of two. For these engines take MXFP4A16 or FP8_DYNAMIC, or llm-compressor"
         )
 
 

@@ -26,6 +26,7 @@ SUFFIXES = (
     "weight", "SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *STATES
 )  # fmt: skip
 FORMAT = "bitsandbytes"
+NO_SCHEME = "no scheme has codes that look up a table (NF4, FP4 of bitsandbytes)"
 _HARMLESS = (
     "quant_method", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant", "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight", "llm_int8_threshold",
@@ -70,7 +71,7 @@ def _four_bits(module: Module) -> Read:
         values = torch.empty(n, k, device="meta")
     else:
         values = (table[codes.int()] * absmax.repeat_interleave(block)[:count]).reshape(n, k)
-    return dense(module, values, "no scheme has codes that look up a table (NF4, FP4 of bitsandbytes)")
+    return dense(module, values, NO_SCHEME)
 
 
 def _absmax(module: Module, state_name: str, state: Mapping[str, Any], blocks: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quant_compile.checkpoints import compressed_tensors, compressed_tensors_writer
 from quant_compile.checkpoints.compressed_tensors_writer import Form, form_of, tensors_of
-from quant_compile.checkpoints.description import Keys
+from quant_compile.checkpoints.description import Description, Keys
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
 from quant_compile.checkpoints.files import Files, TensorInfo
 from quant_compile.checkpoints.fill import Filler, alternates
@@ -39,7 +39,7 @@ class Export:
 
     Attributes:
         jobs: in the order of the model's Parameters.
-        config: ``quantization_config``.
+        config: ``quantization_config``; empty where nothing is quantized.
         schemes: of every weight that is quantized, by its name in the model.
         kept: names of the other weights and buffers.
         texts: further files, by name.
@@ -71,7 +71,7 @@ def export_of(model: nn.Module, key_of: KeyOf, dtype: torch.dtype) -> Export:
     made = _Exporter(model, key_of)
     jobs = tuple(job for slot in made.slots for job in made.jobs(slot))
     made.complain()
-    config = compressed_tensors_writer.quantization_config(made.forms, made.others())
+    config = compressed_tensors_writer.quantization_config(made.forms, made.others()) if made.forms else {}
     kept = tuple(slot.name for slot in made.slots if slot.name not in made.schemes)
     out = Export(jobs, config, made.schemes, kept)
     _check(model, out, made.wanted, dtype)
@@ -93,7 +93,8 @@ def _check(model: nn.Module, export: Export, wanted: Mapping[str, Scheme], dtype
         twice = next(name for name in names if names.count(name) > 1)
         raise SaveError(f"two tensors would be called {twice}.\n{fix}")
     try:
-        described = compressed_tensors.describe(Keys(export.config, "quantization_config"))
+        keys = Keys(export.config, "quantization_config")
+        described = compressed_tensors.describe(keys) if export.config else Description()
         outcomes = Filler(files, described, dtype, torch.device("meta")).plan(Resolver(model, files).resolve())
     except CheckpointError as error:
         raise SaveError(
@@ -151,6 +152,9 @@ class _Exporter:
             yield from self._expert_biases(slot)
         else:
             name = self._name(slot.name)
+            if "sglq_input_factor" in slot.owner._buffers and slot.name.endswith(".weight"):
+                reason = "its values go with factors of its inputs, which have no place in a checkpoint of this format"
+                self.refusals.setdefault(("kept", reason), []).append(slot.name)
             self.plain.append(name.removesuffix(".weight"))
             yield _job({name: slot.tensor}, lambda: {name: _values(slot)})
 

@@ -23,6 +23,7 @@ from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Rea
 from quant_compile.checkpoints.wishes import Again, Wishes
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import NONE
+from quant_compile.ir.numerics import all_finite, dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.weights import STORE, Key, quantize, quantize_expert
 from quant_compile.model.weights import _stores_columns
@@ -75,6 +76,7 @@ class Filler:
     wishes: Wishes = field(default_factory=Wishes)
     progress: Progress = lambda count: None
     _orders: dict[bytes, Tensor] = field(default_factory=dict)
+    _apart: dict[str, str] = field(default_factory=dict)
 
     def plan(self, mapped: Mapped) -> list[Outcome]:
         """What each job will do; every header is checked, and no tensor is read.
@@ -82,6 +84,7 @@ class Filler:
         Raises:
             CheckpointError: a tensor's dtype or shape is wrong, or the config contradicts the tensors.
         """
+        self._find_apart(mapped)
         return [self._run(job, dry=True) for job in mapped.jobs]
 
     def fill(self, mapped: Mapped) -> list[Outcome]:
@@ -91,6 +94,7 @@ class Filler:
             CheckpointError: as ``plan``, or values that cannot be.
         """
         out: list[Outcome] = []
+        self._find_apart(mapped)
         for job in mapped.jobs:
             with torch.no_grad():
                 out.append(self._run(job, dry=False))
@@ -104,6 +108,22 @@ class Filler:
         if isinstance(job, Linear):
             return self._linear(job, dry)
         return self._experts(job, dry) if isinstance(job, Experts) else self._bias(job, dry)
+
+    def _find_apart(self, mapped: Mapped) -> None:
+        """Weights of blocks whose other weight has no planes, or those of another scheme: kernels take both in one."""
+        blocks: dict[int, list[Experts]] = {}
+        for job in mapped.jobs:
+            if isinstance(job, Experts):
+                blocks.setdefault(id(job.slot.owner), []).append(job)
+        for jobs in blocks.values():
+            found = {job.slot.name: self._expert(job, 0, dry=True) for job in jobs}
+            kinds = {name: read if isinstance(read, str) else read.scheme.spec for name, read in found.items()}
+            if len(set(kinds.values())) < 2 or "" in kinds.values():
+                continue
+            for name, read in found.items():
+                other = next(other for other in kinds if kinds[other] != kinds[name])
+                if isinstance(read, Quantized):
+                    self._apart[name] = f"{other.rpartition('.')[2]} of its block is not in {kinds[name]}"
 
     # --- reading ---
 
@@ -203,7 +223,7 @@ class Filler:
 
     def _experts(self, job: Experts, dry: bool) -> Outcome:
         slot, text = job.slot, self._text(job.stems[0][0])
-        first = self._expert(job, 0, dry)
+        first = self._apart.get(slot.name) or self._expert(job, 0, dry)
         if isinstance(first, str):
             return self._dense_experts(job, first, text, dry)
         was = first.scheme.spec
@@ -273,7 +293,7 @@ class Filler:
         notes = (
             ()
             if not reason
-            else (reason if "kept in" in reason else f"{reason}: its values are kept in {_name(self.dtype)}",)
+            else (reason if "kept in" in reason else f"{reason}: its values are kept in {dtype_name(self.dtype)}",)
         )
         scheme = self.wishes.plain(slot) if not reason else None
         if scheme is not None:
@@ -521,7 +541,7 @@ def sources_of(job: Job) -> list[str]:
 
 
 def _finite(values: Tensor, where: str) -> None:
-    if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+    if not all_finite(values):
         raise CheckpointError(f"{where} dequantizes to NaN or inf.\nFix: write the checkpoint again.")
 
 
@@ -547,7 +567,3 @@ def _plane_bytes(slot: Slot, scheme: Scheme, key: Key, dtype: torch.dtype) -> in
     n, k = slot.tensor.shape[-2:]
     n, k = (k, n) if key.transposed else (n, k)
     return sum(spec.nbytes for spec in family_of(scheme).weight_planes(scheme, n, k, dtype))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,11 +1,8 @@
 """Modules that transformers loaded quantized, and whose ``forward`` dequantizes: linears over their own integers, or a reason why not.
 
-    FP8Linear             weight e4m3, weight_scale_inv              transformers' FineGrainedFP8
-    Linear, compressed    weight or weight_packed, weight_scale, ... compressed-tensors, until a first call decompresses them
-
-Each of these becomes a plain ``nn.Linear`` in place, whose Parameter has no values and whose planes are the module's tensors, by the
-reader of their format. What was there is kept for ``undo``, until ``forget``. Everything else whose tensors are integers stays, with
-a reason: experts, modules of GPTQ, AWQ and bitsandbytes, whose libraries put them into an order of their own.
+A module of which ``library_modules`` knows what it holds becomes a plain ``nn.Linear`` in place, whose Parameter has no values and
+whose planes are the module's tensors, by the reader of their format; a block of FP8Experts becomes the model's own experts. What was
+there is kept for ``undo``, until ``forget``. Everything else whose tensors are integers stays, with a reason.
 """
 
 from __future__ import annotations
@@ -14,32 +11,29 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quant_compile.checkpoints.compressed_tensors import METHOD as COMPRESSED
-from quant_compile.checkpoints.compressed_tensors import describe
-from quant_compile.checkpoints.description import Description, Keys, Stored
+from quant_compile.checkpoints.description import Description, Keys, Target
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, TensorInfo
-from quant_compile.checkpoints.fill import Outcome, put
-from quant_compile.checkpoints.formats import FORMATS, METHODS, SUFFIXES
-from quant_compile.checkpoints.fp8_block import FORMAT as FP8_BLOCK
-from quant_compile.checkpoints.names import Slot
+from quant_compile.checkpoints.fill import Filler, Outcome, put
+from quant_compile.checkpoints.formats import FORMATS, METHODS
+from quant_compile.checkpoints.library_modules import EXPERTS, FIX, Holding, holding_of, is_compressed
+from quant_compile.checkpoints.loaded_experts import Twins, jobs_of
+from quant_compile.checkpoints.names import Mapped, Slot
 from quant_compile.checkpoints.weight import REAL, Dense, Module, Part
-from quant_compile.ir.scheme import QuantArgs
+from quant_compile.ir.family import Reject
+from quant_compile.lowering.weights import STORE
 from quant_compile.model.places import modules_of
 
 MARK = "sglq_loaded"
 HOOK = "ct_decompress_hook"
-MEMORY = Path("memory")
-FIX = "quant_compile.load(directory) adopts the integers"
-# Attributes by which compressed-tensors finds modules to decompress.
-_SCHEME = ("quantization_scheme", "quantization_status")
-_CODES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
-_CLASSES = ("Params4bit", "Int8Params")  # bitsandbytes' Parameters
+# What a plain module must not have: compressed-tensors finds modules to decompress by the first, bitsandbytes keeps tensors in the last.
+_OWN = ("quantization_scheme", "quantization_status", "forward", "state")
+_TENSORS = ("_parameters", "_buffers")
 
 
 @dataclass(frozen=True)
@@ -74,13 +68,26 @@ class Loaded:
 
 @dataclass
 class _Before:
-    """What a module was."""
+    """What a module was.
+
+    Attributes:
+        kind: its class.
+        taken: attributes of the instance that are gone or have been replaced.
+        added: attributes that it did not have.
+        hooks: before its calls.
+    """
 
     kind: type[nn.Module]
-    parameters: dict[str, nn.Parameter | None]
-    buffers: dict[str, Tensor | None]
-    attributes: dict[str, Any]
+    taken: dict[str, Any]
+    added: tuple[str, ...]
     hooks: dict[int, Any]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, those that libraries keep beside Parameters and buffers as well."""
+        for key in _TENSORS:
+            yield from (tensor for name, tensor in self.taken[key].items() if tensor is not None and name != "bias")
+        beside = getattr(self.taken.get("state"), "__dict__", {})
+        yield from (tensor for tensor in beside.values() if isinstance(tensor, Tensor))
 
 
 @dataclass
@@ -88,7 +95,7 @@ class _Mark:
     """On an adopted module."""
 
     method: str
-    outcome: Outcome
+    outcomes: tuple[Outcome, ...]
     before: _Before | None
 
 
@@ -104,7 +111,7 @@ class _Held(Files):
 
 
 def adopt(model: nn.Module) -> Loaded:
-    """Make plain linears of a model's quantized modules, where their tensors can be planes.
+    """Make plain linears, and experts, of a model's quantized modules, where their tensors can be planes.
 
     Raises:
         CheckpointError: tensors of a module are not of its format; nothing has been changed.
@@ -112,17 +119,18 @@ def adopt(model: nn.Module) -> Loaded:
     marks: list[_Mark] = []
     stays: list[Stays] = []
     fresh: list[nn.Module] = []
+    twins = Twins(model)
     try:
         dtype = _dtype(model)
         for name, module in modules_of(model):
-            mark = _mark(module)
-            if mark is None and (found := _stored(module)) is not None:
+            found = _mark(module) or holding_of(name, module)
+            if isinstance(found, Holding):
                 fresh.append(module)
-                mark = _adopt(name, module, *found, dtype)
-            if mark is not None:
-                marks.append(mark)
-            elif reason := _reason(module):
-                stays.append(Stays(name, reason, tuple(p for p in module._parameters.values() if p is not None)))
+                found = _adopt(name, module, found, dtype, twins)
+            if isinstance(found, _Mark):
+                marks.append(found)
+            elif isinstance(found, Reject):
+                stays.append(Stays(name, found.reason, tuple(p for p in module._parameters.values() if p is not None)))
     except BaseException:
         for module in fresh:
             _undo(module)
@@ -130,7 +138,7 @@ def adopt(model: nn.Module) -> Loaded:
     if fresh:
         _set_hook(model, on=False)
     method = marks[0].method if marks else ""
-    return Loaded(method, tuple(mark.outcome for mark in marks), tuple(stays))
+    return Loaded(method, tuple(outcome for mark in marks for outcome in mark.outcomes), tuple(stays))
 
 
 def undo(model: nn.Module) -> int:
@@ -147,22 +155,21 @@ def _undo(module: nn.Module) -> bool:
         return False
     before = mark.before
     module.__class__ = before.kind
-    for current, earlier in (
-        (module._parameters, before.parameters),
-        (module._buffers, before.buffers),
-        (module._forward_pre_hooks, before.hooks),
-    ):
-        cast(dict[Any, Any], current).clear()
-        cast(dict[Any, Any], current).update(earlier)
-    vars(module).pop(MARK)
-    vars(module).update(before.attributes)
+    for key in (*before.added, MARK):
+        vars(module).pop(key, None)
+    vars(module).update(before.taken)
+    module._forward_pre_hooks.clear()
+    module._forward_pre_hooks.update(before.hooks)
     return True
 
 
 def adopted(model: nn.Module) -> list[nn.Parameter]:
     """The Parameters that ``undo`` takes away."""
     marks = ((module, _mark(module)) for _, module in modules_of(model))
-    return [cast(nn.Parameter, m._parameters["weight"]) for m, mark in marks if mark is not None and mark.before]
+    found = [
+        p for m, mark in marks if mark is not None and mark.before for n, p in m._parameters.items() if n != "bias"
+    ]
+    return [parameter for parameter in found if parameter is not None]
 
 
 def forget(model: nn.Module) -> int:
@@ -171,14 +178,30 @@ def forget(model: nn.Module) -> int:
     for _, module in modules_of(model):
         mark = _mark(module)
         if mark is not None and mark.before is not None:
-            tensors = [t for name, t in mark.before.parameters.items() if t is not None and name != "bias"]
-            freed += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            kept = {tensor.data_ptr() for tensor in _planes(module)}
+            own = {tensor.data_ptr(): tensor.nbytes for tensor in mark.before.tensors()}
+            freed += sum(nbytes for address, nbytes in own.items() if address not in kept)
             mark.before = None
     return freed
 
 
+def _planes(module: nn.Module) -> Iterator[Tensor]:
+    for parameter in module._parameters.values():
+        entry = STORE.peek(parameter) if parameter is not None else None
+        for pack in entry.packs.values() if entry is not None else ():
+            yield from pack.slab.planes
+
+
 def dequantized(model: nn.Module, found: Loaded) -> Iterator[str]:
-    """What to say of weights that a model's config calls quantized and that no module holds integers of; at most one sentence."""
+    """What to say of weights that transformers had as integers, or whose config says so, and that no module holds; at most one sentence."""
+    if (
+        vars(model).get("is_quantized") is False
+    ):  # transformers sets it where it takes the config away, and nowhere else
+        yield (
+            "transformers dequantized this model, as it loaded it or when it was told to: its integers are gone, and weights are taken as "
+            "values; quant_compile.load(directory) keeps them"
+        )
+        return
     method, description = _configured(model)
     if description is None:
         return
@@ -212,87 +235,11 @@ def _configured(model: nn.Module) -> tuple[str, Description | None]:
         return method, Description(method)
 
 
-# --- what a module is ---
+# --- what it becomes ---
 
 
 def _mark(module: nn.Module) -> _Mark | None:
     return vars(module).get(MARK)
-
-
-def _stored(module: nn.Module) -> tuple[str, Stored] | None:
-    """The method and form of a module whose tensors are as in its checkpoint; None for any other."""
-    if _elsewhere(module):
-        return None
-    if type(module).__name__ == "FP8Linear" and _is_fp8(module):
-        return "fp8", _fp8_stored(module)
-    if type(module).__name__ == "Linear" and _is_compressed(module):
-        stored = _compressed_stored(module)
-        return None if stored is None else (COMPRESSED, stored)
-    return None
-
-
-def _is_fp8(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.element_size() == 1 and module._parameters.get("weight_scale_inv") is not None
-
-
-def _is_compressed(module: nn.Module) -> bool:
-    status = vars(module).get("quantization_status")
-    return vars(module).get("quantization_scheme") is not None and getattr(status, "value", status) == "compressed"
-
-
-def _fp8_stored(module: Any) -> Stored:
-    """From what transformers' FP8Linear was made with."""
-    block = module.block_size
-    if block is None:
-        inputs = QuantArgs(8, "float", "tensor", dynamic=module.activation_scheme == "dynamic")
-        return Stored(FP8_BLOCK, 8, inputs=inputs)
-    inputs = QuantArgs(8, "float", "group", dynamic=True, group_size=int(block[1]))
-    return Stored(FP8_BLOCK, 8, inputs=inputs, variant=f"{int(block[0])}x{int(block[1])}")
-
-
-def _compressed_stored(module: Any) -> Stored | None:
-    """From the scheme that compressed-tensors has left on the module."""
-    group = {key: value for key, value in module.quantization_scheme.model_dump(mode="json").items() if value}
-    data = {"config_groups": {"own": group}}
-    return describe(Keys(data, "quantization_scheme")).targets[0].stored
-
-
-def _elsewhere(module: nn.Module) -> str:
-    """Why a module's tensors are not all here."""
-    if "_hf_hook" in vars(module):
-        return "accelerate moves its tensors or inputs between devices"
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None and tensor.is_meta:
-            return "its tensors are on the meta device"
-        if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
-            return f"its tensors are {type(tensor).__name__}"
-    return ""
-
-
-def _reason(module: nn.Module) -> str:
-    """Why a module that holds integers stays; empty for one that holds none."""
-    kind = type(module).__name__
-    scheme = vars(module).get("quantization_scheme")
-    if scheme is not None and getattr(scheme, "weights", None) is not None and not _is_compressed(module):
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dtype in REAL:
-            return "compressed-tensors has decompressed its weight already, at an earlier call or as it was loaded"
-    held = {**module._parameters, **module._buffers}
-    integers = [name for name, t in held.items() if t is not None and _is_code(name, t)]
-    if not integers:
-        return ""
-    return f"{kind} holds {integers[0]} in a form of its own" if not (why := _elsewhere(module)) else why
-
-
-def _is_code(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a weight's codes: of bitsandbytes, or named as a checkpoint names them."""
-    if type(tensor).__name__ in _CLASSES:
-        return True
-    if tensor.dim() < 2 or tensor.dtype not in _CODES:
-        return False
-    endings = ("proj", "weight", "_blocks", *SUFFIXES)
-    return name.endswith(endings)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -304,48 +251,80 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((parameter.dtype for parameter in whole), torch.get_default_dtype())
 
 
-# --- what it becomes ---
+def _adopt(name: str, module: nn.Module, held: Holding, dtype: torch.dtype, twins: Twins) -> _Mark | Reject:
+    if type(module).__name__ == EXPERTS:
+        return _adopt_experts(name, module, held, dtype, twins)
+    return _adopt_linear(name, module, held, dtype)
 
 
-def _adopt(name: str, module: Any, method: str, stored: Stored, dtype: torch.dtype) -> _Mark:
-    n, k = int(module.out_features), int(module.in_features)
-    held = {f"{name}.{key}": tensor.detach() for key, tensor in _tensors(module)}
-    infos = {key: TensorInfo(key, MEMORY, t.dtype, tuple(t.shape), 0, t.nbytes) for key, t in held.items()}
-    parts = {key.removeprefix(f"{name}."): Part(key) for key in held}
-    unknown = sorted(set(parts) - set(FORMATS[stored.format].suffixes))
+def _adopt_linear(name: str, module: Any, held: Holding, dtype: torch.dtype) -> _Mark:
+    n, k, stored = int(module.out_features), int(module.in_features), held.stored
+    unknown = sorted(set(held.tensors) - set(FORMATS[stored.format].suffixes))
     if unknown:
         raise CheckpointError(
             f"{name} holds {unknown[0]}, which is no tensor of {stored.text}.\nFix: report this module."
         )
-    device = next(iter(held.values())).device
-    files = _Held(MEMORY, infos, held=held)
+    files, device = _files(name, module, held), next(iter(held.tensors.values())).device
+    parts = {key: Part(f"{name}.{key}") for key in held.tensors}
     with torch.no_grad():
         read = FORMATS[stored.format].read(Module(name, files, parts, n, k, dtype, False, device, copy=False), stored)
-    before = _Before(
-        type(module), dict(module._parameters), dict(module._buffers), _taken(module), dict(module._forward_pre_hooks)
-    )
-    for key in parts:
-        module._parameters.pop(key, None)
-        module._buffers.pop(key, None)
-    module.__class__ = nn.Linear
+    bias = module._parameters.get("bias", module._buffers.get("bias"))
+    before = _become(module, nn.Linear, {"_parameters": {"weight": None, "bias": _bias(bias, dtype)}, "_buffers": {}})
+    vars(module)[MARK] = mark = _Mark(held.method, (), before)
     weight = nn.Parameter(torch.empty(n, k, dtype=dtype, device="meta"), requires_grad=False)
     slot = Slot(f"{name}.weight", weight, ((module, "weight"),), (f"{name}.weight",))
-    outcome = put(slot, read, dtype, device, f"the {before.kind.__name__} that transformers loaded ({stored.text})")
+    outcome = put(slot, read, dtype, device, f"{files.folder} ({stored.text})")
     if isinstance(read, Dense) and not read.reason:
         outcome = replace(outcome, quantized=True)
-    vars(module)[MARK] = mark = _Mark(method, outcome, before)
+    mark.outcomes = (outcome,)
     return mark
 
 
-def _taken(module: nn.Module) -> dict[str, Any]:
-    """Attributes of the instance that a plain linear must not have, taken from it."""
-    return {key: vars(module).pop(key) for key in ("forward", *_SCHEME) if key in vars(module)}
+def _adopt_experts(name: str, module: nn.Module, held: Holding, dtype: torch.dtype, twins: Twins) -> _Mark | Reject:
+    twin = twins.of(name)
+    if isinstance(twin, Reject):
+        return twin
+    jobs = jobs_of(name, twin, held, dtype)
+    if isinstance(jobs, Reject):
+        return jobs
+    files, description = _files(name, module, held), Description(held.method, "its module", (Target(held.stored),))
+    device = next(iter(held.tensors.values())).device
+    outcomes = Filler(files, description, dtype, device).fill(Mapped(tuple(jobs), {}))
+    own = {key: value for key, value in vars(twin).items() if "hooks" not in key} | {"training": module.training}
+    if "config" in vars(module):  # of the model itself, which tells how experts are multiplied
+        own["config"] = vars(module)["config"]
+    before = _become(module, type(twin), own)
+    vars(module)[MARK] = mark = _Mark(held.method, tuple(outcomes), before)
+    return mark
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None and key != "bias":
-            yield key, tensor
+def _files(name: str, module: nn.Module, held: Holding) -> _Held:
+    """The module's tensors as if they came from a file."""
+    where = Path(f"the {type(module).__name__} that transformers loaded")
+    tensors = {f"{name}.{key}": tensor.detach() for key, tensor in held.tensors.items()}
+    infos = {key: TensorInfo(key, where, t.dtype, tuple(t.shape), 0, t.nbytes) for key, t in tensors.items()}
+    return _Held(where, infos, held=tensors)
+
+
+def _become(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> _Before:
+    """Change a module's class, and attributes of the instance; says what it was."""
+    own = vars(module)
+    before = _Before(
+        type(module),
+        {key: own.pop(key) for key in (*_OWN, "bias", *attributes) if key in own},
+        tuple(attributes),
+        dict(module._forward_pre_hooks),
+    )
+    module.__class__ = kind
+    own.update(attributes)
+    return before
+
+
+def _bias(bias: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
+    """gptqmodel has it in a buffer, in f16."""
+    if bias is None or isinstance(bias, nn.Parameter):
+        return bias
+    return nn.Parameter(bias.detach().to(dtype), requires_grad=False)
 
 
 def _set_hook(model: nn.Module, on: bool) -> None:
@@ -356,7 +335,7 @@ def _set_hook(model: nn.Module, on: bool) -> None:
             continue
         if on and (kept := vars(module).pop(f"{MARK}_hook", None)) is not None:
             module._forward_pre_hooks[handle.id] = kept
-        elif not on and not any(_is_compressed(part) for part in module.modules()):
+        elif not on and not any(is_compressed(part) for part in module.modules()):
             kept = module._forward_pre_hooks.pop(handle.id, None)
             if kept is not None:
                 vars(module)[f"{MARK}_hook"] = kept
@@ -369,4 +348,4 @@ def notes(stays: Sequence[Stays]) -> Iterator[str]:
         by_reason.setdefault(found.reason, []).append(found.name)
     for reason, names in by_reason.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield f"{names[0]}{more}: stays as transformers loaded it: {reason}; {FIX}"
+        yield f"{names[0]}{more}: stays as transformers loaded it: {reason}"

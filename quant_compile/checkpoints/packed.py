@@ -24,6 +24,7 @@ from quant_compile.checkpoints.write import Item, Job
 from quant_compile.ir.errors import QuantError
 from quant_compile.ir.family import PlaneSpec, family_of
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.numerics import all_finite, dtype_name
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.moe import moe_layouts, moe_problem_text, parse_moe_problem
 from quant_compile.lowering.registry import Problem, layouts
@@ -113,7 +114,7 @@ class Packer:
                 "spec": key.spec,
                 "layout": key.layout,
                 "transposed": key.transposed,
-                "dtype": _name(key.dtype),
+                "dtype": dtype_name(key.dtype),
                 "interleaved": key.interleaved,
                 "view": list(key.view),
                 "rows": list(slab.rows),
@@ -187,6 +188,11 @@ class Packed:
     sources: Mapping[str, str]
     inputs: Mapping[str, Mapping[str, str]]
 
+    @property
+    def quantized(self) -> list[Slot]:
+        """Weights that have planes."""
+        return [slot for slab in self.slabs for slot in slab.members if slot is not None]
+
     def fill(self, model: nn.Module, device: torch.device, progress: Progress) -> None:
         """Take everything over.
 
@@ -228,7 +234,7 @@ class Packed:
         values = self.files.get(name).to(device, copy=True)
         progress(self.files.tensors[name].nbytes)
         wide = values.is_floating_point() and values.element_size() > 1
-        if wide and values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+        if wide and not all_finite(values):
             raise CheckpointError(f"{self.files.tensors[name].where} has NaN or inf.\n{AGAIN}")
         return values
 
@@ -406,7 +412,7 @@ class _Reader:
         if info is None:
             raise CheckpointError(f"{self.files.folder}: no file has {name}, which {FILE} and the model need.\n{AGAIN}")
         if info.dtype != dtype or info.shape != shape:
-            have, want = f"{_name(info.dtype)} {list(info.shape)}", f"{_name(dtype)} {list(shape)}"
+            have, want = f"{dtype_name(info.dtype)} {list(info.shape)}", f"{dtype_name(dtype)} {list(shape)}"
             raise CheckpointError(f"{info.where} is {have}, and must be {want}.\n{AGAIN}")
         self.used.add(name)
 
@@ -448,7 +454,3 @@ class _Reader:
 
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

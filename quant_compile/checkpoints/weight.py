@@ -19,6 +19,7 @@ from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, TensorInfo
 from quant_compile.ir.errors import SchemeError
 from quant_compile.ir.family import Planes, PlaneSpec, family_of
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import QuantArgs, Scheme
 
 AGAIN = "Fix: download or write the checkpoint again."
@@ -167,8 +168,8 @@ class Module:
         """
         info = self.info(suffix)
         if info.dtype not in dtypes:
-            wanted = " or ".join(_dtype(dtype) for dtype in dtypes)
-            _fail(info, f"is {_dtype(info.dtype)}, must be {wanted}")
+            wanted = " or ".join(dtype_name(dtype) for dtype in dtypes)
+            _fail(info, f"is {dtype_name(info.dtype)}, must be {wanted}")
         if shapes and info.shape not in shapes:
             wanted = " or ".join(_shape(shape) for shape in shapes)
             _fail(info, f"has shape {_shape(info.shape)}, must be {wanted} for a weight of {self.n}x{self.k}{why}")
@@ -229,10 +230,6 @@ class Module:
                 f"{where}: groups of {group} do not divide its {self.k} inputs.\nFix: quantize with a group size that does."
             )
         return self.k // group
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -331,7 +328,7 @@ def integer_weight(module: Module, made: Integers, inputs: QuantArgs | None, inp
         codes, zero = made.codes, (nibbles(made.zero.to(torch.uint8)),)
     scale = made.scale.to(module.dtype)
     if not scale.is_meta and not bool((torch.isfinite(scale) & (scale != 0)).all()):
-        return dense(module, made.values(), f"its scales do not fit {_dtype(module.dtype)}")
+        return dense(module, made.values(), f"its scales do not fit {dtype_name(module.dtype)}")
     planes = (nibbles(codes), scale.contiguous(), *zero)
     return with_inputs(module, args, planes, made.values, inputs, input_scale, notes)
 
@@ -452,7 +449,7 @@ def packed_floats(module: Module, suffix: str) -> Tensor:
 
 def dense(module: Module, values: Tensor, reason: str, factor: Tensor | None = None) -> Dense:
     """A weight in the model's dtype."""
-    return Dense(values.to(module.dtype), f"{reason}: its values are kept in {_dtype(module.dtype)}", factor)
+    return Dense(values.to(module.dtype), f"{reason}: its values are kept in {dtype_name(module.dtype)}", factor)
 
 
 def with_inputs(

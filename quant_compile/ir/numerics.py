@@ -20,6 +20,16 @@ SMALLEST_AMAX = 2.0**-100
 CHUNK_ELEMENTS = 1 << 21
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or inf, without a tensor of answers; a look at values."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
 def to_float8(x: Tensor, inverse_scale: Tensor, format: str) -> Tensor:
     """Round ``x * inverse_scale`` (f32) onto e4m3 or e5m2, saturating; NaN stays NaN."""
     limit = FLOAT_MAX[format]

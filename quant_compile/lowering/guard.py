@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from quant_compile.ir.family import Reject
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.expand import FEWEST, SPLIT, recorded_for
 from quant_compile.lowering.registry import Problem
@@ -40,7 +41,7 @@ class Plain:
     @property
     def key(self) -> str:
         """As text, for the file of times."""
-        return f"linear|{self.n}|{self.k}|{_name(self.dtype)}|{int(self.has_bias)}"
+        return f"linear|{self.n}|{self.k}|{dtype_name(self.dtype)}|{int(self.has_bias)}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Quantize:
     @property
     def key(self) -> str:
         """As text, for the file of times."""
-        return f"input|{self.scheme.spec}|{self.k}|{_name(self.dtype)}|{int(self.fused)}"
+        return f"input|{self.scheme.spec}|{self.k}|{dtype_name(self.dtype)}|{int(self.fused)}"
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,3 @@ def _mean(times: Sequence[float], weights: Sequence[float]) -> float:
     """Geometric mean."""
     logs = sum(weight * math.log(max(time, 1e-3)) for time, weight in zip(times, weights, strict=True))
     return math.exp(logs / sum(weights))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

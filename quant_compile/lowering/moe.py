@@ -16,6 +16,7 @@ from torch import Tensor
 from quant_compile.ir.errors import NoKernelError, SchemeError
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.registry import Problem, Rank, _modules
 from quant_compile.lowering.select import (
@@ -132,7 +133,7 @@ def moe_problem_text(problem: MoeProblem) -> str:
     """A block as one word."""
     p = problem
     fields = (p.scheme.spec, p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text)
-    return "|".join(map(str, (*fields, str(p.dtype).removeprefix("torch."), int(p.has_bias), int(p.has_weights))))
+    return "|".join(map(str, (*fields, dtype_name(p.dtype), int(p.has_bias), int(p.has_weights))))
 
 
 def parse_moe_problem(text: str) -> MoeProblem:

@@ -17,6 +17,7 @@ import torch
 from quant_compile.ir.errors import NoKernelError, SchemeError
 from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.registry import Kernel, Problem, Rank, kernels, layouts
 from quant_compile.lowering.target import Target
@@ -71,7 +72,7 @@ class Dispatch:
     def text(self) -> str:
         """Everything about the dispatch as one word: it is an argument of the kernel op and part of Inductor's cache key."""
         p = self.problem
-        dtype = str(p.dtype).removeprefix("torch.")
+        dtype = dtype_name(p.dtype)
         rows = str(p.n) if p.siblings == 1 else f"{p.n}/{p.siblings}"
         head = f"{p.scheme.spec}|{rows}|{p.k}|{dtype}|{int(p.has_bias)}|{self.layout}|{int(self.column_scales)}"
         return f"{head}|{table_text(self.table)}"

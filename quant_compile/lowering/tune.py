@@ -24,6 +24,7 @@ import torch
 
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.lowering.capture import capturing
 from quant_compile.lowering.guard import Plain, Quantize
 from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
@@ -100,7 +101,7 @@ def problem_key(problem: Measured) -> str:
         return p.key
     if isinstance(p, MoeProblem):
         sizes = (p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text, int(p.has_bias), int(p.has_weights))
-        return "|".join(map(str, ("moe", p.scheme.spec, *sizes, str(p.dtype).removeprefix("torch."))))
+        return "|".join(map(str, ("moe", p.scheme.spec, *sizes, dtype_name(p.dtype))))
     return f"{p.scheme.spec}|{p.n}/{p.siblings}|{p.k}|{str(p.dtype).removeprefix('torch.')}|{int(p.has_bias)}"
 
 

@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from quant_compile.ir.errors import MissingScalesError, ReleasedWeightError, StaleWeightError, WeightError
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import NONE, MoeProblem
+from quant_compile.ir.numerics import all_finite
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, is_lent, peek_anchor, signature_of
 from quant_compile.lowering.moe import moe_layouts
@@ -812,8 +813,7 @@ def _check_values(parameter: Parameter, weight: Tensor, name: str) -> None:
         )
     if not parameter.dtype.is_floating_point:
         raise WeightError(f"{name} is {parameter.dtype}; only floating-point weights can be quantized. Fix: `keep` it.")
-    low, high = torch.aminmax(weight) if weight.numel() else (torch.zeros(()), torch.zeros(()))
-    if not (torch.isfinite(low) & torch.isfinite(high)):
+    if not all_finite(weight):
         where = ""
         if weight.dim() == 3:
             bad = [i for i, expert in enumerate(weight) if not bool(torch.isfinite(expert).all())]

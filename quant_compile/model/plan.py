@@ -23,8 +23,9 @@ from torch import nn
 
 from quant_compile.ir.errors import PolicyWarning
 from quant_compile.ir.family import family_of
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.model.places import parameters_of
-from quant_compile.model.weights import Weight, dtype_name, linear_weights, possible_weights
+from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, scale_key, strict_error
 
 

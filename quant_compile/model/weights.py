@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.model.places import Place, by_parameter, unwrap
 from quant_compile.rules import SiteInfo
 
@@ -198,8 +198,3 @@ def describe(module: nn.Module, attribute: str, parameter: nn.Parameter) -> str:
     if kind.endswith(("Embedding", "Embeddings")):
         return f"table of {kind}, not read by any product that was traced"
     return "not read by any product that was traced"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")

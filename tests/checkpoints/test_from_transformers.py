@@ -150,6 +150,56 @@ def test_every_format_of_compressed_tensors_is_adopted(name: str, tmp_path: Path
         assert any("its values are kept in bfloat16" in line.reason for line in one.lines)
 
 
+# --- packed -----------------------------------------------------------------------------------------------------------
+
+
+def packed_folder(folder: Path, model: nn.Module, policy: Any = "W8A16") -> tuple[Path, torch.Tensor]:
+    """A folder that ``save`` has packed, and the logits of its model."""
+    found = logits(quant_compile.compile(model, policy))
+    quant_compile.save(model, folder, "packed")
+    return folder, found
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llama(1, tied=True), tiny_moe], ids=["tied", "experts"])
+def test_a_packed_folder_loads_by_its_name(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    folder, found = packed_folder(tmp_path / "m", make())
+    model, told = pretrained(folder, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    for weight in linears(model).values():
+        assert STORE.peek(weight.weight).released  # type: ignore[union-attr]
+    assert torch.equal(logits(model), found)
+    ours = quant_compile.load(folder, device="cpu")
+    logits(ours)
+    one, two = quant_compile.report(model), quant_compile.report(ours)
+    assert [(x.names, x.scheme, x.reason) for x in one.lines] == [(x.names, x.scheme, x.reason) for x in two.lines]
+    assert one.policy == two.policy and one.coverage == 1.0
+    assert not model._keys_to_ignore_on_load_unexpected
+    assert model.config.quantization_config.to_dict() == {"quant_method": "sglquant", "format": "packed", "version": 1}
+    quant_compile.save(model, tmp_path / "again", "packed")
+    assert torch.equal(logits(pretrained(tmp_path / "again")), found)
+
+
+def test_a_packed_folder_of_reordered_inputs(tmp_path: Path) -> None:
+    case = CASES["gptq desc_act"]
+    made = quant_compile.load(quantized(tmp_path / "gptq", tiny_llama(1), case.pack, case.config), device="cpu")
+    found = logits(made)
+    quant_compile.save(made, tmp_path / "m", "packed")
+    assert torch.equal(logits(pretrained(tmp_path / "m")), found)
+
+
+def test_a_packed_folder_that_cannot_be_is_an_error_that_names_load(tmp_path: Path) -> None:
+    folder, _ = packed_folder(tmp_path / "m", tiny_llama(1))
+    with pytest.raises(OptionError, match=r"packed for bfloat16. Fix: from_pretrained without dtype"):
+        pretrained(folder, dtype=torch.float32)
+    with pytest.raises(OptionError, match=r"packed for one device.*\n.*quant_compile.load\(directory"):
+        pretrained(folder, device_map="auto")
+    with pytest.raises(CheckpointError, match=r"quantized already \(sglquant\).*\n.*quant_compile.load"):
+        pretrained(folder, quantization_config=quant_compile.HfConfig("W8A16"))
+    (folder / "sglquant.json").rename(folder / "elsewhere.json")
+    with pytest.raises(CheckpointError, match=r"has no sglquant.json.*\n.*quant_compile.load\(directory\)"):
+        pretrained(folder)
+
+
 # --- modules that dequantize ------------------------------------------------------------------------------------------
 
 
@@ -213,7 +263,7 @@ def test_released_fp8_linears_cannot_come_back() -> None:
 
 
 class QuantLinear(nn.Module):
-    """As GPTQ's libraries have it: integers in buffers, in an order of the kernel's."""
+    """Of a library that nobody knows: integers in buffers, in an order of the kernel's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,27 +274,27 @@ class QuantLinear(nn.Module):
         return x @ (self.qweight.float().repeat(8, 1)[:64] * self.scales)
 
 
-class FP8Experts(nn.Module):
-    """As transformers has FP8 experts, whose forward needs kernels."""
+class Int8Experts(nn.Module):
+    """Experts of such a library."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 64).to(torch.float8_e4m3fn), requires_grad=False)
-        self.gate_up_proj_scale_inv = nn.Parameter(torch.ones(2, 1, 1))
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 64, dtype=torch.int8), requires_grad=False)
+        self.gate_up_proj_scale = nn.Parameter(torch.ones(2, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 def test_what_stays_is_named() -> None:
-    model = nn.Sequential(QuantLinear(), nn.Linear(16, 64), FP8Experts(), QuantLinear()).eval()
+    model = nn.Sequential(QuantLinear(), nn.Linear(16, 64), Int8Experts(), QuantLinear()).eval()
     quant_compile.compile(model, "W8A16")
     text = "\n".join(quant_compile.report(model).notes)
     assert "0 and 1 more: stays as transformers loaded it: QuantLinear holds qweight" in text
-    assert "2: stays as transformers loaded it: FP8Experts holds gate_up_proj" in text
+    assert "2: stays as transformers loaded it: Int8Experts holds gate_up_proj" in text
     assert text.count("quant_compile.load(directory) adopts the integers") == 2
     line = next(line for line in quant_compile.report(model).lines if line.names == ("2.gate_up_proj",))
-    assert "FP8Experts holds gate_up_proj" in line.reason and line.scheme is None
+    assert "Int8Experts holds gate_up_proj" in line.reason and line.scheme is None
 
 
 def test_weights_that_transformers_has_dequantized_are_named() -> None:
@@ -258,6 +308,28 @@ def test_weights_that_transformers_has_dequantized_are_named() -> None:
     assert any(
         "experts.gate_up_proj and 1 more: transformers has dequantized" in n for n in quant_compile.report(model).notes
     )
+
+
+@compressed_tensors
+def test_a_model_that_was_dequantized_as_it_was_loaded_says_so(tmp_path: Path) -> None:
+    from transformers import CompressedTensorsConfig
+
+    case = CASES["ct fp8 channel"]
+    folder = quantized(tmp_path / "ct", tiny_llama(1), case.pack, {**case.config, "quantization_status": "compressed"})
+    case = CASES["deepseek"]
+    other = quantized(tmp_path / "fp8", tiny_llama(1), case.pack, case.config)
+    models = [pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))]
+    if not torch.cuda.is_available():  # else its modules are FP8Linear
+        models.append(pretrained(other))
+    for model in models:
+        assert not hasattr(model.config, "quantization_config")
+        quant_compile.compile(model, "W8A16")
+        (note,) = quant_compile.report(model).notes
+        assert "its integers are gone" in note and "quant_compile.load(directory) keeps them" in note
+    saved(tmp_path / "bf16", tiny_llama(1))
+    for plain in (pretrained(tmp_path / "bf16"), tiny_llama(1)):
+        quant_compile.compile(plain, "W8A16")
+        assert not quant_compile.report(plain).notes
 
 
 def test_a_fault_of_a_module_leaves_all_as_they_were() -> None:

@@ -26,6 +26,7 @@ from quant_compile import cli, saving
 from quant_compile.checkpoints import write as writing
 from quant_compile.checkpoints.compressed_tensors_writer import divisor
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
+from quant_compile.checkpoints.fill import scale_input
 from quant_compile.checkpoints.write import Item, Job
 from quant_compile.ir.errors import OptionError, WeightError
 from quant_compile.ir.scheme import parse
@@ -33,7 +34,7 @@ from quant_compile.lowering.registry import layouts
 from quant_compile.lowering.weights import STORE
 from quant_compile.pretrained import plan_of
 from tests.checkpoints.packers import CASES
-from tests.checkpoints.support import linears, logits, quantized, tiny_gpt_oss, tiny_llama, tiny_moe, write
+from tests.checkpoints.support import distance, linears, logits, quantized, tiny_gpt_oss, tiny_llama, tiny_moe, write
 from tests.checkpoints.test_names import filled
 
 Make = Callable[[], nn.Module]
@@ -764,6 +765,43 @@ def test_convert_takes_codes_over(name: str, tmp_path: Path) -> None:
     found, wanted = load(tmp_path / "saved"), load(source)
     assert_equal(planes_of(found), planes_of(wanted))
     assert len(planes_of(found)) == len(linears(tiny_llama(layers=1)))
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llama(1, tied=True), tiny_moe], ids=["tied", "experts"])
+def test_convert_that_keeps_every_weight_writes_16_bits(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint that anyone reads: the same tensors, no quantization in its config."""
+    from transformers import AutoModelForCausalLM
+
+    model = make()
+    model.save_pretrained(tmp_path / "source")  # type: ignore[operator]
+    (tmp_path / "keep.yaml").write_text("default: keep\n")
+    arguments = ["convert", str(tmp_path / "source"), str(tmp_path / "saved"), "--policy", str(tmp_path / "keep.yaml")]
+    assert cli.main(arguments) == 0
+    assert "nothing is quantized" in capsys.readouterr().out
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert plain.keys() == model.state_dict().keys()
+    assert all(torch.equal(plain[name], value) for name, value in model.state_dict().items())
+    assert cli.main([*arguments[:2], str(tmp_path / "packed"), *arguments[3:], "--format", "packed"]) == 0
+    assert torch.equal(logits(load(tmp_path / "packed")), logits(load(tmp_path / "saved", policy={"default": "keep"})))
+
+
+def test_convert_dequantizes_a_checkpoint(tmp_path: Path) -> None:
+    case, truth = CASES["gptq desc_act"], tiny_llama(layers=1)
+    source = quantized(tmp_path / "source", truth, case.pack, case.config)
+    saved = saving.convert(source, tmp_path / "saved", {"default": "keep", "requantize": True})
+    assert not saved.schemes and "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
+    found = load(tmp_path / "saved", policy={"default": "keep"}).state_dict()
+    loaded = load(source, policy={"default": "keep", "requantize": True}).state_dict()
+    for name, value in truth.state_dict().items():
+        assert torch.equal(found[name], loaded[name])
+        assert distance(found[name].float(), value.float()) < 4e-3  # the truth's scales are rounded to bf16
+    with pytest.raises(SaveError, match="factors of its inputs"):
+        model = quant_compile.compile(tiny_llama(layers=1), {"default": "keep"})
+        scale_input(model.model.layers[0].mlp.up_proj, None, torch.ones(256))  # type: ignore[union-attr, index]
+        quant_compile.save(model, tmp_path / "other")
 
 
 def test_convert_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
