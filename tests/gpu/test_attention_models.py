@@ -23,8 +23,8 @@ MODELS = {
         hf.GptOssConfig, hf.GptOssForCausalLM, num_local_experts=4, num_experts_per_tok=2, **WIDE, **MIXED
     ),
 }
-# Two layers in bf16, of which eager rounds every score and the kernel none.
-CLOSE = 4e-2
+# What the kernel may add to the error that the model's own bf16 makes, which rounds scores and weights of attention.
+WORSE = 1.1
 
 
 def step(call: Any, cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -33,25 +33,29 @@ def step(call: Any, cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", MODELS)
 def test_decode_in_the_kernel(family: str) -> None:
-    """A left-padded prompt, then tokens that are given; a policy that quantizes nothing."""
+    """A left-padded prompt, then tokens that are given; a policy that quantizes nothing; held to the model in f32."""
     if offered._host() is None:
         pytest.skip("the decode kernel is not part of this installation")
     model = seeded(MODELS[family], torch.bfloat16).cuda()
+    exact = seeded(MODELS[family], torch.bfloat16).float().cuda()
     prompt = torch.randint(3, 90, (2, 40), device="cuda")
     mask = torch.ones_like(prompt)
     mask[0, :7] = 0
-    caches = [hf.StaticCache(config=model.config, max_cache_len=300) for _ in range(2)]
+    masks = [torch.cat((mask, torch.ones(2, n, dtype=mask.dtype, device="cuda")), 1) for n in (1, 2, 3)]
+    tokens = torch.full((2, 1), 11, device="cuda")
+
+    def run(call: Any, cache: Any) -> Tensor:
+        return torch.stack([step(call, cache, tokens, given) for given in masks])
+
     with torch.no_grad():
-        for cache in caches:
-            step(model, cache, prompt, mask)
-        tokens = torch.full((2, 1), 11, device="cuda")
-        masks = [torch.cat((mask, torch.ones(2, n, dtype=mask.dtype, device="cuda")), 1) for n in (1, 2, 3)]
-        wanted = [step(model, caches[0], tokens, given) for given in masks]
+        caches = [hf.StaticCache(config=model.config, max_cache_len=300) for _ in range(3)]
+        for call, cache in zip((model, model, exact), caches, strict=True):
+            step(call, cache, prompt, mask)
+        eager, truth = run(model, caches[0]), run(exact, caches[2])
         torch._dynamo.reset()
         quant_compile.compile(model, {"default": "keep"})
-        got = [step(model, caches[1], tokens, given) for given in masks]
-    for a, b in zip(got, wanted, strict=True):
-        assert float((a - b).norm() / b.norm()) < CLOSE
+        got = run(model, caches[1])
+    assert float((got - truth).norm()) <= WORSE * float((eager - truth).norm())
     runs = {line.runs: line.count for line in quant_compile.report(model).attention}
     assert runs == {"triton_decode": 2}
 
