@@ -1,0 +1,127 @@
+"""``generate`` where the KV cache is long: milliseconds a token by the wall clock, with attention's kernel and without it.
+
+Each stack is a process of its own. A token is (wall of all tokens - wall of one) / (tokens - 1), medians; HF bf16 compiles its decode
+steps itself, over a static cache and with CUDA graphs.
+
+    python benchmarks/long_context.py --gpus 2    # on GPUs: Llama-3-8B's shape, 16 layers
+    python benchmarks/long_context.py --smoke     # tiny, on a CPU: does it run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+from common import GIB, LLAMA_3_8B, RESULTS, TINY, build_llama, last_line, machine, table, write_result
+from e2e import peak, reset_peak, synchronize
+
+HF, WRITTEN, BF16 = "hf-auto", " as written", "bf16"
+STACKS = (HF, "FP8_DYNAMIC", BF16, "FP8_DYNAMIC" + WRITTEN, "W4A16")
+CELLS = ((1, 128), (1, 2048), (16, 2048), (32, 2048))
+LAYERS, TOKENS, SAMPLES = 16, 33, 5
+
+
+def measure(stack: str, device: torch.device, cells: Sequence[tuple[int, int]], layers: int) -> list[dict[str, Any]]:
+    """A row for each (batch, prompt)."""
+    model = build_llama(LLAMA_3_8B if device.type == "cuda" else TINY, layers, device)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 1
+    extra: dict[str, Any] = {"cache_implementation": "static"} if stack == HF else {}
+    if stack != HF:
+        import quant_compile
+
+        scheme = stack.removesuffix(WRITTEN)
+        policy = {"default": "keep" if scheme == BF16 else scheme}
+        quant_compile.compile(model, policy, attention="keep" if stack.endswith(WRITTEN) else "auto")
+    rows: list[dict[str, Any]] = []
+    for batch, prompt in cells:
+        ids = torch.randint(5, model.config.vocab_size, (batch, prompt), device=device)
+
+        def seconds(tokens: int, ids: torch.Tensor = ids) -> float:
+            synchronize(device)
+            started = time.perf_counter()
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens,
+                max_new_tokens=tokens, **extra,
+            )  # fmt: skip
+            synchronize(device)
+            return time.perf_counter() - started
+
+        row: dict[str, Any] = {"stack": stack, "batch": batch, "prompt": prompt}
+        try:
+            row["first_call_s"] = seconds(TOKENS)
+            for tokens in (1, TOKENS):
+                seconds(tokens)
+            reset_peak(device)
+            one = statistics.median(seconds(1) for _ in range(SAMPLES))
+            many = statistics.median(seconds(TOKENS) for _ in range(SAMPLES))
+            row |= {
+                "token_ms": (many - one) / (TOKENS - 1) * 1e3,
+                "first_ms": one * 1e3,
+                "peak_gib": peak(device) / GIB,
+            }
+        except Exception as error:
+            row["reason"] = last_line(error)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def child(stack: str, gpus: Queue[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """``measure`` in a process of its own, on the next GPU that is free."""
+    gpu = gpus.get()
+    try:
+        command = [sys.executable, __file__, "--child", stack, *(["--smoke"] if args.smoke else [])]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    finally:
+        gpus.put(gpu)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode:
+        rows.append({"stack": stack, "reason": (done.stderr.strip().splitlines() or ["ended"])[-1]})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all stacks, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--stacks", default=",".join(STACKS))
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "long_context.json")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    device = torch.device("cpu" if args.smoke else "cuda")
+    if args.child:
+        measure(args.child, device, ((1, 16), (2, 24)) if args.smoke else CELLS, 1 if args.smoke else LAYERS)
+        return
+    gpus: Queue[str] = Queue()
+    for gpu in range(args.gpus):
+        gpus.put(str(gpu))
+    with ThreadPoolExecutor(args.gpus) as pool:
+        rows = [row for found in pool.map(lambda s: child(s, gpus, args), args.stacks.split(",")) for row in found]
+    base = {(row["batch"], row["prompt"]): row["token_ms"] for row in rows if row["stack"] == HF and "token_ms" in row}
+    for row in rows:
+        cell = (row.get("batch"), row.get("prompt"))
+        if "token_ms" in row and cell in base:
+            row["speedup"] = base[cell] / row["token_ms"]
+    settings = {"layers": LAYERS, "new_tokens": TOKENS, "gpus": args.gpus}
+    write_result(
+        args.out, rows, {"benchmark": "long_context", "machine": machine(device.type), "settings": settings}, quiet=True
+    )
+    keys = ("stack", "batch", "prompt", "token_ms", "speedup", "first_ms", "first_call_s", "peak_gib", "reason")
+    print(table(list(keys), [[row.get(key, "–") for key in keys] for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
