@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -92,6 +92,15 @@ def child(stack: str, gpus: Queue[str], args: argparse.Namespace) -> list[dict[s
     return rows
 
 
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """To HF's bf16, cell by cell."""
+    base = {(row["batch"], row["prompt"]): row["token_ms"] for row in rows if row["stack"] == HF and "token_ms" in row}
+    for row in rows:
+        cell = (row.get("batch"), row.get("prompt"))
+        if "token_ms" in row and cell in base:
+            row["speedup"] = base[cell] / row["token_ms"]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all stacks, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -108,17 +117,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     gpus: Queue[str] = Queue()
     for gpu in range(args.gpus):
         gpus.put(str(gpu))
+    meta = {
+        "benchmark": "long_context",
+        "machine": machine(device.type),
+        "settings": {"layers": LAYERS, "new_tokens": TOKENS, "gpus": args.gpus},
+    }
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(args.gpus) as pool:
-        rows = [row for found in pool.map(lambda s: child(s, gpus, args), args.stacks.split(",")) for row in found]
-    base = {(row["batch"], row["prompt"]): row["token_ms"] for row in rows if row["stack"] == HF and "token_ms" in row}
-    for row in rows:
-        cell = (row.get("batch"), row.get("prompt"))
-        if "token_ms" in row and cell in base:
-            row["speedup"] = base[cell] / row["token_ms"]
-    settings = {"layers": LAYERS, "new_tokens": TOKENS, "gpus": args.gpus}
-    write_result(
-        args.out, rows, {"benchmark": "long_context", "machine": machine(device.type), "settings": settings}, quiet=True
-    )
+        for done in as_completed([pool.submit(child, stack, gpus, args) for stack in args.stacks.split(",")]):
+            rows += done.result()
+            add_ratios(rows)
+            write_result(args.out, rows, meta, quiet=True)  # what there is, should the time be up
     keys = ("stack", "batch", "prompt", "token_ms", "speedup", "first_ms", "first_call_s", "peak_gib", "reason")
     print(table(list(keys), [[row.get(key, "–") for key in keys] for row in rows]))
 

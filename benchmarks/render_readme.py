@@ -127,6 +127,85 @@ def generate_first_token(results: Path) -> str:
     return "\n".join([text, generate_table(result, "first_token_ms", "first_token_speedup")])
 
 
+def first_token(results: Path) -> str:
+    """Time to the first token, with all stacks taking turns."""
+    found = [result for name in ("first_token", "first_token_short") if (result := read(name, results)) is not None]
+    parts: list[str] = []
+    for result in found:
+        rows = result["rows"]
+        columns = list(dict.fromkeys((row["prompt"], row["lengths"]) for row in rows))
+        values = {(row["stack"], row["prompt"], row["lengths"]): row for row in rows}
+        lines = [
+            [
+                GENERATE_STACKS.get(stack, stack),
+                *(f"{row['ms']:.1f} ({times(row['speedup'])})" for c in columns if (row := values[stack, *c])),
+            ]
+            for stack in dict.fromkeys(row["stack"] for row in rows)
+        ]
+        parts += [
+            place(result, "triton", "transformers") + ".",
+            markdown(["stack", *(f"{p}, {k}" for p, k in columns)], lines),
+        ]
+    text = (
+        "**Milliseconds to the first token**, B=1, all stacks in one process and by turns, medians; in parentheses the speed relative to "
+        "the faster of bf16's two. *Same*: a prompt of a length that has come before; *new*: of one that has not."
+    )
+    return "\n\n".join([text, *parts]) if found else ""
+
+
+def load(results: Path) -> str:
+    """How long ``load`` takes and what it holds."""
+    result = read("load", results)
+    if result is None:
+        return ""
+    header = [
+        "stored as",
+        "policy",
+        "file, GB",
+        "load, s",
+        "GB/s",
+        "first call, s",
+        "GiB on the GPU at the peak",
+        "held",
+        "GiB on the host",
+    ]
+    names = {"bf16": "16 bits, quantized on the way"}
+    lines = [
+        [
+            names.get(row["stored"], f"`{row['stored']}`"), row["policy"], number(row["file_gb"], 1), number(row["seconds"], 1),
+            number(row["gb_per_s"], 1), number(row["first_call_s"], 1), number(row["peak_gib"]), number(row["held_gib"]),
+            number(row["host_gib"]),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    text = (
+        f"**`quant_compile.load`**, Llama-3-8B shape, {result['settings']['layers']} layers, files in the page cache; the host's memory "
+        f"is what no file backs. {place(result, 'transformers')}."
+    )
+    return "\n\n".join([text, markdown(header, lines)])
+
+
+def attention_sweep(results: Path) -> str:
+    """Attention alone, the best plan of each cache."""
+    result = read("attention_sweep", results)
+    if result is None:
+        return ""
+    rows = [row for row in result["rows"] if row.get("us") is not None]
+    cells = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
+    kinds = {"bf16 cache": "ours bf16", "e4m3 cache, a scale for each token and head": "ours e4m3"}
+
+    def least(begins: str, cell: tuple[int, int]) -> str:
+        of_it = (row for row in rows if (row["batch"], row["context"]) == cell)
+        return number(min(row["us"] for row in of_it if row["contender"].startswith(begins)), 1)
+
+    lines = [[name, *(least(begins, cell) for cell in cells)] for name, begins in kinds.items()]
+    text = (
+        "**Attention of one decode step**, 32 heads over 8 of 128, microseconds of the fastest plan that was tried, cold L2. "
+        f"{place(result, 'triton')}."
+    )
+    return "\n\n".join([text, markdown(["cache", *(f"{b} x {n}" for b, n in cells)], lines)])
+
+
 def generate_start(results: Path) -> str:
     """First calls, memory, calls without CUDA graphs, and the wrapper."""
     result = read("generate", results)
@@ -730,6 +809,9 @@ def cell(text: str) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "generate": generate,
     "generate_first_token": generate_first_token,
+    "first_token": first_token,
+    "load": load,
+    "attention_sweep": attention_sweep,
     "generate_start": generate_start,
     "generate_cpu": generate_cpu,
     "e2e": e2e,

@@ -75,9 +75,17 @@ def test_load_smoke(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_first_token_smoke(tmp_path: Path) -> None:
     rows = run("first_token.py", tmp_path, "--stacks", "W8A16")["rows"]
-    assert [row["stack"] for row in rows] == ["hf-eager", "inductor", "W8A16"]
+    assert [row["stack"] for row in rows] == ["hf-eager", "inductor", "W8A16"] * 2
+    assert [row["lengths"] for row in rows] == ["same"] * 3 + ["new"] * 3
     assert all(row["ms"] >= row["least_ms"] > 0 and row["samples"] == 2 for row in rows)
-    assert max(row["speedup"] for row in rows[:2]) == 1.0
+    assert max(row["speedup"] for row in rows[:2]) == max(row["speedup"] for row in rows[3:5]) == 1.0
+
+
+@pytest.mark.slow
+def test_long_context_smoke(tmp_path: Path) -> None:
+    rows = run("long_context.py", tmp_path, "--stacks", "hf-auto,W8A16 as written")["rows"]
+    assert sorted(row["stack"] for row in rows) == ["W8A16 as written"] * 2 + ["hf-auto"] * 2
+    assert all(row["token_ms"] > 0 and row["speedup"] > 0 for row in rows)
 
 
 @pytest.mark.slow

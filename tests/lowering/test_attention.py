@@ -402,7 +402,7 @@ def test_plans_fill_the_device(batch: int, length: int, splits: int) -> None:
     problem = replace(LLAMA, batch=batch, length=length)
     assert triton_decode.plan_of(problem, SM90) == Plan(16, 64, splits, 4, 3)
     codes = replace(problem, k_dtype=E4M3, v_dtype=E4M3)
-    assert triton_decode.plan_of(codes, SM90) == Plan(16, 64, splits, 8, 4)
+    assert triton_decode.plan_of(codes, SM90) == Plan(16, 64, splits, 4, 3)
 
 
 def test_plans_of_other_heads_and_devices() -> None:

@@ -178,15 +178,14 @@ def plan_of(problem: Attention, target: Target) -> Plan:
     """The plan of a launch.
 
     A block of K and V is 32 KiB in 16 bits, half of that in codes, so that what is on the way at two programs an SM (64 KiB) keeps HBM
-    busy: codes are loaded one block further ahead, where the SM's memory holds it (not the 99 KiB of sm89 and sm120). Heads above 128
-    halve the keys of a block. Codes are decoded in registers, for which four warps have too few.
+    busy. Heads above 128 halve the keys of a block. Warps and stages are those that won on an H200 at 16 sequences of 2048 and 8192
+    (benchmarks/results/attention_sweep.json), for codes as for 16 bits; two stages where an SM's memory is small (sm89, sm120).
     """
     wide = max(pow2(problem.head_size), pow2(problem.value_size)) > 128
-    codes = problem.k_dtype.itemsize == 1
     block_n = 32 if wide else 64
     block_m = max(16, min(64, pow2(problem.group * problem.tokens)))
-    warps = 8 if codes or block_m * pow2(problem.value_size) > 64 * 64 else 4
-    stages = (3 if shared_memory(target) >= 160 * 1024 else 2) + codes
+    warps = 8 if block_m * pow2(problem.value_size) > 64 * 64 else 4
+    stages = 3 if shared_memory(target) >= 160 * 1024 else 2
     programs = problem.batch * problem.kv_heads * ceil(problem.group * problem.tokens, block_m)
     return Plan(block_m, block_n, _splits(programs, ceil(problem.length, block_n), target.sm_count), warps, stages)
 
