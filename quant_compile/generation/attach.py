@@ -15,8 +15,8 @@ from torch import nn
 from torch._dynamo import trace_rules
 
 from quant_compile.generation import caches
-from quant_compile.generation.blocks import Active, BlockCall, Blocks, blocks_of, shared_call
-from quant_compile.generation.calls import noted
+from quant_compile.generation.blocks import Active, BlockCall, Blocks, blocks_of, hooked, shared_call
+from quant_compile.generation.calls import enter, noted
 from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.generation.inputs import marked
 from quant_compile.generation.lease import Names
@@ -82,6 +82,7 @@ class Call:
         by_blocks = self._active is not None and self._active.depth
         if torch.compiler.is_dynamo_compiling() or by_blocks:  # part of a larger graph, or around smaller ones
             return self._plain(*args, **kwargs)
+        enter()
         if self._dynamic:
             kwargs = {name: marked(name, value) for name, value in kwargs.items()}
         if self.outside.due():
@@ -175,7 +176,7 @@ def _blockwise(
         installed.set(module, CALL, BlockCall(module, 0, cache, compiled(shared_call()), active))
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not isinstance(kwargs.get(cache), caches.types().static):
+        if not isinstance(kwargs.get(cache), caches.types().static) or hooked(block for _, block in found.repeated):
             return whole(*args, **kwargs)
         with active:
             return model._call_impl(*args, **kwargs)

@@ -8,7 +8,7 @@ Launching block by block costs the host more than one large graph does, which no
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_compile.generation import caches
+from quant_compile.generation.calls import enter
 from quant_compile.generation.inputs import marked
 from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights, possible_weights
@@ -138,7 +139,19 @@ class BlockCall:
         if isinstance(found, caches.types().static):
             kwargs[self._cache] = OneLayer(found.layers[self._index])
         hidden = [marked("hidden_states", value) for value in args]
+        enter()
         return self._run(self._block, *hidden, **kwargs)
+
+
+def hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether any module has hooks, which one graph for all blocks would give to none of them or to all."""
+    stack = list(modules)
+    while stack:
+        held = vars(stack.pop())
+        if held["_forward_hooks"] or held["_forward_pre_hooks"]:
+            return True
+        stack += [child for child in held["_modules"].values() if child is not None]
+    return False
 
 
 def around_blocks(model: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import Parameter
 
 from quant_compile.backend import sglquant
@@ -47,6 +46,10 @@ class Watcher(Protocol):
         """What the graph returns."""
         ...
 
+    def enter(self) -> None:
+        """A compiled function is called: one graph is to follow."""
+        ...
+
 
 class Strayed(Exception):
     """A call did not go the way that is remembered."""
@@ -63,6 +66,9 @@ class Noting:
     def __call__(self, graph: Graph, args: tuple[Any, ...]) -> Any:
         self._graphs.append(id(graph))
         return graph(*args)
+
+    def enter(self) -> None:
+        """Nothing to note."""
 
     @property
     def graphs(self) -> tuple[int, ...]:
@@ -103,6 +109,7 @@ class Remembering:
     def __init__(self, fixed: Iterable[Tensor]) -> None:
         self.calls: list[Called] = []
         self.fixed = list(fixed)
+        self.entered = 0
         self._numbers = {_key(tensor): number for number, tensor in enumerate(self.fixed)}
 
     def __call__(self, graph: Graph, args: tuple[Any, ...]) -> Any:
@@ -112,6 +119,10 @@ class Remembering:
         results = tuple(map(self._number, tensors_in(made)))
         self.calls.append(Called(graph, args, made, sources, fresh, results))  # alive, so that no address comes twice
         return made
+
+    def enter(self) -> None:
+        """Count compiled functions: more graphs than these have code in between that no graph stands for."""
+        self.entered += 1
 
     def _number(self, tensor: Tensor) -> int:
         return self._numbers.setdefault(_key(tensor), len(self._numbers))
@@ -220,6 +231,9 @@ class Answering:
             self._held.append(tensor)
         replay()
 
+    def enter(self) -> None:
+        """Nothing to do."""
+
     @property
     def done(self) -> bool:
         """Whether all graphs were called."""
@@ -235,20 +249,18 @@ _CURRENT = _Current()
 
 @contextmanager
 def watched(watcher: Watcher) -> Generator[None]:
-    """Let a watcher stand before the compiled graphs that this thread calls.
-
-    Raises:
-        Strayed: a graph would have to be compiled, and the watcher does not let it.
-    """
+    """Let a watcher stand before the compiled graphs that this thread calls."""
     before, _CURRENT.watcher = _CURRENT.watcher, watcher
     try:
         yield
-    except BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, Strayed):
-            raise error.inner_exception from None
-        raise
     finally:
         _CURRENT.watcher = before
+
+
+def enter() -> None:
+    """Say that a compiled function is called."""
+    if _CURRENT.watcher is not None:
+        _CURRENT.watcher.enter()
 
 
 def noted(

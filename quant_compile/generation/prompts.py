@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from quant_compile.generation import caches
-from quant_compile.generation.calls import Answer, Answering, Noting, Remembering, Strayed, Watcher
+from quant_compile.generation.calls import Answer, Answering, Noting, Remembering, Watcher
 from quant_compile.generation.graphs import Recorder, copier
 from quant_compile.generation.inputs import leaves, shape_of
 from quant_compile.generation.segments import Segments, Unsuited
@@ -146,15 +146,24 @@ class Filler:
         answering = Answering(recorded.answers, recorded.addresses)
         try:
             made = self.run(inputs, answering)
-        except Strayed:
+        except (
+            Exception
+        ):  # Strayed, or what a model made of it; an error of the model's own comes again when the prompt runs
             return None
         return made if answering.done and shape_of(made) == recorded.shape else None
 
     def _record(self, prompt: Prompt, inputs: dict[str, Any]) -> Result:
         """As ``fill``; the prompt is recorded, if it can be."""
-        remembering = Remembering(caches.tensors(self.cache))
+        remembering, before = Remembering(caches.tensors(self.cache)), self.weights.versions()
         made = self.run(inputs, remembering)
         truth, graphs = self._copied(made), tuple(id(call.graph) for call in remembering.calls)
+        why = self.weights.foreign()
+        if len(remembering.calls) != max(1, remembering.entered):
+            why = why or "code of the model's stands between its graphs"
+        if before != self.weights.versions():
+            why = why or "a call writes to a Parameter or a buffer"
+        if why is not None:
+            return self._refuse(prompt, why, truth, graphs)
         try:
             segments = Segments(remembering)
             segments.record(self._recorded)

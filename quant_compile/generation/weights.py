@@ -20,6 +20,7 @@ from quant_compile.lowering.identity import Storages, address_of
 from quant_compile.lowering.weights import STORE
 
 _VERSION = attrgetter("_version")
+LIBRARIES = {"torch", "transformers"}  # whose code around compiled blocks depends on its inputs alone
 
 
 class Weights:
@@ -61,6 +62,26 @@ class Weights:
     def gone(self) -> bool:
         """Whether memory that a graph may read has been given up since the last look; costs nothing to ask."""
         return bool(self._storages.died)
+
+    def foreign(self) -> str | None:
+        """Code of a user's that a call runs where no compiled graph stands for it, so that nothing may stand in for a call; None: none."""
+        model = self._model()
+        if torch.nn.modules.module._has_any_global_hook():
+            return "all modules have hooks"
+        for module in model.modules() if model is not None else ():
+            held = vars(module)
+            if held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held:
+                return f"a module has hooks, or a forward of its own ({type(module).__name__})"
+        around = [module for reference in self._around if (module := reference()) is not None]
+        own = next((m for m in around if type(m).__module__.partition(".")[0] not in LIBRARIES), None)
+        return None if own is None else f"{type(own).__name__} runs code of its own around compiled graphs"
+
+    def versions(self) -> list[int]:
+        """Counts that move when a call writes to a Parameter or a buffer."""
+        model = self._model()
+        with torch._C.DisableTorchFunctionSubclass():
+            held = list(_tensors(model)) if model is not None else []
+            return [-1 if tensor.is_inference() else tensor._version for tensor in held]
 
     def state(self) -> tuple[int, int]:
         """Counts that move when a weight is updated in place or planes are packed anew; cheap."""

@@ -6,6 +6,7 @@ that we know is a miss with its reason and stays as it was written. Reads a copi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from quant_compile.ir.scores import (
 from quant_compile.ir.writes import Writes, storage_of
 
 SDPA = "scaled_dot_product_attention"
+VIEWS = {"expand", "reshape", "view", "unsqueeze", "getitem", "contiguous", "to"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +151,8 @@ def _of_sdpa(node: fx.Node) -> _Parts | Reject:
         return Reject("its scale, or whether it is causal, is computed in the graph")
     if mask is not None and (not isinstance(mask, fx.Node) or tensor_of(mask) is None):
         return Reject("its mask is not a tensor of the graph")
+    if mask is not None and causal:
+        return Reject("it has a mask and is causal as well")
     return _Parts(node, q, k, v, mask, float(scale), causal, grouped=bool(given.get("enable_gqa", False)))
 
 
@@ -198,7 +202,12 @@ def _shapes(p: _Parts, k: fx.Node, v: fx.Node) -> Reject | None:
     if result is None or result.dtype != q.dtype:
         return Reject("its result has another dtype than q (autocast)")
     mask = tensor_of(p.mask)
-    return None if mask is None or mask.dim() <= 4 else Reject("its mask has more than four dimensions")
+    if mask is None or mask.dim() < 4:
+        return None
+    if mask.dim() > 4:
+        return Reject("its mask has more than four dimensions")
+    wide = known(q.shape[0]) == 1 and known(mask.shape[0]) not in (None, 1)
+    return Reject("its mask has more rows than q") if wide else None
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
@@ -232,7 +241,7 @@ def _expanded(node: fx.Node) -> fx.Node | None:
     at_two = name == "unsqueeze" and given.get("dim") in (2, -3)
     items = given.get("index") if name == "getitem" else None
     if isinstance(items, tuple) and len(items) >= 3:
-        at_two = items[2] is None and all(item == slice(None) for item in (*items[:2], *items[3:]) if item is not ...)
+        at_two = items[2] is None and all(item == slice(None) for item in (*items[:2], *items[3:]))
     kept = (*whole.shape[:2], *whole.shape[3:])
     return passed(inner) if at_two and same_sizes(kept, before.shape) else None
 
@@ -254,16 +263,29 @@ def _sinks(node: fx.Node, q: fx.Node) -> fx.Node | Reject:
     heads, value = _heads(q), tensor_of(node)
     if value is None or value.dim() != 4 or value.shape[1] != heads:
         return Reject("its sinks are not one for each head")
-    while op_of(node) in ("expand", "reshape", "view", "unsqueeze", "getitem", "contiguous", "to"):
+    path = [node]
+    while op_of(node) in VIEWS:
         source = source_of(node)
         below = tensor_of(source)
-        if source is None or below is None or below.dtype != value.dtype:
+        if source is None or below is None or below.dtype != value.dtype or _picks(node):
             break
         node = source
-    found = tensor_of(node)
-    if found is None or found.numel() != heads or not all(size in (1, heads) for size in found.shape):
+        path.append(node)
+    shapes = [tuple(found.shape) for inner in path if (found := tensor_of(inner)) is not None]
+    sized = [shape for shape in shapes if math.prod(shape) == heads]
+    # One for each head all along, in the place of the heads; only ``expand`` repeats it.
+    in_place = all(len(shape) == 1 or shape[-3:] == (heads, 1, 1) for shape in sized)
+    repeats = all(op_of(inner) == "expand" for inner, shape in zip(path, shapes, strict=True) if shape not in sized)
+    if not sized or shapes[-1] not in sized or not in_place or not repeats:
         return Reject("its sinks are not one for each head")
     return node
+
+
+def _picks(node: fx.Node) -> bool:
+    """Whether a node takes some elements, in some order, rather than all of them."""
+    index = (operands_of(node) or {}).get("index") if op_of(node) == "getitem" else ()
+    items = index if isinstance(index, tuple) else (index,)
+    return any(item is not None and item is not ... and item != slice(None) for item in items)
 
 
 def _between(node: fx.Node, leaves: Iterable[fx.Node]) -> Iterator[fx.Node]:

@@ -20,6 +20,7 @@ from quant_compile.ir.operands import op_of, operands_of
 from quant_compile.ir.stored import CASTS, permutation
 
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mm"}
+IN_PLACE = {"iadd", "add_", "isub", "sub_", "imul", "mul_", "itruediv", "div_"}
 ADDS, SUBS = {"add", "iadd", "add_"}, {"sub", "isub", "sub_"}
 FACTORS, DIVISORS = {"mul", "imul", "mul_", "multiply"}, {"truediv", "itruediv", "div", "div_", "true_divide", "divide"}
 KEEPS = {"contiguous", "clone", "detach"}
@@ -186,6 +187,7 @@ class _Reader:
             (user,) = node.users
             name, given = op_of(user), operands_of(user) or {}
             if name == "matmul" and given.get("self") is node:
+                _same_values(self.chain, node)
                 return user, dropped
             if name == "dropout":
                 _no_dropout(given)
@@ -240,6 +242,11 @@ class _Reader:
             raise _Refused("a number is added to its scores")
         # Of two operands that both come from a product the first is the scores': a bias that is computed has another shape or place.
         scores, mask = parts if from_product[0] else parts[::-1]
+        if op_of(node) in IN_PLACE and scores is not node.args[0]:
+            raise _Refused("its scores are added to a tensor in place")
+        value = tensor_of(mask)
+        if value is None or value.dtype == torch.bool:
+            raise _Refused("truth values are added to its scores, as numbers")
         self.chain.append(node)
         scores = self._plain(scores)
         if op_of(scores) in ADDS:
@@ -292,10 +299,20 @@ class _Reader:
     def _alone(self, node: fx.Node) -> None:
         """Nothing but the chain reads it."""
         inside = {*self.chain, node}
+        if any("out" in link.kwargs for link in inside):
+            raise _Refused("a step of it writes into a tensor that is given (out=)")
         for link in self.chain:
             other = next((user for user in link.users if user not in inside), None)
             if other is not None:
                 raise _Refused(f"{link.name}, a part of it, is read by {other.name} as well")
+
+
+def _same_values(weights: list[fx.Node], last: fx.Node) -> None:
+    """Casts on the way to V lose no more than the last one does."""
+    final = last.meta["example_value"].dtype
+    dtypes = [node.meta["example_value"].dtype for node in weights if op_of(node) in CASTS]
+    if any(d != final and not (d.is_floating_point and d.itemsize > final.itemsize) for d in dtypes):
+        raise _Refused("its weights go through a dtype that rounds them more than the one they are multiplied in")
 
 
 def _no_dropout(given: dict[str, Any]) -> None:

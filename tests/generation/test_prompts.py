@@ -191,20 +191,97 @@ def test_what_stands_around_the_blocks_may_read_all_of_them(recorder_of_prompts:
 
 
 @pytest.mark.parametrize("late", [0.0, 50.0])
-def test_kernels_whose_sums_vary(recorder_of_prompts: TapeRecorder, late: float) -> None:
+def test_kernels_whose_sums_vary(recorder_of_prompts: TapeRecorder, monkeypatch: Any, late: float) -> None:
     """What differs from call to call may differ in a replay as well, by as much; by more it is refused."""
     model = compiled(llama(num_hidden_layers=LAYERS), blocks=True)
     noise = iter(
         [0.0, 0.0, 1e-3 + late, 2e-3, *[0.0] * 99]
     )  # as compiled code, remembered, replayed, as compiled code again
-
-    def noisy(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output + next(noise)
-
-    model.lm_head.register_forward_hook(noisy)
+    head = model.lm_head._call_impl
+    object.__setattr__(model.lm_head, "_compiled_call_impl", lambda *args: head(*args) + next(noise))
     for seed in range(4):
         first(model, seed)
     assert held(model) == (not late)
+
+
+class Steering:
+    """Hooks of a user's on every block: eager code between compiled graphs, with a state of its own."""
+
+    def __init__(self, model: Any) -> None:
+        self.factor, self.calls = 1.0, 0
+        for layer in model.model.layers:
+            layer.register_forward_hook(self.hook)
+
+    @torch._dynamo.disable
+    def hook(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Turn a state around, and refuse NaN."""
+        if not output.isfinite().all():
+            raise ValueError("nan in hidden states")
+        self.calls += 1
+        return output.mul_(self.factor)
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_hooks_with_a_state_of_their_own(recorder_of_prompts: TapeRecorder, blocks: bool) -> None:
+    """They run once in every call, on what the model really computes."""
+    model, twin = (llama(num_hidden_layers=LAYERS) for _ in range(2))
+    ours, theirs = Steering(model), Steering(twin)
+    quant_compile.compile(model, {"default": "keep"}, kernels="reference", blocks=blocks)
+    for seed, factor in enumerate((1.0, 1.0, 1.0, -1.0, 2.0)):
+        ours.factor = theirs.factor = factor
+        assert torch.equal(first(model, seed), first(twin, seed)), seed
+    assert ours.calls == theirs.calls and held(model) == 0
+
+
+def test_a_hook_on_one_block_is_its_own(recorder_of_prompts: TapeRecorder) -> None:
+    """Though blocks share a graph."""
+    model, twin = (llama(num_hidden_layers=LAYERS) for _ in range(2))
+    quant_compile.compile(model, {"default": "keep"}, kernels="reference", blocks=True)
+    for each in (model, twin):
+        each.model.layers[1].register_forward_hook(lambda module, args, output: -3 * output)
+    for seed in range(4):
+        assert torch.equal(first(model, seed), first(twin, seed)), seed
+
+
+def test_buffers_that_count_calls(recorder_of_prompts: TapeRecorder) -> None:
+    class Counting(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.add_(1)
+            return self.inner(x)
+
+    model = llama(num_hidden_layers=LAYERS)
+    for layer in model.model.layers:
+        layer.mlp = Counting(layer.mlp)
+    compiled(model, blocks=True)
+    for seed in range(5):
+        first(model, seed)
+    assert [float(layer.mlp.seen) for layer in model.model.layers] == [5.0] * LAYERS
+    assert held(model) == 0 and "writes to a Parameter or a buffer" in str(quant_compile.report(model))
+
+
+class Wrapping(LlamaForCausalLM):
+    """Makes errors of its own of any error."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().forward(*args, **kwargs)
+        except Exception as error:
+            raise RuntimeError("wrapped") from error
+
+
+def test_a_model_that_catches_errors(recorder_of_prompts: TapeRecorder, monkeypatch: Any) -> None:
+    monkeypatch.setattr("quant_compile.generation.weights.LIBRARIES", {"torch", "transformers", "tests"})
+    model = seeded(lambda: Wrapping(LlamaConfig(**{**SIZES, "num_hidden_layers": LAYERS})))
+    recorded(model, blocks=True)
+    assert held(model) == 1
+    model.model.layers[0].self_attn.scaling = -3.0
+    wanted = [first(reference(model), seed) for seed in range(4)]
+    assert [first(model, seed).tolist() for seed in range(4)] == [result.tolist() for result in wanted]
 
 
 def test_recordings_are_few_and_not_made_over_and_over(recorder_of_prompts: TapeRecorder, monkeypatch: Any) -> None:

@@ -293,7 +293,52 @@ def drops_a_key(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT + mask, -1)[..., :-1] @ v[:, :, 1:]
 
 
+def writes_the_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
+    mask = mask.expand(B, HEADS, T, LENGTH).clone()
+    mask += q @ k.mT
+    return torch.softmax(mask, -1) @ v
+
+
+def writes_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
+    scores = mask.expand(B, HEADS, T, LENGTH).clone()
+    torch.matmul(q, k.mT, out=scores)
+    return torch.softmax(scores, -1) @ v, scores
+
+
+def through(*dtypes: torch.dtype) -> Callable[..., Any]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        weights = torch.softmax(q @ k.mT + mask, -1)
+        for dtype in dtypes:
+            weights = weights.to(dtype)
+        return weights @ v
+
+    return attention
+
+
+def sinks_like(make: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """Sinks that are not one for each head, of numbers that the mask has."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = q @ k.mT
+        more = make(mask[0, 0, 0, :HEADS].clone())
+        return torch.softmax(torch.cat([scores, more], -1), -1)[..., :-1] @ v
+
+    return attention
+
+
+ROUNDS = "a dtype that rounds them more"
+NOT_HEADS = "its sinks are not one for each head"
 NEAR: dict[str, tuple[Callable[..., Any], str]] = {
+    "added in place to the mask": (writes_the_mask, "added to a tensor in place"),
+    "by add_": (
+        lambda q, k, v, m: torch.softmax((m * 1.0).expand(B, HEADS, T, LENGTH).clone().add_(q @ k.mT), -1) @ v,
+        "in place",
+    ),
+    "truth values added": (lambda q, k, v, m: torch.softmax(q @ k.mT + (m < 0), -1) @ v, "truth values are added"),
+    "weights in bf16": (through(torch.bfloat16, torch.float32), ROUNDS),
+    "weights in fp8": (through(torch.float8_e4m3fn, torch.float32), ROUNDS),
+    "weights in int": (through(torch.int32, torch.float32), ROUNDS),
+    "a slice of sinks": (sinks_like(lambda s: s[:1].reshape(1, 1, 1, 1).expand(B, HEADS, T, -1)), NOT_HEADS),
     "weights returned": (returns_weights, "its weights are read by"),
     "second reader": (second_reader, "is read by sum"),
     "dropout": (drops, "drops out weights at random (p=0.5, training=True)"),
@@ -337,6 +382,50 @@ def test_what_nearly_is_attention_is_a_miss_with_its_reason(near: str) -> None:
     assert not sites and len(misses) == 1
     assert reason in misses[0].reason, misses[0].reason
     assert before == [n.format_node() for n in traced.gm.graph.nodes]
+
+
+def test_sinks_in_another_order_are_found_in_that_order() -> None:
+    t = tensors(heads=HEADS)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        more = sinks[[3, 2, 1, 0]].reshape(1, -1, 1, 1).expand(B, -1, T, -1)
+        return torch.softmax(torch.cat([q @ k.mT, more], -1), -1)[..., :-1] @ v
+
+    given = t["q"], t["k"], t["v"], t["sinks"]
+    traced, sites, _ = found_in(attention, *given)
+    assert len(sites) == 1
+    the_same(traced, sites, attention(*given))
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_sinks_for_each_sequence_or_token_are_none_for_heads(dim: int) -> None:
+    """Where there are as many of them as heads."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(HEADS, HEADS, HEADS, D, generator=g) for _ in range(3))
+    shape = [-1 if i == dim else 1 for i in range(4)]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        more = sinks.view(shape).expand(HEADS, HEADS, HEADS, 1)
+        return torch.softmax(torch.cat([q @ k.mT, more], -1), -1)[..., :-1] @ v
+
+    _, sites, misses = found_in(attention, q, k, v, torch.randn(HEADS, generator=g))
+    assert not sites and "one for each head" in misses[0].reason
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        lambda k: k[..., :, None].expand(B, 1, 4, 4, 4).reshape(B, 4, 4, 4),
+        lambda k: k[..., :, None, :].expand(B, 1, 4, 4, 4).reshape(B, 4, 4, 4),
+    ],
+)
+def test_what_repeats_something_else_than_heads_is_left_in_place(spread: Callable[..., Tensor]) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, heads, 4, 4, generator=g) for heads in (4, 1, 1))
+    function = lambda q, k, v: F.scaled_dot_product_attention(q, spread(k), spread(v))  # noqa: E731
+    wanted = function(q, k, v)
+    traced, sites, _ = found_in(function, q, k, v)
+    the_same(traced, sites, wanted)
 
 
 @pytest.mark.parametrize(
