@@ -134,15 +134,23 @@ class Tape(TorchDispatchMode):
                         old.copy_(new)
 
 
-class TapeRecorder(threading.local):
-    """A ``Recorder`` for any device, which counts; each thread has its own tape and counts."""
-
-    tape: Tape | None = None
+class TapeRecorder:
+    """A ``Recorder`` for any device, which counts; each thread has its own tape."""
 
     def __init__(self) -> None:
         self.warmed = self.recorded = self.replayed = 0
         self.failure: Exception | None = None
         self.stream = 0
+        self._own = threading.local()
+
+    @property
+    def tape(self) -> Tape | None:
+        """What is recorded on now."""
+        return getattr(self._own, "tape", None)
+
+    @tape.setter
+    def tape(self, tape: Tape | None) -> None:
+        self._own.tape = tape
 
     def place(self) -> int:
         return self.stream
