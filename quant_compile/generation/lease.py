@@ -239,7 +239,7 @@ class Lease:
         with shared.lock:
             filler = Filler(self.cache, run, recorder, shared.weights, shared.note)
             found = filler.fill(self.block.prompts, prompt, inputs)
-        self._looked = True
+        self._looked = prompt.recorded is not None  # else the first step does it, when the device has something to do
         return found
 
     def decode(self, inputs: dict[str, Any]) -> Any:

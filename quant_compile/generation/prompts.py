@@ -53,13 +53,13 @@ class Prompt:
     """A shape of prompts.
 
     Attributes:
-        ran: state of the weights with which it has run as compiled code, so that it may be recorded.
+        came: whether one has run as compiled code, so that the next may be recorded.
         recorded: the recording.
         strays: how often a recording was of no use.
         used: number of the block's prompt that used the recording last.
     """
 
-    ran: Any = None
+    came: bool = False
     recorded: Recorded | None = None
     strays: int = 0
     used: int = 0
@@ -120,14 +120,12 @@ class Filler:
                 prompt.used = prompts.count
                 return found
             caches.reset(self.cache)
-        self.weights.look()
-        if prompt.ran == self.weights.state() and prompt.strays < STRAYS and prompts.room():
+        if prompt.came and prompt.strays < STRAYS and prompts.room():
             prompt.used = prompts.count
             return self._record(prompt, inputs)
+        prompt.came = True
         noting = Noting()
-        made = self.run(inputs, noting)
-        prompt.ran = self.weights.state()  # the call itself may have packed planes
-        return made, noting.graphs
+        return self.run(inputs, noting), noting.graphs
 
     def _replayed(self, prompt: Prompt, recorded: Recorded, inputs: dict[str, Any]) -> Result | None:
         """As ``fill``; None if the recording is of another model than this one has become."""
@@ -157,6 +155,7 @@ class Filler:
         remembering, before = Remembering(caches.tensors(self.cache)), self.weights.versions()
         made = self.run(inputs, remembering)
         truth, graphs = self._copied(made), tuple(id(call.graph) for call in remembering.calls)
+        self.weights.look()
         why = self.weights.foreign()
         if len(remembering.calls) != max(1, remembering.entered):
             why = why or "code of the model's stands between its graphs"
