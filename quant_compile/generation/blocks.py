@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quant_compile.generation import caches
 from quant_compile.generation.calls import enter
 from quant_compile.generation.inputs import marked
+from quant_compile.generation.weights import has_hooks
 from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.rules import Decides
@@ -147,10 +148,10 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
     """Whether any module has hooks, which one graph for all blocks would give to none of them or to all."""
     stack = list(modules)
     while stack:
-        held = vars(stack.pop())
-        if held["_forward_hooks"] or held["_forward_pre_hooks"]:
+        module = stack.pop()
+        if has_hooks(module):
             return True
-        stack += [child for child in held["_modules"].values() if child is not None]
+        stack += [child for child in vars(module)["_modules"].values() if child is not None]
     return False
 
 

@@ -69,8 +69,7 @@ class Weights:
         if torch.nn.modules.module._has_any_global_hook():
             return "all modules have hooks"
         for module in model.modules() if model is not None else ():
-            held = vars(module)
-            if held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held:
+            if has_hooks(module) or "forward" in vars(module):
                 return f"a module has hooks, or a forward of its own ({type(module).__name__})"
         around = [module for reference in self._around if (module := reference()) is not None]
         own = next((m for m in around if type(m).__module__.partition(".")[0] not in LIBRARIES), None)
@@ -101,6 +100,13 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
         for values in (held["_parameters"], held["_buffers"]):
             yield from (value for value in values.values() if value is not None)
         stack += [child for child in held["_modules"].values() if child is not None]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of others than transformers, whose own collect outputs that a call asks for and do nothing else."""
+    held = vars(module)
+    hooks = (*held["_forward_hooks"].values(), *held["_forward_pre_hooks"].values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def _python_state(module: nn.Module) -> tuple[Any, ...]:

@@ -145,6 +145,9 @@ def test_states_of_all_layers_are_right(recorder_of_prompts: TapeRecorder) -> No
         assert len(states) == LAYERS + 1
         for state, other in zip(states, result, strict=True):
             torch.testing.assert_close(state, other)
+    before = held(model)
+    first(model, 5)
+    assert held(model) == before == 1, "hooks by which transformers collects states do nothing in other calls"
     model.config.output_hidden_states = True
     states = tokens(model, inputs[0], **FIRST, return_dict_in_generate=True).hidden_states
     assert states is None or all(state.isfinite().all() for state in states[0])
