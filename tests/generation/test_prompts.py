@@ -113,7 +113,7 @@ EDITS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-WHOLE = ("a weight in place", "another parameter", "a number around the blocks")
+WHOLE = ("another parameter",)
 
 
 @pytest.mark.parametrize(("name", "blocks"), [*((name, True) for name in EDITS), *((name, False) for name in WHOLE)])
