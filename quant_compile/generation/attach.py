@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo import trace_rules
 
 from quant_compile.generation import caches
-from quant_compile.generation.blocks import Active, BlockCall, Blocks, blocks_of, hooked, shared_call
+from quant_compile.generation.blocks import CALL, Active, BlockCall, Blocks, blocks_of, hooked, shared_call
 from quant_compile.generation.calls import enter, noted
 from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.generation.inputs import marked
@@ -27,7 +27,6 @@ from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options
 from quant_compile.runtime.outside import Outside
 
-CALL = "_compiled_call_impl"
 RECORDED = ("auto", "reduce-overhead", "max-autotune")  # modes whose decode steps become CUDA graphs
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 _NOTHING = object()

@@ -24,6 +24,7 @@ from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.rules import Decides
 
+CALL = "_compiled_call_impl"  # what ``nn.Module.__call__`` looks for
 FEWEST = 3  # blocks of one kind, for which one graph instead of one for each pays
 
 
@@ -157,7 +158,7 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
 
 def around_blocks(model: nn.Module) -> list[nn.Module]:
     """The modules of a model that run as they were written, around its blocks; none where it is compiled as a whole."""
-    calls = {id(m) for m in model.modules() if isinstance(vars(m).get("_compiled_call_impl"), BlockCall)}
+    calls = {id(m) for m in model.modules() if isinstance(vars(m).get(CALL), BlockCall)}
     inside = {id(part) for m in model.modules() if id(m) in calls for part in m.modules()}
     return [m for m in model.modules() if id(m) not in inside] if calls else []
 

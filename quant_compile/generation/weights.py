@@ -105,6 +105,8 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of others than transformers, whose own collect outputs that a call asks for and do nothing else."""
     held = vars(module)
+    if not held["_forward_hooks"] and not held["_forward_pre_hooks"]:
+        return False  # nearly always; each call asks this of every block
     hooks = (*held["_forward_hooks"].values(), *held["_forward_pre_hooks"].values())
     return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 

@@ -1,7 +1,7 @@
 """Replace kernel ops by what they run, while Inductor's graph is traced: no Python of ours runs at a call then.
 
 Reads the dispatch of ``sglq_kernels.linear``, and the sizes of ``sglq_kernels.attention``, which is recorded where all are known.
-For linears: Where the number of rows m is known, its kernel is recorded. Where it is a
+For linears: where the number of rows m is known, its kernel is recorded. Where it is a
 symbol, one kernel is recorded for all m up to SPLIT or for all above: Dynamo guards on which side m is, and compiles the other
 side when a call first has it. A kernel that cannot be recorded stays a call of the op, which looks m up at each call.
 """

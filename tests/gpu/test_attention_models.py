@@ -10,7 +10,6 @@ import transformers as hf
 from torch import Tensor
 
 import quant_compile
-from quant_compile.lowering.kernels.attention import offered
 from tests.attention_support import MIXED, decoder, seeded
 
 pytestmark = pytest.mark.gpu
@@ -34,8 +33,6 @@ def step(call: Any, cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", MODELS)
 def test_decode_in_the_kernel(family: str) -> None:
     """A left-padded prompt, then tokens that are given; a policy that quantizes nothing; held to the model in f32."""
-    if offered._host() is None:
-        pytest.skip("the decode kernel is not part of this installation")
     model = seeded(MODELS[family], torch.bfloat16).cuda()
     exact = seeded(MODELS[family], torch.bfloat16).float().cuda()
     prompt = torch.randint(3, 90, (2, 40), device="cuda")
@@ -62,8 +59,6 @@ def test_decode_in_the_kernel(family: str) -> None:
 
 def test_generate_in_the_kernel() -> None:
     """Blocks that share a graph, recorded steps: the report names the kernel."""
-    if offered._host() is None:
-        pytest.skip("the decode kernel is not part of this installation")
     model = seeded(
         decoder(hf.LlamaConfig, hf.LlamaForCausalLM, **(WIDE | {"num_hidden_layers": 4})), torch.bfloat16
     ).cuda()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Reject
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.lowering.kernels._launch import ceil, pow2, target_of, triton_type
 from quant_compile.lowering.kernels._roofline import roof, shared_memory
 from quant_compile.lowering.kernels.attention.triton_store import scale_strides
@@ -161,17 +162,13 @@ def _refused(p: Attention, target: Target) -> str | None:
 
 def _wrong_types(p: Attention) -> str | None:
     if p.dtype not in FLOATS:
-        return f"q must be bfloat16 or float16, not {_name(p.dtype)}"
+        return f"q must be bfloat16 or float16, not {dtype_name(p.dtype)}"
     coded = p.k_dtype in CODES
     if coded != (p.v_dtype in CODES):
-        return f"K and V must both be codes or both {_name(p.dtype)}, not {_name(p.k_dtype)} and {_name(p.v_dtype)}"
+        return f"K and V must both be codes or both {dtype_name(p.dtype)}, not {dtype_name(p.k_dtype)} and {dtype_name(p.v_dtype)}"
     if not coded and (p.k_dtype != p.dtype or p.v_dtype != p.dtype):
-        return f"K and V must be {_name(p.dtype)} as q is, or codes, not {_name(p.k_dtype)} and {_name(p.v_dtype)}"
+        return f"K and V must be {dtype_name(p.dtype)} as q is, or codes, not {dtype_name(p.k_dtype)} and {dtype_name(p.v_dtype)}"
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def plan_of(problem: Attention, target: Target) -> Plan:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Reject
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.lowering.kernels._launch import pow2, target_of
 from quant_compile.lowering.kernels.attention.reference import LARGEST
 from quant_compile.lowering.target import Target
@@ -28,16 +29,12 @@ def fit(dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, target: Ta
     if not target.has("triton"):
         return Reject("triton is not installed")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return Reject(f"quantizes bfloat16, float16 and float32, not {_name(dtype)}")
+        return Reject(f"quantizes bfloat16, float16 and float32, not {dtype_name(dtype)}")
     if cache_dtype not in MANTISSA:
-        return Reject(f"stores {', '.join(map(_name, MANTISSA))}, not {_name(cache_dtype)}")
+        return Reject(f"stores {', '.join(map(dtype_name, MANTISSA))}, not {dtype_name(cache_dtype)}")
     if not 1 <= head_size <= LARGEST_HEAD:
         return Reject(f"stores heads of up to {LARGEST_HEAD}, not {head_size}")
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def store(
