@@ -1,4 +1,4 @@
-"""Static activation scales: run example batches eagerly, watch the input of every static weight, experts too, save the scales.
+"""Static scales: run example batches eagerly, watch the input of every static weight, experts too, and K and V, save the scales.
 
 The model is not changed and its compiled code is not used while it is watched.
 """
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from quant_compile.generation.blocks import layer_names
+from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.ir.errors import MissingScalesError, OptionError
 from quant_compile.ir.family import family_of
+from quant_compile.ir.kv import HEAD, CacheScheme
 from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.operands import Operands, called, operands
 from quant_compile.ir.products import PRODUCTS, Product, product
@@ -26,7 +29,7 @@ from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.stored import VIEWS
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.policy import Policy
-from quant_compile.rules import scale_key
+from quant_compile.rules import cache_scale_key, scale_key
 
 _SAMPLE = 1 << 20
 # By name of the op: what grouped products of a block are called; how slices of weights are taken.
@@ -110,7 +113,7 @@ def calibrate(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> Policy:
-    """Measure input scales for every weight that the policy gives a static scheme, and save them.
+    """Measure input scales for every weight that the policy gives a static scheme, those of K and V where it fixes them, and save them.
 
     The two weights of an expert block have one scale each: of the block's tokens, and of the hidden layers of all experts.
 
@@ -138,12 +141,18 @@ def calibrate(
         raise OptionError(f"batches must be an iterable of batches, got {kind}. Fix: [batch] for a single one.")
     loaded = Policy.load(policy)
     weights = _static_weights(model, loaded)
+    layers = _fixed_layers(model, loaded)
+    if not weights and not layers:
+        raise OptionError(
+            f"policy {loaded.name} has no static scheme for this model; dynamic schemes need no calibration"
+        )
+    cached: dict[str, Tensor] = {}
     observer = _Observer({weight.pointer: name for name, weight in weights.items()}, percentile)
     seen = 0
     with torch.compiler.set_stance("force_eager"), torch.inference_mode():
         for batch in track(list(batches), "calibrating", disable=not progress):
             with observer:
-                _call(model, batch)
+                _call(model, batch, watching_cache(model, layers, cached) if layers else {})
             seen += 1
     if not seen:
         raise OptionError("no batches were given")
@@ -152,8 +161,10 @@ def calibrate(
         raise MissingScalesError(
             f"no batch reached {missing[0]} ({len(missing)} weights in all). Fix: batches that run every layer, or `keep` it."
         )
-    _refuse_useless(observer.largest)
+    _refuse_useless(observer.largest, "inputs")
+    _refuse_useless({name: amax.max() for name, amax in cached.items()}, "keys or values")
     scales = {scale_key(name): _scale(amax, weights[name].scheme) for name, amax in sorted(observer.largest.items())}
+    scales |= _cache_scales(layers, cached)
     target = _scales_path(loaded, path)
     save_file(
         scales, str(target), metadata={"format": "pt", "percentile": str(percentile or "amax"), "batches": str(seen)}
@@ -162,12 +173,53 @@ def calibrate(
     return replace(loaded, scales=target)
 
 
-def _refuse_useless(largest: Mapping[str, Tensor]) -> None:
+def _fixed_layers(model: Any, policy: Policy) -> dict[str, CacheScheme]:
+    """Layers of a decoder whose K and V have fixed scales, in order; the others have none."""
+    if policy.kv_cache is None or not any(scheme.fixed for scheme in policy.kv_cache.schemes):
+        return {}
+    if mixin(model) is None:
+        raise OptionError(f"{type(model).__name__} does not generate, so that it has no KV cache. Fix: leave kv_cache out.")
+    found = {name: policy.kv_cache.of(name) for name in layer_names(model)}
+    return {name: scheme for name, scheme in found.items() if scheme is not None and scheme.fixed}
+
+
+def _cache_scales(layers: Mapping[str, CacheScheme], largest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """f32 [heads] or [1] for K and V of each layer."""
+    out: dict[str, Tensor] = {}
+    for name, scheme in layers.items():
+        for side in ("k", "v"):
+            key = cache_scale_key(name, side)
+            if key not in largest:
+                raise MissingScalesError(f"no batch reached the KV cache of {name}. Fix: batches of token ids.")
+            amax = largest[key] if scheme.scale == HEAD else largest[key].amax(0, keepdim=True)
+            out[key] = amax.cpu().float().clamp_min(SMALLEST_AMAX) * (1.0 / scheme.largest)
+    return out
+
+
+def watching_cache(model: Any, layers: Mapping[str, CacheScheme], largest: dict[str, Tensor]) -> dict[str, Any]:
+    """The argument that gives a model a growing cache which notes the largest magnitude of K and V of each head."""
+    from transformers import DynamicCache
+
+    names = layer_names(model)
+
+    class Watching(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            name = names[layer_idx]
+            for side, x in (("k", key_states), ("v", value_states)) if name in layers else ():
+                key, amax = cache_scale_key(name, side), x.abs().amax((0, 2, 3)).float()
+                largest[key] = torch.maximum(largest[key], amax) if key in largest else amax
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    config = model.config.get_text_config(decoder=True)
+    return {cache_name(mixin(model)): Watching(config=config), "use_cache": True}  # type: ignore[arg-type]
+
+
+def _refuse_useless(largest: Mapping[str, Tensor], what: str) -> None:
     """No scale follows from inputs that are NaN or inf somewhere."""
     for name, amax in sorted(largest.items()):
         if not float(amax) < float("inf"):
             raise MissingScalesError(
-                f"the inputs of {name} were NaN or inf somewhere in these batches, so it has no input scale; nothing was written.\n"
+                f"the {what} of {name} were NaN or inf somewhere in these batches, so it has no scale; nothing was written.\n"
                 "Fix: other batches, or `keep` it in the policy."
             )
 
@@ -197,20 +249,16 @@ def _static_weights(model: nn.Module, policy: Policy) -> dict[str, _Watched]:
             scheme = next((s for kind in kinds if (s := policy.decide(kind).scheme) is not None and s.static), None)
             if scheme is not None:
                 out[weight.site.names[0]] = _Watched(weight.parameter.data_ptr(), scheme, required)
-    if not out:
-        raise OptionError(
-            f"policy {policy.name} has no static scheme for this model; dynamic schemes need no calibration"
-        )
     return out
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def _call(model: nn.Module, batch: Any, more: Mapping[str, Any]) -> None:
     if isinstance(batch, Mapping):
-        model(**batch)
+        model(**{**batch, **more})
     elif isinstance(batch, tuple):
-        model(*batch)
+        model(*batch, **more)
     else:
-        model(batch)
+        model(batch, **more)
 
 
 def _scale(largest: Tensor, scheme: Scheme) -> Tensor:

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant_compile.ir.errors import MissingScalesError, OptionError, PolicyError, SchemeError
+from quant_compile.ir.kv import NAMES, parse_cache
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.lowering.moe import moe_kernels
 from quant_compile.lowering.registry import kernels as known_kernels
 from quant_compile.lowering.select import Request
 from quant_compile.policy import ATTENTION, AUTO, KEEP, Policy
-from quant_compile.rules import scale_key
+from quant_compile.rules import CacheRules, cache_scale_key, scale_key
 
 MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TUNE = ("off", "quick", "full")
@@ -47,6 +48,8 @@ class Options:
             bits there; False: not even if the policy says so; None: as the policy says.
         attention: ``auto`` (kernels that read a cache once, where they are faster), ``keep`` (as the model wrote it); None: as the
             policy says.
+        kv_cache: how ``generate`` keeps K and V, ``FP8``, ``FP8_E5M2``, ``INT8`` (with ``_HEAD`` or ``_TENSOR``: fixed scales) or
+            ``keep``; None: as the policy says.
     """
 
     policy: Any = None
@@ -58,6 +61,7 @@ class Options:
     blocks: bool | None = None
     guard: str | bool | None = None
     attention: str | None = None
+    kv_cache: str | None = None
 
     @staticmethod
     def of(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -82,6 +86,10 @@ class Options:
         if made.guard is not None and made.guard is not False and made.guard != NEVER_SLOWER:
             raise OptionError(f"guard must be {NEVER_SLOWER}, or false for none, got {made.guard!r}")
         _one_of("attention", AUTO if made.attention is None else made.attention, ATTENTION)
+        if made.kv_cache is not None and not isinstance(made.kv_cache, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"kv_cache must be the name of a scheme, got {made.kv_cache!r}. Fix: rules go into the policy.")
+        if made.kv_cache is not None and made.kv_cache.lower() != KEEP:
+            _one_of("kv_cache", made.kv_cache.upper(), (KEEP, *NAMES))
         if isinstance(made.kernels, str):
             _one_of("kernels", made.kernels, ("auto", "reference"), " or a dict {scheme: kernel}")
         elif not isinstance(made.kernels, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -109,6 +117,12 @@ class Options:
     def attends(self, policy: Policy) -> bool:
         """Whether attention may be replaced; the option wins over the policy."""
         return (self.attention or policy.attention) != KEEP
+
+    def caches(self, policy: Policy) -> CacheRules | None:
+        """How layers keep K and V; the option wins over the policy. None: all in 16 bits."""
+        if self.kv_cache is None:
+            return policy.kv_cache
+        return None if self.kv_cache.lower() == KEEP else CacheRules(parse_cache(self.kv_cache))
 
 
 def _inductor_keys(patches: Mapping[str, Any]) -> None:
@@ -219,6 +233,25 @@ class PolicySource:
                 )
             return value.reshape(1).to(torch.float32)
         return None
+
+    def cache_scales(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """Fixed scales of a decoder layer's K and V, f32 [heads] or [1]; None where the scales file has none.
+
+        Raises:
+            PolicyError: as ``scales``.
+            MissingScalesError: they are not positive numbers.
+        """
+        found = tuple(self.scales.get(cache_scale_key(layer, side)) for side in ("k", "v"))
+        if found[0] is None or found[1] is None:
+            return None
+        for value in found:
+            wide = value.to(torch.float32)
+            if not bool(((wide >= SMALLEST_SCALE) & wide.isfinite()).all()):
+                raise MissingScalesError(
+                    f"the KV cache's scales of {layer} in {self.policy.scales} are no positive numbers.\n"
+                    "Fix: policy = quant_compile.calibrate(model, batches, policy) with inputs that are not all zeros or NaN."
+                )
+        return found[0].to(torch.float32).flatten(), found[1].to(torch.float32).flatten()
 
     def _now(self) -> tuple[tuple[int, int], ...]:
         out: list[tuple[int, int]] = []

@@ -23,11 +23,23 @@ import yaml
 import quant_compile.lowering.schemes  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers the presets
 from quant_compile.ir.errors import PolicyError, SchemeError
 from quant_compile.ir.family import family_of
+from quant_compile.ir.kv import NAMES, CacheScheme, parse_cache
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
 from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.lowering.select import FALLBACKS
 from quant_compile.model.plan import Plan
-from quant_compile.rules import CONVENTIONS, Condition, Decision, Rule, SiteInfo, conventional, matcher, rule_reason
+from quant_compile.rules import (
+    CONVENTIONS,
+    CacheRule,
+    CacheRules,
+    Condition,
+    Decision,
+    Rule,
+    SiteInfo,
+    conventional,
+    matcher,
+    rule_reason,
+)
 from quant_compile.yaml_lines import Document, KeyPath, read_yaml
 
 __all__ = ["CONVENTIONS", "KEEP", "Condition", "Decision", "Fuse", "Policy", "Rule", "SiteInfo", "shipped_policies"]
@@ -41,9 +53,10 @@ SHIPPED = Path(__file__).parent / "policies"
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
 _POLICY_KEYS = (
     "version", "name", "default", "rules", "requantize", "strict", "allow_reference", "fallback", "guard", "fuse",
-    "attention", "release_weights", "scales",
+    "attention", "kv_cache", "release_weights", "scales",
 )  # fmt: skip
 _RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason", "requantize")
+_CACHE_KEYS, _CACHE_RULE_KEYS = ("scheme", "rules"), ("match", "scheme", "reason")
 _SCHEME_KEYS = ("weights", "input_activations")
 _ARG_TYPES: dict[str, tuple[type, str]] = {
     "num_bits": (int, "a whole number"),
@@ -80,6 +93,7 @@ class Policy:
         guard: ``never_slower``: a linear stays in 16 bits at every m at which its quantized chain is measured to be slower; None: no.
         fuse: rewrites that fuse.
         attention: ``auto``: kernels that read a cache once serve attention where they are faster; ``keep``: all as the model wrote it.
+        kv_cache: how layers keep K and V in ``generate``; None: in 16 bits.
         release_weights: free the original weights after packing; None leaves it to the backend's option.
         scales: safetensors file of calibrated input scales; in a policy file, relative to that file's folder.
         name: label in reports.
@@ -96,6 +110,7 @@ class Policy:
     guard: str | None = None
     fuse: Fuse = field(default_factory=Fuse)
     attention: str = AUTO
+    kv_cache: CacheRules | None = None
     release_weights: bool | None = None
     scales: Path | None = None
     name: str = field(default="policy", compare=False)
@@ -155,6 +170,8 @@ class Policy:
             out["fuse"] = {f.name: getattr(self.fuse, f.name) for f in fields(Fuse)}
         if self.attention != AUTO:
             out["attention"] = self.attention
+        if self.kv_cache is not None:
+            out["kv_cache"] = _cache_value(self.kv_cache)
         if self.release_weights is not None:
             out["release_weights"] = self.release_weights
         if self.scales is not None:
@@ -242,6 +259,17 @@ def _rule_dict(rule: Rule) -> dict[str, Any]:
     return out
 
 
+def _cache_value(found: CacheRules) -> Any:
+    names = [scheme.name if scheme else KEEP for scheme in (found.default, *(rule.scheme for rule in found.rules))]
+    if not found.rules:
+        return names[0]
+    rules = [
+        {"match": rule.match, "scheme": name} | ({"reason": rule.reason} if rule.reason is not None else {})
+        for rule, name in zip(found.rules, names[1:], strict=True)
+    ]
+    return {"scheme": names[0], "rules": rules}
+
+
 def _relative_to(path: Path, folder: Path) -> str:
     absolute, base = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
     return str(absolute.relative_to(base)) if absolute.is_relative_to(base) else str(absolute)
@@ -299,6 +327,7 @@ class _Reader:
             guard=self._guard(data.get("guard")),
             fuse=self._fuse(data.get("fuse")),
             attention=self._attention(data.get("attention")),
+            kv_cache=self._kv_cache(("kv_cache",), data.get("kv_cache")),
             release_weights=self._optional_boolean(("release_weights",), data.get("release_weights")),
             scales=self._scales(data.get("scales")),
             name=self._text(("name",), data.get("name")) or self.name,
@@ -321,6 +350,45 @@ class _Reader:
         if value is not None and value not in ATTENTION:
             self.fail(("attention",), f"attention must be {' or '.join(ATTENTION)}, got {_shown(value)}")
         return value or AUTO
+
+    def _kv_cache(self, path: KeyPath, value: Any) -> CacheRules | None:
+        if value is None or isinstance(value, CacheRules):
+            return value
+        if not isinstance(value, Mapping):
+            return CacheRules(self._cache_scheme(path, value))
+        data = self._mapping(path, value, _CACHE_KEYS)
+        if "scheme" not in data:
+            self.fail(path, "kv_cache needs a scheme. Fix: add `scheme: FP8`, or `scheme: keep` and rules.")
+        given = data.get("rules") or []
+        if not isinstance(given, (list, tuple)):
+            self.fail((*path, "rules"), f"rules must be a list, got {_shown(given)}. Fix: begin each rule with `- `.")
+        rules = tuple(self._cache_rule((*path, "rules", i), item) for i, item in enumerate(cast(list[Any], given)))
+        return CacheRules(self._cache_scheme((*path, "scheme"), data["scheme"]), rules)
+
+    def _cache_rule(self, path: KeyPath, value: Any) -> CacheRule:
+        data = self._mapping(path, value, _CACHE_RULE_KEYS)
+        for key in ("match", "scheme"):
+            if key not in data:
+                self.fail(path, f"a rule of kv_cache needs {key}. Fix: write `match: model.layers.0` and `scheme: keep`.")
+        return CacheRule(
+            self._pattern((*path, "match"), data["match"]),
+            self._cache_scheme((*path, "scheme"), data["scheme"]),
+            self._text((*path, "reason"), data.get("reason")),
+            self.document.line(path),
+        )
+
+    def _cache_scheme(self, path: KeyPath, value: Any) -> CacheScheme | None:
+        if isinstance(value, CacheScheme):
+            return value
+        if not isinstance(value, str):
+            self.fail(path, f"a scheme of the KV cache is keep or one of {', '.join(NAMES)}, got {_shown(value)}")
+        if value.lower() == KEEP:
+            return None
+        try:
+            return parse_cache(value)
+        except SchemeError:
+            valid = [KEEP, *NAMES]
+            self.fail(path, f"unknown scheme of the KV cache {value!r}.{_nearest(value, valid)} Valid: {', '.join(valid)}")
 
     def _rules(self, value: Any) -> tuple[Rule, ...]:
         if value is None:

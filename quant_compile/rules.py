@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from quant_compile.ir.errors import PolicyError
+from quant_compile.ir.kv import CacheScheme
 from quant_compile.ir.scheme import Scheme
 
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
@@ -153,9 +154,53 @@ FURTHER_CONVENTIONS = (
 )
 
 
+@dataclass(frozen=True)
+class CacheRule:
+    """One rule of the KV cache: which layers, and how they keep K and V.
+
+    Attributes:
+        match: as in ``Rule``, of the name of a decoder's layer (``model.layers.3``).
+        scheme: None: in 16 bits.
+        reason: the author's words.
+        line: line in the policy file.
+    """
+
+    match: str
+    scheme: CacheScheme | None = None
+    reason: str | None = None
+    line: int | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class CacheRules:
+    """How a policy lets layers keep K and V; the first rule that matches decides.
+
+    Attributes:
+        default: of layers that no rule names; None: 16 bits.
+    """
+
+    default: CacheScheme | None
+    rules: tuple[CacheRule, ...] = ()
+
+    def of(self, layer: str) -> CacheScheme | None:
+        """The scheme of a layer."""
+        return next((rule.scheme for rule in self.rules if matcher(rule.match)(layer)), self.default)
+
+    @property
+    def schemes(self) -> tuple[CacheScheme, ...]:
+        """Every scheme that it can give."""
+        named = (self.default, *(rule.scheme for rule in self.rules))
+        return tuple(dict.fromkeys(scheme for scheme in named if scheme is not None))
+
+
 def scale_key(name: str) -> str:
     """Where a scales file keeps the input scale of a weight, with or without its ``.weight``."""
     return f"{name.removesuffix('.weight')}.input_scale"
+
+
+def cache_scale_key(layer: str, side: str) -> str:
+    """Where a scales file keeps the fixed scales of a decoder layer's K or V (``side``: ``k`` or ``v``)."""
+    return f"{layer}.{side}_scale"
 
 
 TWO_SCHEMES = "the policy gives its two weights different schemes; an expert block has one"

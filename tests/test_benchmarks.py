@@ -83,8 +83,8 @@ def test_first_token_smoke(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_long_context_smoke(tmp_path: Path) -> None:
-    rows = run("long_context.py", tmp_path, "--stacks", "hf-auto,W8A16 as written")["rows"]
-    assert sorted(row["stack"] for row in rows) == ["W8A16 as written"] * 2 + ["hf-auto"] * 2
+    rows = run("long_context.py", tmp_path, "--stacks", "hf-auto,W8A16 as written,bf16 + INT8")["rows"]
+    assert sorted(row["stack"] for row in rows) == ["W8A16 as written"] * 2 + ["bf16 + INT8"] * 2 + ["hf-auto"] * 2
     assert all(row["token_ms"] > 0 and row["speedup"] > 0 for row in rows)
 
 

@@ -15,7 +15,17 @@ from torch import nn
 from torch._dynamo import trace_rules
 
 from quant_compile.generation import caches
-from quant_compile.generation.blocks import CALL, Active, BlockCall, Blocks, blocks_of, hooked, shared_call
+from quant_compile.generation.blocks import (
+    CALL,
+    Active,
+    BlockCall,
+    Blocks,
+    blocks_of,
+    hooked,
+    layer_names,
+    shared_call,
+)
+from quant_compile.generation.caches import Kept
 from quant_compile.generation.calls import enter, noted
 from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.generation.inputs import marked
@@ -24,7 +34,7 @@ from quant_compile.generation.loop import HOOKS, Loop
 from quant_compile.generation.step import Step
 from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights
-from quant_compile.options import Options
+from quant_compile.options import Options, PolicySource
 from quant_compile.runtime.outside import Outside
 
 RECORDED = ("auto", "reduce-overhead", "max-autotune")  # modes whose decode steps become CUDA graphs
@@ -105,7 +115,11 @@ def install(
         note: writes into the model's report.
         dynamic: as in torch.compile.
         fullgraph: as in torch.compile.
+
+    Raises:
+        MissingScalesError: the policy fixes the scales of K and V, and there are none; nothing has been changed.
     """
+    kept = _kept(model, Options.of(options), note)
     uninstall(model)
     installed, outside = Installed(), Outside(model, options["policy"])
     compiled = partial(_compiled, dynamic=dynamic, fullgraph=fullgraph)
@@ -130,7 +144,7 @@ def install(
     prefix = "decoder_" if getattr(model.config, "is_encoder_decoder", False) else ""
     names = Names(f"{prefix}input_ids", f"{prefix}position_ids", f"{prefix}attention_mask", name)
     step = Step(inside, plain, names, dynamic is not False)
-    installed.loop = Loop(model, step, note, records)
+    installed.loop = Loop(model, step, note, records, kept)
     for part in _called_apart(model):
         around = found is not None and any(module is found.repeated[0][1] for module in part.modules())
         run = compiled(part, _inside(options))
@@ -142,6 +156,21 @@ def install(
     if config is not None:
         # transformers would compile decode a second time, with its own backend.
         installed.set(config, "disable_compile", True)
+
+
+def _kept(model: nn.Module, options: Options, note: Callable[[str], None]) -> Kept:
+    """How ``generate`` keeps K and V.
+
+    Raises:
+        MissingScalesError: scales are fixed, and there are none.
+    """
+    rules = options.caches(options.policy)
+    if rules is None:
+        return Kept()
+    if mixin(model) is None:
+        note(f"kv_cache has no effect: {type(model).__name__} does not generate")
+        return Kept()
+    return Kept.by(rules, layer_names(model), PolicySource(options.policy, "").cache_scales)
 
 
 def _by_blocks(model: nn.Module, options: Options) -> bool:

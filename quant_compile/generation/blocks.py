@@ -76,15 +76,24 @@ def blocks_of(model: nn.Module, policy: Decides) -> Blocks | None:
     return Blocks(tuple(enumerate(layers)), tuple(single.values()))
 
 
-def _layers(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Lists of modules of one class that are as many as the decoder has layers, the outermost first."""
+def layer_names(model: Any) -> list[str]:
+    """Names of a decoder's layers; ``layers.0`` and so on where they are in no list of modules."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    name = next((name for name, _ in _layers(model, alike=False)), "layers")
+    return [f"{name}.{i}" for i in range(count)]
+
+
+def _layers(model: Any, alike: bool = True) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists of as many modules as the decoder has layers, the outermost first; ``alike``: enough of them, of one class."""
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     within = set(decoder.modules())
     for name, module in modules_of(model):
         if not isinstance(module, nn.ModuleList) or module not in within:
             continue
-        if len(module) == count >= FEWEST and len({type(m) for m in module}) == 1:
+        if len(module) != count:
+            continue
+        if not alike or (count >= FEWEST and len({type(m) for m in module}) == 1):
             yield name, module
 
 

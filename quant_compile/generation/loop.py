@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quant_compile.generation import caches, facts
 from quant_compile.generation.blocks import around_blocks
+from quant_compile.generation.caches import Kept
 from quant_compile.generation.graphs import CudaRecorder, Recorder
 from quant_compile.generation.inputs import tokens_in
 from quant_compile.generation.lease import Lease, Shared
@@ -85,8 +86,11 @@ def own_method(model: Any, name: str) -> Any:
 class Loop:
     """What one model's ``generate`` needs between its calls."""
 
-    def __init__(self, model: Any, step: Step, note: Callable[[str], None], records: bool) -> None:
+    def __init__(
+        self, model: Any, step: Step, note: Callable[[str], None], records: bool, kept: Kept = Kept()
+    ) -> None:
         self.pool = Pool()
+        self._kept = kept
         self.step = step
         self._model = weakref.ref(model)
         self._note = note
@@ -193,12 +197,15 @@ class Loop:
         block = larger(min(most, needed))
         if block is None:
             return self._plain("its cache cannot be made before the first call")
+        if self._kept.schemes:
+            self._note(f"KV cache: {self._kept.text}")
         lease = Lease(self._share(), block, larger, self.pool.give)
         self.step.leases[id(lease.cache)] = lease
         return lease
 
     def _plain(self, why: str) -> None:
-        self._note(f"generate goes transformers' own way: {why}")
+        lost = "; its KV cache is kept in 16 bits, against the policy" if self._kept.schemes else ""
+        self._note(f"generate goes transformers' own way: {why}{lost}")
 
     def _why_never(self) -> str | None:
         if not self._asked:
@@ -232,7 +239,7 @@ class Loop:
             def make() -> Any:
                 if shape is None:
                     return None
-                made = caches.make(config, shape, rows, key.length, dtype, device)
+                made = caches.make(config, shape, rows, key.length, dtype, device, self._kept)
                 if made is None or not source:
                     return made
                 cross = caches.make(config, shape, rows, source, dtype, device)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant_compile.ir.kv import decode
+
 
 def attend(
     q: Tensor,
@@ -24,6 +26,9 @@ def attend(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     softmax: torch.dtype | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    codes: str = "",
 ) -> Tensor:
     """The truth.
 
@@ -37,10 +42,14 @@ def attend(
         softcap: bound of the scores; 0 for none.
         sinks: [Hq], a further score of each row, which takes its share of the softmax and has no value.
         softmax: its dtype where scores are rounded to the dtype of q; None: all in f32 (f64 for f64).
+        k_scale: of the codes that k is, as ``ir/kv.py`` has it; v_scale: likewise.
+        codes: format of the codes that k and v are; empty: they are values.
 
     Returns:
         [B, Hq, T, Dv] of q's dtype (v's, with ``softmax``).
     """
+    if codes and k_scale is not None and v_scale is not None:
+        k, v = decode(k, k_scale, codes, q.dtype), decode(v, v_scale, codes, q.dtype)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     compute = q.dtype if softmax is not None else wide
     scores = _grouped(q.to(compute), k.to(compute).mT) * scale

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from quant_compile.ir.family import Reject
+from quant_compile.ir.graph import CACHED
 from quant_compile.ir.operands import op_of, operands_of
 from quant_compile.ir.scores import (
     Scores,
@@ -43,6 +44,8 @@ class AttentionSite:
         softmax: as in ``attend``; None: written as ``scaled_dot_product_attention``.
         repeated: the model repeats K and V in memory.
         cached: K and V are inputs of the graph, which it has written to before: a static cache.
+        k_scale, v_scale: of the codes that k and v are then.
+        codes: their format in ``ir/kv.py``; empty: k and v are values.
     """
 
     node: fx.Node
@@ -58,6 +61,9 @@ class AttentionSite:
     softmax: torch.dtype | None = None
     repeated: bool = False
     cached: bool = False
+    k_scale: fx.Node | None = None
+    v_scale: fx.Node | None = None
+    codes: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,16 +172,43 @@ def _site(p: _Parts, memory: _Memory) -> AttentionSite | Reject:
     sinks = None if p.sinks is None else _sinks(p.sinks, p.q)
     if isinstance(sinks, Reject):
         return sinks
-    leaves = [leaf for leaf in (p.q, k, v, p.mask, sinks) if leaf is not None]
+    repeated = k is not p.k and _heads(k) != _heads(p.k)
+    coded = _coded(k, v)
+    if coded is not None:
+        k, v = coded.k, coded.v
+    scales = () if coded is None else (coded.k_scale, coded.v_scale)
+    leaves = [leaf for leaf in (p.q, k, v, p.mask, sinks, *scales) if leaf is not None]
     nodes = tuple(_between(p.node, leaves))
     written = _written(nodes, leaves, p.node, memory.writes)
     if written is not None:
         return written
-    repeated = k is not p.k and _heads(k) != _heads(p.k)
     cached = all(_is_cache(x, p.node, memory) for x in (k, v))
+    more = {} if coded is None else {"k_scale": coded.k_scale, "v_scale": coded.v_scale, "codes": coded.format}
     return AttentionSite(
-        p.node, nodes, p.q, k, v, p.mask, p.scale, p.is_causal, p.softcap, sinks, p.softmax, repeated, cached
+        p.node, nodes, p.q, k, v, p.mask, p.scale, p.is_causal, p.softcap, sinks, p.softmax, repeated, cached, **more
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Coded:
+    """K and V of a quantized cache: codes [B, Hkv, L, D], scales that broadcast to them."""
+
+    k: fx.Node
+    v: fx.Node
+    k_scale: fx.Node
+    v_scale: fx.Node
+    format: str
+
+
+def _coded(k: fx.Node, v: fx.Node) -> _Coded | None:
+    """What is behind ``cache_values`` that give k and v as they are, in one format; None where these are values."""
+    if op_of(k) != CACHED or op_of(v) != CACHED:
+        return None
+    (k_codes, k_scale, k_format, _), (v_codes, v_scale, v_format, _) = k.args, v.args
+    nodes = (k_codes, k_scale, v_codes, v_scale)
+    if k_format != v_format or not all(isinstance(node, fx.Node) for node in nodes):
+        return None
+    return _Coded(k_codes, v_codes, k_scale, v_scale, str(k_format))  # type: ignore[arg-type]
 
 
 def _heads(node: fx.Node) -> int | None:

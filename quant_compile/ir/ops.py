@@ -5,11 +5,13 @@
     sglq.batched(x planes, w planes, spec, dtype) -> [E, M, n]: x [E, M, k] or [M, k] times every expert
     sglq.dequantize(w planes, spec, k) -> [n, k] f32
     sglq.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, spec, activation, dtype) -> [T, H]
-    sglq.attention(q, k, v, mask?, scale, is_causal, softcap, sinks?, softmax?) -> [B, Hq, T, Dv]
+    sglq.attention(q, k, v, mask?, scale, is_causal, softcap, sinks?, softmax?, k_scale?, v_scale?, codes) -> [B, Hq, T, Dv]
+    sglq.cache_values(codes, scale, format, dtype) -> [B, H, L, D]: what a quantized KV cache holds (``ir/kv.py``)
 
 ``spec`` is ``Scheme.spec``. A 16-bit input has no quantize node: ``sglq.linear`` then takes ``[x]``.
 ``sglq.moe`` is the block of ``ir/moe.py``; without ids its rows are in E equal parts, one expert each; ``none`` is the
-scheme of unquantized weights. ``sglq.attention`` is that of ``ir/attend.py``, with K and V as they are kept: a head for each group.
+scheme of unquantized weights. ``sglq.attention`` is that of ``ir/attend.py``, with K and V as they are kept: a head for each group;
+with ``codes``, a format of ``ir/kv.py``, they are codes with scales. ``sglq.cache_values`` decomposes into plain torch where it stays.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from quant_compile.ir.attend import attend
 from quant_compile.ir.family import family_of
+from quant_compile.ir.kv import decode
 from quant_compile.ir.moe import NONE, Activation, moe_reference
 from quant_compile.ir.scheme import parse
 
@@ -35,8 +38,9 @@ LIBRARY.define("batched(Tensor[] x, Tensor[] w, str spec, ScalarType dtype) -> T
 LIBRARY.define("dequantize(Tensor[] w, str spec, SymInt k) -> Tensor")
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, float softcap, Tensor? sinks, "
-    "ScalarType? softmax) -> Tensor"
+    "ScalarType? softmax, Tensor? k_scale=None, Tensor? v_scale=None, str codes='') -> Tensor"
 )
+LIBRARY.define("cache_values(Tensor codes, Tensor scale, str format, ScalarType dtype) -> Tensor")
 
 
 def _quantize(x: Tensor, spec: str, scale: Tensor | None = None) -> list[Tensor]:
@@ -107,11 +111,12 @@ def _moe_fake(
 
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, softcap: float, sinks: Tensor | None,
-    softmax: torch.dtype | None,
+    softmax: torch.dtype | None, k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "",
 ) -> Tensor:  # fmt: skip
-    return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype if softmax is None else v.dtype)
+    return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype if softmax is None or codes else v.dtype)
 
 
+LIBRARY.impl("cache_values", decode, "CompositeImplicitAutograd")
 LIBRARY.impl("attention", attend, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq::attention", _attention_fake, lib=LIBRARY)
 LIBRARY.impl("batched", _batched, "CompositeExplicitAutograd")
@@ -131,3 +136,4 @@ dequantize = torch.ops.sglq.dequantize.default
 moe = torch.ops.sglq.moe.default
 batched = torch.ops.sglq.batched.default
 attention = torch.ops.sglq.attention.default
+cache_values = torch.ops.sglq.cache_values.default

@@ -17,6 +17,7 @@ from torch import Tensor
 from quant_compile.ir.attention import AttentionSite
 from quant_compile.ir.family import Reject
 from quant_compile.ir.operands import op_of
+from quant_compile.ir.kv import HEAD, TOKEN
 from quant_compile.ir.scores import agrees, known, tensor_of
 from quant_compile.lowering.registry import Rank, _modules
 from quant_compile.lowering.target import Target
@@ -45,6 +46,8 @@ class AttentionProblem:
         repeated: as written, K and V are repeated in memory.
         cached: they are a static cache that the graph has written to.
         products: written as products around a softmax, not as ``scaled_dot_product_attention``.
+        codes: format of the codes of K and V in ``ir/kv.py``; empty: they are in ``dtype``.
+        scale: ``token`` or ``head``: what has a scale of its own; ``none`` without codes.
     """
 
     batch: int | None
@@ -63,6 +66,8 @@ class AttentionProblem:
     repeated: bool = False
     cached: bool = False
     products: bool = False
+    codes: str = ""
+    scale: str = "none"
 
     @property
     def text(self) -> str:
@@ -71,7 +76,8 @@ class AttentionProblem:
         size = f"{self.size}" + (f" and {self.value_size}" if self.size != self.value_size else "")
         few = self.tokens is not None and self.tokens <= MOST_TOKENS
         tokens = f"{self.tokens} token{'s' * (self.tokens != 1)}" if few else "many tokens"
-        return f"{heads} of {size}, {tokens}{', static cache' if self.cached else ''}"
+        cache = f", static cache{' of ' + self.codes if self.codes else ''}" if self.cached else ""
+        return f"{heads} of {size}, {tokens}{cache}"
 
 
 @dataclass(frozen=True)
@@ -82,13 +88,13 @@ class AttentionKernel:
         name: provider, then job.
         fit: ``(problem, target) -> Rank | Reject``.
         run: ``(q, k, v, mask [B|1, 1|Hq, T, L] | None, scale, softcap, sinks [Hq] | None) -> y``: [B, Hq, T, Dv], contiguous as
-            [B, T, Hq, Dv].
+            [B, T, Hq, Dv]; after sinks come ``k_scale, v_scale [B, Hkv, L, 1] or [1, Hkv or 1, 1, 1] | None, codes``.
         recorded: ``run`` may be recorded in Inductor's graph, which launches it itself then, where all sizes are known.
     """
 
     name: str
     fit: Callable[[AttentionProblem, Target], Rank | Reject]
-    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float, Tensor | None], Tensor]
+    run: Callable[..., Tensor]
     recorded: bool = True
 
 
@@ -113,8 +119,15 @@ def problem_of(site: AttentionSite) -> AttentionProblem:
     return AttentionProblem(
         known(q.shape[0]), int(q.shape[1]), int(k.shape[1]), int(q.shape[3]), int(v.shape[3]), known(q.shape[2]),
         known(k.shape[2]), q.dtype, _mask_kind(site, q, k), _mask_heads(site), site.is_causal, bool(site.softcap),
-        site.sinks is not None, site.repeated, site.cached, site.softmax is not None,
+        site.sinks is not None, site.repeated, site.cached, site.softmax is not None, site.codes, _scale_kind(site),
     )  # fmt: skip
+
+
+def _scale_kind(site: AttentionSite) -> str:
+    if site.k_scale is None or site.v_scale is None:
+        return "none"
+    scale = tensor_of(site.k_scale)
+    return TOKEN if scale is not None and known(scale.shape[2]) != 1 else HEAD
 
 
 def _mask_kind(site: AttentionSite, q: Tensor, k: Tensor) -> str:
@@ -198,6 +211,13 @@ def check_sizes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     if not whole:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, mask) if x is not None)
         raise ValueError(f"q, k, v and mask of attention do not fit each other: {shapes}")
+
+
+def flat_scale(scale: Tensor | None) -> Tensor | None:
+    """A scale as ``ir/kv.py`` has it -> [B, Hkv, L] of tokens, or [Hkv] or [1] where it is fixed."""
+    if scale is None or scale.shape[2] != 1 or scale.shape[0] != 1:
+        return scale if scale is None else scale.squeeze(-1)
+    return scale.flatten()
 
 
 def full_mask(mask: Tensor | None) -> Tensor | None:

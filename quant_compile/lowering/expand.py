@@ -121,7 +121,8 @@ def _expand(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str
 
 
 def _expand_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
+    *coded: Any,
 ) -> Any:  # fmt: skip
     """What ``sglq_kernels.attention`` runs, where its launch can be cut up now; else NotImplemented."""
     sizes: tuple[Any, ...] = (*q.shape, *k.shape, *v.shape, *(() if mask is None else mask.shape))
@@ -129,7 +130,7 @@ def _expand_attention(
     if not known or Target.of(q.device).device != "cuda" or not attention_kernels()[kernel].recorded:
         return NotImplemented
     with tracing(None):
-        return ops.run_attention(q, k, v, mask, scale, softcap, sinks, kernel)
+        return ops.run_attention(q, k, v, mask, scale, softcap, sinks, kernel, *coded)
 
 
 def beyond(m: Any) -> bool | None:

@@ -5,7 +5,7 @@ Inputs that Inductor would quantize in several kernels have ops too, which name 
     sglq_kernels.linear(x planes, packed w planes, bias?, dispatch) -> [..., n]
     sglq_kernels.batched(x planes, row-form w planes [E, ...], dispatch) -> [E, M, n]
     sglq_kernels.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, dispatch) -> [T, H]
-    sglq_kernels.attention(q, k, v, mask?, scale, softcap, sinks?, kernel) -> [B, Hq, T, Dv], contiguous as [B, T, Hq, Dv]
+    sglq_kernels.attention(q, k, v, mask?, scale, softcap, sinks?, kernel, k_scale?, v_scale?, codes) -> [B, Hq, T, Dv], contiguous as [B, T, Hq, Dv]
     sglq_kernels.norm_quantize(x, residual?, weight, eps, weighting, spec, scale?, kernel) -> x + residual if given, x planes
     sglq_kernels.quantize_rows(x, maxima, spec, kernel) -> x planes
 
@@ -27,7 +27,7 @@ from quant_compile.ir.attend import attend
 from quant_compile.ir.family import family_of
 from quant_compile.ir.ops import dense_ids, expert_rows
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.attention import attention_kernels, check_sizes, full_mask
+from quant_compile.lowering.attention import attention_kernels, check_sizes, flat_scale, full_mask
 from quant_compile.lowering.moe import parse_moe_dispatch
 from quant_compile.lowering.registry import Kernel, Norm, Problem, input_kernels, kernels
 from quant_compile.lowering.select import parse_dispatch
@@ -138,31 +138,36 @@ LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq_kernels::linear", _linear_fake, lib=LIBRARY)
 
 LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, Tensor? sinks, str kernel) -> Tensor"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, Tensor? sinks, str kernel, "
+    "Tensor? k_scale=None, Tensor? v_scale=None, str codes='') -> Tensor"
 )
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "",
 ) -> Tensor:  # fmt: skip
     if q.is_cuda:
-        return run_attention(q, k, v, mask, scale, softcap, sinks, kernel)
-    y = attend(q, k, v, mask, scale, False, softcap, sinks)
+        return run_attention(q, k, v, mask, scale, softcap, sinks, kernel, k_scale, v_scale, codes)
+    y = attend(q, k, v, mask, scale, False, softcap, sinks, None, k_scale, v_scale, codes)
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def run_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "",
 ) -> Tensor:  # fmt: skip
     """One kernel; the last dimension of q, k and v contiguous, which it nearly always is."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     mask = full_mask(mask)
     check_sizes(q, k, v, mask)
-    return attention_kernels()[kernel].run(q, k, v, mask, scale, softcap, sinks)
+    coded = (flat_scale(k_scale), flat_scale(v_scale), codes) if codes else ()
+    return attention_kernels()[kernel].run(q, k, v, mask, scale, softcap, sinks, *coded)
 
 
 def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "",
 ) -> Tensor:  # fmt: skip
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
 

@@ -57,7 +57,7 @@ def _choice(site: AttentionSite, problem: AttentionProblem, plan: Plan) -> Atten
 
 def after(replaced: Mapping[fx.Node, fx.Node], site: AttentionSite) -> AttentionSite:
     """The site with operands as they are now: one may be the result of an attention that is already replaced."""
-    operands = {name: getattr(site, name) for name in ("q", "k", "v", "mask", "sinks")}
+    operands = {name: getattr(site, name) for name in ("q", "k", "v", "mask", "sinks", "k_scale", "v_scale")}
     return replace(site, **{name: replaced.get(node, node) for name, node in operands.items()})
 
 
@@ -69,7 +69,10 @@ def replace_attention(graph: fx.Graph, site: AttentionSite, choice: AttentionCho
             value = sinks.meta["example_value"]
             sinks = graph.call_method("reshape", (sinks, -1))
             sinks.meta["example_value"] = value.reshape(-1)
-        arguments = (site.q, site.k, site.v, site.mask, site.scale, site.is_causal, site.softcap, sinks, site.softmax)
+        arguments = (
+            site.q, site.k, site.v, site.mask, site.scale, site.is_causal, site.softcap, sinks, site.softmax,
+            *((site.k_scale, site.v_scale, site.codes) if site.codes else ()),
+        )  # fmt: skip
         node = graph.call_function(ops.attention, arguments)
     node.meta = {"site": f"attention {choice.runs}", "choice": choice, "example_value": site.node.meta["example_value"]}
     site.node.replace_all_uses_with(node)

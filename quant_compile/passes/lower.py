@@ -127,13 +127,13 @@ def _lower_batched(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
 
 def _lower_attention(graph: fx.Graph, node: fx.Node) -> str:
     choice: AttentionChoice = node.meta["choice"]
-    q, k, v, mask, scale, is_causal, softcap, sinks, _ = node.args
+    q, k, v, mask, scale, is_causal, softcap, sinks, _, *coded = node.args
     with graph.inserting_before(node):
         if choice.runs == GROUPED:
             more = {"attn_mask": mask, "scale": scale, "is_causal": is_causal, "enable_gqa": True}
             y = graph.call_function(F.scaled_dot_product_attention, (q, k, v), more)
         else:
-            y = graph.call_function(kernel_ops.attention, (q, k, v, mask, scale, softcap, sinks, choice.runs))
+            y = graph.call_function(kernel_ops.attention, (q, k, v, mask, scale, softcap, sinks, choice.runs, *coded))
     y.meta = {key: node.meta[key] for key in ("site", "example_value")}
     node.replace_all_uses_with(y)
     graph.erase_node(node)
