@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -460,6 +462,7 @@ POINTERS = {
     torch.uint8: "*u8",
 }
 MASKS = {"none": None, "bool": "*i1", "additive": "*bf16"}
+MATRIX_UNITS = r"wgmma\.mma|tcgen05\.mma"
 
 
 def build(problem: Attention, target: Target) -> Any:
@@ -516,6 +519,35 @@ def test_cubins(arch: int, name: str, tmp_path: Path) -> None:
     assert ".trans.shared.b16" in ptx and "ld.shared.b8" not in ptx, "V is turned byte by byte"
     assert built.metadata.shared <= shared_memory(target) // 2
     assert stack_bytes(built, tmp_path) <= 16
+
+
+@pytest.mark.parametrize("kind", [E4M3, E5M2, torch.int8, torch.uint8])
+def test_few_rows_of_codes(kind: torch.dtype) -> None:
+    """A program has at most 32 rows over codes, whatever the heads and queries; under more, Triton's products go wrong (``_most_rows``)."""
+    for group, tokens, size in itertools.product((1, 2, 5, 8, 16, 71), range(1, 17), triton_decode.HEAD_SIZES):
+        codes = {"k_dtype": kind, "v_dtype": kind, "head_size": size, "value_size": size}
+        problem = replace(LLAMA, heads=group * 8, tokens=tokens, **codes)
+        for arch in (80, 90, 100, 120):
+            assert triton_decode.plan_of(problem, Target.fake(f"sm{arch}")).block_m <= 32
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [1, 3, 5, 16])  # 8, 24, 40 and 128 rows
+@pytest.mark.parametrize("kind", [E4M3, E5M2, torch.int8])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_codes_are_operands_in_registers(arch: int, kind: torch.dtype, tokens: int) -> None:
+    """No wgmma and no tcgen05 for codes, at any number of rows."""
+    sizes = {"heads": 64, "head_size": 64, "value_size": 64, "tokens": tokens}
+    ptx = build(replace(LLAMA, **sizes, **{**CODED, "k_dtype": kind, "v_dtype": kind}), Target.fake(f"sm{arch}")).asm["ptx"]
+    assert "mma.sync" in ptx and not re.search(MATRIX_UNITS, ptx)
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [90, 100])
+def test_sixteen_bits_use_the_newer_products(arch: int) -> None:
+    """What ``test_codes_are_operands_in_registers`` looks for is there where a program has 64 rows."""
+    ptx = build(replace(LLAMA, heads=64, tokens=5), Target.fake(f"sm{arch}")).asm["ptx"]
+    assert re.search(MATRIX_UNITS, ptx)
 
 
 @needs_triton

@@ -129,13 +129,15 @@ def decode_kernel(
 ):  # fmt: skip
     """q [b, hkv * GROUP, T, D] over k [b, hkv, length, D], v [.., DV] -> out [b, T, hkv * GROUP, DV], or parts of it.
 
-    grid: (b * hkv, SPLITS, blocks of BM rows). With SPLITS > 1: sums [b * hkv, GROUP * T, SPLITS, DV] to parts, and maxima and
-    totals [2, b * hkv, GROUP * T, SPLITS] to stats, f32. SHARED_MASK: one mask for all heads. ``_n``: strides along keys.
+    grid: (b * hkv * blocks of BM rows, SPLITS); neighbours read the same keys. With SPLITS > 1: sums [b * hkv, GROUP * T, SPLITS, DV]
+    to parts, and maxima and totals [2, b * hkv, GROUP * T, SPLITS] to stats, f32. SHARED_MASK: one mask for all heads. ``_n``: strides
+    along keys.
     """
-    pair, split = tl.program_id(0), tl.program_id(1)
+    ROW_BLOCKS: tl.constexpr = (GROUP * T + BM - 1) // BM
+    pair, split = tl.program_id(0) // ROW_BLOCKS, tl.program_id(1)
     WHOLE: tl.constexpr = EVEN and MASK == NO_MASK  # every key of every block is read
     b, h = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    rows = tl.program_id(2) * BM + tl.arange(0, BM)
+    rows = tl.program_id(0) % ROW_BLOCKS * BM + tl.arange(0, BM)
     head, t, real = h * GROUP + rows // T, rows % T, rows < GROUP * T
     cols, d, dv = tl.arange(0, BN), tl.arange(0, PD), tl.arange(0, PDV)
     total_blocks = tl.cdiv(length, BN)
@@ -247,7 +249,8 @@ def decode_kernel(
     else:
         place = (pair.to(tl.int64) * (GROUP * T) + rows) * SPLITS + split
         tl.store(stats_ptr + place, top, mask=real)
-        tl.store(stats_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * T * SPLITS) + place, total, mask=real)
+        pairs = tl.num_programs(0) // ROW_BLOCKS
+        tl.store(stats_ptr + pairs.to(tl.int64) * (GROUP * T * SPLITS) + place, total, mask=real)
         if high > low:
             tl.store(parts_ptr + place[:, None] * DV + dv[None, :], acc, mask=width)
 

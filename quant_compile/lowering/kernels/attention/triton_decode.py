@@ -180,11 +180,21 @@ def plan_of(problem: Attention, target: Target) -> Plan:
     """
     wide = max(pow2(problem.head_size), pow2(problem.value_size)) > 128
     block_n = 32 if wide else 64
-    block_m = max(16, min(64, pow2(problem.group * problem.tokens)))
+    block_m = max(16, min(_most_rows(problem), pow2(problem.group * problem.tokens)))
     warps = 8 if block_m * pow2(problem.value_size) > 64 * 64 else 4
     stages = 3 if shared_memory(target) >= 160 * 1024 else 2
     programs = problem.batch * problem.kv_heads * ceil(problem.group * problem.tokens, block_m)
     return Plan(block_m, block_n, _splits(programs, ceil(problem.length, block_n), target.sm_count), warps, stages)
+
+
+def _most_rows(problem: Attention) -> int:
+    """Rows of a program at most: 64, and 32 of codes.
+
+    From 64 rows up Triton multiplies with wgmma on sm90 and with tcgen05 on sm100, which take K and V from shared memory: codes would be
+    converted in registers, written back, and turned again. On an H200 what triton 3.6 makes of that for heads of 64 under 4 warps gave
+    wrong results, and addresses outside of the cache. Up to 32 rows, and on sm120 always, it is mma.sync, with operands in registers.
+    """
+    return 32 if problem.k_dtype in CODES else 64
 
 
 def _splits(programs: int, blocks: int, sm_count: int) -> int:
@@ -234,7 +244,7 @@ def decode(
         parts = torch.empty(pairs * rows * splits * dv, dtype=torch.float32, device=q.device)
         stats = torch.empty(2 * pairs * rows * splits, dtype=torch.float32, device=q.device)
     enqueue(
-        source.decode_kernel, (pairs, splits, ceil(rows, settings.block_m)),
+        source.decode_kernel, (pairs * ceil(rows, settings.block_m), splits),
         q, k, v, mask, k_scale, v_scale, sinks, out, parts, stats,
         float(scale), float(softcap), problem.length, problem.kv_heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_mask_strides(mask), *scale_strides(k_scale),
