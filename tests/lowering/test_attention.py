@@ -481,7 +481,7 @@ def build(problem: Attention, target: Target) -> Any:
     none |= {} if problem.sinks else {"sinks_ptr": None}
     none |= {"parts_ptr": None, "stats_ptr": None} if plan.splits == 1 else {}
     types = {name: kind for name, kind in types.items() if name not in none}
-    constants = triton_decode.constants_of(problem, plan) | none
+    constants = triton_decode.constants_of(problem, plan, target) | none
     options = {"num_warps": plan.warps, "num_stages": plan.stages}
     return compile_cubin(kernel, target.arch, types, constants, **options)
 
@@ -537,8 +537,9 @@ def test_few_rows_of_codes(kind: torch.dtype) -> None:
 @pytest.mark.parametrize("arch", [90, 100])
 def test_codes_are_operands_in_registers(arch: int, kind: torch.dtype, tokens: int) -> None:
     """No wgmma and no tcgen05 for codes, at any number of rows."""
-    sizes = {"heads": 64, "head_size": 64, "value_size": 64, "tokens": tokens}
-    ptx = build(replace(LLAMA, **sizes, **{**CODED, "k_dtype": kind, "v_dtype": kind}), Target.fake(f"sm{arch}")).asm["ptx"]
+    codes = {**CODED, "k_dtype": kind, "v_dtype": kind}
+    problem = replace(LLAMA, heads=64, head_size=64, value_size=64, tokens=tokens, **codes)
+    ptx = build(problem, Target.fake(f"sm{arch}")).asm["ptx"]
     assert "mma.sync" in ptx and not re.search(MATRIX_UNITS, ptx)
 
 

@@ -22,6 +22,24 @@ LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-3e4)  # reference.HIDDEN
 NO_MASK, BOOL, ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_SCALE, HEAD, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Two words of two codes -> f16 of the first codes, f16 of the second ones. A byte u under 0x64 is the f16 1024 + u.
+E4M3_WORDS = tl.constexpr(
+    "{ .reg .b32 t; .reg .b16 a, b; "
+    "prmt.b32 t, $2, 0, 0x4420; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a; "
+    "prmt.b32 t, $2, 0, 0x4431; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $1, a; }"
+)
+E5M2_WORDS = tl.constexpr("prmt.b32 $0, $2, 0, 0x2404; and.b32 $1, $2, 0xFF00FF00;")
+INT8_WORDS = tl.constexpr(
+    "{ .reg .b32 c, t, u; mov.b32 c, 0x64806480; xor.b32 u, $2, 0x80808080; "
+    "prmt.b32 t, u, 0x64646464, 0x4240; sub.f16x2 $0, t, c; "
+    "prmt.b32 t, u, 0x64646464, 0x4341; sub.f16x2 $1, t, c; }"
+)
+# Four bytes -> f16 in the same order.
+INT8_BYTES = tl.constexpr(
+    "{ .reg .b32 c, t, u; mov.b32 c, 0x64806480; xor.b32 u, $2, 0x80808080; "
+    "prmt.b32 t, u, 0x64646464, 0x4140; sub.f16x2 $0, t, c; "
+    "prmt.b32 t, u, 0x64646464, 0x4342; sub.f16x2 $1, t, c; }"
+)
 
 
 # --- pieces ---
@@ -36,8 +54,10 @@ def _load(ptr, inside, EVEN: tl.constexpr, other: tl.constexpr):
 
 
 @triton.jit
-def _operand(x, OPERAND: tl.constexpr):
+def _operand(x, OPERAND: tl.constexpr, ASM: tl.constexpr):
     """Floats or codes as OPERAND; bytes are e4m3, which sm80 has no instruction for, times 2^-8."""
+    if ASM and x.dtype == tl.int8:
+        return tl.inline_asm_elementwise(INT8_BYTES, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
     if x.dtype == tl.uint8:
         wide = x.to(tl.int16)
         half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
@@ -52,8 +72,21 @@ def _from_byte(byte, KIND: tl.constexpr, OPERAND: tl.constexpr):
         return (byte << 8).to(tl.float16, bitcast=True)
     byte = byte.to(tl.uint8)
     if KIND.is_int_unsigned():
-        return _operand(byte, OPERAND)
+        return _operand(byte, OPERAND, False)
     return byte.to(KIND, bitcast=True).to(OPERAND)
+
+
+@triton.jit
+def _from_words(words, KIND: tl.constexpr, OPERAND: tl.constexpr, ASM: tl.constexpr):
+    """uint16, two codes of KIND each -> (first codes, second codes) as OPERAND."""
+    if ASM:
+        TEXT: tl.constexpr = E5M2_WORDS if KIND.is_fp8e5() else (E4M3_WORDS if KIND.is_fp8e4nv() else INT8_WORDS)
+        even, odd = tl.inline_asm_elementwise(
+            TEXT, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        even, odd = _from_byte(words & 0xFF, KIND, OPERAND), _from_byte(words >> 8, KIND, OPERAND)
+    return even, odd
 
 
 @triton.jit
@@ -107,6 +140,13 @@ def _finite(x):
 
 
 @triton.jit
+def _logarithm(weight):
+    """log2 of magnitudes within 0.09, from the float's own bits; no less than -100, so that exp2 of a score less this stays finite."""
+    bits = weight.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.maximum(bits.to(tl.float32) * 2.0**-23 - 127.0, -100.0)
+
+
+@triton.jit
 def _with_sink(top, total, sink):
     """(maximum, sum, factor of what was summed under the old maximum) with one more logit, in powers of two."""
     higher = tl.maximum(top, sink)
@@ -125,7 +165,7 @@ def decode_kernel(
     T: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, SCAN: tl.constexpr, SCAN_ROWS: tl.constexpr,
     MASK: tl.constexpr, SHARED_MASK: tl.constexpr, CAP: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
-    CODES: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
+    CODES: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """q [b, hkv * GROUP, T, D] over k [b, hkv, length, D], v [.., DV] -> out [b, T, hkv * GROUP, DV], or parts of it.
 
@@ -183,7 +223,7 @@ def decode_kernel(
     v_places = cols[:, None] * v_n + dw[None, :]
 
     top = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
+    total = tl.zeros((BM, BN), tl.float32)
     acc = tl.zeros((BM, PDV // PACK), tl.float32)
     odd = acc
     for block in range(low, high):
@@ -193,7 +233,7 @@ def decode_kernel(
         at = start.to(tl.int64)
         k = _load(k_ptr + at * k_n + k_places, inside[:, None] & (d < D)[None, :], WHOLE and D == PD, 0.0)
         v = _load(v_ptr + at * v_n + v_places, inside[:, None] & (dw < DV // PACK)[None, :], WHOLE and DV == PDV, 0)
-        s = tl.dot(q, tl.trans(_operand(k, OPERAND))) * factor[:, None]
+        s = tl.dot(q, tl.trans(_operand(k, OPERAND, ASM))) * factor[:, None]
         if KS == TOKEN:
             s = s * _load(ks_ptr + b * ks_b + h * ks_h + keys * ks_n, inside, WHOLE, 0.0)[None, :]
         if VS == TOKEN:
@@ -216,21 +256,22 @@ def decode_kernel(
             s = tl.where(shown, s, float("-inf"))
         logarithms = s
         if VS == TOKEN:
-            logarithms = tl.where(s == float("-inf"), float("-inf"), s + tl.math.log2(weight)[None, :])
+            logarithms += _logarithm(weight)[None, :]
         higher = tl.maximum(top, tl.max(logarithms, 1))
         shift = _finite(higher)
         p = tl.math.exp2(s - shift[:, None])
         fade = tl.math.exp2(top - shift)
-        total = total * fade + tl.sum(p, 1)
+        total = total * fade[:, None] + p
         if VS == TOKEN:
-            p = tl.where(s == float("-inf"), 0.0, p * weight[None, :])
+            p = p * weight[None, :]
         p = p.to(OPERAND)
         if CODES:
-            odd = tl.dot(p, _from_byte(v >> 8, KIND, OPERAND), odd * fade[:, None])
-            v = _from_byte(v & 0xFF, KIND, OPERAND)
+            v, second = _from_words(v, KIND, OPERAND, ASM)
+            odd = tl.dot(p, second, odd * fade[:, None])
         acc = tl.dot(p, v, acc * fade[:, None])
         top = higher
 
+    total = tl.sum(total, 1)
     last = BYTES_V
     if VS == HEAD:
         last = last * tl.load(vs_ptr + h * vs_h)

@@ -235,7 +235,7 @@ def decode(
         k, v = _bytes(k), _bytes(v)
     problem = problem_of(q, k, v, mask, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
     settings = plan or plan_of(problem, target)
-    source: Any = import_module("quant_compile.lowering.kernels.attention._triton_decode")
+    source = _source()
     b, t, dv = problem.batch, problem.tokens, problem.value_size
     rows, pairs, splits = problem.group * t, b * problem.kv_heads, settings.splits
     out = torch.empty(b, t, problem.heads, dv, dtype=q.dtype, device=q.device)
@@ -249,7 +249,7 @@ def decode(
         float(scale), float(softcap), problem.length, problem.kv_heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_mask_strides(mask), *scale_strides(k_scale),
         *scale_strides(v_scale),
-        **constants_of(problem, settings), num_warps=settings.warps, num_stages=settings.stages,
+        **constants_of(problem, settings, target), num_warps=settings.warps, num_stages=settings.stages,
     )  # fmt: skip
     if splits > 1:
         enqueue(
@@ -269,8 +269,8 @@ def _check_layout(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         raise ValueError(f"a mask over {mask.shape[3]} keys cannot serve a cache of {k.shape[2]}")
 
 
-def constants_of(problem: Attention, plan: Plan) -> dict[str, Any]:
-    """The constants of ``decode_kernel``."""
+def constants_of(problem: Attention, plan: Plan, target: Target) -> dict[str, Any]:
+    """The constants of ``decode_kernel``; inline assembly has instructions of sm89, and none where Triton interprets."""
     codes = problem.k_dtype in CODES
     shared = not problem.mask_heads
     scan_rows = pow2(problem.tokens) if shared else plan.block_m
@@ -296,6 +296,7 @@ def constants_of(problem: Attention, plan: Plan) -> dict[str, Any]:
         "CODES": codes,
         "OPERAND": triton_type(torch.float16 if codes else problem.dtype),
         "EVEN": problem.length % plan.block_n == 0,
+        "ASM": codes and target.arch >= 89 and not _interpreted(),
     }
 
 
@@ -303,6 +304,15 @@ def combine_constants(problem: Attention, splits: int) -> dict[str, Any]:
     """The constants of ``combine_kernel``; 16 parts are added at a time, which four warps hold in registers."""
     size = {"DV": problem.value_size, "PDV": pow2(problem.value_size), "SPLITS": splits, "PS": pow2(splits)}
     return {"T": problem.tokens, "GROUP": problem.group, **size, "STEP": min(16, pow2(splits))}
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets its kernels."""
+    return "Interpreted" in type(_source().decode_kernel).__name__
+
+
+def _source() -> Any:
+    return import_module("quant_compile.lowering.kernels.attention._triton_decode")
 
 
 def _bytes(codes: Tensor) -> Tensor:
