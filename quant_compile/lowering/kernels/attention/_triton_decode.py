@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_compile.lowering.kernels._triton_pieces import _words
+from quant_compile.lowering.kernels._triton_pieces import _only_if, _words
 
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-3e4)  # reference.HIDDEN
@@ -80,7 +80,7 @@ def _from_byte(byte, KIND: tl.constexpr, OPERAND: tl.constexpr):
 def _from_words(words, KIND: tl.constexpr, OPERAND: tl.constexpr, ASM: tl.constexpr):
     """uint16, two codes of KIND each -> (first codes, second codes) as OPERAND."""
     if ASM:
-        TEXT: tl.constexpr = E5M2_WORDS if KIND.is_fp8e5() else (E4M3_WORDS if KIND.is_fp8e4nv() else INT8_WORDS)
+        TEXT: tl.constexpr = E5M2_WORDS if KIND.is_fp8e5() else (INT8_WORDS if KIND.is_int_signed() else E4M3_WORDS)
         even, odd = tl.inline_asm_elementwise(
             TEXT, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
         )
@@ -102,20 +102,25 @@ def _reach(
     mask_ptr, rows, real, m_n, split, blocks, length, MASK: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr,
     SCAN: tl.constexpr,
 ):  # fmt: skip
-    """What any of the mask's ``rows`` (offsets, where ``real``) sees: first and end of the program's own blocks, and of keys."""
-    first, end = length, 0
+    """What any of the mask's ``rows`` (offsets, where ``real``) sees: first and end of the program's own blocks, and of keys, and
+    whether the mask changes anything for some row and own key between those.
+    """
+    first, end, plain = length, 0, 0
     places = tl.arange(0, SCAN)
     for start in range(0, blocks, SCAN // BN):
         keys = (split + (start + places // BN) * SPLITS) * BN + places % BN
         inside = real[:, None] & (keys < length)[None, :]
         value = tl.load(mask_ptr + rows[:, None] + keys[None, :] * m_n, mask=inside, other=0)
         seen = tl.max(_sees(value, inside, MASK).to(tl.int32), 0) > 0
+        changes = real[:, None] & ((value == 0) if MASK == BOOL else (value != 0))
+        plain += tl.sum((seen & (tl.max(changes.to(tl.int32), 0) == 0)).to(tl.int32), 0)
         first = tl.minimum(first, tl.min(tl.where(seen, keys, length), 0))
         end = tl.maximum(end, tl.max(tl.where(seen, keys + 1, 0), 0))
     some = end > 0
     low = tl.where(some, (first // BN - split) // SPLITS, 0)
     high = tl.where(some, ((end - 1) // BN - split) // SPLITS + 1, 0)
-    return low, high, first, end
+    own = (high - low) * BN - first % BN - (BN - end % BN) % BN
+    return low, high, first, end, plain < own
 
 
 @triton.jit
@@ -175,6 +180,7 @@ def decode_kernel(
     """
     ROW_BLOCKS: tl.constexpr = (GROUP * T + BM - 1) // BM
     pair, split = tl.program_id(0) // ROW_BLOCKS, tl.program_id(1)
+    PLAIN: tl.constexpr = 1 if MASK == BOOL else 0  # what changes nothing
     WHOLE: tl.constexpr = EVEN and MASK == NO_MASK  # every key of every block is read
     b, h = (pair // kv_heads).to(tl.int64), pair % kv_heads
     rows = tl.program_id(0) % ROW_BLOCKS * BM + tl.arange(0, BM)
@@ -187,11 +193,11 @@ def decode_kernel(
         mask_ptr += b * m_b
         if SHARED_MASK:
             queries = tl.arange(0, SCAN_ROWS)
-            low, high, first, end = _reach(
+            low, high, first, end, changes = _reach(
                 mask_ptr, queries * m_t, queries < T, m_n, split, high, length, MASK, SPLITS, BN, SCAN,
             )  # fmt: skip
         else:
-            low, high, first, end = _reach(
+            low, high, first, end, changes = _reach(
                 mask_ptr, head * m_h + t * m_t, real, m_n, split, high, length, MASK, SPLITS, BN, SCAN,
             )  # fmt: skip
 
@@ -206,7 +212,7 @@ def decode_kernel(
         power, inverse = _powers_of_two(wide)
         q, factor = (wide * inverse[:, None]).to(OPERAND), factor * power
     BYTES_K: tl.constexpr = 256.0 if k_ptr.dtype.element_ty == tl.uint8 else 1.0  # what ``_operand`` leaves out
-    BYTES_V: tl.constexpr = 256.0 if v_ptr.dtype.element_ty == tl.uint8 else 1.0
+    BYTES_V: tl.constexpr = 256.0 if v_ptr.dtype.element_ty == tl.uint8 and not ASM else 1.0
     factor = factor * BYTES_K
     if KS == HEAD:
         factor = factor * tl.load(ks_ptr + h * ks_h)
@@ -246,10 +252,13 @@ def decode_kernel(
         else:
             if SHARED_MASK and T == 1:
                 within = inside[None, :]
-                value = tl.load(mask_ptr + keys[None, :] * m_n, mask=within, other=0)
+                mask_rows = tl.zeros((1, 1), tl.int32)
             else:
                 within = real[:, None] & inside[None, :]
-                value = tl.load(mask_ptr + (head * m_h + t * m_t)[:, None] + keys[None, :] * m_n, mask=within, other=0)
+                mask_rows = (head * m_h + t * m_t)[:, None]
+            value = tl.load(mask_ptr + mask_rows + keys[None, :] * m_n, mask=_only_if(within, changes), other=PLAIN)
+            if SHARED_MASK and T == 1 and MASK == BOOL:
+                value = tl.max(value.to(tl.int32), 0)[None, :]
             shown = _sees(value, within, MASK)
             if MASK == ADDITIVE:
                 s += value.to(tl.float32) * LOG2E
