@@ -442,13 +442,18 @@ def test_what_storing_refuses(arguments: tuple[Any, ...], target: Target, reason
 def test_layouts_that_cannot_be_read() -> None:
     q, k = torch.zeros(1, 2, 1, 32, dtype=F16), torch.zeros(1, 2, 8, 32, dtype=torch.int8)
     one = torch.ones(1)
-    for v, mask, reason in (
-        (torch.zeros(1, 2, 32, 8, dtype=torch.int8).transpose(2, 3), None, "last dimension of v must be contiguous"),
-        (torch.zeros(1, 2, 8, 40, dtype=torch.int8)[..., :32], None, "must be multiples of 16"),
-        (k, torch.ones(1, 1, 1, 7, dtype=torch.bool), "over 7 keys cannot serve a cache of 8"),
+    turned, loose = (
+        torch.zeros(1, 2, 32, 8, dtype=torch.int8).transpose(2, 3),
+        torch.zeros(1, 2, 8, 40, dtype=torch.int8)[..., :32],
+    )
+    for keys, values, mask, reason in (
+        (k, turned, None, "last dimension of v must be contiguous"),
+        (k, loose, None, "strides of v's codes must be multiples of 16"),
+        (loose, k, None, "strides of k's codes must be multiples of 16"),
+        (k, k, torch.ones(1, 1, 1, 7, dtype=torch.bool), "over 7 keys cannot serve a cache of 8"),
     ):
         with pytest.raises(ValueError, match=reason):
-            triton_decode.decode(q, k, v, mask, 1.0, k_scale=one, v_scale=one)
+            triton_decode.decode(q, keys, values, mask, 1.0, k_scale=one, v_scale=one)
 
 
 # --- compiled ---

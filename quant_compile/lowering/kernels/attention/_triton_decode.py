@@ -4,11 +4,12 @@ Rows of a program are (query head of the group, query); scores are kept in power
 sums. Codes are multiplied as f16, which holds e4m3, e5m2 and int8 exactly and costs sm89 and newer one instruction for two e4m3.
 So that f16's range is enough, q is divided by the power of two of its row's largest value, and the weights of the second product,
 p times the value's scale, stay at or below 1: the running maximum is that of the logarithm of the weights, not of the scores.
-Codes of v are loaded as words of two, which the instruction that turns 16-bit operands (ldmatrix) takes, and multiplied in two halves:
-single bytes would be turned by single loads.
+Codes are loaded as words of two, which the instruction that hands out 16-bit operands (ldmatrix) takes, and multiplied in two halves:
+single bytes of V would be turned by single loads, and those of K would hand out q in an order that takes moves to mend.
 
-The mask is read first, for the range of keys that any row sees; no key and no value outside of it is read. What a program did not
-see costs nothing in ``combine_kernel``, either.
+The mask is read first, for the range of keys that any row sees; no key and no value outside of it is read (scales of its blocks are).
+It is read again for each block only where it hides or changes something inside of that range. What a program did not see costs nothing
+in ``combine_kernel``, either.
 """
 
 from __future__ import annotations
@@ -34,12 +35,6 @@ INT8_WORDS = tl.constexpr(
     "prmt.b32 t, u, 0x64646464, 0x4240; sub.f16x2 $0, t, c; "
     "prmt.b32 t, u, 0x64646464, 0x4341; sub.f16x2 $1, t, c; }"
 )
-# Four bytes -> f16 in the same order.
-INT8_BYTES = tl.constexpr(
-    "{ .reg .b32 c, t, u; mov.b32 c, 0x64806480; xor.b32 u, $2, 0x80808080; "
-    "prmt.b32 t, u, 0x64646464, 0x4140; sub.f16x2 $0, t, c; "
-    "prmt.b32 t, u, 0x64646464, 0x4342; sub.f16x2 $1, t, c; }"
-)
 
 
 # --- pieces ---
@@ -54,26 +49,14 @@ def _load(ptr, inside, EVEN: tl.constexpr, other: tl.constexpr):
 
 
 @triton.jit
-def _operand(x, OPERAND: tl.constexpr, ASM: tl.constexpr):
-    """Floats or codes as OPERAND; bytes are e4m3, which sm80 has no instruction for, times 2^-8."""
-    if ASM and x.dtype == tl.int8:
-        return tl.inline_asm_elementwise(INT8_BYTES, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
-    if x.dtype == tl.uint8:
-        wide = x.to(tl.int16)
-        half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        return tl.where((wide & 0x7F) == 0x7F, float("nan"), half).to(OPERAND)
-    return x.to(OPERAND)
-
-
-@triton.jit
 def _from_byte(byte, KIND: tl.constexpr, OPERAND: tl.constexpr):
-    """uint16 below 256, codes of KIND, as OPERAND."""
+    """uint16 below 256, codes of KIND, as OPERAND; uint8 is e4m3, which sm80 has no instruction for, times 2^-8."""
     if KIND.is_fp8e5():
         return (byte << 8).to(tl.float16, bitcast=True)
-    byte = byte.to(tl.uint8)
     if KIND.is_int_unsigned():
-        return _operand(byte, OPERAND, False)
-    return byte.to(KIND, bitcast=True).to(OPERAND)
+        half = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        return tl.where((byte & 0x7F) == 0x7F, float("nan"), half).to(OPERAND)
+    return byte.to(tl.uint8).to(KIND, bitcast=True).to(OPERAND)
 
 
 @triton.jit
@@ -211,8 +194,11 @@ def decode_kernel(
         wide = q.to(tl.float32)
         power, inverse = _powers_of_two(wide)
         q, factor = (wide * inverse[:, None]).to(OPERAND), factor * power
-    BYTES_K: tl.constexpr = 256.0 if k_ptr.dtype.element_ty == tl.uint8 else 1.0  # what ``_operand`` leaves out
-    BYTES_V: tl.constexpr = 256.0 if v_ptr.dtype.element_ty == tl.uint8 and not ASM else 1.0
+        q, q_odd = tl.split(tl.reshape(q, (BM, PD // 2, 2)))
+    KIND_K: tl.constexpr = k_ptr.dtype.element_ty
+    KIND_V: tl.constexpr = v_ptr.dtype.element_ty
+    BYTES_K: tl.constexpr = 256.0 if KIND_K.is_int_unsigned() and not ASM else 1.0  # what ``_from_byte`` leaves out
+    BYTES_V: tl.constexpr = 256.0 if KIND_V.is_int_unsigned() and not ASM else 1.0
     factor = factor * BYTES_K
     if KS == HEAD:
         factor = factor * tl.load(ks_ptr + h * ks_h)
@@ -220,12 +206,12 @@ def decode_kernel(
         factor = factor * LOG2E
     k_ptr += b * k_b + h.to(tl.int64) * k_h
     v_ptr += b * v_b + h.to(tl.int64) * v_h
-    k_places = cols[:, None] * k_n + d[None, :]
-    KIND: tl.constexpr = v_ptr.dtype.element_ty
-    if CODES:  # two codes a word; strides are multiples of 16 bytes
-        v_ptr, v_n = _words(v_ptr, tl.uint16), v_n // 16 * 8
     PACK: tl.constexpr = 2 if CODES else 1
-    dw = tl.arange(0, PDV // PACK)
+    if CODES:  # two codes a word; strides are multiples of 16 bytes
+        k_ptr, k_n = _words(k_ptr, tl.uint16), k_n // 16 * 8
+        v_ptr, v_n = _words(v_ptr, tl.uint16), v_n // 16 * 8
+    dk, dw = tl.arange(0, PD // PACK), tl.arange(0, PDV // PACK)
+    k_places = cols[:, None] * k_n + dk[None, :]
     v_places = cols[:, None] * v_n + dw[None, :]
 
     top = tl.full((BM,), float("-inf"), tl.float32)
@@ -237,13 +223,19 @@ def decode_kernel(
         keys = start + cols
         inside = (keys >= first) & (keys < end)
         at = start.to(tl.int64)
-        k = _load(k_ptr + at * k_n + k_places, inside[:, None] & (d < D)[None, :], WHOLE and D == PD, 0.0)
+        k = _load(k_ptr + at * k_n + k_places, inside[:, None] & (dk < D // PACK)[None, :], WHOLE and D == PD, 0)
         v = _load(v_ptr + at * v_n + v_places, inside[:, None] & (dw < DV // PACK)[None, :], WHOLE and DV == PDV, 0)
-        s = tl.dot(q, tl.trans(_operand(k, OPERAND, ASM))) * factor[:, None]
+        if CODES:
+            k, k_odd = _from_words(k, KIND_K, OPERAND, ASM)
+            s = tl.dot(q_odd, tl.trans(k_odd), tl.dot(q, tl.trans(k)))
+        else:
+            s = tl.dot(q, tl.trans(k))
+        s = s * factor[:, None]
         if KS == TOKEN:
-            s = s * _load(ks_ptr + b * ks_b + h * ks_h + keys * ks_n, inside, WHOLE, 0.0)[None, :]
+            s = s * _load(ks_ptr + b * ks_b + h * ks_h + keys * ks_n, keys < length, EVEN, 0.0)[None, :]
         if VS == TOKEN:
-            weight = _load(vs_ptr + b * vs_b + h * vs_h + keys * vs_n, inside, WHOLE, 1.0)
+            weight = _load(vs_ptr + b * vs_b + h * vs_h + keys * vs_n, keys < length, EVEN, 1.0)
+            weight = tl.where(inside, weight, 1.0)  # none outside is NaN, which 0 of p would not hide
         if CAP:
             s = _capped(s, tl.full((), softcap, tl.float32)) * LOG2E
         if MASK == NO_MASK:
@@ -258,6 +250,8 @@ def decode_kernel(
                 mask_rows = (head * m_h + t * m_t)[:, None]
             value = tl.load(mask_ptr + mask_rows + keys[None, :] * m_n, mask=_only_if(within, changes), other=PLAIN)
             if SHARED_MASK and T == 1 and MASK == BOOL:
+                # Of what p is computed from by elements alone, Triton takes the narrowest load for the width of the second product's
+                # operands; 8 bits would cost moves. A reduction, here of one row, ends that search.
                 value = tl.max(value.to(tl.int32), 0)[None, :]
             shown = _sees(value, within, MASK)
             if MASK == ADDITIVE:
@@ -275,8 +269,8 @@ def decode_kernel(
             p = p * weight[None, :]
         p = p.to(OPERAND)
         if CODES:
-            v, second = _from_words(v, KIND, OPERAND, ASM)
-            odd = tl.dot(p, second, odd * fade[:, None])
+            v, v_odd = _from_words(v, KIND_V, OPERAND, ASM)
+            odd = tl.dot(p, v_odd, odd * fade[:, None])
         acc = tl.dot(p, v, acc * fade[:, None])
         top = higher
 

@@ -263,8 +263,8 @@ def _check_layout(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1:
             raise ValueError(f"the last dimension of {name} must be contiguous, its stride is {x.stride(3)}")
-    if v.dtype.itemsize == 1 and any(stride % 16 for stride in v.stride()[:3]):
-        raise ValueError(f"strides of v's codes must be multiples of 16, not {v.stride()}")
+        if x.dtype.itemsize == 1 and any(stride % 16 for stride in x.stride()[:3]):
+            raise ValueError(f"strides of {name}'s codes must be multiples of 16, not {x.stride()}")
     if mask is not None and mask.shape[3] < k.shape[2]:
         raise ValueError(f"a mask over {mask.shape[3]} keys cannot serve a cache of {k.shape[2]}")
 
