@@ -99,6 +99,7 @@ class Plan:
         splits: programs that share the keys of one sequence and KV head.
         warps: of a program.
         stages: blocks that are loaded ahead, and one.
+        per_sm: programs that an SM holds at a time, which the splits are counted out for.
     """
 
     block_m: int
@@ -106,6 +107,7 @@ class Plan:
     splits: int
     warps: int
     stages: int
+    per_sm: int = 2
 
 
 def problem_of(
@@ -174,9 +176,10 @@ def _wrong_types(p: Attention) -> str | None:
 def plan_of(problem: Attention, target: Target) -> Plan:
     """The plan of a launch.
 
-    A block of K and V is 32 KiB in 16 bits, half of that in codes, so that what is on the way at two programs an SM (64 KiB) keeps HBM
-    busy. Heads above 128 halve the keys of a block. Warps and stages are those that won on an H200 at 16 sequences of 2048 and 8192
-    (benchmarks/results/attention_sweep.json), for codes as for 16 bits; two stages where an SM's memory is small (sm89, sm120).
+    A block of K and V is 32 KiB in 16 bits, half of that in codes, so that what is on the way at two programs an SM of 16 bits, or
+    four of codes (64 KiB), keeps HBM busy. Heads above 128 halve the keys of a block. Warps and stages are those that won on an H200
+    at 16 sequences of 2048 and 8192 (benchmarks/results/attention_sweep.json), for codes as for 16 bits; two stages where an SM's
+    memory is small (sm89, sm120).
     """
     wide = max(pow2(problem.head_size), pow2(problem.value_size)) > 128
     block_n = 32 if wide else 64
@@ -184,7 +187,34 @@ def plan_of(problem: Attention, target: Target) -> Plan:
     warps = 8 if block_m * pow2(problem.value_size) > 64 * 64 else 4
     stages = 3 if shared_memory(target) >= 160 * 1024 else 2
     programs = problem.batch * problem.kv_heads * ceil(problem.group * problem.tokens, block_m)
-    return Plan(block_m, block_n, _splits(programs, ceil(problem.length, block_n), target.sm_count), warps, stages)
+    per_sm = _per_sm(problem, target, block_m, block_n, warps)
+    splits = _splits(programs, ceil(problem.length, block_n), per_sm * target.sm_count)
+    return Plan(block_m, block_n, splits, warps, stages, per_sm)
+
+
+def _per_sm(problem: Attention, target: Target, block_m: int, block_n: int, warps: int) -> int:
+    """Programs that an SM holds at a time.
+
+    16 bits: two, which reach the memory's speed. Codes: what registers leave room for; shared memory would hold more. Programs of 128
+    threads are two where each row has a mask of its own or there are more than 16 rows, else three (168 registers a thread); and four
+    (128) for whole blocks and heads without padding, which is how a static cache is read, up to sm90 only.
+    """
+    if problem.k_dtype not in CODES:
+        return 2
+    if block_m > 16 or problem.tokens > 1 or problem.mask_heads:
+        return 8 // warps
+    padded = (
+        any(size != pow2(size) for size in (problem.head_size, problem.value_size)) or problem.length % block_n != 0
+    )
+    return 3 if padded or block_n < 64 or target.arch not in (80, 90) else 4
+
+
+def _splits(programs: int, blocks: int, room: int) -> int:
+    """The splits, 64 at most, under which a full cache takes the least time, in blocks: ``room`` programs run at a time, and each
+    costs about a block more than it reads. Of equals the fewest.
+    """
+    rounds = {n: ceil(programs * n, room) for n in range(1, min(blocks, MOST_SPLITS) + 1)}
+    return min(rounds, key=lambda n: rounds[n] * (ceil(blocks, n) + 1))
 
 
 def _most_rows(problem: Attention) -> int:
@@ -195,14 +225,6 @@ def _most_rows(problem: Attention) -> int:
     wrong results, and addresses outside of the cache. Up to 32 rows, and on sm120 always, it is mma.sync, with operands in registers.
     """
     return 32 if problem.k_dtype in CODES else 64
-
-
-def _splits(programs: int, blocks: int, sm_count: int) -> int:
-    """The splits, 64 at most, under which a full cache takes the least time, in blocks: two programs run on an SM at a time, and each
-    costs about a block more than it reads. Of equals the fewest.
-    """
-    rounds = {n: ceil(programs * n, 2 * sm_count) for n in range(1, min(blocks, MOST_SPLITS) + 1)}
-    return min(rounds, key=lambda n: rounds[n] * (ceil(blocks, n) + 1))
 
 
 def decode(
