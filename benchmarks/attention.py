@@ -7,7 +7,7 @@ copies of the cache that together exceed the L2. The floor is what the bytes of 
 
     python benchmarks/attention.py                              # about 8 minutes
     python benchmarks/attention.py --filled 512                 # only so many tokens of each cache are filled
-    python benchmarks/attention.py --sweep --batches 16 --contexts 2048    # other plans for our kernel
+    python benchmarks/attention.py --sweep --models Llama-3-8B --batches 16 --contexts 8192    # other plans over codes, a minute
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# Times the splits of the plan.
+SPLITS = (1.0, 1.5, 2.0)
 LIBRARIES = ("flashinfer", "flash_attn_interface")
 # Times of a contender that is this much slower than the floor are from one measurement.
 HOPELESS, HOPELESS_US = 60.0, 1000.0
@@ -159,8 +161,11 @@ class Contender:
 # --- ours ---
 
 
-def ours(codes: bool, device: torch.device, change: Mapping[str, int] | None = None) -> Contender:
-    """Our kernel; ``change``: fields of its plan. On a CPU, where it cannot run, the truth that it is tested against."""
+def ours(codes: bool, device: torch.device, change: Mapping[str, int] | None = None, splits: float = 1.0) -> Contender:
+    """Our kernel; ``change``: fields of its plan; ``splits``: as many times those of the plan.
+
+    On a CPU, where it cannot run, the truth that it is tested against.
+    """
 
     def make(caches: Caches) -> Call:
         data = caches.coded if codes else caches.plain
@@ -181,20 +186,22 @@ def ours(codes: bool, device: torch.device, change: Mapping[str, int] | None = N
             if isinstance(answer, Reject):
                 raise ValueError(answer.reason)
             plan = replace(triton_decode.plan_of(problem, target), **(change or {}))
+            plan = replace(plan, splits=min(triton_decode.MOST_SPLITS, round(plan.splits * splits)))
         return call
 
     name = "ours e4m3" if codes else "ours bf16"
-    return Contender(name + "".join(f" {key}={value}" for key, value in (change or {}).items()), "ours", codes, make)
+    name += "".join(f" {key}={value}" for key, value in (change or {}).items())
+    return Contender(name + (f" splits*{splits:g}" if splits != 1 else ""), "ours", codes, make)
 
 
-def sweep(device: torch.device) -> list[Contender]:
-    """Our kernel under other plans."""
-    found = [ours(codes, device) for codes in (False, True)]
-    grid = itertools.product((False, True), (32, 64, 128), (4, 8), (2, 3, 4, 5))
-    for codes, block_n, warps, stages in grid:
-        found.append(ours(codes, device, {"block_n": block_n, "warps": warps, "stages": stages}))
-    for codes, splits in itertools.product((False, True), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)):
-        found.append(ours(codes, device, {"splits": splits}))
+def sweep(device: torch.device, codes: bool) -> list[Contender]:
+    """Our kernel under other plans: over codes all of blocks, warps, stages and splits together; over 16 bits the splits apart."""
+    found, times = [ours(False, device), ours(True, device)], SPLITS if codes else (1.0,)
+    for block_n, warps, stages in itertools.product((64, 128) if codes else (32, 64, 128), (4, 8), (2, 3, 4)):
+        plan = {"block_n": block_n, "warps": warps, "stages": stages}
+        found += [ours(codes, device, plan, more) for more in times]
+    if not codes:
+        found += [ours(False, device, {"splits": splits}) for splits in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)]
     return found
 
 
@@ -451,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_grad_enabled(False)
     device, deadline = torch.device(args.device), Deadline(args.seconds)
-    found, notes = (sweep(device), []) if args.sweep else contenders(device)
+    found, notes = (sweep(device, args.sweep == "codes"), []) if args.sweep else contenders(device)
     bandwidth = copy_bandwidth(device)
     rows, summary = list[dict[str, Any]](), list[dict[str, Any]]()
     for cell in cells(args):
@@ -511,7 +518,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", default=None, help="comma-separated")
     parser.add_argument("--contexts", default=None, help="comma-separated tokens that the cache has room for")
     parser.add_argument("--filled", type=int, default=0, help="tokens that are filled; 0: all")
-    parser.add_argument("--sweep", action="store_true", help="our kernel alone, under other plans")
+    how = "our kernel alone, under other plans over codes (36, a minute for a cell) or over 16 bits"
+    parser.add_argument("--sweep", nargs="?", const="codes", choices=("codes", "floats"), help=how)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=540.0, help="no new cell is started after this")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on CPU: does it run?")

@@ -75,6 +75,21 @@ def test_variants() -> None:
     case(1, (40, 4, 64), 16, 200, dtype=BF16, cache=E4M3).check(seen(1, 16, 200, 190))
 
 
+@pytest.mark.parametrize("cache", [None, E4M3, E5M2, torch.int8])
+def test_gaps(cache: torch.dtype | None) -> None:
+    """Masks that hide keys in between, for all heads and for each, bool and additive; a bias that hides nothing; e4m3 as bytes."""
+    for t in (1, 3):
+        one = case(2, HEADS[0], t, 640, dtype=BF16, cache=cache)
+        for heads in (1, 32):
+            mask = torch.rand(2, heads, t, 640, device=DEVICE) > 0.4
+            one.check(mask)
+            one.check(additive(mask, BF16))
+            one.check(torch.randn(2, heads, t, 640, device=DEVICE))
+        if cache == E4M3:
+            one.k, one.v = one.k.view(torch.uint8), one.v.view(torch.uint8)
+            one.check(seen(2, t, 640, 400, left=(0, 57)))
+
+
 def test_every_byte() -> None:
     """All codes of each format, through a softmax with one key; NaN stays NaN."""
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).reshape(1, 1, 1, 256)

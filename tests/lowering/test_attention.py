@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +170,8 @@ def check_masks() -> None:
     for mask in (filled(2, 1, 100, 64, left=(0, 20)), torch.rand(2, 4, 1, 100) > 0.6):
         single.check(mask, plan=plan(3, 32))
         single.check(additive(mask, F16), plan=plan(3, 32))
+    single.check(torch.rand(2, 1, 1, 100) > 0.5, plan=plan(3, 32))
+    single.check(torch.randn(2, 1, 1, 100), plan=plan(3, 32))
 
 
 def check_variants() -> None:
@@ -387,22 +392,27 @@ def test_codes_cost_about_half() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "splits"),
+    ("batch", "length", "splits", "splits_of_codes"),
     [
-        (1, 512, 8),  # a block for each program
-        (1, 2048, 32),
-        (1, 32768, 32),  # one round of at most 264 programs, two for each of 132 SMs
-        (7, 32768, 14),  # 56 * 14 programs fill 2.97 rounds, where 56 * 4 fill 0.85 of one
-        (16, 2048, 2),
-        (64, 2048, 1),
-        (300, 64, 1),
+        (1, 512, 8, 8),  # a block for each program
+        (1, 2048, 32, 32),
+        (1, 32768, 32, 64),  # one round of at most 264 programs, two for each of 132 SMs; 528 of codes
+        (
+            7,
+            32768,
+            14,
+            9,
+        ),  # 56 * 14 programs fill 2.97 rounds, where 56 * 4 fill 0.85 of one; 56 * 9 of codes fill 0.95
+        (16, 2048, 2, 4),
+        (64, 2048, 1, 1),
+        (300, 64, 1, 1),
     ],
 )
-def test_plans_fill_the_device(batch: int, length: int, splits: int) -> None:
+def test_plans_fill_the_device(batch: int, length: int, splits: int, splits_of_codes: int) -> None:
     problem = replace(LLAMA, batch=batch, length=length)
-    assert triton_decode.plan_of(problem, SM90) == Plan(16, 64, splits, 4, 3)
+    assert triton_decode.plan_of(problem, SM90) == Plan(16, 64, splits, 4, 3, 2)
     codes = replace(problem, k_dtype=E4M3, v_dtype=E4M3)
-    assert triton_decode.plan_of(codes, SM90) == Plan(16, 64, splits, 4, 3)
+    assert triton_decode.plan_of(codes, SM90) == Plan(16, 64, splits_of_codes, 4, 3, 4)
 
 
 def test_plans_of_other_heads_and_devices() -> None:
@@ -440,13 +450,18 @@ def test_what_storing_refuses(arguments: tuple[Any, ...], target: Target, reason
 def test_layouts_that_cannot_be_read() -> None:
     q, k = torch.zeros(1, 2, 1, 32, dtype=F16), torch.zeros(1, 2, 8, 32, dtype=torch.int8)
     one = torch.ones(1)
-    for v, mask, reason in (
-        (torch.zeros(1, 2, 32, 8, dtype=torch.int8).transpose(2, 3), None, "last dimension of v must be contiguous"),
-        (torch.zeros(1, 2, 8, 40, dtype=torch.int8)[..., :32], None, "must be multiples of 16"),
-        (k, torch.ones(1, 1, 1, 7, dtype=torch.bool), "over 7 keys cannot serve a cache of 8"),
+    turned, loose = (
+        torch.zeros(1, 2, 32, 8, dtype=torch.int8).transpose(2, 3),
+        torch.zeros(1, 2, 8, 40, dtype=torch.int8)[..., :32],
+    )
+    for keys, values, mask, reason in (
+        (k, turned, None, "last dimension of v must be contiguous"),
+        (k, loose, None, "strides of v's codes must be multiples of 16"),
+        (loose, k, None, "strides of k's codes must be multiples of 16"),
+        (k, k, torch.ones(1, 1, 1, 7, dtype=torch.bool), "over 7 keys cannot serve a cache of 8"),
     ):
         with pytest.raises(ValueError, match=reason):
-            triton_decode.decode(q, k, v, mask, 1.0, k_scale=one, v_scale=one)
+            triton_decode.decode(q, keys, values, mask, 1.0, k_scale=one, v_scale=one)
 
 
 # --- compiled ---
@@ -460,6 +475,7 @@ POINTERS = {
     torch.uint8: "*u8",
 }
 MASKS = {"none": None, "bool": "*i1", "additive": "*bf16"}
+MATRIX_UNITS = r"wgmma\.mma|tcgen05\.mma"
 
 
 def build(problem: Attention, target: Target) -> Any:
@@ -478,9 +494,20 @@ def build(problem: Attention, target: Target) -> Any:
     none |= {} if problem.sinks else {"sinks_ptr": None}
     none |= {"parts_ptr": None, "stats_ptr": None} if plan.splits == 1 else {}
     types = {name: kind for name, kind in types.items() if name not in none}
-    constants = triton_decode.constants_of(problem, plan) | none
+    constants = triton_decode.constants_of(problem, plan, target) | none
     options = {"num_warps": plan.warps, "num_stages": plan.stages}
     return compile_cubin(kernel, target.arch, types, constants, **options)
+
+
+def resources(built: Any, folder: Path) -> dict[str, int]:
+    """What ptxas gave a kernel, as cuobjdump names it: REG for each thread, SHARED ..."""
+    import triton
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(built.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    return {name: int(size) for name, size in re.findall(r"(\w+):(\d+)", text)}
 
 
 CODED = {"k_dtype": E4M3, "v_dtype": E4M3, "k_scale": "token", "v_scale": "token"}
@@ -516,6 +543,64 @@ def test_cubins(arch: int, name: str, tmp_path: Path) -> None:
     assert ".trans.shared.b16" in ptx and "ld.shared.b8" not in ptx, "V is turned byte by byte"
     assert built.metadata.shared <= shared_memory(target) // 2
     assert stack_bytes(built, tmp_path) <= 16
+
+
+@pytest.mark.parametrize("kind", [E4M3, E5M2, torch.int8, torch.uint8])
+def test_few_rows_of_codes(kind: torch.dtype) -> None:
+    """A program has at most 32 rows over codes, whatever the heads and queries; under more, Triton's products go wrong (``_most_rows``)."""
+    for group, tokens, size in itertools.product((1, 2, 5, 8, 16, 71), range(1, 17), triton_decode.HEAD_SIZES):
+        codes = {"k_dtype": kind, "v_dtype": kind, "head_size": size, "value_size": size}
+        problem = replace(LLAMA, heads=group * 8, tokens=tokens, **codes)
+        for arch in (80, 90, 100, 120):
+            assert triton_decode.plan_of(problem, Target.fake(f"sm{arch}")).block_m <= 32
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [1, 3, 5, 16])  # 8, 24, 40 and 128 rows
+@pytest.mark.parametrize("kind", [E4M3, E5M2, torch.int8])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_codes_are_operands_in_registers(arch: int, kind: torch.dtype, tokens: int) -> None:
+    """No wgmma and no tcgen05 for codes, at any number of rows."""
+    codes = {**CODED, "k_dtype": kind, "v_dtype": kind}
+    problem = replace(LLAMA, heads=64, head_size=64, value_size=64, tokens=tokens, **codes)
+    ptx = build(problem, Target.fake(f"sm{arch}")).asm["ptx"]
+    assert "mma.sync" in ptx and not re.search(MATRIX_UNITS, ptx)
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [90, 100])
+def test_sixteen_bits_use_the_newer_products(arch: int) -> None:
+    """What ``test_codes_are_operands_in_registers`` looks for is there where a program has 64 rows."""
+    ptx = build(replace(LLAMA, heads=64, tokens=5), Target.fake(f"sm{arch}")).asm["ptx"]
+    assert re.search(MATRIX_UNITS, ptx)
+
+
+ROOM: dict[str, dict[str, Any]] = {
+    "one query": {},
+    "no mask": {"mask": "none"},
+    "additive mask": {"mask": "additive"},
+    "three queries": {"tokens": 3},
+    "ragged length": {"length": 2047},
+    "padded heads": {"head_size": 96, "value_size": 96},
+    "heads of 64": {"head_size": 64, "value_size": 64},
+    "wide heads": {"head_size": 256, "value_size": 256},
+    "32 rows": {"tokens": 8},
+    "32 rows, wide": {"tokens": 8, "head_size": 256, "value_size": 256},
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ROOM)
+@pytest.mark.parametrize("kind", [E4M3, torch.int8])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_an_sm_holds_what_plans_count_on(arch: int, kind: torch.dtype, name: str, tmp_path: Path) -> None:
+    """Registers (65536) and shared memory of an SM suffice for ``per_sm`` programs over codes."""
+    target = Target.fake(f"sm{arch}")
+    problem = replace(LLAMA, **{**CODED, "k_dtype": kind, "v_dtype": kind, **ROOM[name]})
+    plan, built = triton_decode.plan_of(problem, target), build(problem, target)
+    registers = -(-resources(built, tmp_path)["REG"] // 8) * 8
+    assert plan.per_sm * plan.warps * 32 * registers <= 65536
+    assert plan.per_sm * built.metadata.shared <= shared_memory(target)
 
 
 @needs_triton

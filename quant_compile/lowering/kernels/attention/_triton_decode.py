@@ -4,11 +4,12 @@ Rows of a program are (query head of the group, query); scores are kept in power
 sums. Codes are multiplied as f16, which holds e4m3, e5m2 and int8 exactly and costs sm89 and newer one instruction for two e4m3.
 So that f16's range is enough, q is divided by the power of two of its row's largest value, and the weights of the second product,
 p times the value's scale, stay at or below 1: the running maximum is that of the logarithm of the weights, not of the scores.
-Codes of v are loaded as words of two, which the instruction that turns 16-bit operands (ldmatrix) takes, and multiplied in two halves:
-single bytes would be turned by single loads.
+Codes are loaded as words of two, which the instruction that hands out 16-bit operands (ldmatrix) takes, and multiplied in two halves:
+single bytes of V would be turned by single loads, and those of K would hand out q in an order that takes moves to mend.
 
-The mask is read first, for the range of keys that any row sees; no key and no value outside of it is read. What a program did not
-see costs nothing in ``combine_kernel``, either.
+The mask is read first, for the range of keys that any row sees; no key and no value outside of it is read (scales of its blocks are).
+It is read again for each block only where it hides or changes something inside of that range. What a program did not see costs nothing
+in ``combine_kernel``, either.
 """
 
 from __future__ import annotations
@@ -16,12 +17,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_compile.lowering.kernels._triton_pieces import _words
+from quant_compile.lowering.kernels._triton_pieces import _only_if, _words
 
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-3e4)  # reference.HIDDEN
 NO_MASK, BOOL, ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_SCALE, HEAD, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Two words of two codes -> f16 of the first codes, f16 of the second ones. A byte u under 0x64 is the f16 1024 + u.
+E4M3_WORDS = tl.constexpr(
+    "{ .reg .b32 t; .reg .b16 a, b; "
+    "prmt.b32 t, $2, 0, 0x4420; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a; "
+    "prmt.b32 t, $2, 0, 0x4431; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $1, a; }"
+)
+E5M2_WORDS = tl.constexpr("prmt.b32 $0, $2, 0, 0x2404; and.b32 $1, $2, 0xFF00FF00;")
+INT8_WORDS = tl.constexpr(
+    "{ .reg .b32 c, t, u; mov.b32 c, 0x64806480; xor.b32 u, $2, 0x80808080; "
+    "prmt.b32 t, u, 0x64646464, 0x4240; sub.f16x2 $0, t, c; "
+    "prmt.b32 t, u, 0x64646464, 0x4341; sub.f16x2 $1, t, c; }"
+)
 
 
 # --- pieces ---
@@ -36,24 +49,27 @@ def _load(ptr, inside, EVEN: tl.constexpr, other: tl.constexpr):
 
 
 @triton.jit
-def _operand(x, OPERAND: tl.constexpr):
-    """Floats or codes as OPERAND; bytes are e4m3, which sm80 has no instruction for, times 2^-8."""
-    if x.dtype == tl.uint8:
-        wide = x.to(tl.int16)
-        half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        return tl.where((wide & 0x7F) == 0x7F, float("nan"), half).to(OPERAND)
-    return x.to(OPERAND)
+def _from_byte(byte, KIND: tl.constexpr, OPERAND: tl.constexpr):
+    """uint16 below 256, codes of KIND, as OPERAND; uint8 is e4m3, which sm80 has no instruction for, times 2^-8."""
+    if KIND.is_fp8e5():
+        return (byte << 8).to(tl.float16, bitcast=True)
+    if KIND.is_int_unsigned():
+        half = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        return tl.where((byte & 0x7F) == 0x7F, float("nan"), half).to(OPERAND)
+    return byte.to(tl.uint8).to(KIND, bitcast=True).to(OPERAND)
 
 
 @triton.jit
-def _from_byte(byte, KIND: tl.constexpr, OPERAND: tl.constexpr):
-    """uint16 below 256, codes of KIND, as OPERAND."""
-    if KIND.is_fp8e5():
-        return (byte << 8).to(tl.float16, bitcast=True)
-    byte = byte.to(tl.uint8)
-    if KIND.is_int_unsigned():
-        return _operand(byte, OPERAND)
-    return byte.to(KIND, bitcast=True).to(OPERAND)
+def _from_words(words, KIND: tl.constexpr, OPERAND: tl.constexpr, ASM: tl.constexpr):
+    """uint16, two codes of KIND each -> (first codes, second codes) as OPERAND."""
+    if ASM:
+        TEXT: tl.constexpr = E5M2_WORDS if KIND.is_fp8e5() else (INT8_WORDS if KIND.is_int_signed() else E4M3_WORDS)
+        even, odd = tl.inline_asm_elementwise(
+            TEXT, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        even, odd = _from_byte(words & 0xFF, KIND, OPERAND), _from_byte(words >> 8, KIND, OPERAND)
+    return even, odd
 
 
 @triton.jit
@@ -69,20 +85,25 @@ def _reach(
     mask_ptr, rows, real, m_n, split, blocks, length, MASK: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr,
     SCAN: tl.constexpr,
 ):  # fmt: skip
-    """What any of the mask's ``rows`` (offsets, where ``real``) sees: first and end of the program's own blocks, and of keys."""
-    first, end = length, 0
+    """What any of the mask's ``rows`` (offsets, where ``real``) sees: first and end of the program's own blocks, and of keys, and
+    whether the mask changes anything for some row and own key between those.
+    """
+    first, end, plain = length, 0, 0
     places = tl.arange(0, SCAN)
     for start in range(0, blocks, SCAN // BN):
         keys = (split + (start + places // BN) * SPLITS) * BN + places % BN
         inside = real[:, None] & (keys < length)[None, :]
         value = tl.load(mask_ptr + rows[:, None] + keys[None, :] * m_n, mask=inside, other=0)
         seen = tl.max(_sees(value, inside, MASK).to(tl.int32), 0) > 0
+        changes = real[:, None] & ((value == 0) if MASK == BOOL else (value != 0))
+        plain += tl.sum((seen & (tl.max(changes.to(tl.int32), 0) == 0)).to(tl.int32), 0)
         first = tl.minimum(first, tl.min(tl.where(seen, keys, length), 0))
         end = tl.maximum(end, tl.max(tl.where(seen, keys + 1, 0), 0))
     some = end > 0
     low = tl.where(some, (first // BN - split) // SPLITS, 0)
     high = tl.where(some, ((end - 1) // BN - split) // SPLITS + 1, 0)
-    return low, high, first, end
+    own = (high - low) * BN - first % BN - (BN - end % BN) % BN
+    return low, high, first, end, plain < own
 
 
 @triton.jit
@@ -107,6 +128,13 @@ def _finite(x):
 
 
 @triton.jit
+def _logarithm(weight):
+    """log2 of magnitudes within 0.09, from the float's own bits; no less than -100, so that exp2 of a score less this stays finite."""
+    bits = weight.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.maximum(bits.to(tl.float32) * 2.0**-23 - 127.0, -100.0)
+
+
+@triton.jit
 def _with_sink(top, total, sink):
     """(maximum, sum, factor of what was summed under the old maximum) with one more logit, in powers of two."""
     higher = tl.maximum(top, sink)
@@ -125,17 +153,20 @@ def decode_kernel(
     T: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, SCAN: tl.constexpr, SCAN_ROWS: tl.constexpr,
     MASK: tl.constexpr, SHARED_MASK: tl.constexpr, CAP: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
-    CODES: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr,
+    CODES: tl.constexpr, OPERAND: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """q [b, hkv * GROUP, T, D] over k [b, hkv, length, D], v [.., DV] -> out [b, T, hkv * GROUP, DV], or parts of it.
 
-    grid: (b * hkv, SPLITS, blocks of BM rows). With SPLITS > 1: sums [b * hkv, GROUP * T, SPLITS, DV] to parts, and maxima and
-    totals [2, b * hkv, GROUP * T, SPLITS] to stats, f32. SHARED_MASK: one mask for all heads. ``_n``: strides along keys.
+    grid: (b * hkv * blocks of BM rows, SPLITS); neighbours read the same keys. With SPLITS > 1: sums [b * hkv, GROUP * T, SPLITS, DV]
+    to parts, and maxima and totals [2, b * hkv, GROUP * T, SPLITS] to stats, f32. SHARED_MASK: one mask for all heads. ``_n``: strides
+    along keys.
     """
-    pair, split = tl.program_id(0), tl.program_id(1)
+    ROW_BLOCKS: tl.constexpr = (GROUP * T + BM - 1) // BM
+    pair, split = tl.program_id(0) // ROW_BLOCKS, tl.program_id(1)
+    PLAIN: tl.constexpr = 1 if MASK == BOOL else 0  # what changes nothing
     WHOLE: tl.constexpr = EVEN and MASK == NO_MASK  # every key of every block is read
     b, h = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    rows = tl.program_id(2) * BM + tl.arange(0, BM)
+    rows = tl.program_id(0) % ROW_BLOCKS * BM + tl.arange(0, BM)
     head, t, real = h * GROUP + rows // T, rows % T, rows < GROUP * T
     cols, d, dv = tl.arange(0, BN), tl.arange(0, PD), tl.arange(0, PDV)
     total_blocks = tl.cdiv(length, BN)
@@ -145,11 +176,11 @@ def decode_kernel(
         mask_ptr += b * m_b
         if SHARED_MASK:
             queries = tl.arange(0, SCAN_ROWS)
-            low, high, first, end = _reach(
+            low, high, first, end, changes = _reach(
                 mask_ptr, queries * m_t, queries < T, m_n, split, high, length, MASK, SPLITS, BN, SCAN,
             )  # fmt: skip
         else:
-            low, high, first, end = _reach(
+            low, high, first, end, changes = _reach(
                 mask_ptr, head * m_h + t * m_t, real, m_n, split, high, length, MASK, SPLITS, BN, SCAN,
             )  # fmt: skip
 
@@ -163,8 +194,11 @@ def decode_kernel(
         wide = q.to(tl.float32)
         power, inverse = _powers_of_two(wide)
         q, factor = (wide * inverse[:, None]).to(OPERAND), factor * power
-    BYTES_K: tl.constexpr = 256.0 if k_ptr.dtype.element_ty == tl.uint8 else 1.0  # what ``_operand`` leaves out
-    BYTES_V: tl.constexpr = 256.0 if v_ptr.dtype.element_ty == tl.uint8 else 1.0
+        q, q_odd = tl.split(tl.reshape(q, (BM, PD // 2, 2)))
+    KIND_K: tl.constexpr = k_ptr.dtype.element_ty
+    KIND_V: tl.constexpr = v_ptr.dtype.element_ty
+    BYTES_K: tl.constexpr = 256.0 if KIND_K.is_int_unsigned() and not ASM else 1.0  # what ``_from_byte`` leaves out
+    BYTES_V: tl.constexpr = 256.0 if KIND_V.is_int_unsigned() and not ASM else 1.0
     factor = factor * BYTES_K
     if KS == HEAD:
         factor = factor * tl.load(ks_ptr + h * ks_h)
@@ -172,16 +206,16 @@ def decode_kernel(
         factor = factor * LOG2E
     k_ptr += b * k_b + h.to(tl.int64) * k_h
     v_ptr += b * v_b + h.to(tl.int64) * v_h
-    k_places = cols[:, None] * k_n + d[None, :]
-    KIND: tl.constexpr = v_ptr.dtype.element_ty
-    if CODES:  # two codes a word; strides are multiples of 16 bytes
-        v_ptr, v_n = _words(v_ptr, tl.uint16), v_n // 16 * 8
     PACK: tl.constexpr = 2 if CODES else 1
-    dw = tl.arange(0, PDV // PACK)
+    if CODES:  # two codes a word; strides are multiples of 16 bytes
+        k_ptr, k_n = _words(k_ptr, tl.uint16), k_n // 16 * 8
+        v_ptr, v_n = _words(v_ptr, tl.uint16), v_n // 16 * 8
+    dk, dw = tl.arange(0, PD // PACK), tl.arange(0, PDV // PACK)
+    k_places = cols[:, None] * k_n + dk[None, :]
     v_places = cols[:, None] * v_n + dw[None, :]
 
     top = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
+    total = tl.zeros((BM, BN), tl.float32)
     acc = tl.zeros((BM, PDV // PACK), tl.float32)
     odd = acc
     for block in range(low, high):
@@ -189,13 +223,19 @@ def decode_kernel(
         keys = start + cols
         inside = (keys >= first) & (keys < end)
         at = start.to(tl.int64)
-        k = _load(k_ptr + at * k_n + k_places, inside[:, None] & (d < D)[None, :], WHOLE and D == PD, 0.0)
+        k = _load(k_ptr + at * k_n + k_places, inside[:, None] & (dk < D // PACK)[None, :], WHOLE and D == PD, 0)
         v = _load(v_ptr + at * v_n + v_places, inside[:, None] & (dw < DV // PACK)[None, :], WHOLE and DV == PDV, 0)
-        s = tl.dot(q, tl.trans(_operand(k, OPERAND))) * factor[:, None]
+        if CODES:
+            k, k_odd = _from_words(k, KIND_K, OPERAND, ASM)
+            s = tl.dot(q_odd, tl.trans(k_odd), tl.dot(q, tl.trans(k)))
+        else:
+            s = tl.dot(q, tl.trans(k))
+        s = s * factor[:, None]
         if KS == TOKEN:
-            s = s * _load(ks_ptr + b * ks_b + h * ks_h + keys * ks_n, inside, WHOLE, 0.0)[None, :]
+            s = s * _load(ks_ptr + b * ks_b + h * ks_h + keys * ks_n, keys < length, EVEN, 0.0)[None, :]
         if VS == TOKEN:
-            weight = _load(vs_ptr + b * vs_b + h * vs_h + keys * vs_n, inside, WHOLE, 1.0)
+            weight = _load(vs_ptr + b * vs_b + h * vs_h + keys * vs_n, keys < length, EVEN, 1.0)
+            weight = tl.where(inside, weight, 1.0)  # none outside is NaN, which 0 of p would not hide
         if CAP:
             s = _capped(s, tl.full((), softcap, tl.float32)) * LOG2E
         if MASK == NO_MASK:
@@ -204,31 +244,37 @@ def decode_kernel(
         else:
             if SHARED_MASK and T == 1:
                 within = inside[None, :]
-                value = tl.load(mask_ptr + keys[None, :] * m_n, mask=within, other=0)
+                mask_rows = tl.zeros((1, 1), tl.int32)
             else:
                 within = real[:, None] & inside[None, :]
-                value = tl.load(mask_ptr + (head * m_h + t * m_t)[:, None] + keys[None, :] * m_n, mask=within, other=0)
+                mask_rows = (head * m_h + t * m_t)[:, None]
+            value = tl.load(mask_ptr + mask_rows + keys[None, :] * m_n, mask=_only_if(within, changes), other=PLAIN)
+            if SHARED_MASK and T == 1 and MASK == BOOL:
+                # Of what p is computed from by elements alone, Triton takes the narrowest load for the width of the second product's
+                # operands; 8 bits would cost moves. A reduction, here of one row, ends that search.
+                value = tl.max(value.to(tl.int32), 0)[None, :]
             shown = _sees(value, within, MASK)
             if MASK == ADDITIVE:
                 s += value.to(tl.float32) * LOG2E
             s = tl.where(shown, s, float("-inf"))
         logarithms = s
         if VS == TOKEN:
-            logarithms = tl.where(s == float("-inf"), float("-inf"), s + tl.math.log2(weight)[None, :])
+            logarithms += _logarithm(weight)[None, :]
         higher = tl.maximum(top, tl.max(logarithms, 1))
         shift = _finite(higher)
         p = tl.math.exp2(s - shift[:, None])
         fade = tl.math.exp2(top - shift)
-        total = total * fade + tl.sum(p, 1)
+        total = total * fade[:, None] + p
         if VS == TOKEN:
-            p = tl.where(s == float("-inf"), 0.0, p * weight[None, :])
+            p = p * weight[None, :]
         p = p.to(OPERAND)
         if CODES:
-            odd = tl.dot(p, _from_byte(v >> 8, KIND, OPERAND), odd * fade[:, None])
-            v = _from_byte(v & 0xFF, KIND, OPERAND)
+            v, v_odd = _from_words(v, KIND_V, OPERAND, ASM)
+            odd = tl.dot(p, v_odd, odd * fade[:, None])
         acc = tl.dot(p, v, acc * fade[:, None])
         top = higher
 
+    total = tl.sum(total, 1)
     last = BYTES_V
     if VS == HEAD:
         last = last * tl.load(vs_ptr + h * vs_h)
@@ -247,7 +293,8 @@ def decode_kernel(
     else:
         place = (pair.to(tl.int64) * (GROUP * T) + rows) * SPLITS + split
         tl.store(stats_ptr + place, top, mask=real)
-        tl.store(stats_ptr + tl.num_programs(0).to(tl.int64) * (GROUP * T * SPLITS) + place, total, mask=real)
+        pairs = tl.num_programs(0) // ROW_BLOCKS
+        tl.store(stats_ptr + pairs.to(tl.int64) * (GROUP * T * SPLITS) + place, total, mask=real)
         if high > low:
             tl.store(parts_ptr + place[:, None] * DV + dv[None, :], acc, mask=width)
 

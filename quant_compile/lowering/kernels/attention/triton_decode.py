@@ -99,6 +99,7 @@ class Plan:
         splits: programs that share the keys of one sequence and KV head.
         warps: of a program.
         stages: blocks that are loaded ahead, and one.
+        per_sm: programs that an SM holds at a time, which the splits are counted out for.
     """
 
     block_m: int
@@ -106,6 +107,7 @@ class Plan:
     splits: int
     warps: int
     stages: int
+    per_sm: int = 2
 
 
 def problem_of(
@@ -174,25 +176,55 @@ def _wrong_types(p: Attention) -> str | None:
 def plan_of(problem: Attention, target: Target) -> Plan:
     """The plan of a launch.
 
-    A block of K and V is 32 KiB in 16 bits, half of that in codes, so that what is on the way at two programs an SM (64 KiB) keeps HBM
-    busy. Heads above 128 halve the keys of a block. Warps and stages are those that won on an H200 at 16 sequences of 2048 and 8192
-    (benchmarks/results/attention_sweep.json), for codes as for 16 bits; two stages where an SM's memory is small (sm89, sm120).
+    A block of K and V is 32 KiB in 16 bits, half of that in codes, so that what is on the way at two programs an SM of 16 bits, or
+    four of codes (64 KiB), keeps HBM busy. Heads above 128 halve the keys of a block. Warps and stages are those that won on an H200
+    at 16 sequences of 2048 and 8192 (benchmarks/results/attention_sweep.json), for codes as for 16 bits; two stages where an SM's
+    memory is small (sm89, sm120).
     """
     wide = max(pow2(problem.head_size), pow2(problem.value_size)) > 128
     block_n = 32 if wide else 64
-    block_m = max(16, min(64, pow2(problem.group * problem.tokens)))
+    block_m = max(16, min(_most_rows(problem), pow2(problem.group * problem.tokens)))
     warps = 8 if block_m * pow2(problem.value_size) > 64 * 64 else 4
     stages = 3 if shared_memory(target) >= 160 * 1024 else 2
     programs = problem.batch * problem.kv_heads * ceil(problem.group * problem.tokens, block_m)
-    return Plan(block_m, block_n, _splits(programs, ceil(problem.length, block_n), target.sm_count), warps, stages)
+    per_sm = _per_sm(problem, target, block_m, block_n, warps)
+    splits = _splits(programs, ceil(problem.length, block_n), per_sm * target.sm_count)
+    return Plan(block_m, block_n, splits, warps, stages, per_sm)
 
 
-def _splits(programs: int, blocks: int, sm_count: int) -> int:
-    """The splits, 64 at most, under which a full cache takes the least time, in blocks: two programs run on an SM at a time, and each
+def _per_sm(problem: Attention, target: Target, block_m: int, block_n: int, warps: int) -> int:
+    """Programs that an SM holds at a time.
+
+    16 bits: two, which reach the memory's speed. Codes: what registers leave room for; shared memory would hold more. Programs of 128
+    threads are two where each row has a mask of its own or there are more than 16 rows, else three (168 registers a thread); and four
+    (128) for whole blocks and heads without padding, which is how a static cache is read, up to sm90 only.
+    """
+    if problem.k_dtype not in CODES:
+        return 2
+    if block_m > 16 or problem.tokens > 1 or problem.mask_heads:
+        return 8 // warps
+    padded = (
+        any(size != pow2(size) for size in (problem.head_size, problem.value_size)) or problem.length % block_n != 0
+    )
+    return 3 if padded or block_n < 64 or target.arch not in (80, 90) else 4
+
+
+def _splits(programs: int, blocks: int, room: int) -> int:
+    """The splits, 64 at most, under which a full cache takes the least time, in blocks: ``room`` programs run at a time, and each
     costs about a block more than it reads. Of equals the fewest.
     """
-    rounds = {n: ceil(programs * n, 2 * sm_count) for n in range(1, min(blocks, MOST_SPLITS) + 1)}
+    rounds = {n: ceil(programs * n, room) for n in range(1, min(blocks, MOST_SPLITS) + 1)}
     return min(rounds, key=lambda n: rounds[n] * (ceil(blocks, n) + 1))
+
+
+def _most_rows(problem: Attention) -> int:
+    """Rows of a program at most: 64, and 32 of codes.
+
+    From 64 rows up Triton multiplies with wgmma on sm90 and with tcgen05 on sm100, which take K and V from shared memory: codes would be
+    converted in registers, written back, and turned again. On an H200 what triton 3.6 makes of that for heads of 64 under 4 warps gave
+    wrong results, and addresses outside of the cache. Up to 32 rows, and on sm120 always, it is mma.sync, with operands in registers.
+    """
+    return 32 if problem.k_dtype in CODES else 64
 
 
 def decode(
@@ -225,7 +257,7 @@ def decode(
         k, v = _bytes(k), _bytes(v)
     problem = problem_of(q, k, v, mask, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
     settings = plan or plan_of(problem, target)
-    source: Any = import_module("quant_compile.lowering.kernels.attention._triton_decode")
+    source = _source()
     b, t, dv = problem.batch, problem.tokens, problem.value_size
     rows, pairs, splits = problem.group * t, b * problem.kv_heads, settings.splits
     out = torch.empty(b, t, problem.heads, dv, dtype=q.dtype, device=q.device)
@@ -234,12 +266,12 @@ def decode(
         parts = torch.empty(pairs * rows * splits * dv, dtype=torch.float32, device=q.device)
         stats = torch.empty(2 * pairs * rows * splits, dtype=torch.float32, device=q.device)
     enqueue(
-        source.decode_kernel, (pairs, splits, ceil(rows, settings.block_m)),
+        source.decode_kernel, (pairs * ceil(rows, settings.block_m), splits),
         q, k, v, mask, k_scale, v_scale, sinks, out, parts, stats,
         float(scale), float(softcap), problem.length, problem.kv_heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_mask_strides(mask), *scale_strides(k_scale),
         *scale_strides(v_scale),
-        **constants_of(problem, settings), num_warps=settings.warps, num_stages=settings.stages,
+        **constants_of(problem, settings, target), num_warps=settings.warps, num_stages=settings.stages,
     )  # fmt: skip
     if splits > 1:
         enqueue(
@@ -253,14 +285,14 @@ def _check_layout(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1:
             raise ValueError(f"the last dimension of {name} must be contiguous, its stride is {x.stride(3)}")
-    if v.dtype.itemsize == 1 and any(stride % 16 for stride in v.stride()[:3]):
-        raise ValueError(f"strides of v's codes must be multiples of 16, not {v.stride()}")
+        if x.dtype.itemsize == 1 and any(stride % 16 for stride in x.stride()[:3]):
+            raise ValueError(f"strides of {name}'s codes must be multiples of 16, not {x.stride()}")
     if mask is not None and mask.shape[3] < k.shape[2]:
         raise ValueError(f"a mask over {mask.shape[3]} keys cannot serve a cache of {k.shape[2]}")
 
 
-def constants_of(problem: Attention, plan: Plan) -> dict[str, Any]:
-    """The constants of ``decode_kernel``."""
+def constants_of(problem: Attention, plan: Plan, target: Target) -> dict[str, Any]:
+    """The constants of ``decode_kernel``; inline assembly has instructions of sm89, and none where Triton interprets."""
     codes = problem.k_dtype in CODES
     shared = not problem.mask_heads
     scan_rows = pow2(problem.tokens) if shared else plan.block_m
@@ -286,6 +318,7 @@ def constants_of(problem: Attention, plan: Plan) -> dict[str, Any]:
         "CODES": codes,
         "OPERAND": triton_type(torch.float16 if codes else problem.dtype),
         "EVEN": problem.length % plan.block_n == 0,
+        "ASM": codes and target.arch >= 89 and not _interpreted(),
     }
 
 
@@ -293,6 +326,15 @@ def combine_constants(problem: Attention, splits: int) -> dict[str, Any]:
     """The constants of ``combine_kernel``; 16 parts are added at a time, which four warps hold in registers."""
     size = {"DV": problem.value_size, "PDV": pow2(problem.value_size), "SPLITS": splits, "PS": pow2(splits)}
     return {"T": problem.tokens, "GROUP": problem.group, **size, "STEP": min(16, pow2(splits))}
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets its kernels."""
+    return "Interpreted" in type(_source().decode_kernel).__name__
+
+
+def _source() -> Any:
+    return import_module("quant_compile.lowering.kernels.attention._triton_decode")
 
 
 def _bytes(codes: Tensor) -> Tensor:
