@@ -30,6 +30,8 @@ FEW = 256  # counts up to this cost nothing, whatever the files hold
 # Bytes that a model may compute for itself as it is made, beside the size of its files: tables of positions and the like.
 COMPUTED = 64_000_000
 _FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full, torch.linspace, torch.eye)
+# On the meta device torch spends a millisecond on each, for no values.
+_RANDOM = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
 
 def read_config(files: Files) -> Any:
@@ -81,6 +83,8 @@ class _EmptyOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _RANDOM and args and args[0].is_meta:
+            return args[0]
         if func is torch.empty:
             kwargs["device"] = "meta"
         elif func in _FACTORIES:

@@ -42,6 +42,9 @@ class Sizes:
     worth: int = 32 << 20
 
 
+SIZES = Sizes()
+
+
 class Link(Protocol):
     """What a device does for a ``Stager``. ``copy`` and ``wait`` are called by its threads, all else by the one that loads."""
 
@@ -154,7 +157,7 @@ def staged(
     Args:
         groups: what will be asked for, as for ``Stager``.
     """
-    groups, sizes = list(groups), sizes or Sizes()
+    groups, sizes = list(groups), sizes or SIZES
     worth = files.on_disk and sum(info.nbytes for group in groups for info in group) >= sizes.worth
     link = link_of(device) if worth else None
     stager = _stager(link, groups, sizes, files) if link is not None else None
@@ -268,10 +271,9 @@ class Stager:
         Raises:
             CheckpointError: the file is shorter than it was, or cannot be read.
         """
-        group = self._group.pop(info, None)
+        arrival, group = self._pop(info), self._group.pop(info, None)
         if group is not None:
             self._drop_before(group)
-        arrival = self._pop(info)
         if arrival is None:
             arrival = self._allocate(info)
             self._post([arrival, *self._next()])
