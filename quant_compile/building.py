@@ -31,7 +31,7 @@ FEW = 256  # counts up to this cost nothing, whatever the files hold
 COMPUTED = 64_000_000
 _FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full, torch.linspace, torch.eye)
 # On the meta device torch spends a millisecond on each, for no values.
-_RANDOM = (torch.Tensor.normal_, torch.Tensor.uniform_)
+_RANDOM = (torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
 def read_config(files: Files) -> Any:
@@ -83,8 +83,8 @@ class _EmptyOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _RANDOM and args and args[0].is_meta:
-            return args[0]
+        if func in _RANDOM and (tensor := kwargs["tensor"] if "tensor" in kwargs else args[0]).is_meta:
+            return tensor
         if func is torch.empty:
             kwargs["device"] = "meta"
         elif func in _FACTORIES:

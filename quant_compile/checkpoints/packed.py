@@ -258,7 +258,8 @@ class _Tensors:
         values = self.files.load(Part(name), self.device)
         self.progress(self.files.tensors[name].nbytes)
         if values.is_floating_point() and values.element_size() > 1 and values.numel():
-            self._ends.setdefault(values.dtype, []).append((name, *torch.aminmax(values)))
+            least, most = torch.aminmax(values)
+            self._ends.setdefault(values.dtype, []).append((name, least, most))
         return values
 
     def plane(self, name: str, order: tuple[int, ...]) -> Tensor:
@@ -273,7 +274,8 @@ class _Tensors:
             CheckpointError: a tensor has one.
         """
         for ends in self._ends.values():
-            finite = torch.isfinite(torch.stack([end for _, *pair in ends for end in pair])).view(-1, 2).all(1).tolist()
+            pairs = torch.stack([end for _, least, most in ends for end in (least, most)])
+            finite = torch.isfinite(pairs).view(-1, 2).all(1).tolist()
             bad = next((name for (name, *_), good in zip(ends, finite, strict=True) if not good), None)
             if bad is not None:
                 raise CheckpointError(f"{self.files.tensors[bad].where} has NaN or inf.\n{AGAIN}")

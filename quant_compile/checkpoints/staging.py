@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -367,7 +367,7 @@ class Stager:
 
     def _read(self, buffers: tuple[Tensor, Tensor]) -> None:
         """Until closed: a task into one buffer, while the other is being copied."""
-        views = [memoryview(buffer.numpy()) for buffer in buffers]
+        views = [memoryview(cast(Any, buffer.numpy())) for buffer in buffers]
         events: list[Any] = [None, None]
         turn = 0
         with torch.inference_mode(), self._link.thread():  # what is filled may be made in inference mode

@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -196,7 +196,7 @@ def test_an_error_of_a_reader_reaches_who_asks(folder: Path, error: Exception, m
 
     real = os.preadv
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(CheckpointError if isinstance(error, OSError) else MemoryError, match="Input/output|no memory"):
+    with pytest.raises(CheckpointError if isinstance(error, OSError) else MemoryError, match=r"Input/output|no memory"):
         load_all(files)
     assert not readers()
 
