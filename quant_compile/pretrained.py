@@ -5,6 +5,7 @@ Builds the model that transformers would build, without its weights; ``checkpoin
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,6 +121,19 @@ class Plan:
         return table
 
 
+@contextmanager
+def _collecting_later() -> Generator[None]:
+    """Leave Python's garbage until then: a model's modules are many new objects, of which none is garbage, and each collection looks at all."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+@_collecting_later()
 def load(
     path: str | Path,
     policy: Any = None,
