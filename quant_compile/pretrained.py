@@ -123,7 +123,7 @@ class Plan:
 
 @contextmanager
 def _collecting_later() -> Generator[None]:
-    """Leave Python's garbage until then: a model's modules are many new objects, of which none is garbage, and each collection looks at all."""
+    """Leave Python's garbage until then: a model is many new objects, none of them garbage, and collections look at all of them."""
     on = gc.isenabled()
     gc.disable()
     try:

@@ -138,7 +138,7 @@ class CudaLink:
     @staticmethod
     def give_back() -> None:
         """As ``Link``; torch would keep what nobody holds for the rest of the process."""
-        empty = getattr(torch._C, "_host_emptyCache", None)
+        empty = getattr(torch._C, "_host_emptyCache", None) or getattr(torch._C, "_accelerator_emptyHostCache", None)
         if empty is not None:
             empty()
 
