@@ -30,6 +30,8 @@ FEW = 256  # counts up to this cost nothing, whatever the files hold
 # Bytes that a model may compute for itself as it is made, beside the size of its files: tables of positions and the like.
 COMPUTED = 64_000_000
 _FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full, torch.linspace, torch.eye)
+# Of Tensor and torch.nn.init, which transformers wraps; on the meta device torch spends a millisecond on each, for no values.
+_RANDOM = ("normal_", "uniform_", "kaiming_uniform_")
 
 
 def read_config(files: Files) -> Any:
@@ -81,6 +83,11 @@ class _EmptyOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if (
+            getattr(func, "__name__", "") in _RANDOM
+            and (tensor := kwargs["tensor"] if "tensor" in kwargs else args[0]).is_meta
+        ):
+            return tensor
         if func is torch.empty:
             kwargs["device"] = "meta"
         elif func in _FACTORIES:

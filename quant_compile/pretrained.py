@@ -5,6 +5,7 @@ Builds the model that transformers would build, without its weights; ``checkpoin
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,6 +121,19 @@ class Plan:
         return table
 
 
+@contextmanager
+def _collecting_later() -> Generator[None]:
+    """Leave Python's garbage until then: a model is many new objects, none of them garbage, and collections look at all of them."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+@_collecting_later()
 def load(
     path: str | Path,
     policy: Any = None,
@@ -163,17 +177,28 @@ def load(
             f"{path} takes {plan.nbytes / 1e9:.2f} GB, and max_memory is {max_memory / 1e9:.2f} GB.\n"
             "Fix: a policy with fewer bits for what is not quantized, or a larger device."
         )
+    _reserve(plan.nbytes, target)
     with _bar(plan, progress) as step:
         whole = _filled(plan, target, step)
     _move_buffers(plan.model, target)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
-    notes = list(plan.notes)
+    notes = [*plan.notes, *plan.files.notes]
     if plan.packed is not None:
         notes += used_times(plan.packed, Target.of(target if target.type == "cuda" else "cpu"))
     options.setdefault("release_weights", True)
     model = api.compile(plan.model.eval(), whole, **options)
     _note(model, notes, whole, target)
     return model
+
+
+def _reserve(nbytes: int, device: torch.device) -> None:
+    """Let torch's allocator have what the weights take in one piece, since asking CUDA for each tensor takes longer than copying it."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:  # pieces that are free may do
+        return
 
 
 def _filled(plan: Plan, device: torch.device, progress: Progress) -> Policy:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import isfinite, prod
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -59,6 +59,72 @@ class TensorInfo:
         """File and tensor, for messages."""
         return f"{self.file}: {cut(self.name)}"
 
+    def cut(self, index: int) -> TensorInfo:
+        """One item of the first dimension.
+
+        Raises:
+            IndexError: there is no such item.
+        """
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(f"{self.where} has {self.shape[0]} items, and item {index} is asked for")
+        nbytes = prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(self, shape=self.shape[1:], start=self.start + index * nbytes, nbytes=nbytes)
+
+    def rows(self, first: int, last: int) -> TensorInfo:
+        """The items ``first`` to ``last`` of the first dimension, as slices have them."""
+        first, last = min(first, self.shape[0]), min(last, self.shape[0])
+        row, count = prod(self.shape[1:]) * self.dtype.itemsize, max(0, last - first)
+        return replace(self, shape=(count, *self.shape[1:]), start=self.start + first * row, nbytes=count * row)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a checkpoint, or the share of one that belongs to a module.
+
+    Attributes:
+        name: of the tensor.
+        index: of the expert, where the tensor holds all of them.
+        transposed: its two last dimensions are swapped.
+        rows: the first and last row of what ``index`` left, where gate and up share a tensor.
+    """
+
+    name: str
+    index: int | None = None
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
+
+    def info(self, whole: TensorInfo) -> TensorInfo:
+        """What a module sees of the header's entry."""
+        shape = whole.shape[1:] if self.index is not None and whole.shape else whole.shape
+        if self.transposed and len(shape) > 1:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        if self.rows is not None and shape:
+            shape = (min(self.rows[1], shape[0]) - self.rows[0], *shape[1:])
+        return replace(whole, shape=shape)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """That part of the tensor."""
+        found = whole[self.index] if self.index is not None and whole.dim() else whole
+        if self.transposed and found.dim() > 1:
+            found = found.transpose(-1, -2)
+        return found[self.rows[0] : self.rows[1]] if self.rows is not None and found.dim() else found
+
+    def span(self, whole: TensorInfo) -> TensorInfo:
+        """The bytes that it is in: an expert's, and of these the rows, unless they are columns in the file."""
+        found = whole
+        if self.index is not None and whole.shape:
+            found = whole.cut(self.index)
+        return found.rows(*self.rows) if self._rows_in_file(found) and self.rows is not None else found
+
+    def of_span(self, found: Tensor) -> Tensor:
+        """That part of what ``span`` names."""
+        whole = replace(self, index=None, rows=None) if self._rows_in_file(found) else replace(self, index=None)
+        part = whole.of(found)
+        return part if part.numel() == found.numel() else part.clone()  # so that the rest can go
+
+    def _rows_in_file(self, stored: TensorInfo | Tensor) -> bool:
+        return self.rows is not None and bool(stored.shape) and not (self.transposed and len(stored.shape) > 1)
+
 
 @dataclass
 class Files:
@@ -68,12 +134,17 @@ class Files:
         folder: of the checkpoint.
         tensors: name -> where it is.
         metadata: of each file, joined.
+        staged: the device that tensors are on their way to, and what hands them over; None: they are copied when they are asked for.
+        notes: what was to be said while they were read, one sentence each.
     """
 
     folder: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
+    staged: tuple[torch.device, Callable[[TensorInfo], Tensor]] | None = None
+    notes: list[str] = field(default_factory=list[str])
     _mapped: tuple[Path, Tensor] | None = None
+    on_disk: ClassVar[bool] = True
 
     @staticmethod
     def open(path: str | Path) -> Files:
@@ -116,6 +187,19 @@ class Files:
         if info.start % max(1, info.dtype.itemsize):
             data = data.clone()  # views of wider dtypes must be aligned
         return data.view(info.dtype).reshape(info.shape)
+
+    def load(self, part: Part, device: str | torch.device, *, copy: bool = True) -> Tensor:
+        """A tensor, or a share of one, on a device: the one way of values to there.
+
+        Args:
+            copy: on the device of the files, it must not share memory with them.
+
+        Raises:
+            CheckpointError: the file is shorter than it was, or cannot be read.
+        """
+        if self.staged is not None and self.staged[0] == torch.device(device):
+            return part.of_span(self.staged[1](part.span(self.tensors[part.name])))
+        return part.of(self.get(part.name)).to(device, copy=copy)
 
     def close(self) -> None:
         """Let go of the mapped file; tensors that are still held keep their part of it."""

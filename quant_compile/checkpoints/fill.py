@@ -7,7 +7,7 @@ the store and, for inputs that a checkpoint permutes or scales, a hook on the li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from quant_compile.checkpoints.description import Description
 from quant_compile.checkpoints.errors import CheckpointError
-from quant_compile.checkpoints.files import Files
+from quant_compile.checkpoints.files import Files, Part
 from quant_compile.checkpoints.formats import FORMATS
 from quant_compile.checkpoints.names import Copy, ExpertBias, Experts, Job, Linear, Mapped, Slot, Stem
+from quant_compile.checkpoints.staging import staged
 from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Read
 from quant_compile.checkpoints.wishes import Again, Wishes
 from quant_compile.ir.family import Planes, family_of
@@ -95,12 +96,25 @@ class Filler:
         """
         out: list[Outcome] = []
         self._find_apart(mapped)
-        for job in mapped.jobs:
-            with torch.no_grad():
+        steps = [[part.span(self.files.tensors[part.name]) for part in step] for step in self._steps(mapped)]
+        with torch.no_grad(), staged(self.files, steps, self.device):
+            for job in mapped.jobs:
                 out.append(self._run(job, dry=False))
-            self.progress(sum(self.files.tensors[name].nbytes for name in sources_of(job)))
+                self.progress(sum(self.files.tensors[name].nbytes for name in sources_of(job)))
         self.files.close()
         return out
+
+    def _steps(self, mapped: Mapped) -> Iterator[list[Part]]:
+        """What jobs read together, in their order."""
+        for job in mapped.jobs:
+            if isinstance(job, Copy):
+                by_expert = job.slot.tensor.dim() == 3 and self.wishes.plain(job.slot) is not None
+                yield from ([part] for part in (_experts_of(job.source, job.slot) if by_expert else [Part(job.source)]))
+            elif isinstance(job, ExpertBias):
+                yield from ([Part(source) for source in sources] for sources in job.sources)
+            else:
+                stems = [(job.stem,)] if isinstance(job, Linear) else job.stems
+                yield from (list(stem.tensors.values()) for own in stems for stem in own)
 
     def _run(self, job: Job, dry: bool) -> Outcome:
         if isinstance(job, Copy):
@@ -171,18 +185,28 @@ class Filler:
         if scheme is not None:
             return self._quantize(slot, scheme, job.source, dry)
         if not dry:
-            values = self.files.get(job.source).to(self.device, slot.tensor.dtype, copy=True)
-            place(slot, values)
+            same = info.dtype == slot.tensor.dtype
+            values = self.files.load(Part(job.source), self.device, copy=same)
+            place(slot, values.to(slot.tensor.dtype))
         return Outcome(slot.name, None, _source(self.files, job.source), _nbytes(slot))
 
     def _quantize(self, slot: Slot, scheme: Scheme, source: str, dry: bool) -> Outcome:
         """A weight in 16 bits, by the user's policy, on its way to the device."""
         text = f"{_source(self.files, source)}, {AS_READ}"
         if not dry:
-            adopt_values(slot, self.files.get(source), scheme, self.dtype, self.device, text)
+            self._adopt_quantized(slot, scheme, source, text)
         experts = slot.tensor.shape[0] if slot.tensor.dim() == 3 else 1
         nbytes = experts * _plane_bytes(slot, scheme, key_of(slot, scheme, self.dtype), self.dtype)
         return Outcome(slot.name, scheme, text, nbytes)
+
+    def _adopt_quantized(self, slot: Slot, scheme: Scheme, source: str, text: str) -> None:
+        if slot.tensor.dim() < 3:
+            values = self.files.load(Part(source), self.device, copy=False)
+            adopt_values(slot, values, scheme, self.dtype, self.device, text)
+            return
+        key = key_of(slot, scheme, self.dtype)
+        experts = (self.files.load(part, self.device, copy=False) for part in _experts_of(source, slot))
+        adopt_experts(slot, key, (quantize_expert(values, key, slot.name) for values in experts), self.device, text)
 
     def _linear(self, job: Linear, dry: bool) -> Outcome:
         slot, found = job.slot, self.read(job.stem, dry)
@@ -370,7 +394,7 @@ class Filler:
         if not dry:
             out = torch.empty(count, n, dtype=slot.tensor.dtype, device=self.device)
             for expert, sources in enumerate(job.sources):
-                parts = [self.files.get(source).to(self.device) for source in sources]
+                parts = [self.files.load(Part(source), self.device, copy=False) for source in sources]
                 out[expert].copy_(torch.stack(parts, 1).flatten() if job.alternates else torch.cat(parts))
             place(slot, out)
         return Outcome(slot.name, None, _source(self.files, job.sources[0][0]), _nbytes(slot))
@@ -538,6 +562,11 @@ def sources_of(job: Job) -> list[str]:
     if isinstance(job, ExpertBias):
         return [name for sources in job.sources for name in sources]
     return list({part.name: None for stems in job.stems for stem in stems for part in stem.tensors.values()})
+
+
+def _experts_of(source: str, slot: Slot) -> list[Part]:
+    """A block's weight that one tensor holds, expert by expert."""
+    return [Part(source, index) for index in range(slot.tensor.shape[0])]
 
 
 def _finite(values: Tensor, where: str) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from quant_compile.checkpoints.description import Description, Keys, Target
 from quant_compile.checkpoints.errors import CheckpointError
-from quant_compile.checkpoints.files import Files, TensorInfo
+from quant_compile.checkpoints.files import Files, Part, TensorInfo
 from quant_compile.checkpoints.fill import Filler, Outcome, put
 from quant_compile.checkpoints.formats import FORMATS, METHODS
 from quant_compile.checkpoints.library_modules import EXPERTS, FIX, Holding, holding_of, is_compressed
 from quant_compile.checkpoints.loaded_experts import Twins, jobs_of
 from quant_compile.checkpoints.names import Mapped, Slot
-from quant_compile.checkpoints.weight import REAL, Dense, Module, Part
+from quant_compile.checkpoints.weight import REAL, Dense, Module
 from quant_compile.ir.family import Reject
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.places import modules_of
@@ -104,6 +104,7 @@ class _Held(Files):
     """Tensors of a module in the place of a checkpoint's."""
 
     held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    on_disk = False
 
     def get(self, name: str) -> Tensor:
         """The tensor itself."""

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant_compile.checkpoints.files import Part
 from quant_compile.checkpoints.library_modules import Holding, stays
 from quant_compile.checkpoints.names import Experts, Slot, Stem
-from quant_compile.checkpoints.weight import Part
 from quant_compile.ir.errors import QuantError
 from quant_compile.ir.family import Reject
 from quant_compile.model.weights import _stores_columns

@@ -20,10 +20,9 @@ from typing import NoReturn
 from torch import Tensor, nn
 
 from quant_compile.checkpoints.errors import CheckpointError, cut
-from quant_compile.checkpoints.files import Files, names_of
+from quant_compile.checkpoints.files import Files, Part, names_of
 from quant_compile.checkpoints.formats import SUFFIXES
 from quant_compile.checkpoints.spelling import names_from_file
-from quant_compile.checkpoints.weight import Part
 from quant_compile.model.weights import _stores_columns
 
 GATE, UP, DOWN, BOTH = "gate", "up", "down", "both"

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from quant_compile.checkpoints.description import PACKED
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
-from quant_compile.checkpoints.files import Files, read_json
+from quant_compile.checkpoints.files import Files, Part, read_json
 from quant_compile.checkpoints.fill import Outcome, Progress, hollow, place, scale_input
 from quant_compile.checkpoints.names import Slot, slots_of
+from quant_compile.checkpoints.staging import staged
 from quant_compile.checkpoints.write import Item, Job
 from quant_compile.ir.errors import QuantError
 from quant_compile.ir.family import PlaneSpec, family_of
 from quant_compile.ir.moe import MoeProblem
-from quant_compile.ir.numerics import all_finite, dtype_name
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.moe import moe_layouts, moe_problem_text, parse_moe_problem
 from quant_compile.lowering.registry import Problem, layouts
@@ -199,48 +200,85 @@ class Packed:
         Raises:
             CheckpointError: values are NaN or inf.
         """
-        with torch.no_grad():
+        tensors = _Tensors(self.files, device, progress)
+        steps = [[self.files.tensors[name]] for name in self._order()]
+        with torch.no_grad(), staged(self.files, steps, device):
             for slot in self.kept:
-                place(slot, self._get(slot.name, device, progress))
+                place(slot, tensors.get(slot.name))
             for slab in self.slabs:
-                planes = tuple(self._plane(name, order, device, progress) for name, order in slab.planes)
+                planes = tuple(tensors.plane(name, order) for name, order in slab.planes)
                 parameters = [None if slot is None else hollow(slot, device) for slot in slab.members]
                 STORE.adopt_slab(parameters, slab.rows, slab.key, planes, slab.problem)
                 for slot, parameter in zip(slab.members, parameters, strict=True):
                     if slot is not None and parameter is not None:
-                        self._note(slot, parameter, model, device, progress)
-            self._inputs(model, device, progress)
+                        self._note(slot, parameter, tensors)
+            self._inputs(model, tensors)
+            tensors.check()
         self.files.close()
 
-    def _note(
-        self, slot: Slot, parameter: nn.Parameter, model: nn.Module, device: torch.device, progress: Progress
-    ) -> None:
+    def _order(self) -> Iterator[str]:
+        """Tensors as ``fill`` asks for them."""
+        yield from (slot.name for slot in self.kept)
+        for slab in self.slabs:
+            yield from (name for name, _ in slab.planes)
+            names = [slot.name for slot in slab.members if slot is not None]
+            yield from (self.scales[name] for name in names if name in self.scales)
+        yield from dict.fromkeys(name for named in self.inputs.values() for name in named.values())
+
+    def _note(self, slot: Slot, parameter: nn.Parameter, tensors: _Tensors) -> None:
         entry = STORE.entry(parameter)
         entry.source = self.sources.get(slot.name) or self.files.folder.name
         if slot.name in self.scales:
-            entry.input_scale = self._get(self.scales[slot.name], device, progress)
+            entry.input_scale = tensors.get(self.scales[slot.name])
         path = slot.name.rpartition(".")[0]
         entry.own_input = path in self.inputs
 
-    def _inputs(self, model: nn.Module, device: torch.device, progress: Progress) -> None:
+    def _inputs(self, model: nn.Module, tensors: _Tensors) -> None:
         known: dict[str, Tensor] = {}
         for path, named in self.inputs.items():
             for name in named.values():
-                known[name] = known[name] if name in known else self._get(name, device, progress)
+                known[name] = known[name] if name in known else tensors.get(name)
             found = {kind: known[name] for kind, name in named.items()}
             scale_input(model.get_submodule(path), found.get("order"), found.get("factor"))
 
-    def _get(self, name: str, device: torch.device, progress: Progress) -> Tensor:
-        values = self.files.get(name).to(device, copy=True)
-        progress(self.files.tensors[name].nbytes)
-        wide = values.is_floating_point() and values.element_size() > 1
-        if wide and not all_finite(values):
-            raise CheckpointError(f"{self.files.tensors[name].where} has NaN or inf.\n{AGAIN}")
+
+@dataclass
+class _Tensors:
+    """Tensors of a folder on their way to a device. Their values are looked at once, at the end: a look waits for the device."""
+
+    files: Files
+    device: torch.device
+    progress: Progress
+    _ends: dict[torch.dtype, list[tuple[str, Tensor, Tensor]]] = field(
+        default_factory=dict[torch.dtype, list[tuple[str, Tensor, Tensor]]]
+    )
+
+    def get(self, name: str) -> Tensor:
+        """As it lies."""
+        values = self.files.load(Part(name), self.device)
+        self.progress(self.files.tensors[name].nbytes)
+        if values.is_floating_point() and values.element_size() > 1 and values.numel():
+            least, most = torch.aminmax(values)
+            self._ends.setdefault(values.dtype, []).append((name, least, most))
         return values
 
-    def _plane(self, name: str, order: tuple[int, ...], device: torch.device, progress: Progress) -> Tensor:
+    def plane(self, name: str, order: tuple[int, ...]) -> Tensor:
+        """With its dimensions in the order of its layout."""
         inverse = sorted(range(len(order)), key=lambda d: order[d])
-        return self._get(name, device, progress).permute(inverse)
+        return self.get(name).permute(inverse)
+
+    def check(self) -> None:
+        """Refuse NaN and inf.
+
+        Raises:
+            CheckpointError: a tensor has one.
+        """
+        for ends in self._ends.values():
+            pairs = torch.stack([end for _, least, most in ends for end in (least, most)])
+            finite = torch.isfinite(pairs).view(-1, 2).all(1).tolist()
+            bad = next((name for (name, *_), good in zip(ends, finite, strict=True) if not good), None)
+            if bad is not None:
+                raise CheckpointError(f"{self.files.tensors[bad].where} has NaN or inf.\n{AGAIN}")
 
 
 def read(files: Files, model: nn.Module) -> Packed:

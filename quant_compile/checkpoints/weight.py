@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.checkpoints.errors import CheckpointError
-from quant_compile.checkpoints.files import Files, TensorInfo
+from quant_compile.checkpoints.files import Files, Part, TensorInfo
 from quant_compile.ir.errors import SchemeError
 from quant_compile.ir.family import Planes, PlaneSpec, family_of
 from quant_compile.ir.numerics import dtype_name
@@ -78,39 +78,6 @@ class Dense:
 
 
 Read = Quantized | Dense
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor of a checkpoint, or the share of one that belongs to a module.
-
-    Attributes:
-        name: of the tensor.
-        index: of the expert, where the tensor holds all of them.
-        transposed: its two last dimensions are swapped.
-        rows: the first and last row of what ``index`` left, where gate and up share a tensor.
-    """
-
-    name: str
-    index: int | None = None
-    transposed: bool = False
-    rows: tuple[int, int] | None = None
-
-    def info(self, whole: TensorInfo) -> TensorInfo:
-        """What a module sees of the header's entry."""
-        shape = whole.shape[1:] if self.index is not None and whole.shape else whole.shape
-        if self.transposed and len(shape) > 1:
-            shape = (*shape[:-2], shape[-1], shape[-2])
-        if self.rows is not None and shape:
-            shape = (min(self.rows[1], shape[0]) - self.rows[0], *shape[1:])
-        return replace(whole, shape=shape)
-
-    def of(self, whole: Tensor) -> Tensor:
-        """That part of the tensor."""
-        found = whole[self.index] if self.index is not None and whole.dim() else whole
-        if self.transposed and found.dim() > 1:
-            found = found.transpose(-1, -2)
-        return found[self.rows[0] : self.rows[1]] if self.rows is not None and found.dim() else found
 
 
 @dataclass(frozen=True)
@@ -176,7 +143,7 @@ class Module:
         if self.dry:
             return torch.empty(info.shape, dtype=info.dtype, device="meta")
         # A copy on a CPU too: planes must not depend on a file that may change.
-        return self.tensors[suffix].of(self.files.get(info.name)).to(self.device, copy=self.copy)
+        return self.files.load(self.tensors[suffix], self.device, copy=self.copy)
 
     def scale(self, suffix: str, dtypes: Sequence[torch.dtype], *shapes: tuple[int, ...]) -> Tensor:
         """A tensor of scales: finite and not zero.
