@@ -11,8 +11,9 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,13 +45,14 @@ from quant_compile.runtime.merges import Merges
 from quant_compile.runtime.profiling import unprofiled
 from quant_compile.runtime.record import claim_weights, record, refuse_released, release_packed
 from quant_compile.runtime.variant import Compile, Variant, Variants
-from quant_compile.runtime.watch import Lendings, Pick, Watched, picker
+from quant_compile.runtime.watch import Lendings, Looks, Pick, Watched, picker
 
 
 @dataclass(frozen=True, eq=False)
 class Binding:
-    """A variant bound to the planes of particular Parameters; holds no Parameter."""
+    """A variant bound to the planes of particular Parameters, whose ``identities`` it has; holds no Parameter."""
 
+    identities: frozenset[int]
     variant: Variant
     pick_arguments: Pick
     planes: tuple[Tensor, ...]
@@ -92,7 +94,8 @@ class GraphRunner:
             self.pristine, self.found, inputs, source, options, compile_graph, choosers, target, verdicts
         )
         self._lock = threading.RLock()
-        self._bindings: dict[tuple[int, ...], Binding] = {}
+        self._looks: Looks | None = None  # chosen at the first call, so that all bindings have one kind of key
+        self._bindings: dict[Hashable, Binding] = {}
         self._places: weakref.WeakValueDictionary[int, Lent] = weakref.WeakValueDictionary()
         STORE.on_forget(self._forget)
 
@@ -122,7 +125,9 @@ class GraphRunner:
         if self._slices:
             self._note_slices(args)
         self.source.reload_if_changed()
-        binding = self._bindings.get(tuple(map(id, parameters)))
+        if self._looks is None:
+            return None
+        binding = self._bindings.get(self._looks.identities(parameters))
         return binding if binding is not None and self._is_current(binding, parameters) else None
 
     def _note_slices(self, args: Sequence[Any]) -> None:
@@ -140,7 +145,7 @@ class GraphRunner:
         return binding.watched.unchanged(parameters) and binding.merges.unchanged()
 
     def _forget(self, identity: int) -> None:
-        for key in [key for key in list(self._bindings) if identity in key]:
+        for key in [key for key, binding in self._bindings.copy().items() if identity in binding.identities]:
             self._bindings.pop(key, None)
 
     def _adopt(self, values: tuple[Any, ...]) -> bool:
@@ -155,7 +160,9 @@ class GraphRunner:
     def _bind(self, values: tuple[Any, ...]) -> Binding:
         with self._lock:
             lent = self._adopt(values)
-            called = tuple(map(identity_of if lent else id, values))
+            looks = self._looks = self._looks or Looks.best()
+            identities = tuple(map(identity_of if lent else id, values))
+            called = identities if lent else looks.identities(values)
             found = self._bindings.get(called) if lent else None
             if found is not None and self._is_current(found, values):
                 return found
@@ -175,18 +182,19 @@ class GraphRunner:
                 release_packed(parameters, variant)
             packed = {slot for ref in variant.refs for slot in slots_of(ref)}
             positions = [i for i, slot in enumerate(self._slots) if slot in packed and _watchable(parameters[slot])]
-            for key in [key for key, binding in list(self._bindings.items()) if binding.epoch != STORE.epoch]:
+            for key in [key for key, binding in self._bindings.copy().items() if binding.epoch != STORE.epoch]:
                 self._bindings.pop(key, None)
             # Until no other thread changed any planes in between. Bounded: a graph with more groups of one weight than the store
             # keeps slabs for packs anew each time; its binding is then out of date and is made again at the next call.
-            watch = Lendings.of if lent else Watched.of
+            watch = Lendings.of if lent else partial(Watched.of, looks=looks)
             epoch, watched = -1, watch(values, positions)
             for _ in range(3):
                 epoch, watched = STORE.epoch, watch(values, positions)
                 planes = self._planes(variant, parameters, decisions)
                 if epoch == STORE.epoch:
                     break
-            binding = Binding(variant, picker(variant.arguments), planes, watched, merges, epoch, generation)
+            pick = picker(variant.arguments)
+            binding = Binding(frozenset(identities), variant, pick, planes, watched, merges, epoch, generation)
             self._bindings[called] = binding
             return binding
 

@@ -1,11 +1,12 @@
-"""Whether the weights that planes were made of are still what they were: one comparison a call, however many weights there are.
+"""Which weights a call has, and whether they are still what they were: one comparison each, however many weights there are.
 
-Reads Parameters; holds none of them, and changes none.
+``Looks.best`` looks at all of them in one loop of C++ (``watch.cpp``) where that is compiled, ``LOOPS`` in loops of Python's. Reads
+Parameters; holds none of them, and changes none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -13,11 +14,52 @@ from typing import Any
 from torch import Tensor
 
 from quant_compile.lowering.identity import Storages, signature_of
+from quant_compile.runtime import native
 
 Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+Look = Callable[[tuple[Any, ...]], Hashable]
 
 _VERSION = attrgetter("_version")
 _ADDRESS = Tensor.data_ptr
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How Parameters are looked at.
+
+    Attributes:
+        identities: Parameters -> what is equal for the same objects, as long as they live.
+        states: (Parameters, positions) -> a function of such Parameters whose result is equal as long as no version (of those that have
+            one; Parameters made in inference mode have none) and no address at these positions has changed.
+    """
+
+    identities: Look
+    states: Callable[[tuple[Any, ...], Sequence[int]], Look]
+
+    @staticmethod
+    def best() -> Looks:
+        """The fastest that there is by now."""
+        made = native.module()
+        if made is None:
+            return LOOPS
+        return Looks(made.identities, lambda parameters, positions: _after(picker(positions), made.states))
+
+
+def _states(parameters: tuple[Any, ...], positions: Sequence[int]) -> Look:
+    pick = picker(positions)
+    versioned = picker([position for position in positions if not parameters[position].is_inference()])
+    return lambda parameters: (_all(_VERSION, versioned(parameters)), _all(_ADDRESS, pick(parameters)))
+
+
+def _all(look: Callable[[Any], int], parameters: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(map(look, parameters))
+
+
+def _after(pick: Pick, look: Look) -> Look:
+    return lambda parameters: look(pick(parameters))
+
+
+LOOPS = Looks(lambda parameters: _all(id, parameters), _states)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,36 +67,24 @@ class Watched:
     """The Parameters that planes were made of, and what shows a change of them.
 
     Attributes:
-        pick: those Parameters, of all that the graph has.
-        pick_versioned: those of them that have a version; one made in inference mode has none.
-        versions: show updates in place.
-        addresses: show another storage.
+        look: see ``Looks.states``; shows updates in place, and another storage.
+        seen: what it said when the planes were made.
         storages: show that an address was given up, and may since have been handed out again.
     """
 
-    pick: Pick
-    pick_versioned: Pick
-    versions: tuple[int, ...]
-    addresses: tuple[int, ...]
+    look: Look
+    seen: Hashable
     storages: Storages
 
     @staticmethod
-    def of(parameters: tuple[Any, ...], positions: Sequence[int]) -> Watched:
+    def of(parameters: tuple[Any, ...], positions: Sequence[int], looks: Looks = LOOPS) -> Watched:
         """As they are now."""
-        pick = picker(positions)
-        pick_versioned = picker([position for position in positions if not parameters[position].is_inference()])
-        watched = pick(parameters)
-        return Watched(
-            pick, pick_versioned, _all(_VERSION, pick_versioned(parameters)), _all(_ADDRESS, watched), Storages(watched)
-        )
+        look = looks.states(parameters, positions)
+        return Watched(look, look(parameters), Storages(picker(positions)(parameters)))
 
     def unchanged(self, parameters: tuple[Any, ...]) -> bool:
-        """Whether nothing shows a change; two passes over the Parameters in C."""
-        return (
-            not self.storages.died
-            and self.versions == _all(_VERSION, self.pick_versioned(parameters))
-            and self.addresses == _all(_ADDRESS, self.pick(parameters))
-        )
+        """Whether nothing shows a change."""
+        return not self.storages.died and self.look(parameters) == self.seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +112,3 @@ def picker(positions: Sequence[int]) -> Pick:
     if list(positions) == list(range(first, last + 1)):
         return itemgetter(slice(first, last + 1))
     return itemgetter(*positions)
-
-
-def _all(look: Callable[[Any], int], parameters: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(map(look, parameters))
