@@ -164,6 +164,15 @@ def test_without_a_compiler_loops_do(tmp_path: Path) -> None:
     assert unbuilt(tmp_path, script, PATH=str(tmp_path)).split() == ["None", "True"]
 
 
+def test_a_process_that_ends_leaves_no_half(made: Any, tmp_path: Path) -> None:
+    script = (
+        "import time; from quant_compile.runtime import native; native.build_ahead()\n"
+        "while not native._COMPILING: time.sleep(0.01)"
+    )
+    unbuilt(tmp_path, script)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "sglquant"]
+
+
 def test_a_broken_file_is_not_used(tmp_path: Path) -> None:
     script = (
         "from quant_compile.runtime import native, watch; native.library().parent.mkdir(); "

@@ -6,6 +6,7 @@ compiled does not say what torch says, there is no module, and ``watch.py`` does
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import shutil
@@ -25,10 +26,11 @@ import torch
 NAME = "sglquant_watch"
 SOURCE = Path(__file__).with_name("watch.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-LONGEST = 300  # seconds
+LONGEST, LONGEST_CLEANING = 300, 2  # seconds
 
 _LOCK = threading.Lock()
 _LOADED: dict[Path, Any] = {}
+_COMPILING = set[Any]()
 
 
 def build_ahead() -> None:
@@ -61,7 +63,15 @@ def library() -> Path:
 def _build_once() -> threading.Thread:
     thread = threading.Thread(target=build, name=NAME, daemon=True)
     thread.start()
+    atexit.register(_give_up, thread)
     return thread
+
+
+def _give_up(thread: threading.Thread) -> None:
+    """A process that ends takes its compiler along, and leaves nothing behind."""
+    for process in list(_COMPILING):
+        process.kill()
+    thread.join(LONGEST_CLEANING)
 
 
 def build() -> bool:
@@ -73,11 +83,23 @@ def build() -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            subprocess.run(_command(compiler, made), check=True, capture_output=True, timeout=LONGEST)
+            _run(_command(compiler, made))
             made.replace(path)
     except (OSError, subprocess.SubprocessError):
         return False  # no headers, a compiler that is too old, a cache that is read-only: loops do
     return True
+
+
+def _run(command: list[str]) -> None:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        _COMPILING.add(process)
+        try:
+            code = process.wait(LONGEST)
+        finally:
+            _COMPILING.discard(process)
+            process.kill()  # nothing if it has ended
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def _command(compiler: str, made: Path) -> list[str]:
