@@ -41,7 +41,9 @@ class Chain(torch.nn.Module):
 def measure(device: torch.device, weights: int = WEIGHTS, models: Sequence[int] = MODELS) -> dict[str, Any]:
     """Median microseconds of a call of the backend's function, by the number of models that take turns."""
     from quant_compile.backend import sglquant
+    from quant_compile.runtime import native
 
+    native.library().exists() or native.build()  # begun in the background otherwise, and first used by the graphs after it
     y = torch.zeros(1, SIZE, device=device, dtype=torch.bfloat16)
     spent: list[float] = []
     graphs = 0
@@ -61,7 +63,7 @@ def measure(device: torch.device, weights: int = WEIGHTS, models: Sequence[int] 
         return timed
 
     bound = [Chain(weights, device).eval().requires_grad_(False) for _ in range(max(models))]
-    out: dict[str, Any] = {"weights": weights, "calls": CALLS}
+    out: dict[str, Any] = {"weights": weights, "calls": CALLS, "native": native.module() is not None}
     with torch.no_grad(), patch("torch._inductor.compile_fx.compile_fx", lambda *_, **__: lambda *args: (y,)):
         for model in bound:
             model.compile(backend=backend, dynamic=False)

@@ -17,7 +17,7 @@ import quant_compile
 from quant_compile.generation.weights import Weights
 from quant_compile.lowering.identity import ANCHOR, place_of
 from quant_compile.lowering.weights import STORE
-from quant_compile.runtime.call import Watched
+from quant_compile.runtime.watch import Watched
 from tests.runtime_support import Mlp, bf16, plain_inductor, reference_of
 
 __all__ = ["plain_inductor"]

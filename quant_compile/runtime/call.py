@@ -8,13 +8,12 @@ compiled from the same Dynamo graph with the same symbolic shapes.
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from quant_compile.ir.graph import (
     slots_of,
 )
 from quant_compile.ir.inline import inline
-from quant_compile.lowering.identity import Storages, identity_of, peek_anchor, signature_of
+from quant_compile.lowering.identity import identity_of, peek_anchor
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.model.names import Owners
@@ -46,82 +45,25 @@ from quant_compile.runtime.merges import Merges
 from quant_compile.runtime.profiling import unprofiled
 from quant_compile.runtime.record import claim_weights, record, refuse_released, release_packed
 from quant_compile.runtime.variant import Compile, Variant, Variants
-
-_VERSION = attrgetter("_version")
+from quant_compile.runtime.watch import Lendings, Looks, Pick, Watched, picker
 
 
 @dataclass(frozen=True, eq=False)
 class Binding:
-    """A variant bound to the planes of particular Parameters; holds no Parameter."""
+    """A variant bound to the planes of particular Parameters, whose ``identities`` it has; holds no Parameter."""
 
+    identities: frozenset[int]
     variant: Variant
-    pick_arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    pick_arguments: Pick
     planes: tuple[Tensor, ...]
     watched: Watched | Lendings
     merges: Merges
     epoch: int
     generation: int
 
-
-@dataclass(frozen=True, eq=False)
-class Watched:
-    """The Parameters that planes were made of, by position, and what shows a change of them.
-
-    Attributes:
-        positions: among the graph's Parameters.
-        pick: those Parameters that have a version; one made in inference mode has none.
-        versions: show updates in place.
-        addresses: show another storage; one for each Parameter of the graph, None where it is not watched.
-        storages: show that an address was given up, and may since have been handed out again.
-    """
-
-    positions: list[int]
-    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
-    versions: tuple[int, ...]
-    addresses: list[int | None]
-    storages: Storages
-
-    @staticmethod
-    def of(parameters: tuple[Any, ...], positions: Sequence[int]) -> Watched:
-        """As they are now."""
-        pick = _picker([position for position in positions if not parameters[position].is_inference()])
-        addresses: list[int | None] = [None] * len(parameters)
-        for position in positions:
-            addresses[position] = parameters[position].data_ptr()
-        storages = Storages(parameters[position] for position in positions)
-        return Watched(list(positions), pick, _versions(pick(parameters)), addresses, storages)
-
-    def unchanged(self, parameters: tuple[Any, ...]) -> bool:
-        """Whether nothing shows a change; two passes over the Parameters in C."""
-        if self.storages.died or self.versions != _versions(self.pick(parameters)):
-            return False
-        return _SAME_ADDRESSES(list(parameters), self.addresses, self.positions)
-
-
-@dataclass(frozen=True, eq=False)
-class Lendings:
-    """The same where weights are lent for a call: whatever Parameters have them, what their lenders say of their content."""
-
-    positions: Sequence[int]
-    signatures: list[Any]
-
-    @staticmethod
-    def of(parameters: tuple[Any, ...], positions: Sequence[int]) -> Lendings:
-        """As they are now."""
-        return Lendings(positions, [signature_of(parameters[position]) for position in positions])
-
-    def unchanged(self, parameters: tuple[Any, ...]) -> bool:
-        """Whether nothing shows a change."""
-        return self.signatures == [signature_of(parameters[position]) for position in self.positions]
-
-
-def _same_addresses(tensors: list[Any], addresses: list[int | None], positions: list[int]) -> bool:
-    now = map(Tensor.data_ptr, map(tensors.__getitem__, positions))
-    return all(map(operator.eq, now, map(addresses.__getitem__, positions)))
-
-
-# In C where torch was built with CUDA.
-_SAME_ADDRESSES = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", _same_addresses)
+    def run(self, args: tuple[Any, ...]) -> Any:
+        """Call the compiled function; ``args`` are the graph's."""
+        return self.variant.function(*(self.pick_arguments(args) + self.planes))
 
 
 class GraphRunner:
@@ -141,7 +83,7 @@ class GraphRunner:
         self.pristine = inline(copy_graph(gm))
         self._parameters = {i: value for i, value in enumerate(inputs) if isinstance(value, Parameter)}
         self._slots = tuple(self._parameters)
-        self._pick = _picker(self._slots)
+        self._pick = picker(self._slots)
         verdicts = Verdicts()
         self.found = Found.of(self.pristine, self._parameters, verdicts)
         self._decider = Decider(self.found, source, options, choosers, target)
@@ -152,7 +94,8 @@ class GraphRunner:
             self.pristine, self.found, inputs, source, options, compile_graph, choosers, target, verdicts
         )
         self._lock = threading.RLock()
-        self._bindings: dict[tuple[int, ...], Binding] = {}
+        self._looks: Looks | None = None  # chosen at the first call, so that all bindings have one kind of key
+        self._bindings: dict[Hashable, Binding] = {}
         self._places: weakref.WeakValueDictionary[int, Lent] = weakref.WeakValueDictionary()
         STORE.on_forget(self._forget)
 
@@ -173,9 +116,8 @@ class GraphRunner:
         binding = self.bound(args)
         if binding is None:
             with unprofiled():  # binding, and what the graph's first call sets up
-                binding = self._bind(self._pick(args))
-                return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
-        return binding.variant.function(*binding.pick_arguments(args), *binding.planes)
+                return self._bind(self._pick(args)).run(args)
+        return binding.run(args)
 
     def bound(self, args: tuple[Any, ...]) -> Binding | None:
         """What a call with these arguments would run; None if it had to be bound anew."""
@@ -183,7 +125,9 @@ class GraphRunner:
         if self._slices:
             self._note_slices(args)
         self.source.reload_if_changed()
-        binding = self._bindings.get(tuple(map(id, parameters)))
+        if self._looks is None:
+            return None
+        binding = self._bindings.get(self._looks.identities(parameters))
         return binding if binding is not None and self._is_current(binding, parameters) else None
 
     def _note_slices(self, args: Sequence[Any]) -> None:
@@ -201,7 +145,7 @@ class GraphRunner:
         return binding.watched.unchanged(parameters) and binding.merges.unchanged()
 
     def _forget(self, identity: int) -> None:
-        for key in [key for key in list(self._bindings) if identity in key]:
+        for key in [key for key, binding in self._bindings.copy().items() if identity in binding.identities]:
             self._bindings.pop(key, None)
 
     def _adopt(self, values: tuple[Any, ...]) -> bool:
@@ -216,7 +160,9 @@ class GraphRunner:
     def _bind(self, values: tuple[Any, ...]) -> Binding:
         with self._lock:
             lent = self._adopt(values)
-            called = tuple(map(identity_of if lent else id, values))
+            looks = self._looks = self._looks or Looks.best()
+            identities = tuple(map(identity_of if lent else id, values))
+            called = identities if lent else looks.identities(values)
             found = self._bindings.get(called) if lent else None
             if found is not None and self._is_current(found, values):
                 return found
@@ -236,18 +182,19 @@ class GraphRunner:
                 release_packed(parameters, variant)
             packed = {slot for ref in variant.refs for slot in slots_of(ref)}
             positions = [i for i, slot in enumerate(self._slots) if slot in packed and _watchable(parameters[slot])]
-            for key in [key for key, binding in list(self._bindings.items()) if binding.epoch != STORE.epoch]:
+            for key in [key for key, binding in self._bindings.copy().items() if binding.epoch != STORE.epoch]:
                 self._bindings.pop(key, None)
             # Until no other thread changed any planes in between. Bounded: a graph with more groups of one weight than the store
             # keeps slabs for packs anew each time; its binding is then out of date and is made again at the next call.
-            watch = Lendings.of if lent else Watched.of
+            watch = Lendings.of if lent else partial(Watched.of, looks=looks)
             epoch, watched = -1, watch(values, positions)
             for _ in range(3):
                 epoch, watched = STORE.epoch, watch(values, positions)
                 planes = self._planes(variant, parameters, decisions)
                 if epoch == STORE.epoch:
                     break
-            binding = Binding(variant, _picker(variant.arguments), planes, watched, merges, epoch, generation)
+            pick = picker(variant.arguments)
+            binding = Binding(frozenset(identities), variant, pick, planes, watched, merges, epoch, generation)
             self._bindings[called] = binding
             return binding
 
@@ -261,20 +208,6 @@ class GraphRunner:
         for block in self.found.blocks:
             names |= dict(zip(block.slots, weight_names(decisions[block.node.name].name, block), strict=True))
         return tuple(_resolve(ref, parameters, names) for ref in variant.refs)
-
-
-def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Tuple of the values at ``positions``, at C speed where possible."""
-    if len(positions) == 0:
-        return lambda values: ()
-    if len(positions) == 1:
-        only = positions[0]
-        return lambda values: (values[only],)
-    return itemgetter(*positions)
-
-
-def _versions(parameters: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(map(_VERSION, parameters))
 
 
 def _watchable(parameter: Parameter) -> bool:

@@ -45,7 +45,7 @@ class Merges:
 
     def unchanged(self) -> bool:
         """Whether every layer says the same now."""
-        return all(
+        return not self.layers or all(
             (found := layer()) is not None and _state(found) == state
             for layer, state in zip(self.layers, self.states, strict=True)
         )
