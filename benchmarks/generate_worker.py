@@ -108,16 +108,16 @@ def logits_file(folder: Path, model: str, stack: str, cell: str) -> Path:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def build(setup: Setup, device: torch.device) -> Any:
+def build(model: str, tiny: bool, device: torch.device) -> Any:
     """The eager bf16 model: seeded random weights made on the device, or the bundled tiny one."""
-    if setup.model == BUNDLED:
+    if model == BUNDLED:
         from quant_compile.demo import load
 
         return load("dense").model.to(device)
-    layers = 1 if setup.tiny else LAYERS[setup.model]
-    if setup.model == QWEN:
-        return build_moe((SMOKE_MODELS if setup.tiny else MODELS)[QWEN], layers, "grouped_mm", device)
-    return build_llama(TINY if setup.tiny else LLAMA_3_8B, layers, device)
+    layers = 1 if tiny else LAYERS[model]
+    if model == QWEN:
+        return build_moe((SMOKE_MODELS if tiny else MODELS)[QWEN], layers, "grouped_mm", device)
+    return build_llama(TINY if tiny else LLAMA_3_8B, layers, device)
 
 
 class Forced:
@@ -218,7 +218,7 @@ class Worker:
 
     def load(self) -> None:
         """Build the model."""
-        self.model = build(self.setup, self.device)
+        self.model = build(self.setup.model, self.setup.tiny, self.device)
         self.model.generation_config.eos_token_id = EOS
         self.model.generation_config.pad_token_id = 0
 

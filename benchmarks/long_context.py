@@ -5,6 +5,7 @@ A stack is a policy, perhaps `` + `` and a scheme of the KV cache, or `` as writ
 steps itself, over a static cache and with CUDA graphs.
 
     python benchmarks/long_context.py --gpus 2    # on GPUs: Llama-3-8B's shape, 16 layers
+    python benchmarks/long_context.py --model Qwen3-30B-A3B --cells 16x2048    # 8 layers
     python benchmarks/long_context.py --smoke     # tiny, on a CPU: does it run?
 """
 
@@ -24,19 +25,22 @@ from queue import Queue
 from typing import Any
 
 import torch
-from common import GIB, LLAMA_3_8B, RESULTS, TINY, build_llama, last_line, machine, table, write_result
+from common import GIB, RESULTS, last_line, machine, table, write_result
 from e2e import peak, reset_peak, synchronize
+from generate_worker import LAYERS, LLAMA, QWEN, build
 
 HF, WRITTEN, BF16 = "hf-auto", " as written", "bf16"
 STACKS = (HF, "FP8_DYNAMIC + FP8", "FP8_DYNAMIC", BF16, "W4A16 + FP8", "FP8_DYNAMIC" + WRITTEN, "W4A16", "bf16 + FP8")
-CELLS = ((1, 2048), (16, 2048), (32, 2048), (64, 2048), (16, 16384))
-LAYERS, TOKENS, SAMPLES = 16, 33, 5
+CELLS = "1x2048,16x2048,32x2048,64x2048,16x16384"
+TOKENS, SAMPLES = 33, 5
 LARGE = 100_000  # tokens of a prompt, all rows together, from which on two samples must do
 
 
-def measure(stack: str, device: torch.device, cells: Sequence[tuple[int, int]], layers: int) -> list[dict[str, Any]]:
+def measure(stack: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each (batch, prompt)."""
-    model = build_llama(LLAMA_3_8B if device.type == "cuda" else TINY, layers, device)
+    device = torch.device("cpu" if args.smoke else "cuda")
+    cells = [tuple(map(int, cell.split("x"))) for cell in ("1x16,2x24" if args.smoke else args.cells).split(",")]
+    model = build(args.model, args.smoke, device)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 1
     extra: dict[str, Any] = {"cache_implementation": "static"} if stack == HF else {}
     if stack != HF:
@@ -62,7 +66,7 @@ def measure(stack: str, device: torch.device, cells: Sequence[tuple[int, int]], 
             synchronize(device)
             return time.perf_counter() - started
 
-        row: dict[str, Any] = {"stack": stack, "batch": batch, "prompt": prompt}
+        row: dict[str, Any] = {"model": args.model, "stack": stack, "batch": batch, "prompt": prompt}
         try:
             samples = 2 if batch * prompt >= LARGE else SAMPLES
             row["first_call_s"] = seconds(TOKENS)
@@ -88,7 +92,8 @@ def child(stack: str, gpus: Queue[str], args: argparse.Namespace) -> list[dict[s
     """``measure`` in a process of its own, on the next GPU that is free."""
     gpu = gpus.get()
     try:
-        command = [sys.executable, __file__, "--child", stack, *(["--smoke"] if args.smoke else [])]
+        command = [sys.executable, __file__, "--child", stack, "--model", args.model, "--cells", args.cells]
+        command += ["--smoke"] if args.smoke else []
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     finally:
@@ -113,13 +118,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--stacks", default=",".join(STACKS))
+    parser.add_argument("--model", default=LLAMA, choices=(LLAMA, QWEN))
+    parser.add_argument("--cells", default=CELLS, help="batch x prompt, comma-separated")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "long_context.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = torch.device("cpu" if args.smoke else "cuda")
     if args.child:
-        measure(args.child, device, ((1, 16), (2, 24)) if args.smoke else CELLS, 1 if args.smoke else LAYERS)
+        measure(args.child, args)
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     gpus: Queue[str] = Queue()
@@ -128,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     meta = {
         "benchmark": "long_context",
         "machine": machine(device.type),
-        "settings": {"layers": LAYERS, "new_tokens": TOKENS, "gpus": args.gpus},
+        "settings": {"model": args.model, "layers": LAYERS[args.model], "new_tokens": TOKENS, "gpus": args.gpus},
     }
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(args.gpus) as pool:
