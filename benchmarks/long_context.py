@@ -1,8 +1,8 @@
 """``generate`` where the KV cache is long: milliseconds a token by the wall clock, with attention's kernel and without, in codes.
 
 A stack is a policy, perhaps `` + `` and a scheme of the KV cache, or `` as written`` (attention without its kernel); ``bf16`` is
-``default: keep``. Each is a process of its own. A token is (wall of all tokens - wall of one) / (tokens - 1), medians; HF bf16 compiles its decode
-steps itself, over a static cache and with CUDA graphs.
+``default: keep``. Each is a process of its own. A token is (wall of all tokens - wall of one) / (tokens - 1), medians; HF bf16 compiles
+its decode steps itself, over a static cache and with CUDA graphs.
 
     python benchmarks/long_context.py --gpus 2    # on GPUs: Llama-3-8B's shape, 16 layers
     python benchmarks/long_context.py --model Qwen3-30B-A3B --cells 16x2048    # 8 layers

@@ -35,6 +35,8 @@ from quant_compile.saving import save
 if TYPE_CHECKING:
     from quant_compile._transformers import HfConfig as HfConfig
 
+    QuantizedStaticCache: type[Any]
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -73,13 +75,17 @@ _enter()
 
 
 def __getattr__(name: str) -> Any:
-    """``HfConfig``, which imports transformers: at its first use, since ``import quant_compile`` is to work without."""
-    if name != "HfConfig":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from quant_compile._transformers import HfConfig
+    """What imports transformers: at its first use, since ``import quant_compile`` is to work without."""
+    if name == "HfConfig":
+        from quant_compile._transformers import HfConfig
 
-    return HfConfig
+        return HfConfig
+    if name == "QuantizedStaticCache":
+        from quant_compile.generation.quantized import types
+
+        return types().cache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "HfConfig"])
+    return sorted([*globals(), "HfConfig", "QuantizedStaticCache"])

@@ -178,7 +178,9 @@ def _fixed_layers(model: Any, policy: Policy) -> dict[str, CacheScheme]:
     if policy.kv_cache is None or not any(scheme.fixed for scheme in policy.kv_cache.schemes):
         return {}
     if mixin(model) is None:
-        raise OptionError(f"{type(model).__name__} does not generate, so that it has no KV cache. Fix: leave kv_cache out.")
+        raise OptionError(
+            f"{type(model).__name__} does not generate, so that it has no KV cache. Fix: leave kv_cache out."
+        )
     found = {name: policy.kv_cache.of(name) for name in layer_names(model)}
     return {name: scheme for name, scheme in found.items() if scheme is not None and scheme.fixed}
 

@@ -86,10 +86,7 @@ class Options:
         if made.guard is not None and made.guard is not False and made.guard != NEVER_SLOWER:
             raise OptionError(f"guard must be {NEVER_SLOWER}, or false for none, got {made.guard!r}")
         _one_of("attention", AUTO if made.attention is None else made.attention, ATTENTION)
-        if made.kv_cache is not None and not isinstance(made.kv_cache, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise OptionError(f"kv_cache must be the name of a scheme, got {made.kv_cache!r}. Fix: rules go into the policy.")
-        if made.kv_cache is not None and made.kv_cache.lower() != KEEP:
-            _one_of("kv_cache", made.kv_cache.upper(), (KEEP, *NAMES))
+        _cache_scheme(made.kv_cache)
         if isinstance(made.kernels, str):
             _one_of("kernels", made.kernels, ("auto", "reference"), " or a dict {scheme: kernel}")
         elif not isinstance(made.kernels, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -123,6 +120,15 @@ class Options:
         if self.kv_cache is None:
             return policy.kv_cache
         return None if self.kv_cache.lower() == KEEP else CacheRules(parse_cache(self.kv_cache))
+
+
+def _cache_scheme(name: Any) -> None:
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise OptionError(f"kv_cache must be the name of a scheme, got {name!r}. Fix: rules go into the policy.")
+    if name.lower() != KEEP:
+        _one_of("kv_cache", name.upper(), (KEEP, *NAMES))
 
 
 def _inductor_keys(patches: Mapping[str, Any]) -> None:
@@ -241,17 +247,16 @@ class PolicySource:
             PolicyError: as ``scales``.
             MissingScalesError: they are not positive numbers.
         """
-        found = tuple(self.scales.get(cache_scale_key(layer, side)) for side in ("k", "v"))
-        if found[0] is None or found[1] is None:
+        k, v = (self.scales.get(cache_scale_key(layer, side)) for side in ("k", "v"))
+        if k is None or v is None:
             return None
-        for value in found:
-            wide = value.to(torch.float32)
-            if not bool(((wide >= SMALLEST_SCALE) & wide.isfinite()).all()):
-                raise MissingScalesError(
-                    f"the KV cache's scales of {layer} in {self.policy.scales} are no positive numbers.\n"
-                    "Fix: policy = quant_compile.calibrate(model, batches, policy) with inputs that are not all zeros or NaN."
-                )
-        return found[0].to(torch.float32).flatten(), found[1].to(torch.float32).flatten()
+        k, v = (value.to(torch.float32).flatten() for value in (k, v))
+        if not all(bool(((value >= SMALLEST_SCALE) & value.isfinite()).all()) for value in (k, v)):
+            raise MissingScalesError(
+                f"the KV cache's scales of {layer} in {self.policy.scales} are no positive numbers.\n"
+                "Fix: policy = quant_compile.calibrate(model, batches, policy) with inputs that are not all zeros or NaN."
+            )
+        return k, v
 
     def _now(self) -> tuple[tuple[int, int], ...]:
         out: list[tuple[int, int]] = []

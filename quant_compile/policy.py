@@ -162,10 +162,7 @@ class Policy:
         for key in ("requantize", "strict", "allow_reference"):
             if getattr(self, key):
                 out[key] = True
-        if self.fallback is not None:
-            out["fallback"] = self.fallback
-        if self.guard is not None:
-            out["guard"] = self.guard
+        out |= {key: getattr(self, key) for key in ("fallback", "guard") if getattr(self, key) is not None}
         if self.fuse != Fuse():
             out["fuse"] = {f.name: getattr(self.fuse, f.name) for f in fields(Fuse)}
         if self.attention != AUTO:
@@ -369,7 +366,9 @@ class _Reader:
         data = self._mapping(path, value, _CACHE_RULE_KEYS)
         for key in ("match", "scheme"):
             if key not in data:
-                self.fail(path, f"a rule of kv_cache needs {key}. Fix: write `match: model.layers.0` and `scheme: keep`.")
+                self.fail(
+                    path, f"a rule of kv_cache needs {key}. Fix: write `match: model.layers.0` and `scheme: keep`."
+                )
         return CacheRule(
             self._pattern((*path, "match"), data["match"]),
             self._cache_scheme((*path, "scheme"), data["scheme"]),
@@ -388,7 +387,9 @@ class _Reader:
             return parse_cache(value)
         except SchemeError:
             valid = [KEEP, *NAMES]
-            self.fail(path, f"unknown scheme of the KV cache {value!r}.{_nearest(value, valid)} Valid: {', '.join(valid)}")
+            self.fail(
+                path, f"unknown scheme of the KV cache {value!r}.{_nearest(value, valid)} Valid: {', '.join(valid)}"
+            )
 
     def _rules(self, value: Any) -> tuple[Rule, ...]:
         if value is None:

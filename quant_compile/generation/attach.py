@@ -25,7 +25,7 @@ from quant_compile.generation.blocks import (
     layer_names,
     shared_call,
 )
-from quant_compile.generation.caches import Kept
+from quant_compile.generation.caches import PLAIN, Kept
 from quant_compile.generation.calls import enter, noted
 from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.generation.inputs import marked
@@ -166,10 +166,10 @@ def _kept(model: nn.Module, options: Options, note: Callable[[str], None]) -> Ke
     """
     rules = options.caches(options.policy)
     if rules is None:
-        return Kept()
+        return PLAIN
     if mixin(model) is None:
         note(f"kv_cache has no effect: {type(model).__name__} does not generate")
-        return Kept()
+        return PLAIN
     return Kept.by(rules, layer_names(model), PolicySource(options.policy, "").cache_scales)
 
 

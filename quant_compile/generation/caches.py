@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.generation import quantized
+from quant_compile.generation.facts import LayerShape
 from quant_compile.generation.quantized import Scales
 from quant_compile.ir.errors import MissingScalesError
 from quant_compile.ir.kv import CacheScheme
@@ -44,11 +45,13 @@ class Kept:
             MissingScalesError: a layer's are fixed, and there are none.
         """
         if rules is None:
-            return Kept()
+            return PLAIN
         schemes = tuple(map(rules.of, layers))
         if not any(schemes):
-            return Kept()
-        found = [scales(name) if scheme and scheme.fixed else None for name, scheme in zip(layers, schemes, strict=True)]
+            return PLAIN
+        found = [
+            scales(name) if scheme and scheme.fixed else None for name, scheme in zip(layers, schemes, strict=True)
+        ]
         for name, scheme, fixed in zip(layers, schemes, found, strict=True):
             if scheme is not None and scheme.fixed and fixed is None:
                 raise MissingScalesError(
@@ -62,6 +65,9 @@ class Kept:
         """For the report."""
         found = [scheme.name if scheme else "16 bits" for scheme in self.schemes]
         return ", ".join(f"{name} in {found.count(name)} of {len(found)} layers" for name in dict.fromkeys(found))
+
+
+PLAIN = Kept()
 
 
 @dataclass(frozen=True)
@@ -129,28 +135,30 @@ def types() -> Types:
 
 def make(
     config: Any,
-    shape: tuple[Any, Any],
+    shape: Sequence[LayerShape],
     batch: int,
     length: int,
     dtype: torch.dtype,
     device: torch.device,
-    kept: Kept = Kept(),
+    kept: Kept = PLAIN,
 ) -> Any:
     """A cache of a decoder whose tensors exist; None where transformers uses layers that cannot be made beforehand.
 
     Args:
-        shape: heads and head size, each a number or one for each layer.
+        shape: of each layer.
         kept: how it keeps K and V.
     """
     kinds = types()
     # Ordinary tensors, whatever mode the caller is in: inference tensors could not be written outside of it.
     with torch.inference_mode(False), torch.no_grad():
         made = kinds.static(config=config, max_cache_len=length)
-        if any(type(layer) not in kinds.layers for layer in made.layers):
+        if len(shape) != len(made.layers) or any(type(layer) not in kinds.layers for layer in made.layers):
             return None
         if kept.schemes:
             quantized.quantize_layers(made.layers, kept.schemes, kept.scales)
-        made.early_initialization(batch_size=batch, num_heads=shape[0], head_dim=shape[1], dtype=dtype, device=device)
+        for layer, (heads, size, value_heads, value_size) in zip(made.layers, shape, strict=True):
+            sizes = (heads, 0, size), (value_heads, 0, value_size)
+            layer.lazy_initialization(*(torch.zeros((batch, *one), dtype=dtype, device=device) for one in sizes))
     for layer in made.layers:
         for part in _parts_of(layer):
             part.__class__ = kinds.layers[type(part)]

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from contextlib import suppress
+from copy import deepcopy
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MODES = ("sample", "greedy_search", "beam_search", "beam_sample")
 ATTENTIONS = ("sdpa", "eager")
@@ -28,23 +31,69 @@ def cache_name(kind: type[Any]) -> str:
     return "cache" if "cache" in inspect.signature(kind.prepare_inputs_for_generation).parameters else "past_key_values"
 
 
-def cache_shape(model: Any) -> tuple[Any, Any] | None:
-    """(heads, head size) of the decoder's cache, each a number or one for each layer; None if transformers does not know them, or is wrong.
+class LayerShape(NamedTuple):
+    """Heads and head size of what a layer of a cache keeps of keys, and of values."""
+
+    heads: int
+    size: int
+    value_heads: int
+    value_size: int
+
+
+def cache_shape(model: Any) -> list[LayerShape] | None:
+    """What each layer of the decoder's cache keeps; None if neither transformers knows it nor a look at the model tells.
 
     A cache of another shape would be an error in the middle of a call, so the sizes are compared with those of key projections.
     """
-    shape = model._get_static_cache_init_shape()
-    if shape is None:
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    given = model._get_static_cache_init_shape()
+    if given is not None:
+        heads, sizes = (part if isinstance(part, list | tuple) else [part] * count for part in given)
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        found = {m.out_features for m in _key_projections(decoder)}
+        if found <= {h * size for h, size in zip(heads, sizes, strict=True)}:
+            return [LayerShape(h, size, h, size) for h, size in zip(heads, sizes, strict=True)]
+    seen = _seen_shape(model)
+    return None if seen is None else [seen] * count
+
+
+def _seen_shape(model: Any) -> LayerShape | None:
+    """What a model of this class with one layer and no weights gives its cache: of all layers, where they are of one class."""
+    if getattr(model.config, "is_encoder_decoder", False):
         return None
-    heads, size = shape
-    layers = max((len(part) for part in shape if isinstance(part, list | tuple)), default=1)
-    known = {
-        (heads if isinstance(heads, int) else heads[i]) * (size if isinstance(size, int) else size[i])
-        for i in range(layers)
-    }
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    found = {m.out_features for m in _key_projections(decoder)}
-    return shape if found <= known else None
+    try:
+        config = deepcopy(model.config.get_text_config(decoder=True))
+        config.num_hidden_layers, config.layer_types = 1, None
+        with torch.device("meta"), torch.no_grad():
+            small = type(model.get_decoder())(config).eval()
+            watching = _watching()(config=config)
+            with suppress(Exception):  # what comes after the first layer's attention need not run without values
+                ids = torch.zeros(1, 1, dtype=torch.long)
+                small(input_ids=ids, use_cache=True, **{cache_name(mixin(model) or type(model)): watching})
+    except Exception:  # a class that is made otherwise
+        return None
+    alike = len({type(m) for m in _attentions(model)}) == 1
+    return watching.seen if alike else None
+
+
+def _attentions(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that have a layer's number, as attention that uses a cache has."""
+    return (module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int))
+
+
+@cache
+def _watching() -> type[Any]:
+    from transformers import DynamicCache
+
+    class Watching(DynamicCache):
+        seen: LayerShape | None = None
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            k, v = key_states.shape, value_states.shape
+            self.seen = LayerShape(k[1], k[3], v[1], v[3]) if len(k) == len(v) == 4 else None
+            return super().update(key_states, value_states, *args, **kwargs)
+
+    return Watching
 
 
 def _key_projections(decoder: nn.Module) -> Iterator[nn.Linear]:

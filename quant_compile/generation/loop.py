@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quant_compile.generation import caches, facts
 from quant_compile.generation.blocks import around_blocks
-from quant_compile.generation.caches import Kept
+from quant_compile.generation.caches import PLAIN, Kept
 from quant_compile.generation.graphs import CudaRecorder, Recorder
 from quant_compile.generation.inputs import tokens_in
 from quant_compile.generation.lease import Lease, Shared
@@ -86,9 +86,7 @@ def own_method(model: Any, name: str) -> Any:
 class Loop:
     """What one model's ``generate`` needs between its calls."""
 
-    def __init__(
-        self, model: Any, step: Step, note: Callable[[str], None], records: bool, kept: Kept = Kept()
-    ) -> None:
+    def __init__(self, model: Any, step: Step, note: Callable[[str], None], records: bool, kept: Kept = PLAIN) -> None:
         self.pool = Pool()
         self._kept = kept
         self.step = step
@@ -103,7 +101,7 @@ class Loop:
         self._shared: Shared | None = None
         self._never: str | None = None
         self._asked = False
-        self._shape: tuple[Any, Any] | None = None
+        self._shape: list[facts.LayerShape] | None = None
 
     def hook(self, name: str) -> Hook:
         """What takes the place of a method."""

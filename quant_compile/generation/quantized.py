@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quant_compile.ir import ops
 from quant_compile.ir.errors import OptionError
-from quant_compile.ir.kv import CacheScheme, encode, parse_cache
+from quant_compile.ir.kv import BITS, CacheScheme, encode, parse_cache
 
 Scales = tuple[Tensor, Tensor]
 """Fixed scales of K and of V: [H] f32, or of one element."""
@@ -42,6 +42,7 @@ class Quantized:
 
     scheme: CacheScheme
     fixed: Scales | None = None
+    by_bits = False  # the device has no e4m3: its bytes are made and read by arithmetic on integers
     values_dtype: torch.dtype
     scales: Any = None  # a layer of the same kind, whose keys and values are the scales of tokens
     keys: Any
@@ -52,7 +53,7 @@ class Quantized:
     def over(layer: Any, scheme: CacheScheme, fixed: Scales | None) -> Any:
         """One that keeps codes, in the place of a layer of transformers that holds nothing yet and becomes the one of its scales."""
         kind = types().of[type(layer)]
-        made = kind.__new__(kind)
+        made: Any = object.__new__(kind)
         vars(made).update(vars(layer), scheme=scheme)
         if scheme.fixed:
             made.fixed = fixed
@@ -63,9 +64,11 @@ class Quantized:
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the planes for K and V of such heads."""
-        _check_device(key_states.device, self.scheme)
+        self.by_bits = self.scheme.format == "e4m3" and _lacks_e4m3(key_states.device)
         self.values_dtype = key_states.dtype
-        codes = [x.new_empty((*x.shape[:2], 0, x.shape[3]), dtype=self.scheme.stored) for x in (key_states, value_states)]
+        codes = [
+            x.new_empty((*x.shape[:2], 0, x.shape[3]), dtype=self.scheme.stored) for x in (key_states, value_states)
+        ]
         super().lazy_initialization(*codes)  # type: ignore[misc]
         if self.fixed is not None:
             heads = key_states.shape[1]
@@ -89,8 +92,8 @@ class Quantized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         k_scale, v_scale = self.fixed or (None, None)
-        k, k_scale = encode(key_states, self.scheme, k_scale)
-        v, v_scale = encode(value_states, self.scheme, v_scale)
+        k, k_scale = encode(key_states, self.scheme, k_scale, self.by_bits)
+        v, v_scale = encode(value_states, self.scheme, v_scale, self.by_bits)
         return k, v, k_scale, v_scale
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -103,7 +106,7 @@ class Quantized:
                 )
 
     def _decoded(self, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
-        format, dtype = self.scheme.format, self.values_dtype
+        format, dtype = BITS if self.by_bits else self.scheme.format, self.values_dtype
         return ops.cache_values(k, k_scale, format, dtype), ops.cache_values(v, v_scale, format, dtype)
 
     def held(self) -> tuple[Tensor, Tensor]:
@@ -231,8 +234,5 @@ def _spread(scale: Tensor, heads: int, device: torch.device) -> Tensor:
     return flat.reshape(1, -1, 1, 1)
 
 
-def _check_device(device: torch.device, scheme: CacheScheme) -> None:
-    if device.type == "cuda" and scheme.format == "e4m3" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise OptionError(
-            f"{scheme.name} keeps 8-bit floats, which {torch.cuda.get_device_name(device)} cannot make. Fix: kv_cache: INT8."
-        )
+def _lacks_e4m3(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)

@@ -183,9 +183,9 @@ def _site(p: _Parts, memory: _Memory) -> AttentionSite | Reject:
     if written is not None:
         return written
     cached = all(_is_cache(x, p.node, memory) for x in (k, v))
-    more = {} if coded is None else {"k_scale": coded.k_scale, "v_scale": coded.v_scale, "codes": coded.format}
+    more = (None, None, "") if coded is None else (coded.k_scale, coded.v_scale, coded.format)
     return AttentionSite(
-        p.node, nodes, p.q, k, v, p.mask, p.scale, p.is_causal, p.softcap, sinks, p.softmax, repeated, cached, **more
+        p.node, nodes, p.q, k, v, p.mask, p.scale, p.is_causal, p.softcap, sinks, p.softmax, repeated, cached, *more
     )
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from quant_compile.ir.attention import AttentionSite
 from quant_compile.ir.family import Reject
-from quant_compile.ir.operands import op_of
 from quant_compile.ir.kv import HEAD, TOKEN
+from quant_compile.ir.operands import op_of
 from quant_compile.ir.scores import agrees, known, tensor_of
 from quant_compile.lowering.registry import Rank, _modules
 from quant_compile.lowering.target import Target

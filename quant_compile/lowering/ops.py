@@ -5,7 +5,8 @@ Inputs that Inductor would quantize in several kernels have ops too, which name 
     sglq_kernels.linear(x planes, packed w planes, bias?, dispatch) -> [..., n]
     sglq_kernels.batched(x planes, row-form w planes [E, ...], dispatch) -> [E, M, n]
     sglq_kernels.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, dispatch) -> [T, H]
-    sglq_kernels.attention(q, k, v, mask?, scale, softcap, sinks?, kernel, k_scale?, v_scale?, codes) -> [B, Hq, T, Dv], contiguous as [B, T, Hq, Dv]
+    sglq_kernels.attention(q, k, v, mask?, scale, softcap, sinks?, kernel, k_scale?, v_scale?, codes)
+        -> [B, Hq, T, Dv], contiguous as [B, T, Hq, Dv]
     sglq_kernels.norm_quantize(x, residual?, weight, eps, weighting, spec, scale?, kernel) -> x + residual if given, x planes
     sglq_kernels.quantize_rows(x, maxima, spec, kernel) -> x planes
 

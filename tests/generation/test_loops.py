@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import quant_compile
+from quant_compile.generation import facts
 from tests.generation.support import (
     NEW,
     POLICY,
@@ -254,7 +255,21 @@ def test_linear_attention_goes_transformers_own_way(plain_inductor: CompileCount
     assert any("own way" in note and "before the first call" in note for note in quant_compile.report(model).notes)
 
 
-def test_heads_that_transformers_does_not_know_go_its_own_way(plain_inductor: CompileCounter) -> None:
+@pytest.mark.parametrize("given", [None, (2, 16)])
+def test_heads_that_transformers_does_not_know_are_looked_up(given: Any, plain_inductor: CompileCounter) -> None:
+    """In a model of the class without weights; where that does not tell, the call goes transformers' own way."""
+    model = llama()
+    wanted = tokens(reference(model), prompt())
+    compiled(model)
+    model._get_static_cache_init_shape = lambda: given
+    assert torch.equal(tokens(model, prompt()), wanted)
+    assert not any("own way" in note for note in quant_compile.report(model).notes)
+
+
+def test_heads_that_nobody_knows_go_transformers_own_way(
+    plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "_seen_shape", lambda model: None)
     model = llama()
     wanted = tokens(reference(model), prompt())
     compiled(model)

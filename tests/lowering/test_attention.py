@@ -1,4 +1,4 @@
-"""Decode attention and the quantized cache's writes: the reference against SDPA, kernels against the reference, refusals, cubins."""
+"""Decode attention: the reference against SDPA, kernels against the reference, refusals, cubins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quant_compile.ir.family import Reject
 from quant_compile.lowering.kernels._roofline import shared_memory
-from quant_compile.lowering.kernels.attention import reference, triton_decode, triton_store
+from quant_compile.lowering.kernels.attention import reference, triton_decode
 from quant_compile.lowering.kernels.attention.triton_decode import Attention, Plan
 from quant_compile.lowering.target import FAKE_OPS, Target
 from tests.lowering.triton_support import compile_cubin, mend_bfloat16, needs_triton, run_interpreted, stack_bytes
@@ -86,7 +86,7 @@ class Case:
     def coded(self, x: Tensor, cache: torch.dtype, scales: str) -> tuple[Tensor, Tensor]:
         fixed = None
         if scales != "token":
-            fixed = x.float().abs().amax((0, 2, 3)) / reference.LARGEST[cache]
+            fixed = x.float().abs().amax((0, 2, 3)) / reference.SCHEMES[cache].largest
             fixed = fixed.amax() if scales == "tensor" else fixed
         return reference.quantize(x, cache, fixed)
 
@@ -255,59 +255,6 @@ def check_same_bits() -> None:
     assert error(case.found(plan=plan(1)), first) <= TOLERANCE[F16]
 
 
-def odd_rows(t: int, d: int) -> Tensor:
-    """[1, 2, t, d] f32: random, tiny, huge and zero rows, rows with a NaN or an inf, and values halfway between codes."""
-    x = torch.randn(1, 2, t, d) * torch.logspace(-30, 20, t)[:, None]
-    x[0, 0, :4] = torch.tensor([0.0, 1e-38, 1e30, -1.0])[:, None]
-    x[0, 0, 4, 3], x[0, 0, 5, 0], x[0, 0, 6, 1] = float("nan"), float("inf"), float("-inf")
-    x[0, 1, :3] = torch.arange(d) / 2**12
-    x[0, 1, 0, 0], x[0, 1, 1, 0], x[0, 1, 2, 0] = 448.0, 57344.0, 127.0
-    x[0, 1, 3] = torch.arange(d) - d / 2 + 0.5
-    x[0, 1, 3, 0] = 127.0
-    return x
-
-
-def same_codes(found: Tensor, wanted: Tensor) -> None:
-    if found.is_floating_point():
-        assert torch.equal(found.float().isnan(), wanted.float().isnan())
-        good = ~wanted.float().isnan()
-        found, wanted = found.view(torch.uint8)[good], wanted.view(torch.uint8)[good]
-    assert torch.equal(found, wanted)
-
-
-def check_store() -> None:
-    """Codes and scales bit for bit those of the reference, at scattered places, everything else untouched; fixed scales."""
-    t, d, length = 12, 40, 20
-    positions = torch.tensor([0, 19, 5, 4, 3, 11, 12, 13, 7, 8, 9, 1])
-    x, y = odd_rows(t, d), odd_rows(t, 64).flip(2)
-    for kind, dtype in ((E4M3, torch.float32), (E5M2, torch.float32), (torch.int8, torch.float32), (E4M3, F16)):
-        for fixed in (None, torch.tensor(0.37), torch.tensor([0.01, 300.0])):
-            caches, scales = [], []
-            for _ in range(2):
-                caches.append([torch.full((1, 2, length, n), 77, dtype=torch.uint8).view(kind) for n in (d, 64)])
-                scales.append([torch.full((1, 2, length), -1.0) if fixed is None else fixed for _ in range(2)])
-            k, v = x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2), y.to(dtype)
-            triton_store.store(k, v, positions, *caches[0], *scales[0])
-            for i, plane in enumerate((k, v)):
-                reference.store(plane, positions, caches[1][i], scales[1][i], fixed=fixed is not None)
-                same_codes(caches[0][i], caches[1][i])
-                assert torch.allclose(scales[0][i], scales[1][i], rtol=0, atol=0, equal_nan=True)
-
-
-def check_store_and_decode() -> None:
-    """What is stored is what attention reads; a position outside of the cache writes nothing."""
-    case = Case(2, 4, 2, 1, 32, 48)
-    caches = [torch.zeros(2, 2, 48, 32, dtype=torch.uint8).view(E4M3) for _ in range(2)]
-    scales = [torch.ones(2, 2, 48) for _ in range(2)]
-    triton_store.store(case.k, case.v, torch.arange(48), *caches, *scales)
-    before = [plane.view(torch.uint8).clone() for plane in caches]
-    triton_store.store(case.k[:, :, :2], case.v[:, :, :2], torch.tensor([-1, 48]), *caches, *scales)
-    assert all(torch.equal(a, b.view(torch.uint8)) for a, b in zip(before, caches, strict=True))
-    coded = Case(2, 4, 2, 1, 32, 48, cache=E4M3)
-    (case.k, case.v), case.scales = caches, dict(zip(("k_scale", "v_scale"), scales, strict=True))
-    assert torch.equal(case.found(plan=plan(2)), coded.found(plan=plan(2)))
-
-
 CHECKS = (
     check_groups,
     check_caches,
@@ -317,8 +264,6 @@ CHECKS = (
     check_odd_numbers,
     check_unread,
     check_same_bits,
-    check_store,
-    check_store_and_decode,
 )
 
 
@@ -429,22 +374,6 @@ def test_problem_of_a_call() -> None:
     assert found == wanted
     spread = triton_decode.problem_of(case.q, case.k, case.v, additive(mask, F16).expand(2, 4, 3, 40), softcap=3.0)
     assert (spread.mask, spread.mask_heads, spread.softcap, spread.k_scale) == ("additive", False, True, "none")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "target", "reason"),
-    [
-        ((BF16, E4M3, 128), Target.fake("cpu"), "needs a CUDA GPU"),
-        ((BF16, E4M3, 128), Target.fake("sm90", FAKE_OPS - {"triton"}), "triton is not installed"),
-        ((torch.float64, E4M3, 128), SM90, "not float64"),
-        ((BF16, BF16, 128), SM90, "stores float8_e4m3fn, float8_e5m2, int8, not bfloat16"),
-        ((BF16, E4M3, 2048), SM90, "heads of up to 1024, not 2048"),
-    ],
-)
-def test_what_storing_refuses(arguments: tuple[Any, ...], target: Target, reason: str) -> None:
-    answer = triton_store.fit(*arguments, target)
-    assert answer is not None and reason in answer.reason
-    assert triton_store.fit(BF16, E4M3, 128, SM90) is None
 
 
 def test_layouts_that_cannot_be_read() -> None:
@@ -611,20 +540,3 @@ def test_combining_compiles(arch: int) -> None:
     types = {"parts_ptr": "*fp32", "stats_ptr": "*fp32", "sinks_ptr": "*bf16", "out_ptr": "*bf16", "kv_heads": "i32"}
     constants = triton_decode.combine_constants(LLAMA, 33)
     assert compile_cubin(source.combine_kernel, arch, types, constants, num_warps=4).asm["cubin"]
-
-
-@needs_triton
-@pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("kind", [E4M3, E5M2, torch.int8])
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
-def test_storing_compiles(arch: int, kind: torch.dtype, fixed: bool) -> None:
-    from quant_compile.lowering.kernels.attention import _triton_store as source
-
-    kernel = source.store_kernel
-    cache = "*u8" if arch == 80 else POINTERS[kind]
-    types = {name: "i32" for name in kernel.arg_names if name.islower() and not name.endswith("_ptr")}
-    types |= {"k_ptr": "*bf16", "v_ptr": "*bf16", "positions_ptr": "*i64", "kc_ptr": cache, "vc_ptr": cache}
-    types |= {"ks_ptr": "*fp32", "vs_ptr": "*fp32"}
-    constants = triton_store.constants_of(128, 96, (kind, kind), (fixed, fixed))
-    built = compile_cubin(kernel, arch, types, constants, num_warps=1)
-    assert built.asm["cubin"] and ".ftz" not in built.asm["ptx"]  # subnormal inputs count, as they do for torch

@@ -15,6 +15,7 @@ from torch._inductor.graph import GraphLowering
 
 from quant_compile.ir.attend import attend
 from quant_compile.ir.family import Reject
+from quant_compile.ir.kv import decode, encode, parse_cache
 from quant_compile.lowering import attention, ops
 from quant_compile.lowering.attention import (
     GROUPED,
@@ -106,30 +107,31 @@ def test_texts_of_one_kind_are_equal() -> None:
     assert replace(DECODE, kv_heads=8, value_size=32, tokens=3).text == "8 heads of 64 and 32, 3 tokens, static cache"
 
 
-def test_without_its_kernel_the_offer_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offered, "_host", lambda: None)
-    answer = offered.fit(DECODE, SM90)
-    assert isinstance(answer, Reject) and answer.reason == "the kernel is not part of this installation"
-
-
 def test_the_offer_asks_and_calls_the_kernel_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Symbols become sizes that do not matter; the call is the host function's."""
     asked: list[Any] = []
 
-    def decode(q: Any, k: Any, v: Any, mask: Any, scale: float, *, softcap: float, sinks: Any) -> Any:
-        return q, k, v, mask, scale, softcap, sinks
+    def decode(q: Any, k: Any, v: Any, mask: Any, scale: float, **more: Any) -> Any:
+        return q, k, v, mask, scale, more
 
     host = SimpleNamespace(
-        Attention=lambda *sizes, **more: (sizes, more),
+        Attention=lambda *sizes: sizes,
         fit=lambda p, target: asked.append(p) or Rank(1.0),
         decode=decode,
     )
     monkeypatch.setattr(offered, "_host", lambda: host)
     problem = replace(DECODE, batch=None, length=None, softcap=True, mask_heads=True)
     assert offered.fit(problem, SM90) == Rank(1.0)
-    b = torch.bfloat16
-    assert asked == [((1, 8, 2, 1, 64, 64, 4096, b, b, b, "bool", True), {"softcap": True, "sinks": False})]
-    assert offered.run("q", "k", "v", "m", 0.5, 30.0, "s") == ("q", "k", "v", "m", 0.5, 30.0, "s")  # type: ignore[arg-type]
+    b, e = torch.bfloat16, torch.float8_e4m3fn
+    assert asked == [(1, 8, 2, 1, 64, 64, 4096, b, b, b, "bool", True, "none", "none", True, False)]
+    given = ("q", "k", "v", "m", 0.5)
+    plain = {"softcap": 30.0, "sinks": "s", "k_scale": None, "v_scale": None}
+    assert offered.run(*given, 30.0, "s") == (*given, plain)  # type: ignore[arg-type]
+    assert offered.fit(replace(problem, codes="e4m3", scale="token"), SM90) == Rank(1.0)
+    assert asked[1] == (1, 8, 2, 1, 64, 64, 4096, b, e, e, "bool", True, "token", "token", True, False)
+    k = torch.zeros(1, 2, 8, 16, dtype=torch.uint8)
+    found = offered.run(k, k, k, None, 0.5, 0.0, None, k, k, "e4m3")
+    assert found[1].dtype == found[2].dtype == e and found[5]["k_scale"] is k
 
 
 def test_the_op_is_the_truth_on_a_cpu_and_lies_as_kernels_leave_it() -> None:
@@ -142,6 +144,17 @@ def test_the_op_is_the_truth_on_a_cpu_and_lies_as_kernels_leave_it() -> None:
         fakes = [mode.from_tensor(x) for x in (q, k, v, mask)]
         fake = ops.attention(*fakes, 0.25, 5.0, None, "triton_decode")
     assert (fake.shape, fake.stride(), fake.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+def test_the_op_over_codes() -> None:
+    """A scale for each token, or fixed: as if K and V were values."""
+    q, k, v = torch.randn(2, 8, 3, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16)
+    for name, fixed in (("FP8", None), ("INT8", None), ("FP8_HEAD", torch.tensor([0.1, 0.2]).reshape(1, 2, 1, 1))):
+        scheme = parse_cache(name)
+        (kc, ks), (vc, vs) = encode(k, scheme, fixed), encode(v, scheme, fixed)
+        y = ops.attention(q, kc, vc, None, 0.25, 0.0, None, "triton_decode", ks, vs, scheme.format)
+        values = (decode(codes, scale, scheme.format, q.dtype) for codes, scale in ((kc, ks), (vc, vs)))
+        assert torch.equal(y, attend(q, *values, None, 0.25))
 
 
 @pytest.mark.parametrize("shorter", ["k", "v", "mask", "q"])

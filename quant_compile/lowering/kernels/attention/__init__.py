@@ -1,4 +1,4 @@
-"""Attention over a KV cache that is read once: decode with split keys, and the write side of a quantized cache.
+"""Attention over a KV cache that is read once: ``reference`` is the truth in plain torch, ``triton_decode`` the kernel for few queries.
 
-``reference`` is the truth in plain torch, ``triton_decode`` the kernel for few queries, ``triton_store`` quantizes and stores.
+Writes into a quantized cache need no kernel: Inductor makes one of RoPE, quantization and the copy (``ir/kv.py``).
 """

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Reject
+from quant_compile.ir.kv import BITS
 from quant_compile.lowering.attention import AttentionKernel, AttentionProblem
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import Target
 
 # Stand for sizes that are symbols: whether the kernel serves depends on neither.
 BATCH, LENGTH = 1, 4096
-CODES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
+CODES = {"e4m3": torch.float8_e4m3fn, BITS: torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
 
 
 @lru_cache(maxsize=1)

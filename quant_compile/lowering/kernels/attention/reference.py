@@ -1,4 +1,4 @@
-"""The truth of attention and of a quantized cache, in plain torch in f32: what every attention kernel is tested against.
+"""The truth of attention over 16 bits and over codes, in plain torch in f32: what every attention kernel is tested against.
 
 Attention equals ``scaled_dot_product_attention(..., enable_gqa=True)``, with these results where its backends differ or leave
 it open:
@@ -16,12 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_compile.ir.numerics import FLOAT_DTYPES, FLOAT_MAX, safe_amax, to_float8, to_int8
+from quant_compile.ir.kv import CacheScheme, encode
 
 # An additive mask of at most this hides a key: -inf, and the least numbers of f16 (-65504), bf16 and f32 with a bias on top.
 HIDDEN = -3e4
-# Largest code of what a cache may hold.
-LARGEST = {FLOAT_DTYPES[name]: FLOAT_MAX[name] for name in FLOAT_DTYPES} | {torch.int8: 127.0}
+SCHEMES = {scheme.codes: scheme for scheme in map(CacheScheme, ("e4m3", "e5m2", "int8"))}
 
 
 def values_of(codes: Tensor, scale: Tensor | None) -> Tensor:
@@ -86,31 +85,6 @@ def attention(
 
 
 def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[b, h, t, d] -> codes of ``dtype`` and the scale of each token and head [b, h, t] f32, or codes under a fixed ``scale``.
-
-    Scales are those of all schemes (``ir.numerics``): amax / LARGEST, of zeros a tiny number. A row with a NaN or an inf has
-    such a scale, and its values are NaN. int8 has no NaN: there a NaN under a fixed scale is 0.
-    """
-    if scale is None:
-        factor = safe_amax(x) * (1.0 / LARGEST[dtype])
-        scale = factor.squeeze(-1)
-    else:
-        factor = scale.reshape(1, -1, 1, 1)
-    inverse = factor.reciprocal()
-    if dtype == torch.int8:
-        product = x.float() * inverse
-        return to_int8(torch.where(product.isnan(), 0.0, product), torch.ones_like(factor)), scale
-    format = next(name for name, kind in FLOAT_DTYPES.items() if kind == dtype)
-    return to_float8(x.float(), inverse, format), scale
-
-
-def store(x: Tensor, positions: Tensor, cache: Tensor, scale: Tensor, *, fixed: bool = False) -> None:
-    """Quantize x [b, h, t, d] and write it to cache [b, h, l, d] at ``positions`` [t], int64.
-
-    Args:
-        scale: [b, h, l] f32, written at the same places; with ``fixed`` one number or [h], which is read.
-    """
-    codes, own = quantize(x, cache.dtype, scale if fixed else None)
-    cache.view(torch.uint8).index_copy_(2, positions, codes.view(torch.uint8))
-    if not fixed:
-        scale.index_copy_(2, positions, own)
+    """[b, h, t, d] -> codes of ``dtype`` and the scale of each token and head [b, h, t] f32, or codes under a fixed ``scale``."""
+    codes, made = encode(x, SCHEMES[dtype], None if scale is None else scale.reshape(1, -1, 1, 1))
+    return codes.view(dtype), made.squeeze(-1) if scale is None else scale

@@ -17,7 +17,6 @@ from quant_compile.ir.family import Reject
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.lowering.kernels._launch import ceil, pow2, target_of, triton_type
 from quant_compile.lowering.kernels._roofline import roof, shared_memory
-from quant_compile.lowering.kernels.attention.triton_store import scale_strides
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import enqueue
@@ -269,8 +268,8 @@ def decode(
         source.decode_kernel, (pairs * ceil(rows, settings.block_m), splits),
         q, k, v, mask, k_scale, v_scale, sinks, out, parts, stats,
         float(scale), float(softcap), problem.length, problem.kv_heads,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_mask_strides(mask), *scale_strides(k_scale),
-        *scale_strides(v_scale),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_mask_strides(mask), *_scale_strides(k_scale),
+        *_scale_strides(v_scale),
         **constants_of(problem, settings, target), num_warps=settings.warps, num_stages=settings.stages,
     )  # fmt: skip
     if splits > 1:
@@ -355,3 +354,12 @@ def _mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
 
 def _scale_kind(scale: Tensor | None) -> str:
     return "none" if scale is None else "token" if scale.dim() == 3 else "head"
+
+
+def _scale_strides(scale: Tensor | None) -> tuple[int, int, int]:
+    """Strides over (sequence, head, token) of a scale, which is absent, one number, [h] or [b, h, l]."""
+    if scale is None:
+        return 0, 0, 0
+    if scale.dim() == 3:
+        return scale.stride(0), scale.stride(1), scale.stride(2)
+    return 0, 0 if scale.numel() == 1 else scale.stride(0), 0
