@@ -7,13 +7,16 @@ TORCH  ?= torch==2.13.0 triton==3.6.0
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check bench docs format clean
+.PHONY: demo test test-all check bench docs format clean
 
 demo: $(VENV)/.installed
 	@echo 'sglquant demo: importing torch ...'
 	@$(BIN)/sglquant demo
 
 test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/.installed
