@@ -9,15 +9,17 @@ model bound to the graph and with several that take turns.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import table
+from common import RESULTS, machine, table, write_result
 
 WEIGHTS, MODELS, CALLS = 300, (1, 10), 200
 SIZE = 128
@@ -74,6 +76,16 @@ def measure(device: torch.device, weights: int = WEIGHTS, models: Sequence[int] 
     return out | {"graphs": graphs}
 
 
-if __name__ == "__main__":
-    found = measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS / "wrapper_cost.json")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = measure(device)
     print(table(list(found), [list(found.values())]))
+    write_result(args.out, [found], {"benchmark": "wrapper_cost", "machine": machine(device)})
+
+
+if __name__ == "__main__":
+    main()
