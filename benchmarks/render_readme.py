@@ -185,25 +185,58 @@ def load(results: Path) -> str:
     return "\n\n".join([text, markdown(header, lines)])
 
 
-def attention_sweep(results: Path) -> str:
-    """Attention alone, the best plan of each cache."""
-    result = read("attention_sweep", results)
+def attention_decode(results: Path) -> str:
+    """Attention alone over a full cache: ours in both forms, the best of torch's, and what the bytes take at a copy's rate."""
+    result = read("attention", results)
     if result is None:
         return ""
-    rows = [row for row in result["rows"] if row.get("us") is not None]
-    cells = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
+    cells = [(row["batch"], row["context"]) for row in result["summary"]]
+    times = {
+        (row["contender"], row["batch"], row["context"]): (row["us"], row["share_of_floor"])
+        for row in result["rows"]
+        if row.get("us") is not None
+    }
     kinds = {"bf16 cache": "ours bf16", "e4m3 cache, a scale for each token and head": "ours e4m3"}
-
-    def least(begins: str, cell: tuple[int, int]) -> str:
-        of_it = (row for row in rows if (row["batch"], row["context"]) == cell)
-        return number(min(row["us"] for row in of_it if row["contender"].startswith(begins)), 1)
-
-    lines = [[name, *(least(begins, cell) for cell in cells)] for name, begins in kinds.items()]
+    lines = [
+        [name, *(f"{number(us, 1)} ({share:.0%})" for us, share in (times[contender, *cell] for cell in cells))]
+        for name, contender in kinds.items()
+    ]
+    for name, key, by in (("the best of SDPA, bf16", "sdpa_us", "sdpa"), ("FlexAttention, bf16", "peer_us", "peer")):
+        lines.append([name, *(f"{number(row[key], 1)} ({row[by]})" for row in result["summary"])])
     text = (
-        "**Attention of one decode step**, 32 heads over 8 of 128, microseconds of the fastest plan that was tried, cold L2. "
-        f"{place(result, 'triton')}."
+        "**Attention of one decode step**, 32 heads over 8 of 128, microseconds, cold L2; in parentheses the share of what the bytes of K "
+        f"and V take at the rate of a copy ({result['settings']['copy_gb_per_s']:.0f} GB/s, read and written). `no mask`: over the filled "
+        f"tokens alone, which a static graph cannot know. {place(result, 'triton')}."
     )
-    return "\n\n".join([text, markdown(["cache", *(f"{b} x {n}" for b, n in cells)], lines)])
+    return "\n\n".join([text, markdown(["", *(f"{b} x {n}" for b, n in cells)], lines)])
+
+
+def long_contexts(results: Path) -> str:
+    """``generate`` where the cache is long; what was measured apart has its own base."""
+    found = read_all(["long_context", "long_context_w4a16"], results)
+    if not found:
+        return ""
+    rows = [row for row in found[0]["rows"] if "token_ms" in row]
+    cells = list(dict.fromkeys((row["batch"], row["prompt"]) for row in rows))
+    stacks = sorted({row["stack"] for row in rows}, key=lambda stack: (stack != "hf-auto", stack))
+    lines = [_of_stack(stack, rows, cells) for stack in stacks]
+    for result in found[1:]:
+        more = dict.fromkeys(row["stack"] for row in result["rows"] if row["stack"] != "hf-auto")
+        lines += [_of_stack(stack, result["rows"], cells) for stack in more]
+    text = (
+        f"**`generate` over long contexts**, milliseconds a token: Llama-3-8B shape, {found[0]['settings']['layers']} layers, B prompts "
+        "of P tokens, by the wall clock; in parentheses the speed relative to Hugging Face's compiled bf16 of the same run. `+ FP8`: the "
+        "KV cache in codes; `as written`: without attention's kernel. Peak: GiB at the last cell, weights in 16 bits included. "
+        f"{place(found[0], 'triton', 'transformers')}; the W4A16 row in a run of its own on such a machine."
+    )
+    return "\n\n".join([text, markdown(["stack", *(f"B={b} P={p}" for b, p in cells), "peak"], lines)])
+
+
+def _of_stack(stack: str, rows: Sequence[Mapping[str, Any]], cells: Sequence[tuple[int, int]]) -> list[str]:
+    own = {(row["batch"], row["prompt"]): row for row in rows if row["stack"] == stack and "token_ms" in row}
+    name = "HF bf16, static cache, compiled by HF" if stack == "hf-auto" else stack
+    times = [f"{own[cell]['token_ms']:.2f} ({own[cell]['speedup']:.2f}×)" if cell in own else NONE for cell in cells]
+    return [name, *times, number(own[cells[-1]]["peak_gib"], 1) if cells[-1] in own else NONE]
 
 
 def generate_start(results: Path) -> str:
@@ -811,7 +844,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "generate_first_token": generate_first_token,
     "first_token": first_token,
     "load": load,
-    "attention_sweep": attention_sweep,
+    "attention_decode": attention_decode,
+    "long_contexts": long_contexts,
     "generate_start": generate_start,
     "generate_cpu": generate_cpu,
     "e2e": e2e,
