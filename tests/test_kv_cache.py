@@ -17,7 +17,20 @@ from quant_compile.ir.errors import OptionError, PolicyError
 from quant_compile.ir.kv import BITS, NAMES, CacheScheme, decode, encode, parse_cache
 from quant_compile.policy import Policy
 from tests.attention_support import DECODERS, Seen, compiled, generated, seeded
-from tests.generation.support import loop_of, prompt, tokens
+from tests.generation.support import (
+    TapeRecorder,
+    llama,
+    loop_of,
+    prompt,
+    recorder,
+    recorder_of_prompts,
+    tokens,
+)
+from tests.generation.support import compiled as compiled_reference
+from tests.generation.support import reference as eager_reference
+from tests.runtime_support import plain_inductor
+
+__all__ = ["plain_inductor", "recorder", "recorder_of_prompts"]
 
 CLOSE = 1e-4  # the order of sums in f32
 SCHEMES = ("FP8", "FP8_E5M2", "INT8")
@@ -36,7 +49,7 @@ def made(model: Any, scheme: str = "FP8", **more: Any) -> Any:
     return cache
 
 
-def each(*quick: str, of: Iterable[str]) -> list[Any]:
+def each(*quick: Any, of: Iterable[Any]) -> list[Any]:
     """All of them; those that are not named are slow."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in of]
 
@@ -353,3 +366,22 @@ def test_calibrated(name: str, tmp_path: Any) -> None:
     ):
         quant_compile.compile(model, {"default": "keep", "kv_cache": name})
     assert torch.equal(tokens(model, inputs), eager)  # still compiled as before
+
+
+# --- recorded ---
+
+
+@pytest.mark.parametrize("blocks", each(True, of=[True, False]))
+def test_recorded_prompts_and_steps(blocks: bool, recorder_of_prompts: TapeRecorder) -> None:
+    """Replayed at the same addresses, over codes and scales that are emptied in between, and in a larger block."""
+    model = llama(num_hidden_layers=3)
+    eager = eager_reference(model)
+    compiled_reference(model, kv_cache="INT8", blocks=blocks)
+    for seed in (5, 6, 7, 5):
+        inputs = prompt(2, 7, seed, padded=seed == 7)
+        cache = cache_of(eager, "INT8", 48)
+        assert torch.equal(tokens(model, inputs), tokens(eager, inputs, past_key_values=cache)), seed
+    assert recorder_of_prompts.recorded > 1
+    long = {"max_new_tokens": 300}
+    cache = cache_of(eager, "INT8", 320)
+    assert torch.equal(tokens(model, prompt(2, 7), **long), tokens(eager, prompt(2, 7), past_key_values=cache, **long))
