@@ -267,7 +267,11 @@ def _plan_packed(
     packed = read_packed(files, model)
     own = packed_policy(packed)
     own = own if fallback is None else replace(own, fallback=fallback)
-    return Plan(model, files, description, Mapped((), {}), packed.outcomes, wanted, own, own.fallback, Wishes(), packed)
+    kinds = dict.fromkeys(scheme.name for scheme, _, _ in packed.caches.values())
+    note = f"KV cache: {', '.join(kinds)} with the folder's own scales, of {len(packed.caches)} layers"
+    cached = CachePlan(notes=(note,) if kinds else ())
+    outcomes, mapped = packed.outcomes, Mapped((), {})
+    return Plan(model, files, description, mapped, outcomes, wanted, own, own.fallback, Wishes(), packed, cached)
 
 
 def plan_of(

@@ -208,7 +208,8 @@ def _by_user(
     }
     note = f"KV cache: as the policy says, and not {stored.text} as {stored.where}"
     if scales:
-        note = f"KV cache: as the policy says, with the checkpoint's own scales of {scheme.name} in {len(scales)} of {len(decoder.layers)} layers where the policy has none"
+        where = f"in {len(scales)} of {len(decoder.layers)} layers, unless the policy has scales for them"
+        note = f"KV cache: as the policy says, with the checkpoint's own scales of {scheme.name} {where}"
     return CachePlan(scheme, scales, None, why, (note,))
 
 
