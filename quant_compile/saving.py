@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def _save(model: nn.Module, directory: str | Path, format: str, beside: Iterable
     else:
         cache = cache_form(inner, *_cache(inner))
         export = export_of(inner, _key, _dtype(inner), cache)
-        notes = (*cache.notes, *_notes(model, export, folder))
+        notes = chain(cache.notes, _notes(model, export, folder))  # of what is written
     files = list(beside)
     shards = shards_of(export.jobs)
     check_space(folder, export.nbytes + BESIDES + sum(file.stat().st_size for file in files))
