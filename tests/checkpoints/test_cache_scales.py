@@ -391,3 +391,15 @@ def test_llm_compressors_own(tmp_path: Path) -> None:
     out = found.generate(**IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     assert not any(isinstance(layer, Quantized) for layer in out.past_key_values.layers)  # copies in the model's dtype
     assert kept_of(found).schemes == (CacheScheme("e4m3", "tensor"),) * 2
+
+
+def test_a_model_of_transformers_has_lost_them() -> None:
+    """Its config names a scheme, and no module has scales: the note says so."""
+    model = tiny_llama(1)
+    model.config.quantization_config = {**BARE, "kv_cache_scheme": FP8}  # type: ignore[union-attr]
+    quant_compile.compile(model, {"default": "keep"})
+    assert held(
+        model
+    ) == [] and "KV cache: the config says float of 8 bits, a scale for each tensor, and transformers has not" in notes(
+        model
+    )
