@@ -36,6 +36,7 @@ from quant_compile.generation.blocks import layer_names
 from quant_compile.generation.facts import kv_heads, mixin
 from quant_compile.inspect.models import DTYPES
 from quant_compile.ir.errors import OptionError, PolicyError
+from quant_compile.ir.kv import HEAD, CacheScheme
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.select import FALLBACKS, Request
@@ -337,16 +338,19 @@ def _plan_cache(
     own = _options(options)
     says = own.kv_cache is not None or (given is not None and given.kv_cache is not None)
     users = (own.caches(given or Policy(None)),) if says else None
-    return cache.plan(description.kv_cache, mapped.cache, files, _decoder(model, target), users)
+    stored = description.kv_cache
+    decoder = Decoder(()) if stored is None else _decoder(model, target, stored.scheme)
+    return cache.plan(stored, mapped.cache, files, decoder, users)
 
 
-def _decoder(model: Any, target: Target) -> Decoder:
+def _decoder(model: Any, target: Target, scheme: CacheScheme | None) -> Decoder:
     """What a model and a device let a KV cache be."""
     layers = layer_names(model)
     reason = "" if mixin(model) is not None else f"{type(model).__name__} does not generate"
     if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
         reason = "the model caches latents, of which libraries do not agree what such a scale is of"
-    return Decoder(layers, kv_heads(model, len(layers)), target.device != "cuda" or target.arch >= 89, reason)
+    heads = kv_heads(model, len(layers)) if scheme is not None and scheme.scale == HEAD and not reason else None
+    return Decoder(layers, heads, target.device != "cuda" or target.arch >= 89, reason)
 
 
 def _options(options: Mapping[str, Any] | None) -> Options:
