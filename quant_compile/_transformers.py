@@ -36,6 +36,7 @@ from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.select import Request
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import claim_before_tracing
+from quant_compile.model import cache_scales
 from quant_compile.model.ledger import LEDGER
 from quant_compile.options import Options
 from quant_compile.policy import Policy
@@ -43,7 +44,7 @@ from quant_compile.pretrained import packed_policy, used_times
 
 METHOD = PACKED
 # Tensors of a packed folder that are no weights of the model.
-_PLANES = r"^(?:slab|input_scale|input_order|input_factor)\."
+_PLANES = r"^(?:slab|input_scale|input_order|input_factor|cache_scale)\."
 
 
 @register_quantization_config(METHOD)
@@ -237,7 +238,9 @@ class _PackedFolder:
     def into(self, model: Any, options: Mapping[str, Any]) -> nn.Module:
         """Fill the model, and compile it by the folder's own policy."""
         model._keys_to_ignore_on_load_unexpected = self.unexpected
+        scales = self.packed.cache_scales()
         self.packed.fill(model, self.device, lambda count: None)
+        cache_scales.keep(model, scales)
         claim_before_tracing(p for p in cast(nn.Module, model).parameters() if p.dim() > 1)
         policy, target = packed_policy(self.packed), Target.of(self.device if self.device.type == "cuda" else "cpu")
         notes = used_times(self.packed, target)

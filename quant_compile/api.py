@@ -101,7 +101,8 @@ def _with_loaded(model: nn.Module, source: PolicySource, given: bool) -> tuple[P
     for module in found.stays:
         for parameter in module.parameters:
             LEDGER.record(parameter).reason = module.reason
-    return source, [*from_transformers.notes(found.stays), *from_transformers.dequantized(model, found)]
+    left = (*from_transformers.dequantized(model, found), *from_transformers.cache_left(model))
+    return source, [*from_transformers.notes(found.stays), *left]
 
 
 def _called(model: nn.Module) -> tuple[nn.Module, ...]:

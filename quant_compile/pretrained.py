@@ -9,7 +9,7 @@ import gc
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch import nn
 
 from quant_compile import api
 from quant_compile.building import build, read_config
+from quant_compile.checkpoints import cache
 from quant_compile.checkpoints.adopted import policy_of
+from quant_compile.checkpoints.cache import CachePlan, Decoder
 from quant_compile.checkpoints.config import describe
 from quant_compile.checkpoints.description import PACKED, Description, shown
 from quant_compile.checkpoints.errors import CheckpointError
@@ -30,14 +32,19 @@ from quant_compile.checkpoints.names import Mapped, Resolver
 from quant_compile.checkpoints.packed import AGAIN, FILE, Packed
 from quant_compile.checkpoints.packed import read as read_packed
 from quant_compile.checkpoints.wishes import Wishes
+from quant_compile.generation.blocks import layer_names
+from quant_compile.generation.facts import kv_heads, mixin
 from quant_compile.inspect.models import DTYPES
 from quant_compile.ir.errors import OptionError, PolicyError
+from quant_compile.ir.kv import HEAD, CacheScheme
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.select import FALLBACKS, Request
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.tune import imported
 from quant_compile.lowering.weights import claim_before_tracing
+from quant_compile.model import cache_scales
+from quant_compile.model.cache_scales import CacheScales
 from quant_compile.model.ledger import LEDGER
 from quant_compile.options import Options
 from quant_compile.policy import Policy
@@ -58,6 +65,7 @@ class Plan:
         fallback: what serves where the device has no kernel for a scheme.
         wishes: what ``given`` and the device make of the weights.
         packed: of a folder with planes as kernels read them, which then says everything.
+        cache: what becomes of scales of the KV cache.
     """
 
     model: nn.Module
@@ -70,6 +78,7 @@ class Plan:
     fallback: str | None
     wishes: Wishes
     packed: Packed | None = None
+    cache: CachePlan = field(default_factory=CachePlan)
 
     @property
     def nbytes(self) -> int:
@@ -95,11 +104,19 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the configs and the names leave to say, one sentence each."""
-        out = [f"{self.files.folder}: {self.description.text}", *self.description.notes]
+        out = [f"{self.files.folder}: {self.description.text}", *self.description.notes, *self.cache.notes]
         for reason in dict.fromkeys(self.mapped.ignored.values()):
             names = [name for name, why in self.mapped.ignored.items() if why == reason]
             out.append(f"not used: {len(names)} tensors, {names[0]} first: {reason}")
         return tuple(out)
+
+    def cache_scales(self) -> dict[str, CacheScales]:
+        """Fixed scales of the KV cache, by layer; read here, so that wrong ones show before anything else is.
+
+        Raises:
+            CheckpointError: one is no positive number.
+        """
+        return cache.read(self.cache, self.files) if self.packed is None else self.packed.cache_scales()
 
     def table(self, full: bool = False) -> Table:
         """What becomes of each weight; those that differ only in numbers share a row unless ``full``."""
@@ -177,9 +194,11 @@ def load(
             f"{path} takes {plan.nbytes / 1e9:.2f} GB, and max_memory is {max_memory / 1e9:.2f} GB.\n"
             "Fix: a policy with fewer bits for what is not quantized, or a larger device."
         )
+    scales = plan.cache_scales()
     _reserve(plan.nbytes, target)
     with _bar(plan, progress) as step:
         whole = _filled(plan, target, step)
+    cache_scales.keep(plan.model, scales)
     _move_buffers(plan.model, target)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
     notes = [*plan.notes, *plan.files.notes]
@@ -208,7 +227,8 @@ def _filled(plan: Plan, device: torch.device, progress: Progress) -> Policy:
         assert plan.given is not None
         return plan.given
     filler = Filler(plan.files, plan.description, plan.dtype, device, plan.wishes, progress)
-    return policy_of(plan.model, filler.fill(plan.mapped), plan.description, plan.given, plan.fallback)
+    made = policy_of(plan.model, filler.fill(plan.mapped), plan.description, plan.given, plan.fallback)
+    return made if plan.cache.rules is None else replace(made, kv_cache=plan.cache.rules)
 
 
 def used_times(packed: Packed, target: Target) -> list[str]:
@@ -248,7 +268,11 @@ def _plan_packed(
     packed = read_packed(files, model)
     own = packed_policy(packed)
     own = own if fallback is None else replace(own, fallback=fallback)
-    return Plan(model, files, description, Mapped((), {}), packed.outcomes, wanted, own, own.fallback, Wishes(), packed)
+    kinds = dict.fromkeys(scheme.name for scheme, _, _ in packed.caches.values())
+    note = f"KV cache: {', '.join(kinds)} with the folder's own scales, of {len(packed.caches)} layers"
+    cached = CachePlan(notes=(note,) if kinds else ())
+    outcomes, mapped = packed.outcomes, Mapped((), {})
+    return Plan(model, files, description, mapped, outcomes, wanted, own, own.fallback, Wishes(), packed, cached)
 
 
 def plan_of(
@@ -292,17 +316,49 @@ def plan_of(
         given = given if fallback is None else replace(given, fallback=fallback)
         fallback = given.fallback
     mapped = Resolver(model, files).resolve()
+    cached = _plan_cache(model, files, description, mapped, given, options)
+    mapped = replace(mapped, ignored={**mapped.ignored, **cached.unused})
     wishes = Wishes.of(model, given, fallback, target, _request(options, given))
     filler = Filler(files, description, wanted, torch.device("meta"), wishes)
     outcomes = tuple(filler.plan(mapped))
     policy_of(model, outcomes, description, given, fallback)  # a contradiction shows before anything is read
-    return Plan(model, files, description, mapped, outcomes, wanted, given, fallback, wishes)
+    return Plan(model, files, description, mapped, outcomes, wanted, given, fallback, wishes, cache=cached)
+
+
+def _plan_cache(
+    model: Any,
+    files: Files,
+    description: Description,
+    mapped: Mapped,
+    given: Policy | None,
+    options: Mapping[str, Any] | None,
+) -> CachePlan:
+    """What becomes of scales of the KV cache; a policy or an option that names ``kv_cache`` wins."""
+    own = _options(options)
+    says = own.kv_cache is not None or (given is not None and given.kv_cache is not None)
+    users = (own.caches(given or Policy(None)),) if says else None
+    stored = description.kv_cache
+    decoder = Decoder(()) if stored is None else _decoder(model, stored.scheme)
+    return cache.plan(stored, mapped.cache, files, decoder, users)
+
+
+def _decoder(model: Any, scheme: CacheScheme | None) -> Decoder:
+    """What a model lets a KV cache be."""
+    layers = layer_names(model)
+    reason = "" if mixin(model) is not None else f"{type(model).__name__} does not generate"
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
+        reason = "the model caches latents, of which libraries do not agree what such a scale is of"
+    heads = kv_heads(model, len(layers)) if scheme is not None and scheme.scale == HEAD and not reason else None
+    return Decoder(layers, heads, reason)
+
+
+def _options(options: Mapping[str, Any] | None) -> Options:
+    return Options.of({key: value for key, value in (options or {}).items() if key not in ("dynamic", "fullgraph")})
 
 
 def _request(options: Mapping[str, Any] | None, given: Policy | None) -> Request:
     """What ``compile`` will be allowed to choose from."""
-    own = {key: value for key, value in (options or {}).items() if key not in ("dynamic", "fullgraph")}
-    return Options.of(own).request(given or Policy(None)).unpinned
+    return _options(options).request(given or Policy(None)).unpinned
 
 
 def _dtype(given: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:

@@ -11,9 +11,10 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,23 @@ import torch
 from torch import nn
 
 from quant_compile.checkpoints import packed
+from quant_compile.checkpoints.cache_writer import cache_form
 from quant_compile.checkpoints.compressed_tensors import METHOD
 from quant_compile.checkpoints.config import describe
 from quant_compile.checkpoints.errors import SaveError
 from quant_compile.checkpoints.export import Export, export_of
 from quant_compile.checkpoints.files import Files
 from quant_compile.checkpoints.write import check_space, check_target, replacing, shards_of, write_shards
+from quant_compile.generation import kept_of
+from quant_compile.generation.blocks import layer_names
 from quant_compile.ir.errors import OptionError
+from quant_compile.ir.kv import CacheScheme
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.tune import exported
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.model import offload
+from quant_compile.model.cache_scales import CacheScales
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.names import names_in
 from quant_compile.model.places import parameters_of, unwrap, wrapped_by_peft
@@ -40,6 +46,7 @@ from quant_compile.model.weights import linear_weights
 from quant_compile.options import PolicySource
 from quant_compile.policy import Policy
 from quant_compile.pretrained import load
+from quant_compile.rules import CacheRule, CacheRules
 
 FORMATS = (METHOD, packed.FORMAT)
 # Room for configs, headers and what a file system rounds up, besides the tensors.
@@ -123,8 +130,9 @@ def _save(model: nn.Module, directory: str | Path, format: str, beside: Iterable
         export = _packed(inner)
         notes: Iterable[str] = _skipped(model, export.kept)
     else:
-        export = export_of(inner, _key, _dtype(inner))
-        notes = _notes(model, export, folder)
+        cache = cache_form(inner, *_cache(inner))
+        export = export_of(inner, _key, _dtype(inner), cache)
+        notes = chain(cache.notes, _notes(model, export, folder))  # of what is written
     files = list(beside)
     shards = shards_of(export.jobs)
     check_space(folder, export.nbytes + BESIDES + sum(file.stat().st_size for file in files))
@@ -145,9 +153,14 @@ def _packed(model: nn.Module) -> Export:
     Raises:
         SaveError: the model would not be the same when it is loaded.
     """
-    policy = LEDGER.policy_of(model)
+    policy, (schemes, scales) = LEDGER.policy_of(model), _cache(model)
     assert isinstance(policy, Policy)
-    made = packed.Packer(model, _key)
+    if not schemes:
+        policy = replace(policy, kv_cache=None)
+    elif schemes != _caches_by(policy, schemes):  # an option of compile decided otherwise
+        rules = tuple(CacheRule(layer, scheme) for layer, scheme in schemes.items())
+        policy = replace(policy, kv_cache=CacheRules(None, rules))
+    made = packed.Packer(model, _key, scales)
     device = next(p.device for p in model.parameters())
     target = Target.of(device if device.type == "cuda" else "cpu")
     versions = {name: version(name) for name in VERSIONS}
@@ -267,6 +280,23 @@ def _load_scales(model: nn.Module) -> None:
             entry.input_scale = (
                 source.input_scale(names[id(parameter)].full) if entry.input_scale is None else entry.input_scale
             )
+
+
+def _cache(model: nn.Module) -> tuple[dict[str, CacheScheme | None], dict[str, CacheScales]]:
+    """How ``generate`` keeps K and V of each layer (empty: all in 16 bits), and scales of layers that have fixed ones."""
+    kept = kept_of(model)
+    if not kept.schemes:
+        return {}, {}
+    schemes = dict(zip(layer_names(model), kept.schemes, strict=True))
+    pairs = zip(schemes.items(), kept.scales or (), strict=True)
+    return schemes, {
+        n: CacheScales(s, *(x.cpu() for x in pair)) for (n, s), pair in pairs if s is not None and pair is not None
+    }
+
+
+def _caches_by(policy: Policy, layers: Iterable[str]) -> dict[str, CacheScheme | None]:
+    """What a policy says of layers."""
+    return {layer: None if policy.kv_cache is None else policy.kv_cache.of(layer) for layer in layers}
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -332,9 +332,9 @@ def test_bad_policies(given: Any, reason: str | None) -> None:
 def test_the_option_wins() -> None:
     model = seeded(DECODERS["llama3"])
     quant_compile.compile(model, {"default": "keep", "kv_cache": "FP8"}, kv_cache="keep")
-    assert loop_of(model)._kept == PLAIN
+    assert loop_of(model).kept == PLAIN
     quant_compile.compile(model, {"default": "keep"}, kv_cache="int8")
-    assert loop_of(model)._kept.text == "INT8 in 2 of 2 layers"
+    assert loop_of(model).kept.text == "INT8 in 2 of 2 layers"
     with pytest.raises(OptionError, match="kv_cache must be one of keep, FP8"):
         quant_compile.compile(model, {"default": "keep"}, kv_cache="FP9")
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_compile.checkpoints.cache import stored_of
 from quant_compile.checkpoints.description import Description, Keys, Stored, Target
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.gptq import order_of, ordered
@@ -75,13 +76,9 @@ def describe(keys: Keys) -> Description:
         targets.append(_group(group, whole))
     # Names before classes of modules, as compressed-tensors has it.
     targets.sort(key=lambda target: "Linear" in target.patterns)
-    kv = keys.get("kv_cache_scheme", dict)
-    text = (
-        ""
-        if kv is None
-        else Keys(kv, f"{keys.where}.kv_cache_scheme").get("type", str, "float") + str(kv.get("num_bits"))
-    )
-    return Description(METHOD, keys.where, tuple(targets), keys.texts("ignore"), text, keys.ignored(_HARMLESS))
+    kv = keys.child("kv_cache_scheme")
+    cache = None if kv is None else stored_of(kv)
+    return Description(METHOD, keys.where, tuple(targets), keys.texts("ignore"), cache, keys.ignored(_HARMLESS))
 
 
 def _group(group: Keys, whole: str | None) -> Target:

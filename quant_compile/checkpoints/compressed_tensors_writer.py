@@ -24,6 +24,8 @@ from quant_compile.checkpoints.weight import nibbles, unpack_bits, words
 from quant_compile.ir.family import Planes, Reject
 from quant_compile.ir.scheme import QuantArgs, Scheme
 
+DENSE = "dense"  # format of a checkpoint whose weights are as they were
+
 
 @dataclass(frozen=True)
 class Form:
@@ -142,12 +144,15 @@ def divisor(scale: Tensor) -> Tensor:
 # --- the config ---
 
 
-def quantization_config(forms: Mapping[str, Form], others: Mapping[str, bool]) -> dict[str, Any]:
+def quantization_config(
+    forms: Mapping[str, Form], others: Mapping[str, bool], cache: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """``quantization_config`` of a checkpoint.
 
     Args:
         forms: of every module that is quantized, by its name in the files.
         others: modules that are not; True: one that would be taken for a linear, and is named in ``ignore``.
+        cache: ``kv_cache_scheme``.
     """
     kinds = list(dict.fromkeys(forms.values()))
     targets: dict[Form, list[str]] = {form: [] for form in kinds}
@@ -158,13 +163,13 @@ def quantization_config(forms: Mapping[str, Form], others: Mapping[str, bool]) -
             if name in forms:
                 targets[forms[name]].append(f"re:^{pattern}$")
     groups = {f"group_{i}": _group(form, targets[form]) for i, form in enumerate(kinds)}
-    formats = {form.format for form in kinds}
+    formats = {form.format for form in kinds} or {DENSE}
     return {
         "quant_method": METHOD,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": cache,
         "config_groups": groups,
         "ignore": [_ignored(name, forms) for name, linear in others.items() if linear],
     }

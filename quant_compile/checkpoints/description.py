@@ -17,6 +17,7 @@ from typing import Any, NoReturn, cast
 import regex  # as ``re``, which cannot be interrupted
 
 from quant_compile.checkpoints.errors import CheckpointError, cut
+from quant_compile.ir.kv import CacheScheme
 from quant_compile.ir.scheme import QuantArgs
 
 PACKED = "sglquant"  # quant_method of the format that ``packed`` reads
@@ -70,6 +71,23 @@ class Target:
 
 
 @dataclass(frozen=True)
+class CacheStored:
+    """What a config says of the KV cache.
+
+    Attributes:
+        text: its words, for people.
+        where: the file and key.
+        scheme: how the cache is kept; None: it cannot be kept so.
+        reason: why not.
+    """
+
+    text: str
+    where: str
+    scheme: CacheScheme | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Description:
     """What the configs of a checkpoint say.
 
@@ -78,7 +96,7 @@ class Description:
         where: the file (and key) that says so.
         targets: the first that holds a module decides.
         ignored: patterns of modules that stay as they are; they come before the targets.
-        kv_cache: what the config says of the KV cache, empty for nothing.
+        kv_cache: what the config says of the KV cache; None: nothing.
         notes: unknown keys and the like.
     """
 
@@ -86,7 +104,7 @@ class Description:
     where: str = ""
     targets: tuple[Target, ...] = ()
     ignored: tuple[str, ...] = ()
-    kv_cache: str = ""
+    kv_cache: CacheStored | None = None
     notes: tuple[str, ...] = ()
 
     def ignores(self, name: str) -> bool:

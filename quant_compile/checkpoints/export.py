@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_compile.checkpoints import compressed_tensors, compressed_tensors_writer
+from quant_compile.checkpoints.cache_writer import CacheForm
 from quant_compile.checkpoints.compressed_tensors_writer import Form, form_of, tensors_of
 from quant_compile.checkpoints.description import Description, Keys
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
@@ -31,6 +32,7 @@ from quant_compile.model.weights import _stores_columns, linear_weights
 
 KeyOf = Callable[[nn.Parameter], Key | None]
 SHOWN = 8
+NO_CACHE = CacheForm()
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,24 @@ class Export:
         return sum(job.nbytes for job in self.jobs)
 
 
-def export_of(model: nn.Module, key_of: KeyOf, dtype: torch.dtype) -> Export:
+def export_of(model: nn.Module, key_of: KeyOf, dtype: torch.dtype, cache: CacheForm = NO_CACHE) -> Export:
     """What a model becomes in files of compressed-tensors.
 
     Args:
         model: without wrappers.
         key_of: the planes that stand for a weight; None: its values do.
         dtype: of the model.
+        cache: scales of its KV cache.
 
     Raises:
         SaveError: weights that compressed-tensors cannot express, each with its scheme and the reason, or that would not load again.
     """
     made = _Exporter(model, key_of)
-    jobs = tuple(job for slot in made.slots for job in made.jobs(slot))
+    jobs = (*(job for slot in made.slots for job in made.jobs(slot)), *cache.jobs)
     made.complain()
-    config = compressed_tensors_writer.quantization_config(made.forms, made.others()) if made.forms else {}
+    config: dict[str, Any] = {}
+    if made.forms or cache.scheme is not None:
+        config = compressed_tensors_writer.quantization_config(made.forms, made.others(), cache.scheme)
     kept = tuple(slot.name for slot in made.slots if slot.name not in made.schemes)
     out = Export(jobs, config, made.schemes, kept)
     _check(model, out, made.wanted, dtype)

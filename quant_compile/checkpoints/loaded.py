@@ -220,6 +220,16 @@ def dequantized(model: nn.Module, found: Loaded) -> Iterator[str]:
         yield f"{names[0]}{more}: transformers has dequantized them as it loaded them, and they are taken as they are; {FIX}"
 
 
+def cache_left(model: nn.Module) -> Iterator[str]:
+    """What to say of a KV cache that the config has a scheme for, whose scales transformers does not load; at most one sentence."""
+    _, description = _configured(model)
+    if description is not None and description.kv_cache is not None:
+        yield (
+            f"KV cache: the config says {description.kv_cache.text}, and transformers has not loaded its scales: it is kept as the policy "
+            f"says, or in 16 bits; {FIX}"
+        )
+
+
 def _configured(model: nn.Module) -> tuple[str, Description | None]:
     """The method, and the description, of a model's config; none where it has none that is known."""
     found: Any = getattr(getattr(model, "config", None), "quantization_config", None)

@@ -18,7 +18,8 @@ from dataclasses import replace
 
 import torch
 
-from quant_compile.checkpoints.description import Description, Keys, Stored, Target, check_pattern
+from quant_compile.checkpoints.cache import algorithm_of, stored_of
+from quant_compile.checkpoints.description import CacheStored, Description, Keys, Stored, Target, check_pattern
 from quant_compile.checkpoints.errors import CheckpointError, cut
 from quant_compile.checkpoints.weight import (
     REAL,
@@ -49,7 +50,6 @@ _HARMLESS = (
     "format",
     "has_zero_point",
     "pre_quant_scale",
-    "kv_cache_scheme",
 )
 
 # quant_algo -> how its weights are stored and what their inputs become; block sizes and groups are in the config.
@@ -84,13 +84,21 @@ def describe(keys: Keys) -> Description:
     if algorithm is None:
         keys.fail("has no quant_algo")
     ignored = (*keys.texts("ignore"), *keys.texts("exclude_modules"))
-    kv = keys.get("kv_cache_quant_algo", str, "") or ("FP8" if keys.get("kv_cache_scheme", dict) else "")
+    kv = _cache(keys)
     group = keys.group()
     if algorithm == "MIXED_PRECISION":
         targets = _mixed(keys)
     else:
         targets = (Target(_stored(keys, algorithm, group)),)
     return Description("modelopt", keys.where, targets, ignored, kv, keys.ignored(_HARMLESS))
+
+
+def _cache(keys: Keys) -> CacheStored | None:
+    """``kv_cache_quant_algo``, or the ``kv_cache_scheme`` that newer exports have in ``config.json``."""
+    algorithm, scheme = keys.get("kv_cache_quant_algo", str, ""), keys.child("kv_cache_scheme")
+    if algorithm or not scheme or not scheme.data:
+        return algorithm_of(algorithm, keys.where)
+    return stored_of(scheme)
 
 
 def _stored(keys: Keys, algorithm: str, group: int | None) -> Stored:

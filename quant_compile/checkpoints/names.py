@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from torch import Tensor, nn
 
+from quant_compile.checkpoints import cache
 from quant_compile.checkpoints.errors import CheckpointError, cut
 from quant_compile.checkpoints.files import Files, Part, names_of
 from quant_compile.checkpoints.formats import SUFFIXES
@@ -33,9 +34,6 @@ _FUSED = {
     "_weight_scale_inv": "weight_scale_inv", "_scale_inv": "weight_scale_inv", "_weight_scale_2": "weight_scale_2",
     "_weight_scale": "weight_scale", "_input_scale": "input_scale", "_blocks": "blocks", "_scales": "scales", "_scale": "weight_scale",
 }  # fmt: skip
-_KV = re.compile(
-    r"\.(?:[kvq]_scale|[kv]_zero_point|[kvq]_proj\.(?:[kv]_scale|output_scale)|prob_output_scale|[kv]_bmm_quantizer\S*)$"
-)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 SHOWN = 6
 
@@ -132,10 +130,12 @@ class Mapped:
     Attributes:
         jobs: in the order of the model's Parameters.
         ignored: tensor -> why it is not used.
+        cache: tensor with scales of the KV cache -> names that it may have in the model.
     """
 
     jobs: tuple[Job, ...]
     ignored: Mapping[str, str]
+    cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
 
 @dataclass
@@ -190,20 +190,23 @@ class Resolver:
             CheckpointError: tensors that belong nowhere, weights that no tensor fills, experts that are missing.
         """
         ignored: dict[str, str] = {}
+        cached: dict[str, tuple[str, ...]] = {}
         left: list[str] = []
         for name in names_of(self.files):
             if any(self._claim(name, key) for key in self._spellings(name)):
                 continue
             reason = self._harmless(name)
-            if reason is None:
-                left.append(name)
-            else:
+            if reason is not None:
                 ignored[name] = reason
+            elif cache.side_of(name) is not None:
+                cached[name] = tuple(self._spellings(name))
+            else:
+                left.append(name)
         jobs = list(self._jobs())
         filled = {id(job.slot) for job in jobs}
         missing = [slot.name for slot in dict.fromkeys(self.slots.values()) if id(slot) not in filled]
         self._complain(left, missing)
-        return Mapped(tuple(jobs), ignored)
+        return Mapped(tuple(jobs), ignored, cached)
 
     def _spellings(self, name: str) -> Iterator[str]:
         """What transformers may call this tensor."""
@@ -394,8 +397,8 @@ class Resolver:
         found = _LAYER.search(name)
         if found and isinstance(layers, int) and int(found[1]) >= layers:
             return f"of layer {found[1]}, and the model has {layers}: a layer that predicts further tokens, which transformers does not run"
-        if _KV.search(name):
-            return "scale of the KV cache, which keeps 16 bits here"
+        if cache.side_of(name) is None and (reason := cache.unused(name)) is not None:
+            return reason
         if name.endswith("rotary_emb.inv_freq"):
             return "computed from the config"
         patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
+from quant_compile.checkpoints.cache import positive
 from quant_compile.checkpoints.description import PACKED
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
 from quant_compile.checkpoints.files import Files, Part, read_json
@@ -24,12 +25,14 @@ from quant_compile.checkpoints.staging import staged
 from quant_compile.checkpoints.write import Item, Job
 from quant_compile.ir.errors import QuantError
 from quant_compile.ir.family import PlaneSpec, family_of
+from quant_compile.ir.kv import CacheScheme, parse_cache
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.moe import moe_layouts, moe_problem_text, parse_moe_problem
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.weights import STORE, Key, Slab
+from quant_compile.model.cache_scales import CacheScales
 from quant_compile.model.weights import linear_weights
 
 FORMAT, FILE, VERSION = "packed", "sglquant.json", 1
@@ -61,10 +64,12 @@ class Packer:
         sources: weight -> where its planes come from, if it was loaded.
         schemes: of quantized weights, by name.
         kept: names of all others.
+        caches: decoder layer -> its fixed scales of the KV cache, and the tensors with them.
     """
 
     model: nn.Module
     key_of: KeyOf
+    cache: Mapping[str, CacheScales] = field(default_factory=dict[str, CacheScales])
     jobs: list[Job] = field(default_factory=list)
     slabs: list[dict[str, Any]] = field(default_factory=list)
     scales: dict[str, str] = field(default_factory=dict)
@@ -72,6 +77,7 @@ class Packer:
     sources: dict[str, str] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
+    caches: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         members: dict[int, list[tuple[int, int, Slot]]] = {}
@@ -101,6 +107,11 @@ class Packer:
         for identity, (slab, key) in slabs.items():
             self._slab(slab, key, members[identity])
         self._inputs()
+        for layer, found in self.cache.items():
+            self.caches[layer] = {"scheme": found.scheme.name}
+            for side, values in (("k", found.k), ("v", found.v)):
+                self.caches[layer][side] = f"cache_scale.{layer}.{side}"
+                self._tensor(self.caches[layer][side], values)
 
     def _slab(self, slab: Slab, key: Key, members: list[tuple[int, int, Slot]]) -> None:
         index = len(self.slabs)
@@ -150,6 +161,7 @@ class Packer:
         return {
             "version": VERSION, "target": target, "versions": dict(versions), "policy": dict(policy), "slabs": self.slabs,
             "input_scales": self.scales, "inputs": self.inputs, "sources": self.sources, "times": times,
+            "cache_scales": self.caches,
         }  # fmt: skip
 
 
@@ -176,6 +188,7 @@ class Packed:
         target: device that the layouts were chosen for.
         times: measured times of kernels there.
         outcomes: of every weight.
+        caches: decoder layer -> the scheme of its KV cache, and the tensors with its scales of K and V.
     """
 
     files: Files
@@ -188,6 +201,19 @@ class Packed:
     scales: Mapping[str, str]
     sources: Mapping[str, str]
     inputs: Mapping[str, Mapping[str, str]]
+    caches: Mapping[str, tuple[CacheScheme, str, str]]
+
+    def cache_scales(self) -> dict[str, CacheScales]:
+        """Fixed scales of the KV cache, by layer.
+
+        Raises:
+            CheckpointError: one is no positive number.
+        """
+
+        def values(name: str) -> Tensor:
+            return positive(self.files.get(name).clone(), self.files.tensors[name], AGAIN)
+
+        return {layer: CacheScales(scheme, values(k), values(v)) for layer, (scheme, k, v) in self.caches.items()}
 
     @property
     def quantized(self) -> list[Slot]:
@@ -316,7 +342,7 @@ class _Reader:
         scales = self._names("input_scales", quantized)
         for tensor in scales.values():
             self._check(tensor, torch.float32, (1,))
-        inputs = self._of_inputs()
+        inputs, caches = self._of_inputs(), self._of_caches()
         left = sorted(set(self.files.tensors) - self.used)
         if left:
             self._fail(f"does not say what {left[0]} is")
@@ -326,7 +352,7 @@ class _Reader:
         target = self.data.get("target")
         if not isinstance(target, str):
             self._fail("names no target")
-        return Packed(self.files, policy, target, times, outcomes, slabs, kept, scales, sources, inputs)
+        return Packed(self.files, policy, target, times, outcomes, slabs, kept, scales, sources, inputs, caches)
 
     def _outcomes(
         self, slabs: Sequence[_Stored], kept: Sequence[Slot], sources: Mapping[str, str]
@@ -443,6 +469,26 @@ class _Reader:
                 if kind == "order" and info.dtype not in (torch.int32, torch.int64):
                     self._fail(f"inputs.{path}.order has dtype {info.dtype}")
                 out.setdefault(path, {})[kind] = info.name
+        return out
+
+    def _of_caches(self) -> dict[str, tuple[CacheScheme, str, str]]:
+        out: dict[str, tuple[CacheScheme, str, str]] = {}
+        modules = dict(self.model.named_modules())
+        for layer, value in self._mapping(self.data, "cache_scales", optional=True).items():
+            where = f"cache_scales.{layer}"
+            found = self._object(value, where)
+            try:
+                scheme = parse_cache(str(found.get("scheme")))
+            except QuantError:
+                self._fail(f"{where} has the scheme {found.get('scheme')!r}, which is none")
+            if layer not in modules or not scheme.fixed or set(found) != {"scheme", "k", "v"}:
+                self._fail(f"{where} is no layer with fixed scales of K and V")
+            for side in ("k", "v"):
+                info = self.files.tensors.get(str(found[side]))
+                if info is None or info.dtype != torch.float32 or len(info.shape) != 1 or not info.shape[0]:
+                    self._fail(f"{where}.{side} is no tensor of scales")
+                self.used.add(info.name)
+            out[layer] = scheme, found["k"], found["v"]
         return out
 
     def _check(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -5,6 +5,6 @@ Everything here is set up by ``quant_compile.compile`` and taken away by ``quant
 
 from __future__ import annotations
 
-from quant_compile.generation.attach import install, outside_of, uninstall
+from quant_compile.generation.attach import install, kept_of, outside_of, uninstall
 
-__all__ = ["install", "outside_of", "uninstall"]
+__all__ = ["install", "kept_of", "outside_of", "uninstall"]

@@ -31,7 +31,9 @@ from quant_compile.generation.facts import cache_name, mixin
 from quant_compile.generation.inputs import marked
 from quant_compile.generation.lease import Names
 from quant_compile.generation.loop import HOOKS, Loop
+from quant_compile.generation.quantized import Scales
 from quant_compile.generation.step import Step
+from quant_compile.model.cache_scales import scales_of
 from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options, PolicySource
@@ -170,7 +172,20 @@ def _kept(model: nn.Module, options: Options, note: Callable[[str], None]) -> Ke
     if mixin(model) is None:
         note(f"kv_cache has no effect: {type(model).__name__} does not generate")
         return PLAIN
-    return Kept.by(rules, layer_names(model), PolicySource(options.policy, "").cache_scales)
+    source = PolicySource(options.policy, "")
+
+    def scales(layer: str) -> Scales | None:
+        found = source.cache_scales(layer)
+        return scales_of(model, layer, rules.of(layer)) if found is None else found
+
+    return Kept.by(rules, layer_names(model), scales)
+
+
+def kept_of(model: nn.Module) -> Kept:
+    """How a compiled model's ``generate`` keeps K and V."""
+    call = vars(model).get(CALL)
+    installed = call.installed if isinstance(call, Call) else None
+    return installed.loop.kept if installed is not None and installed.loop is not None else PLAIN
 
 
 def _by_blocks(model: nn.Module, options: Options) -> bool:

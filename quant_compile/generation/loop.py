@@ -88,7 +88,7 @@ class Loop:
 
     def __init__(self, model: Any, step: Step, note: Callable[[str], None], records: bool, kept: Kept = PLAIN) -> None:
         self.pool = Pool()
-        self._kept = kept
+        self.kept = kept
         self.step = step
         self._model = weakref.ref(model)
         self._note = note
@@ -195,14 +195,14 @@ class Loop:
         block = larger(min(most, needed))
         if block is None:
             return self._plain("its cache cannot be made before the first call")
-        if self._kept.schemes:
-            self._note(f"KV cache: {self._kept.text}")
+        if self.kept.schemes:
+            self._note(f"KV cache: {self.kept.text}")
         lease = Lease(self._share(), block, larger, self.pool.give)
         self.step.leases[id(lease.cache)] = lease
         return lease
 
     def _plain(self, why: str) -> None:
-        lost = "; its KV cache is kept in 16 bits, against the policy" if self._kept.schemes else ""
+        lost = "; its KV cache is kept in 16 bits, against the policy" if self.kept.schemes else ""
         self._note(f"generate goes transformers' own way: {why}{lost}")
 
     def _why_never(self) -> str | None:
@@ -237,7 +237,7 @@ class Loop:
             def make() -> Any:
                 if shape is None:
                     return None
-                made = caches.make(config, shape, rows, key.length, dtype, device, self._kept)
+                made = caches.make(config, shape, rows, key.length, dtype, device, self.kept)
                 if made is None or not source:
                     return made
                 cross = caches.make(config, shape, rows, source, dtype, device)

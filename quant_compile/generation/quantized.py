@@ -18,6 +18,7 @@ from torch import Tensor
 from quant_compile.ir import ops
 from quant_compile.ir.errors import OptionError
 from quant_compile.ir.kv import BITS, CacheScheme, encode, parse_cache
+from quant_compile.lowering.target import Target
 
 Scales = tuple[Tensor, Tensor]
 """Fixed scales of K and of V: [H] f32, or of one element."""
@@ -235,4 +236,4 @@ def _spread(scale: Tensor, heads: int, device: torch.device) -> Tensor:
 
 
 def _lacks_e4m3(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    return device.type == "cuda" and Target.of(device).arch < 89

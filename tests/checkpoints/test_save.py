@@ -834,7 +834,7 @@ def test_what_would_not_load_again_is_not_written(
     monkeypatch.undo()
     config = compressed_tensors_writer.quantization_config
     monkeypatch.setattr(
-        compressed_tensors_writer, "quantization_config", lambda f, o: {**config(f, o), "ignore": ["re:.*up_proj"]}
+        compressed_tensors_writer, "quantization_config", lambda *a: {**config(*a), "ignore": ["re:.*up_proj"]}
     )
     with pytest.raises(SaveError, match="up_proj"):
         quant_compile.save(small, tmp_path / "saved")
