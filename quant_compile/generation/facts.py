@@ -99,10 +99,7 @@ def _watching() -> type[Any]:
 def kv_heads(model: Any, layers: int) -> list[int] | None:
     """Heads of K and V in each of so many layers; None if transformers does not say."""
     shape = cache_shape(model) if hasattr(model, "_get_static_cache_init_shape") else None
-    if shape is None:
-        return None
-    heads = [shape[0]] * layers if isinstance(shape[0], int) else list(shape[0])
-    return heads if len(heads) == layers else None
+    return None if shape is None or len(shape) != layers else [layer.heads for layer in shape]
 
 
 def _key_projections(decoder: nn.Module) -> Iterator[nn.Linear]:
