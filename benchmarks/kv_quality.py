@@ -1,7 +1,8 @@
 """Quality of every scheme of the KV cache on the bundled models: perplexity, copying and a needle, beside a cache in 16 bits.
 
     python benchmarks/kv_quality.py                       # writes results/kv_quality.json
-    python benchmarks/kv_quality.py --schemes FP8 INT8_HEAD --compiled
+    python benchmarks/kv_quality.py --schemes FP8 INT8_HEAD --compiled --textbook
+    python benchmarks/kv_quality.py --schemes --textbook --add dense.json moe.json   # joins files of one machine
 
 Weights stay in bf16 and models eager, so that the cache alone differs. Every scored prediction is that of a decode step of
 one token over the cache; what stands before is read in one call.
@@ -13,11 +14,14 @@ one token over the cache; what stands before is read in one call.
 
 Text is the same for all schemes; differences to 16 bits are paired, and their standard errors are over windows or trials.
 Fixed scales are calibrated on windows that nothing else reads. ``--compiled`` compares compiled models with eager ones.
+``--textbook`` measures perplexity under plain round-to-nearest in f64, written apart from the product: a scheme that is far from
+16 bits there too costs that much, and one that differs from it shows a defect.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -224,6 +228,82 @@ def measure(at: Setting, scheme: str, base: Measured | None = None) -> Measured:
     )
 
 
+# --- the textbook ----------------------------------------------------------------------------------------------------
+
+
+def grid(scheme: str) -> Tensor:
+    """All codes of a format in f64, in order."""
+    if scheme.startswith("INT8"):
+        return torch.arange(-127, 128, dtype=torch.float64)
+    dtype = torch.float8_e5m2 if scheme.startswith("FP8_E5M2") else torch.float8_e4m3fn
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype).double()
+    return every[every.isfinite()].unique()
+
+
+def nearest(x: Tensor, codes: Tensor) -> Tensor:
+    """The code next to each number."""
+    above = torch.searchsorted(codes, x).clamp(1, len(codes) - 1)
+    low, high = codes[above - 1], codes[above]
+    return torch.where(x - low <= high - x, low, high)
+
+
+def textbook_cache(config: Any, scheme: str, largest: dict[tuple[int, int], Tensor], watch: bool = False) -> Any:
+    """A growing cache that rounds what it gets; ``watch``: that notes the largest magnitudes of heads instead."""
+    from transformers import DynamicCache
+
+    codes = None if scheme == BASE else grid(scheme)
+
+    def rounded(x: Tensor, key: tuple[int, int]) -> Tensor:
+        amax = x.abs().amax((0, 2, 3), keepdim=True).double()
+        if watch:
+            largest[key] = torch.maximum(largest[key], amax) if key in largest else amax
+        if watch or codes is None:
+            return x
+        if scheme.endswith("_HEAD"):
+            amax = largest[key]
+        elif scheme.endswith("_TENSOR"):
+            amax = largest[key].amax()
+        else:
+            amax = x.abs().amax(-1, keepdim=True).double()
+        scale = amax / codes[-1]
+        return (nearest(x.double() / scale, codes) * scale).to(x.dtype)
+
+    class Rounding(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            k, v = (rounded(x, (layer_idx, side)) for side, x in enumerate((key_states, value_states)))
+            return super().update(k, v, layer_idx, *args, **kwargs)
+
+    return Rounding(config=config)
+
+
+@torch.inference_mode()
+def textbook_scores(at: Setting, scheme: str, largest: dict[tuple[int, int], Tensor]) -> Scores:
+    """Whole windows at once, and scored where decode steps score them."""
+    out: list[Tensor] = []
+    for ids in at.windows.ids.split(8):
+        cache = textbook_cache(at.model.config, scheme, largest)
+        logits = at.model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+        out.append(logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0][:, at.windows.prompt :])
+    return Scores(torch.cat(out), torch.empty(0))
+
+
+def textbook_rows(at: Setting, schemes: Sequence[str]) -> list[dict[str, Any]]:
+    """Perplexity, its relative difference to 16 bits measured in the same way, and the standard error of that."""
+    largest: dict[tuple[int, int], Tensor] = {}
+    with torch.inference_mode():
+        for batch in at.batches:
+            cache = textbook_cache(at.model.config, BASE, largest, watch=True)
+            at.model(input_ids=batch, past_key_values=cache, use_cache=True)
+    base = textbook_scores(at, BASE, largest)
+    out: list[dict[str, Any]] = []
+    for scheme in (BASE, *schemes):
+        found = base if scheme == BASE else textbook_scores(at, scheme, largest)
+        apart, error = paired(found, base)
+        out.append({"model": at.name, "scheme": scheme, "perplexity": perplexity(found)})
+        out[-1] |= {"to_base": math.expm1(0.0 - apart), "error": error, "rms": rms(found, base)}
+    return out
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -313,8 +393,36 @@ def compiled_rows(at: Setting, scheme: str, eager: Mapping[str, Scores]) -> list
     return [base, other | {"within_rounding": other["rms"] <= 1.5 * base["rms"]}]
 
 
+def add(path: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Take over an earlier file.
+
+    Raises:
+        ValueError: of another machine, other sources or settings, so that its rows cannot stand beside others.
+    """
+    old = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("machine", "settings"):
+        if old[key] != json.loads(json.dumps(result[key])):
+            raise ValueError(
+                f"{path.name} cannot be added: its {key} is {old[key]}, here {result[key]}. Measure all anew."
+            )
+    rows += old["rows"]
+    result["without"] |= old["without"]
+    for key in ("compiled", "textbook"):
+        result[key] += old.get(key, [])
+
+
 def measure_all(at: Setting, args: argparse.Namespace, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Every scheme of one model, into ``rows`` and ``result``."""
+    """What is asked for of one model, into ``rows`` and ``result``."""
+    if args.textbook:
+        with phase(f"{at.name} textbook"):
+            result["textbook"] += textbook_rows(at, args.schemes or NAMES)
+    if args.schemes:
+        measure_caches(at, args, result, rows)
+    write_result(args.out, rows, result, quiet=True)
+
+
+def measure_caches(at: Setting, args: argparse.Namespace, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Every scheme of one model through its cache."""
     with phase(f"{at.name} {BASE}"):
         base = measure(at, BASE)
         control = measure(at, BASE, base)
@@ -330,7 +438,6 @@ def measure_all(at: Setting, args: argparse.Namespace, result: dict[str, Any], r
     if args.compiled:
         with phase(f"{at.name} compiled"):
             result["compiled"] += compiled_rows(at, args.schemes[0], eager)
-    write_result(args.out, rows, result, quiet=True)
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -348,7 +455,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> 
         for r in rows
     ]  # fmt: skip
     print(table(head, lines), flush=True)
-    for r in result["compiled"]:
+    for r in (*result["compiled"], *result["textbook"]):
         print(r, flush=True)
 
 
@@ -356,12 +463,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; the status is 1 if a perplexity is too far from that of 16 bits."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=["dense", "moe"], choices=("dense", "moe"))
-    parser.add_argument("--schemes", nargs="+", default=list(NAMES), choices=NAMES, metavar="SCHEME")
+    parser.add_argument(
+        "--schemes", nargs="*", default=list(NAMES), metavar="SCHEME", help="none: only what else is asked"
+    )
     parser.add_argument("--compiled", action="store_true", help="compare the first scheme's compiled model with eager")
+    parser.add_argument("--textbook", action="store_true", help="perplexity under plain rounding too")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], metavar="FILE", help="join earlier files")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="tiny")
     parser.add_argument("--out", type=Path, default=RESULTS / "kv_quality.json")
     args = parser.parse_args(argv)
+    unknown = sorted(set(args.schemes) - set(NAMES))
+    if unknown:
+        parser.error(f"unknown schemes {', '.join(unknown)}; there are {', '.join(NAMES)}")
     sizes = SMOKE if args.smoke else Sizes()
     device = torch.device(args.device)
     torch.set_num_threads(1)  # these products are too small to share
@@ -369,8 +483,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     result |= {
         "settings": asdict(sizes) | {"prompt": PROMPT, "cue": CUE, "place": PLACE, "seed": SEED, "within": WITHIN}
     }
-    result |= {"tokens": sizes.windows * (sizes.length - PROMPT), "without": {}, "compiled": []}
+    result |= {"tokens": sizes.windows * (sizes.length - PROMPT), "without": {}, "compiled": [], "textbook": []}
     rows: list[dict[str, Any]] = []
+    for path in args.add:
+        add(path, result, rows)
     for name in args.models:
         measure_all(setting(name, device, sizes), args, result, rows)
     write_result(args.out, rows, result)

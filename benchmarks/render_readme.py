@@ -508,34 +508,38 @@ def kv_quality(results: Path) -> str:
     rows = result["rows"]
     copies = [f"copy from {cell['distance']}" for cell in rows[0]["copies"]]
     needles = [f"needle {cell['distance']} back" for cell in rows[0]["needles"]]
-    first = markdown(["cache", "bits", "perplexity", "to 16 bits", *copies], [kv_row(row) for row in rows])
+    plain = {(row["model"], row["scheme"]): row for row in result["textbook"]}
+    header = ["cache", "bits", "perplexity", "to 16 bits", "textbook, to 16 bits", *copies]
+    first = markdown(header, [kv_row(row, plain.get((row["model"], row["scheme"]))) for row in rows])
     second = markdown(["cache", *needles, "first", "first five"], kv_needles(result))
     return "\n".join([kv_text(result), first, "", kv_needle_text(result), second, *kv_compiled(result)])
 
 
 def kv_text(result: Result) -> str:
-    """What the first table holds."""
+    """What the first table holds, and which schemes are out of bounds."""
     settings = result["settings"]
+    far = [f"{row['model']} {row['scheme']}" for row in result["rows"] if not row["within"]]
     return (
         f"**The KV cache**: bundled models in bf16, eager, each scheme's cache beside one of 16 bits. Perplexity of "
         f"{result['tokens']} tokens of held-out text, each predicted by a decode step over the cache, in windows of "
-        f"{settings['length']}; asked for: within {settings['within']:.1%} of 16 bits. ± is the standard error of the difference, over "
-        f"windows or trials. Copying: a passage of {settings['passage']} tokens a second time, so many tokens after the first, "
-        f"{settings['trials']} passages at each distance. How many of its tokens come first, of those that do not where the first "
-        "passage was another one; in parentheses how the mean log-probability of all of them differs from 16 bits. Fixed scales are of "
-        f"{settings['calibration']} other windows. {place(result, 'transformers')}.\n"
+        f"{settings['length']}. Asked for: within {settings['within']:.1%} of 16 bits; not so: {', '.join(far) or 'none'}. The textbook is "
+        "round-to-nearest in f64, written apart from the product, over whole windows at once. ± is the standard error of the "
+        f"difference, over windows or trials. Copying: a passage of {settings['passage']} tokens a second time, so many tokens after "
+        f"the first, {settings['trials']} passages at each distance. How many of its tokens come first, of those that do not where the "
+        "first passage was another one; in parentheses how the mean log-probability of all of them differs from 16 bits. Fixed scales "
+        f"are of {settings['calibration']} other windows. {place(result, 'transformers')}.\n"
     )
 
 
-def kv_row(row: Result) -> list[str]:
-    """Perplexity, and recall of copies with the change of log-probability."""
+def kv_row(row: Result, plain: Result | None) -> list[str]:
+    """Perplexity, here and by the textbook, and recall of copies with the change of log-probability."""
     base = row["scheme"] == "16 bits"
-    apart = NONE if base else f"{percent(row['to_base'])} ± {row['error']:.2%}"
+    apart = [NONE if base or of is None else f"{percent(of['to_base'])} ± {of['error']:.2%}" for of in (row, plain)]
     copies = [
         f"{cell['first']:.1%}" + ("" if base else f" ({cell['to_base']:+.3f} ± {cell['error']:.3f})")
         for cell in row["copies"]
     ]
-    return [f"{row['model']} {row['scheme']}", f"{row['bits']:g}", number(row["perplexity"], 4), apart, *copies]
+    return [f"{row['model']} {row['scheme']}", f"{row['bits']:g}", number(row["perplexity"], 4), *apart, *copies]
 
 
 def kv_needle_text(result: Result) -> str:

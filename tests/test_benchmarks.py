@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from quant_compile.ir.family import bits_per_weight
+from quant_compile.ir.kv import NAMES, decode, encode, parse_cache
 from quant_compile.ir.scheme import PRESETS
 from quant_compile.policy import Policy
 from tests import textbook
@@ -568,7 +569,7 @@ def test_rows_of_other_files_are_kept_only_where_they_are_comparable(module: Any
 
 
 def test_kv_quality_smoke(tmp_path: Path) -> None:
-    result = run("kv_quality.py", tmp_path, "--models", "dense", "--schemes", "FP8", "INT8_HEAD")
+    result = run("kv_quality.py", tmp_path, "--models", "dense", "--schemes", "FP8", "INT8_HEAD", "--textbook")
     base, fp8, int8 = result["rows"]
     assert [row["scheme"] for row in result["rows"]] == ["16 bits", "FP8", "INT8_HEAD"]
     assert [row["bits"] for row in result["rows"]] == [16.0, 8.5, 8.0]
@@ -578,6 +579,11 @@ def test_kv_quality_smoke(tmp_path: Path) -> None:
         assert [cell["distance"] for cell in row["copies"]] == [12]
         assert [cell["distance"] for cell in row["needles"]] == [8, 14]
         assert all(cell["trials"] == 2 and 0 <= cell["first"] <= cell["five"] <= 1 for cell in row["needles"])
+    assert [row["scheme"] for row in result["textbook"]] == ["16 bits", "FP8", "INT8_HEAD"]
+    for row, plain in zip(result["rows"], result["textbook"], strict=True):
+        assert row["perplexity"] == pytest.approx(plain["perplexity"], rel=0.05), (
+            "of 32 tokens, through other roundings"
+        )
     assert all(cell["first"] == 0 for cell in result["without"]["dense"]["copies"]), (
         "recall is over what is missed there"
     )
@@ -619,3 +625,18 @@ def test_copies_and_needles_are_where_they_are_said_to_be(module: Any) -> None:
         assert torch.equal(pair, needle.ids[:, -2:]) and needle.ids.shape[1] == 8 + distance + 2
         assert torch.equal(without.ids[:, -2:], pair)
         assert all(not torch.isin(tokens, row).any() for tokens, row in zip(pair, without.ids[:, :-2], strict=True))
+
+
+def test_the_textbook_of_the_cache_rounds_to_the_nearest_code(module: Any) -> None:
+    """As the product encodes and decodes, but for ties and the last bit of a scale."""
+    quality = module("kv_quality")
+    x = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(1))
+    largest = {(0, side): x.abs().amax((0, 2, 3), keepdim=True).double() for side in (0, 1)}
+    for name in NAMES:
+        scheme, config = parse_cache(name), quality.demo.load("dense").model.config
+        got, _ = quality.textbook_cache(config, name, largest).update(x, x, 0)
+        amax = {"token": None, "head": largest[0, 0], "tensor": largest[0, 0].amax().reshape(1, 1, 1, 1)}[scheme.scale]
+        codes, scale = encode(x, scheme, None if amax is None else (amax / scheme.largest).float())
+        wanted = decode(codes, scale, scheme.format, torch.float32)
+        assert float((got - wanted).norm() / wanted.norm()) < 2e-3, name
+        assert float((got - x).norm() / x.norm()) > 2e-3, name

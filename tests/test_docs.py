@@ -280,6 +280,7 @@ FAMILY = {
 KV_CELL = {"distance": 64, "logp": -8.0, "to_base": -0.01, "error": 0.02, "first": 0.5, "five": 0.75, "trials": 64}
 KV_ROW = {
     "model": "dense",
+    "within": True,
     "perplexity": 5.0,
     "to_base": 0.001,
     "error": 0.0002,
@@ -414,6 +415,7 @@ RESULTS: dict[str, dict[str, Any]] = {
         "tokens": 4096,
         "settings": {"length": 512, "within": 0.005, "passage": 64, "trials": 64, "calibration": 4},
         "rows": [KV_ROW | {"scheme": "16 bits", "bits": 16.0}, KV_ROW | {"scheme": "FP8", "bits": 8.5}],
+        "textbook": [{"model": "dense", "scheme": "FP8", "to_base": 0.002, "error": 0.0003}],
         "without": {"dense": {"needles": [KV_CELL | {"logp": -9.0, "first": 0.0}] * 2}},
         "compiled": [
             {
@@ -475,9 +477,9 @@ EXPECTED = {
         "| dense FP8 | 8 | – | – | no kernel | – | – |",
     ],
     "kv_quality": [
-        "| cache | bits | perplexity | to 16 bits | copy from 64 |",
-        "| dense 16 bits | 16 | 5.0000 | – | 50.0% |",
-        "| dense FP8 | 8.5 | 5.0000 | +0.10% ± 0.02% | 50.0% (-0.010 ± 0.020) |",
+        "| cache | bits | perplexity | to 16 bits | textbook, to 16 bits | copy from 64 |",
+        "| dense 16 bits | 16 | 5.0000 | – | – | 50.0% |",
+        "| dense FP8 | 8.5 | 5.0000 | +0.10% ± 0.02% | +0.20% ± 0.03% | 50.0% (-0.010 ± 0.020) |",
         "| dense 16 bits, no pair | -9.00 | -9.00 | 0.0% | 75.0% |",
         "| dense 16 bits | -8.00 | -8.00 | 50.0% | 75.0% |",
         "| dense FP8 | -0.01 ± 0.02 | -0.01 ± 0.02 | 50.0% | 75.0% |",
