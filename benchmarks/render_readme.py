@@ -530,6 +530,99 @@ def quality_row(found: Sequence[Result], model: str, scheme: str) -> list[str]:
     return out
 
 
+# --- the KV cache ----------------------------------------------------------------------------------------------------
+
+
+def kv_quality(results: Path) -> str:
+    """Schemes of the KV cache beside 16 bits: perplexity and copying, then the needle, then compiled against eager."""
+    result = read("kv_quality", results)
+    if result is None:
+        return ""
+    rows = result["rows"]
+    copies = [f"copy from {cell['distance']}" for cell in rows[0]["copies"]]
+    needles = [f"needle {cell['distance']} back" for cell in rows[0]["needles"]]
+    plain = {(row["model"], row["scheme"]): row for row in result["textbook"]}
+    header = ["cache", "bits", "perplexity", "to 16 bits", "textbook, to 16 bits", *copies]
+    first = markdown(header, [kv_row(row, plain.get((row["model"], row["scheme"]))) for row in rows])
+    second = markdown(["cache", *needles, "first", "first five"], kv_needles(result))
+    return "\n".join([kv_text(result), first, "", kv_needle_text(result), second, *kv_compiled(result)])
+
+
+def kv_text(result: Result) -> str:
+    """What the first table holds, and which schemes are out of bounds."""
+    settings = result["settings"]
+    far = [f"{row['model']} {row['scheme']}" for row in result["rows"] if not row["within"]]
+    return (
+        f"**The KV cache**: bundled models in bf16, eager, each scheme's cache beside one of 16 bits. Perplexity of "
+        f"{result['tokens']} tokens of held-out text, each predicted by a decode step over the cache, in windows of "
+        f"{settings['length']}. Asked for: within {settings['within']:.1%} of 16 bits; not so: {', '.join(far) or 'none'}. The textbook is "
+        "round-to-nearest in f64, written apart from the product, over whole windows at once. ± is the standard error of the "
+        f"difference, over windows or trials. Copying: a passage of {settings['passage']} tokens a second time, so many tokens after "
+        f"the first, {settings['trials']} passages at each distance. How many of its tokens come first, of those that do not where the "
+        "first passage was another one; in parentheses how the mean log-probability of all of them differs from 16 bits. Fixed scales "
+        f"are of {settings['calibration']} other windows. {place(result, 'transformers')}.\n"
+    )
+
+
+def kv_row(row: Result, plain: Result | None) -> list[str]:
+    """Perplexity, here and by the textbook, and recall of copies with the change of log-probability."""
+    base = row["scheme"] == "16 bits"
+    apart = [NONE if base or of is None else f"{percent(of['to_base'])} ± {of['error']:.2%}" for of in (row, plain)]
+    copies = [
+        f"{cell['first']:.1%}" + ("" if base else f" ({cell['to_base']:+.3f} ± {cell['error']:.3f})")
+        for cell in row["copies"]
+    ]
+    return [f"{row['model']} {row['scheme']}", f"{row['bits']:g}", number(row["perplexity"], 4), *apart, *copies]
+
+
+def kv_needle_text(result: Result) -> str:
+    """What the second table holds, and what it cannot tell."""
+    return (
+        "**A needle in it**: a pair of tokens A B that the text has nowhere, other text, A again. Mean log-probability of B with 16 bits "
+        "and without the pair; for schemes the difference to 16 bits. Then how often B is first, and among the first five, over all "
+        f"{sum(cell['trials'] for cell in result['rows'][0]['needles'])} trials. Models this small hardly recall a pair that they "
+        "saw once, in 16 bits either, which is why there is copying.\n"
+    )
+
+
+def kv_needles(result: Result) -> list[list[str]]:
+    """16 bits without the pair, with it, then the schemes, model by model."""
+    rows: list[list[str]] = []
+    for row in result["rows"]:
+        name, cells = row["model"], row["needles"]
+        if row["scheme"] == "16 bits":
+            without = result["without"][name]["needles"]
+            rows.append([f"{name} 16 bits, no pair", *(number(cell["logp"]) for cell in without), *kv_shares(without)])
+            shown = [number(cell["logp"]) for cell in cells]
+        else:
+            shown = [f"{cell['to_base']:+.2f} ± {cell['error']:.2f}" for cell in cells]
+        rows.append([f"{name} {row['scheme']}", *shown, *kv_shares(cells)])
+    return rows
+
+
+def kv_shares(cells: Sequence[Result]) -> list[str]:
+    """First, and among the first five, over all distances."""
+    trials = sum(cell["trials"] for cell in cells)
+    return [f"{sum(cell[key] * cell['trials'] for cell in cells) / trials:.1%}" for key in ("first", "five")]
+
+
+def kv_compiled(result: Result) -> list[str]:
+    """Compiled models against eager ones."""
+    rows = [
+        [f"{row['model']} {row['scheme']}", number(row["perplexity"], 4), percent(row["to_eager"]), f"{row['rms']:.4f}"]
+        + [f"{row['eager_rms_to_base']:.4f}" if row["scheme"] != "16 bits" else NONE]
+        for row in result["compiled"]
+    ]
+    if not rows:
+        return []
+    text = (
+        "**Compiled**: the same windows through compiled models. Of tokens' log-probabilities, the root mean square of the difference to "
+        "eager, where sums have another order, and of what the scheme itself changes.\n"
+    )
+    header = ["cache", "perplexity", "to eager", "rms to eager", "eager, rms to 16 bits"]
+    return ["", text, markdown(header, rows)]
+
+
 # --- compile time, CPU -----------------------------------------------------------------------------------------------
 
 
@@ -853,6 +946,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "moe_e2e": moe_e2e,
     "moe": moe,
     "quality": quality,
+    "kv_quality": kv_quality,
     "compile_time": compile_time,
     "cpu_decode": cpu_decode,
     "kernels": kernels,

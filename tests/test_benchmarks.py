@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from quant_compile.ir.family import bits_per_weight
+from quant_compile.ir.kv import NAMES, decode, encode, parse_cache
 from quant_compile.ir.scheme import PRESETS
 from quant_compile.policy import Policy
 from tests import textbook
@@ -562,3 +563,80 @@ def test_rows_of_other_files_are_kept_only_where_they_are_comparable(module: Any
     quality.check_bf16([*rows, {"model": "moe", "bf16": 4.0}])
     with pytest.raises(ValueError, match="Measure all anew"):
         quality.check_bf16([*rows, {"model": "dense", "bf16": 5.001}])
+
+
+# --- quality of the KV cache -----------------------------------------------------------------------------------------
+
+
+def test_kv_quality_smoke(tmp_path: Path) -> None:
+    result = run("kv_quality.py", tmp_path, "--models", "dense", "--schemes", "FP8", "INT8_HEAD", "--textbook")
+    base, fp8, int8 = result["rows"]
+    assert [row["scheme"] for row in result["rows"]] == ["16 bits", "FP8", "INT8_HEAD"]
+    assert [row["bits"] for row in result["rows"]] == [16.0, 8.5, 8.0]
+    assert base["to_base"] == base["error"] == 0.0 and result["tokens"] == 2 * 16
+    for row in (fp8, int8):
+        assert 0 < abs(row["to_base"]) < 0.2, "another cache, and a perplexity of few tokens"
+        assert [cell["distance"] for cell in row["copies"]] == [12]
+        assert [cell["distance"] for cell in row["needles"]] == [8, 14]
+        assert all(cell["trials"] == 2 and 0 <= cell["first"] <= cell["five"] <= 1 for cell in row["needles"])
+    assert [row["scheme"] for row in result["textbook"]] == ["16 bits", "FP8", "INT8_HEAD"]
+    for row, plain in zip(result["rows"], result["textbook"], strict=True):
+        assert row["perplexity"] == pytest.approx(plain["perplexity"], rel=0.05), (
+            "of 32 tokens, through other roundings"
+        )
+    assert all(cell["first"] == 0 for cell in result["without"]["dense"]["copies"]), (
+        "recall is over what is missed there"
+    )
+
+
+def test_what_the_cache_forgets_shows(module: Any) -> None:
+    """Through scales that keep a few codes alone, perplexity rises and copies are not found."""
+    quality = module("kv_quality")
+    at = quality.setting("dense", torch.device("cpu"), quality.Sizes(96, 2, 1, 32, (64,), (16,), 4))
+    tasks = (at.windows, at.copies[64][0])
+    base, coarse = (
+        [quality.scores(at.model, quality.cache_of(at.model, scheme, task, scales), task) for task in tasks]
+        for scheme, scales in (("16 bits", None), ("INT8_TENSOR", [(torch.tensor(4.0), torch.tensor(4.0))] * 5))
+    )
+    assert quality.perplexity(coarse[0]) > 1.1 * quality.perplexity(base[0])
+    to_base, error = quality.paired(coarse[1], base[1])
+    assert to_base < -0.3 and error > 0
+
+
+def test_decode_steps_through_a_cache_are_the_whole_window_at_once(module: Any) -> None:
+    quality = module("kv_quality")
+    at = quality.setting("dense", torch.device("cpu"), quality.Sizes(24, 2, 1, 12, (12,), (8,), 2))
+    found = quality.scores(at.model, quality.cache_of(at.model, "16 bits", at.windows), at.windows)
+    logits = at.model(input_ids=at.windows.ids[:, :-1], use_cache=False).logits.float().log_softmax(-1)
+    wanted = logits.gather(2, at.windows.ids[:, 1:, None])[..., 0][:, quality.PROMPT :]
+    assert found.logp.shape == wanted.shape == (2, 16)
+    assert torch.allclose(found.logp, wanted, atol=0.3), "bf16 rounds in another order"
+    assert torch.allclose(found.logp.mean(), wanted.mean(), atol=0.03)
+
+
+def test_copies_and_needles_are_where_they_are_said_to_be(module: Any) -> None:
+    quality = module("kv_quality")
+    at = quality.setting("dense", torch.device("cpu"), quality.SMOKE)
+    copy, other = at.copies[12]
+    assert torch.equal(copy.ids[:, :12], copy.ids[:, 12:]) and torch.equal(other.ids[:, 12:], copy.ids[:, 12:])
+    assert not torch.equal(other.ids[:, :12], copy.ids[:, :12])
+    for distance, (needle, without) in at.needles.items():
+        pair = needle.ids[:, 8:10]
+        assert torch.equal(pair, needle.ids[:, -2:]) and needle.ids.shape[1] == 8 + distance + 2
+        assert torch.equal(without.ids[:, -2:], pair)
+        assert all(not torch.isin(tokens, row).any() for tokens, row in zip(pair, without.ids[:, :-2], strict=True))
+
+
+def test_the_textbook_of_the_cache_rounds_to_the_nearest_code(module: Any) -> None:
+    """As the product encodes and decodes, but for ties and the last bit of a scale."""
+    quality = module("kv_quality")
+    x = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(1))
+    largest = {(0, side): x.abs().amax((0, 2, 3), keepdim=True).double() for side in (0, 1)}
+    for name in NAMES:
+        scheme, config = parse_cache(name), quality.demo.load("dense").model.config
+        got, _ = quality.textbook_cache(config, name, largest).update(x, x, 0)
+        amax = {"token": None, "head": largest[0, 0], "tensor": largest[0, 0].amax().reshape(1, 1, 1, 1)}[scheme.scale]
+        codes, scale = encode(x, scheme, None if amax is None else (amax / scheme.largest).float())
+        wanted = decode(codes, scale, scheme.format, torch.float32)
+        assert float((got - wanted).norm() / wanted.norm()) < 2e-3, name
+        assert float((got - x).norm() / x.norm()) > 2e-3, name

@@ -277,6 +277,16 @@ FAMILY = {
     "rounding": 0.02,
     "skips": [],
 }
+KV_CELL = {"distance": 64, "logp": -8.0, "to_base": -0.01, "error": 0.02, "first": 0.5, "five": 0.75, "trials": 64}
+KV_ROW = {
+    "model": "dense",
+    "within": True,
+    "perplexity": 5.0,
+    "to_base": 0.001,
+    "error": 0.0002,
+    "copies": [KV_CELL],
+    "needles": [KV_CELL] * 2,
+}
 RESULTS: dict[str, dict[str, Any]] = {
     "generate": {
         "settings": {
@@ -401,6 +411,24 @@ RESULTS: dict[str, dict[str, Any]] = {
             {"model": "dense", "scheme": "FP8", "bits_per_weight": 8.0, "bf16": 5.0, "error": "no kernel"},
         ],
     },
+    "kv_quality": {
+        "tokens": 4096,
+        "settings": {"length": 512, "within": 0.005, "passage": 64, "trials": 64, "calibration": 4},
+        "rows": [KV_ROW | {"scheme": "16 bits", "bits": 16.0}, KV_ROW | {"scheme": "FP8", "bits": 8.5}],
+        "textbook": [{"model": "dense", "scheme": "FP8", "to_base": 0.002, "error": 0.0003}],
+        "without": {"dense": {"needles": [KV_CELL | {"logp": -9.0, "first": 0.0}] * 2}},
+        "compiled": [
+            {
+                "model": "dense",
+                "scheme": scheme,
+                "perplexity": 5.0,
+                "to_eager": 0.001,
+                "rms": 0.01,
+                "eager_rms_to_base": 0.05,
+            }
+            for scheme in ("16 bits", "FP8")
+        ],
+    },
     "compile_time": {
         "settings": {"shape": "Llama-3-8B", "layers": 16, "runs": 3, "apart": "packing"},
         "rows": [
@@ -447,6 +475,16 @@ EXPECTED = {
         "| dense W8A8 | 8 | 99% | 5.0100 | 5.0200 | +0.40% | +0.20% |",
         "| dense MXFP4 | 4.25 | 100% | 5.5000 | 5.6000 | +12.00% | +1.00% (mean of 8: -0.10% ± 0.12%) |",
         "| dense FP8 | 8 | – | – | no kernel | – | – |",
+    ],
+    "kv_quality": [
+        "| cache | bits | perplexity | to 16 bits | textbook, to 16 bits | copy from 64 |",
+        "| dense 16 bits | 16 | 5.0000 | – | – | 50.0% |",
+        "| dense FP8 | 8.5 | 5.0000 | +0.10% ± 0.02% | +0.20% ± 0.03% | 50.0% (-0.010 ± 0.020) |",
+        "| dense 16 bits, no pair | -9.00 | -9.00 | 0.0% | 75.0% |",
+        "| dense 16 bits | -8.00 | -8.00 | 50.0% | 75.0% |",
+        "| dense FP8 | -0.01 ± 0.02 | -0.01 ± 0.02 | 50.0% | 75.0% |",
+        "| dense 16 bits | 5.0000 | +0.10% | 0.0100 | – |",
+        "| dense FP8 | 5.0000 | +0.10% | 0.0100 | 0.0500 |",
     ],
     "compile_time": [
         "| Inductor bf16 | 20.0 | 0.0 | 1.00× | 3 |",
