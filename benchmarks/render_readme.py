@@ -258,8 +258,9 @@ def generate_start(results: Path) -> str:
         f"that finds them; processes that compile at a time, for each GPU: {result['settings']['processes_per_gpu']}. Memory is the "
         "allocator's, at the peak of that call and after it, 16-bit weights included unless they are released.\n"
     )
+    alone = [{"rows": [{"wrapper": row} for row in found["rows"]]} for found in read_all(["wrapper_cost"], results)]
     return "\n".join(
-        [text, markdown(header, rows), *generate_calls([result, *read_all(["generate_default"], results)])]
+        [text, markdown(header, rows), *generate_calls([result, *read_all(["generate_default"], results), *alone])]
     )
 
 
@@ -277,7 +278,8 @@ def generate_calls(results: Sequence[Result]) -> list[str]:
         rows
     )
     out += [markdown(["stack", *names], rows)] * bool(rows)
-    for cost in [row["wrapper"] for result in results for row in result["rows"] if "wrapper" in row]:
+    costs = [row["wrapper"] for result in results for row in result["rows"] if "wrapper" in row]
+    for cost in costs[-1:]:
         counts = [(name.removeprefix("us_"), value) for name, value in cost.items() if name.startswith("us_")]
         words = ", ".join(f"{value:.0f} µs with {count} bound to it" for count, value in counts)
         out += ["", f"Python of a call of a graph with {cost['weights']} weights, by the number of models: {words}."]
