@@ -584,8 +584,8 @@ def kv_compiled(result: Result) -> list[str]:
     if not rows:
         return []
     text = (
-        f"**Compiled** against eager, over {result['compiled'][0]['tokens']} of these tokens: perplexity, and the root mean square by which "
-        "tokens' log-probabilities differ, beside that of what the scheme itself changes. In bf16, sums of another order change last "
+        f"**Compiled** against eager, over {result['compiled'][0]['tokens']} of these tokens: perplexity, and the root mean square by "
+        "which tokens' log-probabilities differ, beside that of what the scheme itself changes. In bf16, sums of another order change last "
         "bits, and these change codes; the rows in f32 show that the same is computed.\n"
     )
     header = ["model and cache", "perplexity", "to eager", "rms to eager", "rms of the scheme"]
