@@ -611,17 +611,19 @@ def kv_shares(cells: Sequence[Result]) -> list[str]:
 def kv_compiled(result: Result) -> list[str]:
     """Compiled models against eager ones."""
     rows = [
-        [f"{row['model']} {row['scheme']}", number(row["perplexity"], 4), percent(row["to_eager"]), f"{row['rms']:.4f}"]
-        + [f"{row['eager_rms_to_base']:.4f}" if row["scheme"] != "16 bits" else NONE]
+        [f"{row['model']} {row['scheme']}, {row['dtype']}", number(row["perplexity"], 4)]
+        + [f"{percent(row['to_eager'])} ± {row['error']:.2%}", f"{row['rms']:.5f}"]
+        + [f"{row['eager_rms_to_base']:.5f}" if row["scheme"] != "16 bits" else NONE]
         for row in result["compiled"]
     ]
     if not rows:
         return []
     text = (
-        "**Compiled**: the same windows through compiled models. Of tokens' log-probabilities, the root mean square of the difference to "
-        "eager, where sums have another order, and of what the scheme itself changes.\n"
+        f"**Compiled** against eager, over {result['compiled'][0]['tokens']} of these tokens: perplexity, and the root mean square by "
+        "which tokens' log-probabilities differ, beside that of what the scheme itself changes. In bf16, sums of another order change last "
+        "bits, and these change codes; the rows in f32 show that the same is computed.\n"
     )
-    header = ["cache", "perplexity", "to eager", "rms to eager", "eager, rms to 16 bits"]
+    header = ["model and cache", "perplexity", "to eager", "rms to eager", "rms of the scheme"]
     return ["", text, markdown(header, rows)]
 
 

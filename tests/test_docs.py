@@ -418,14 +418,8 @@ RESULTS: dict[str, dict[str, Any]] = {
         "textbook": [{"model": "dense", "scheme": "FP8", "to_base": 0.002, "error": 0.0003}],
         "without": {"dense": {"needles": [KV_CELL | {"logp": -9.0, "first": 0.0}] * 2}},
         "compiled": [
-            {
-                "model": "dense",
-                "scheme": scheme,
-                "perplexity": 5.0,
-                "to_eager": 0.001,
-                "rms": 0.01,
-                "eager_rms_to_base": 0.05,
-            }
+            {"model": "dense", "scheme": scheme, "dtype": "float32", "tokens": 9, "perplexity": 5.0}
+            | {"to_eager": 0.001, "error": 0.0002, "rms": 0.01, "eager_rms_to_base": 0.05}
             for scheme in ("16 bits", "FP8")
         ],
     },
@@ -483,8 +477,8 @@ EXPECTED = {
         "| dense 16 bits, no pair | -9.00 | -9.00 | 0.0% | 75.0% |",
         "| dense 16 bits | -8.00 | -8.00 | 50.0% | 75.0% |",
         "| dense FP8 | -0.01 ± 0.02 | -0.01 ± 0.02 | 50.0% | 75.0% |",
-        "| dense 16 bits | 5.0000 | +0.10% | 0.0100 | – |",
-        "| dense FP8 | 5.0000 | +0.10% | 0.0100 | 0.0500 |",
+        "| dense 16 bits, float32 | 5.0000 | +0.10% ± 0.02% | 0.01000 | – |",
+        "| dense FP8, float32 | 5.0000 | +0.10% ± 0.02% | 0.01000 | 0.05000 |",
     ],
     "compile_time": [
         "| Inductor bf16 | 20.0 | 0.0 | 1.00× | 3 |",
