@@ -45,7 +45,7 @@ def measure(device: torch.device, weights: int = WEIGHTS, models: Sequence[int] 
     from quant_compile.backend import sglquant
     from quant_compile.runtime import native
 
-    native.library().exists() or native.build()  # begun in the background otherwise, and first used by the graphs after it
+    native.is_there() or native.build()  # begun in the background otherwise, and first used by the graphs after it
     y = torch.zeros(1, SIZE, device=device, dtype=torch.bfloat16)
     spent: list[float] = []
     graphs = 0

@@ -19,6 +19,7 @@ from quant_compile.checkpoints import loaded as from_transformers
 from quant_compile.checkpoints.adopted import OWN, policy_of
 from quant_compile.checkpoints.description import Description
 from quant_compile.generation import install, outside_of, uninstall
+from quant_compile.generation.loop import KEPT
 from quant_compile.ir.errors import OptionError, PolicyError, StaleWeightError, WeightError
 from quant_compile.ir.report import Report
 from quant_compile.lowering.target import Target, default_policy
@@ -68,6 +69,8 @@ def compile(
     naming.register(model)
     session = LEDGER.session(unwrap(model), source.policy, target.label)
     session.checked = True
+    for text in [text for text in session.notes if text.startswith(KEPT)]:
+        del session.notes[text]  # of an earlier compile
     session.notes |= dict.fromkeys(problems)
     session.notes |= dict.fromkeys(loaded)
     if policy is None and not source.policy.name.startswith(OWN):

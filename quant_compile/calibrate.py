@@ -5,6 +5,7 @@ The model is not changed and its compiled code is not used while it is watched.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.stored import VIEWS
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.policy import Policy
-from quant_compile.rules import cache_scale_key, scale_key
+from quant_compile.rules import CACHE_SCHEMES, cache_scale_key, scale_key
 
 _SAMPLE = 1 << 20
 # By name of the op: what grouped products of a block are called; how slices of weights are taken.
@@ -166,9 +167,10 @@ def calibrate(
     scales = {scale_key(name): _scale(amax, weights[name].scheme) for name, amax in sorted(observer.largest.items())}
     scales |= _cache_scales(layers, cached)
     target = _scales_path(loaded, path)
-    save_file(
-        scales, str(target), metadata={"format": "pt", "percentile": str(percentile or "amax"), "batches": str(seen)}
-    )
+    metadata = {"format": "pt", "percentile": str(percentile or "amax"), "batches": str(seen)}
+    if layers:
+        metadata[CACHE_SCHEMES] = json.dumps({name: scheme.name for name, scheme in layers.items()})
+    save_file(scales, str(target), metadata=metadata)
     _mention(loaded, target)
     return replace(loaded, scales=target)
 
@@ -192,7 +194,10 @@ def _cache_scales(layers: Mapping[str, CacheScheme], largest: Mapping[str, Tenso
         for side in ("k", "v"):
             key = cache_scale_key(name, side)
             if key not in largest:
-                raise MissingScalesError(f"no batch reached the KV cache of {name}. Fix: batches of token ids.")
+                raise MissingScalesError(
+                    f"no batch reached the KV cache of {name}. Fix: batches of token ids; where the layer keeps no K and V (a convolution, "
+                    "a state), leave it out by a rule of kv_cache with scheme keep."
+                )
             amax = largest[key] if scheme.scale == HEAD else largest[key].amax(0, keepdim=True)
             out[key] = amax.cpu().float().clamp_min(SMALLEST_AMAX) * (1.0 / scheme.largest)
     return out
@@ -200,7 +205,7 @@ def _cache_scales(layers: Mapping[str, CacheScheme], largest: Mapping[str, Tenso
 
 def watching_cache(model: Any, layers: Mapping[str, CacheScheme], largest: dict[str, Tensor]) -> dict[str, Any]:
     """The argument that gives a model a growing cache which notes the largest magnitude of K and V of each head."""
-    from transformers import DynamicCache
+    from transformers import DynamicCache, EncoderDecoderCache
 
     names = layer_names(model)
 
@@ -213,7 +218,10 @@ def watching_cache(model: Any, layers: Mapping[str, CacheScheme], largest: dict[
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     config = model.config.get_text_config(decoder=True)
-    return {cache_name(mixin(model)): Watching(config=config), "use_cache": True}  # type: ignore[arg-type]
+    watching = Watching(config=config)
+    if getattr(model.config, "is_encoder_decoder", False):
+        watching = EncoderDecoderCache(watching, DynamicCache())
+    return {cache_name(mixin(model)): watching, "use_cache": True}  # type: ignore[arg-type]
 
 
 def _refuse_useless(largest: Mapping[str, Tensor], what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -11,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from quant_compile.ir.errors import MissingScalesError, OptionError, PolicyError, SchemeError
-from quant_compile.ir.kv import NAMES, parse_cache
+from quant_compile.ir.kv import NAMES, TENSOR, CacheScheme, parse_cache
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.lowering.moe import moe_kernels
 from quant_compile.lowering.registry import kernels as known_kernels
 from quant_compile.lowering.select import Request
 from quant_compile.policy import ATTENTION, AUTO, KEEP, Policy
-from quant_compile.rules import CacheRules, cache_scale_key, scale_key
+from quant_compile.rules import CACHE_SCHEMES, CacheRules, cache_scale_key, scale_key
 
 MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TUNE = ("off", "quick", "full")
@@ -240,23 +241,37 @@ class PolicySource:
             return value.reshape(1).to(torch.float32)
         return None
 
-    def cache_scales(self, layer: str) -> tuple[Tensor, Tensor] | None:
-        """Fixed scales of a decoder layer's K and V, f32 [heads] or [1]; None where the scales file has none.
+    def cache_scales(self, layer: str, scheme: CacheScheme) -> tuple[Tensor, Tensor] | None:
+        """Fixed scales of a decoder layer's K and V under a scheme, f32 [heads] or [1]; None where the scales file has none.
 
         Raises:
             PolicyError: as ``scales``.
-            MissingScalesError: they are not positive numbers.
+            MissingScalesError: they are of another scheme, or no positive numbers.
         """
         k, v = (self.scales.get(cache_scale_key(layer, side)) for side in ("k", "v"))
         if k is None or v is None:
             return None
         k, v = (value.to(torch.float32).flatten() for value in (k, v))
-        if not all(bool(((value >= SMALLEST_SCALE) & value.isfinite()).all()) for value in (k, v)):
+        wrong = ""
+        if (found := self._cache_schemes.get(layer, scheme.name)) != scheme.name:
+            wrong = f"of {found}, and the policy says {scheme.name}"
+        elif scheme.scale == TENSOR and not k.numel() == v.numel() == 1:
+            wrong = f"one for each head, and {scheme.name} has one for all"
+        elif not all(bool(((value >= SMALLEST_SCALE) & value.isfinite()).all()) for value in (k, v)):
+            wrong = "no positive numbers"
+        if wrong:
             raise MissingScalesError(
-                f"the KV cache's scales of {layer} in {self.policy.scales} are no positive numbers.\n"
-                "Fix: policy = quant_compile.calibrate(model, batches, policy) with inputs that are not all zeros or NaN."
+                f"the KV cache's scales of {layer} in {self.policy.scales} are {wrong}.\n"
+                "Fix: policy = quant_compile.calibrate(model, batches, policy), with inputs that are not all zeros or NaN."
             )
         return k, v
+
+    @cached_property
+    def _cache_schemes(self) -> dict[str, str]:
+        """Layer -> name of the scheme that its scales are of, as far as the scales file tells."""
+        with safe_open(str(self.policy.scales), "pt") as file:
+            told = (file.metadata() or {}).get(CACHE_SCHEMES)
+        return json.loads(told) if told else {}
 
     def _now(self) -> tuple[tuple[int, int], ...]:
         out: list[tuple[int, int]] = []
@@ -285,6 +300,7 @@ class PolicySource:
         self._stamp, self._content, self.policy = now, content, fresh
         self._snapshot = _snapshot(self.given)
         self.__dict__.pop("scales", None)
+        self.__dict__.pop("_cache_schemes", None)
         self.generation += changed
         return changed
 

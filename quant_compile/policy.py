@@ -117,6 +117,12 @@ class Policy:
     source: str | None = field(default=None, compare=False)
     version: int = VERSION
 
+    def __post_init__(self) -> None:
+        if isinstance(self.kv_cache, str):
+            object.__setattr__(
+                self, "kv_cache", CacheRules(None if self.kv_cache.lower() == KEEP else parse_cache(self.kv_cache))
+            )
+
     @staticmethod
     def load(source: str | Path | Mapping[str, Any] | Policy) -> Policy:
         """A policy from a preset's name (any case), a shipped policy's name, a YAML path or a dict of the same keys.

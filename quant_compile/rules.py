@@ -186,6 +186,11 @@ class CacheRules:
         """The scheme of a layer."""
         return next((rule.scheme for rule in self.rules if matcher(rule.match)(layer)), self.default)
 
+    def unused(self, layers: Iterable[str]) -> list[str]:
+        """Patterns of rules that name no layer."""
+        names = list(layers)
+        return [rule.match for rule in self.rules if not any(map(matcher(rule.match), names))]
+
     @property
     def schemes(self) -> tuple[CacheScheme, ...]:
         """Every scheme that it can give."""
@@ -196,6 +201,10 @@ class CacheRules:
 def scale_key(name: str) -> str:
     """Where a scales file keeps the input scale of a weight, with or without its ``.weight``."""
     return f"{name.removesuffix('.weight')}.input_scale"
+
+
+# Where a scales file's metadata say which scheme the scales of each layer's cache are of: JSON, layer -> name.
+CACHE_SCHEMES = "kv_cache"
 
 
 def cache_scale_key(layer: str, side: str) -> str:

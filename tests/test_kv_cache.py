@@ -144,7 +144,7 @@ def test_compiled_generate_is_the_eager_cache(family: str) -> None:
     quant_compile.compile(model, {"default": "keep", "kv_cache": "FP8"})
     assert torch.equal(tokens(model, inputs, max_new_tokens=20), wanted)
     assert torch.equal(tokens(model, inputs, max_new_tokens=20), wanted)
-    assert "KV cache: FP8 in 2 of 2 layers" in quant_compile.report(model).notes
+    assert "KV cache of generate: FP8 in 2 of 2 layers" in quant_compile.report(model).notes
     assert quant_compile.uncompile(model) is model
 
 
@@ -165,7 +165,7 @@ def test_encoder_decoders_keep_their_own_tokens_in_codes(name: str) -> None:
     wanted = tokens(model, inputs, past_key_values=cache)
     quant_compile.compile(model, {"default": "keep", "kv_cache": "FP8"})
     assert torch.equal(tokens(model, inputs), wanted)
-    assert any(note.startswith("KV cache: FP8 in 2 of 2") for note in quant_compile.report(model).notes)
+    assert any(note.startswith("KV cache of generate: FP8 in 2 of 2") for note in quant_compile.report(model).notes)
 
 
 def test_rules_name_layers() -> None:
@@ -173,7 +173,7 @@ def test_rules_name_layers() -> None:
     policy = {"default": "keep", "kv_cache": {"scheme": "INT8", "rules": [{"match": r"re:.*\.0", "scheme": "keep"}]}}
     quant_compile.compile(model, policy)
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    assert "KV cache: 16 bits in 1 of 2 layers, INT8 in 1 of 2 layers" in quant_compile.report(model).notes
+    assert "KV cache of generate: 16 bits in 1 of 2 layers, INT8 in 1 of 2 layers" in quant_compile.report(model).notes
     assert not any(isinstance(layer, Quantized) for layer in out.past_key_values.layers)
     assert out.past_key_values.layers[0].keys.dtype == torch.float32
 
@@ -275,9 +275,22 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing() -> None:
         cache_of(model, "FP8_HEAD")
     with pytest.raises(quant_compile.SchemeError, match="unknown scheme of the KV cache 'FP7'"):
         cache_of(model, "FP7")
-    scales = [(torch.ones(3), torch.ones(3))] * 2
-    with pytest.raises(OptionError, match="3 numbers, and the model 2 heads"):
-        filled(model, ids, cache_of(model, "FP8_HEAD", scales=scales))
+    for name, count in (("FP8_HEAD", 3), ("FP8_HEAD", 16), ("INT8_TENSOR", 2)):
+        unfit = cache_of(model, name, scales=[(torch.ones(count), torch.ones(count))] * 2)
+        for _ in range(3):  # nothing has been set up by the first
+            with pytest.raises(OptionError, match=f"{name} has . scales .*, and {count} are given"):
+                filled(model, ids, unfit)
+
+
+def test_a_full_cache_stays_as_it_was() -> None:
+    model, ids = seeded(DECODERS["llama3"]), torch.randint(2, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+    cache = cache_of(model, length=8)
+    filled(model, ids, cache)
+    with pytest.raises(ValueError, match="holds 7 of 8 tokens, and 3 more do not fit"):
+        filled(model, ids[:, :3], cache)
+    assert [int(layer.cumulative_length) for layer in cache.layers] == [7, 7]
+    whole = filled(model, torch.cat((ids, ids[:, :1]), 1), cache_of(model))
+    assert torch.allclose(filled(model, ids[:, :1], cache), whole, atol=1e-4)
 
 
 def test_fixed_scales() -> None:
@@ -290,6 +303,27 @@ def test_fixed_scales() -> None:
         assert layer.key_scale.numel() == scale.numel()
         keys, _ = layer.held()
         assert float(keys.abs().max()) <= float(scale.max()) * layer.scheme.largest * (1 + 1e-6)
+
+
+def test_calibrating_a_decoder_leaves_its_encoders_states_alone(tmp_path: Any) -> None:
+    from safetensors.torch import load_file
+
+    from tests.test_attention import t5
+
+    model = seeded(t5)
+    batch = {**prompt(2, 7), "decoder_input_ids": torch.tensor([[0, 5, 6], [0, 9, 8]])}
+    quant_compile.calibrate(
+        model, [batch], {"default": "keep", "kv_cache": "INT8_HEAD"}, path=tmp_path / "s", progress=False
+    )
+    cache = hf.EncoderDecoderCache(hf.DynamicCache(config=model.config), hf.DynamicCache())
+    with torch.no_grad():
+        model(**batch, past_key_values=cache, use_cache=True)
+    scales = load_file(str(tmp_path / "s"))
+    assert len(scales) == 4
+    for i, layer in enumerate(cache.self_attention_cache.layers):
+        for side, plane in (("k", layer.keys), ("v", layer.values)):
+            found = next(value for key, value in scales.items() if key.endswith(f".{i}.{side}_scale"))
+            torch.testing.assert_close(found, plane.abs().amax((0, 2, 3)) / 127)
 
 
 # --- policies ---
@@ -349,6 +383,9 @@ def test_calibrated(name: str, tmp_path: Any) -> None:
     cache = hf.DynamicCache(config=model.config)
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
+    other = "INT8_TENSOR" if name.startswith("FP8") else "FP8_HEAD"
+    with pytest.raises(quant_compile.MissingScalesError, match=f"are of {name}, and the policy says {other}"):
+        quant_compile.compile(model, policy, kv_cache=other)
     scheme = parse_cache(name)
     wanted = []
     for layer in cache.layers:
@@ -360,7 +397,7 @@ def test_calibrated(name: str, tmp_path: Any) -> None:
     eager = tokens(model, inputs, past_key_values=cache_of(model, name, scales=wanted))
     quant_compile.compile(model, policy)
     assert torch.equal(tokens(model, inputs), eager)
-    assert f"KV cache: {name} in 2 of 2 layers" in quant_compile.report(model).notes
+    assert f"KV cache of generate: {name} in 2 of 2 layers" in quant_compile.report(model).notes
     with pytest.raises(
         quant_compile.MissingScalesError, match=f"model.layers.0 as {name}, whose scales are fixed, and has none"
     ):
@@ -385,3 +422,33 @@ def test_recorded_prompts_and_steps(blocks: bool, recorder_of_prompts: TapeRecor
     long = {"max_new_tokens": 300}
     cache = cache_of(eager, "INT8", 320)
     assert torch.equal(tokens(model, prompt(2, 7), **long), tokens(eager, prompt(2, 7), past_key_values=cache, **long))
+
+
+# --- said ---
+
+
+def test_a_rule_that_names_no_layer_is_said() -> None:
+    model = seeded(DECODERS["llama3"])
+    policy = {"default": "keep", "kv_cache": {"scheme": "keep", "rules": [{"match": "model.layer.0", "scheme": "FP8"}]}}
+    with pytest.warns(
+        quant_compile.ir.errors.PolicyWarning, match="no layer is named by the rule with match 'model.layer.0'"
+    ):
+        quant_compile.compile(model, policy)
+    assert any("model.layer.0" in note for note in quant_compile.report(model).notes)
+    with pytest.raises(PolicyError, match="no layer is named"):
+        quant_compile.compile(model, {**policy, "strict": True})
+
+
+def test_notes_are_those_of_the_last_compile(plain_inductor: Any) -> None:
+    model = seeded(DECODERS["llama3"])
+    for name in ("INT8", "FP8", "keep"):
+        quant_compile.compile(model, {"default": "keep"}, kv_cache=name)
+        tokens(model, prompt(1, 5), max_new_tokens=2)
+        kept = [note for note in quant_compile.report(model).notes if note.startswith("KV cache of")]
+        assert kept == ([] if name == "keep" else [f"KV cache of generate: {name} in 2 of 2 layers"])
+        quant_compile.uncompile(model)
+
+
+def test_a_policy_takes_a_name() -> None:
+    policy = Policy(default=None, kv_cache="int8")  # pyright: ignore[reportArgumentType]
+    assert policy == Policy.load({"default": "keep", "kv_cache": "INT8"})

@@ -201,3 +201,15 @@ def test_the_first_call_chooses_for_all(made: Any, monkeypatch: pytest.MonkeyPat
         run(x)
     assert Looks.best() is not LOOPS and [runner._looks for runner in runners] == [LOOPS]
     assert [list(runner._bindings.values()) for runner in runners] == before
+
+
+def test_a_cache_that_nobody_may_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No module, and no error: a folder of another user's, and no home at all."""
+    for error in (PermissionError(13, "Permission denied"), RuntimeError("Could not determine home directory.")):
+
+        def library(error: Exception = error) -> Path:
+            raise error
+
+        monkeypatch.setattr(native, "library", library)
+        monkeypatch.setattr(native.shutil, "which", lambda name: name)
+        assert not native.is_there() and native.module() is None and not native.build()

@@ -5,7 +5,8 @@ Only attributes of the instance are set, and ``generation_config.disable_compile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,10 +34,13 @@ from quant_compile.generation.lease import Names
 from quant_compile.generation.loop import HOOKS, Loop
 from quant_compile.generation.quantized import Scales
 from quant_compile.generation.step import Step
+from quant_compile.ir.errors import PolicyWarning
 from quant_compile.model.cache_scales import scales_of
 from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options, PolicySource
+from quant_compile.policy import Policy
+from quant_compile.rules import strict_error
 from quant_compile.runtime.outside import Outside
 
 RECORDED = ("auto", "reduce-overhead", "max-autotune")  # modes whose decode steps become CUDA graphs
@@ -172,13 +176,31 @@ def _kept(model: nn.Module, options: Options, note: Callable[[str], None]) -> Ke
     if mixin(model) is None:
         note(f"kv_cache has no effect: {type(model).__name__} does not generate")
         return PLAIN
-    source = PolicySource(options.policy, "")
+    source, names = PolicySource(options.policy, ""), layer_names(model)
+    _say_unused(options.policy, rules.unused(names), note)
 
     def scales(layer: str) -> Scales | None:
-        found = source.cache_scales(layer)
-        return scales_of(model, layer, rules.of(layer)) if found is None else found
+        scheme = rules.of(layer)
+        found = None if scheme is None else source.cache_scales(layer, scheme)
+        return scales_of(model, layer, scheme) if found is None else found
 
-    return Kept.by(rules, layer_names(model), scales)
+    return Kept.by(rules, names, scales)
+
+
+def _say_unused(policy: Policy, patterns: Sequence[str], note: Callable[[str], None]) -> None:
+    """Rules of the KV cache that name no layer.
+
+    Raises:
+        PolicyError: the policy is strict.
+    """
+    found = [f"kv_cache: no layer is named by the rule with match {pattern!r}" for pattern in patterns]
+    if found and policy.strict:
+        raise strict_error(
+            policy, " and does not fit this model", found, "correct or remove these rules, or set strict: false."
+        )
+    for text in found:
+        note(text)
+        warnings.warn(f"{policy.source or policy.name}: {text}", PolicyWarning, stacklevel=4)
 
 
 def kept_of(model: nn.Module) -> Kept:

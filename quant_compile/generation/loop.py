@@ -28,6 +28,7 @@ from quant_compile.generation.pool import AHEAD, Block, Key, Pool, rounded
 from quant_compile.generation.step import Step
 from quant_compile.generation.weights import Weights
 
+KEPT = "KV cache of generate: "  # how a note begins that says how K and V are kept
 HOOKS = (
     "generate",
     "_prepare_cache_for_generation",
@@ -196,7 +197,7 @@ class Loop:
         if block is None:
             return self._plain("its cache cannot be made before the first call")
         if self.kept.schemes:
-            self._note(f"KV cache: {self.kept.text}")
+            self._note(f"{KEPT}{self.kept.text}")
         lease = Lease(self._share(), block, larger, self.pool.give)
         self.step.leases[id(lease.cache)] = lease
         return lease

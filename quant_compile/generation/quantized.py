@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quant_compile.ir import ops
 from quant_compile.ir.errors import OptionError
-from quant_compile.ir.kv import BITS, CacheScheme, encode, parse_cache
+from quant_compile.ir.kv import BITS, HEAD, CacheScheme, encode, parse_cache
 from quant_compile.lowering.target import Target
 
 Scales = tuple[Tensor, Tensor]
@@ -67,14 +67,13 @@ class Quantized:
         """Make the planes for K and V of such heads."""
         self.by_bits = self.scheme.format == "e4m3" and _lacks_e4m3(key_states.device)
         self.values_dtype = key_states.dtype
-        codes = [
-            x.new_empty((*x.shape[:2], 0, x.shape[3]), dtype=self.scheme.stored) for x in (key_states, value_states)
-        ]
-        super().lazy_initialization(*codes)  # type: ignore[misc]
+        given = key_states, value_states
         if self.fixed is not None:
-            heads = key_states.shape[1]
-            self.fixed = tuple(_spread(scale, heads, key_states.device) for scale in self.fixed)  # type: ignore[assignment]
-        else:
+            pairs = zip(self.fixed, given, strict=True)
+            self.fixed = tuple(_spread(scale, self.scheme, x) for scale, x in pairs)  # type: ignore[assignment]
+        codes = [x.new_empty((*x.shape[:2], 0, x.shape[3]), dtype=self.scheme.stored) for x in given]
+        super().lazy_initialization(*codes)  # type: ignore[misc]
+        if self.fixed is None:
             one = key_states.new_empty((*key_states.shape[:2], 0, 1), dtype=torch.float32)
             self.scales.lazy_initialization(one, one)
 
@@ -105,6 +104,16 @@ class Quantized:
                     f"the cache holds {name} of (batch, heads, size) {wanted} on {kept.device} and got {found} on {given.device}. "
                     "Fix: a cache serves the model and the batch that it was made for; make another one."
                 )
+
+    def _check_room(self, count: int) -> None:
+        """Where asking for the length costs nothing; elsewhere the write itself fails."""
+        if torch.compiler.is_compiling() or self.keys.device.type != "cpu":
+            return
+        held, room = int(self.cumulative_length), self.keys.shape[-2]
+        if held + count > room:
+            raise ValueError(
+                f"the cache holds {held} of {room} tokens, and {count} more do not fit. Fix: a longer cache."
+            )
 
     def _decoded(self, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
         format, dtype = BITS if self.by_bits else self.scheme.format, self.values_dtype
@@ -156,6 +165,7 @@ def types() -> Types:
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             k, v, k_scale, v_scale = self._encoded(key_states, value_states)
             count = key_states.shape[-2]
+            self._check_room(count)
             positions = torch.arange(count, device=self.keys.device) + self.cumulative_length
             self.cumulative_length.add_(count)
             self.keys.index_copy_(2, positions, k)
@@ -216,7 +226,7 @@ def quantize_layers(
         if type(layer) not in types().of:
             raise OptionError(
                 f"layer {i} of the cache is a {type(layer).__name__}, which cannot keep codes; {scheme.name} serves static and "
-                "sliding layers. Fix: leave this layer out (kv_cache: a rule with scheme keep)."
+                "sliding layers. Fix: transformers' own StaticCache."
             )
         if scheme.fixed and (scales is None or i >= len(scales) or scales[i] is None):
             raise OptionError(
@@ -227,11 +237,13 @@ def quantize_layers(
             layers[i] = Quantized.over(layer, scheme, scales[i] if scheme.fixed and scales is not None else None)
 
 
-def _spread(scale: Tensor, heads: int, device: torch.device) -> Tensor:
+def _spread(scale: Tensor, scheme: CacheScheme, x: Tensor) -> Tensor:
     """[heads] or one number -> [1, heads or 1, 1, 1] f32."""
-    flat = scale.to(device, torch.float32).flatten()
-    if flat.numel() not in (1, heads):
-        raise OptionError(f"a scale of the KV cache has {flat.numel()} numbers, and the model {heads} heads of K and V")
+    flat, wanted = scale.to(x.device, torch.float32).flatten(), x.shape[1] if scheme.scale == HEAD else 1
+    if flat.numel() != wanted:
+        raise OptionError(
+            f"{scheme.name} has {wanted} scales for each of K and V of this model, and {flat.numel()} are given"
+        )
     return flat.reshape(1, -1, 1, 1)
 
 

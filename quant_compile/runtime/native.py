@@ -35,18 +35,28 @@ _COMPILING = set[Any]()
 
 def build_ahead() -> None:
     """Begin to compile, in a thread, if nothing is there yet; called when a graph begins to be compiled."""
-    if sys.platform == "linux" and not library().exists():
+    if sys.platform == "linux" and not is_there():
         _build_once()
 
 
 def module() -> Any:
     """The module if it is there by now; None if not."""
+    if not is_there():
+        return None
     path = library()
-    if path not in _LOADED and path.exists():
+    if path not in _LOADED:
         with _LOCK:
             if path not in _LOADED:
                 _LOADED[path] = _load(path)
     return _LOADED.get(path)
+
+
+def is_there() -> bool:
+    """Whether it has been compiled; also False where nobody may look, or there is no home."""
+    try:
+        return library().exists()
+    except (OSError, RuntimeError):
+        return False
 
 
 @lru_cache(maxsize=1)
@@ -76,17 +86,18 @@ def _give_up(thread: threading.Thread) -> None:
 
 def build() -> bool:
     """Compile, and put the file in its place in one step; whether it is there."""
-    compiler, path = next(filter(None, map(shutil.which, COMPILERS)), None), library()
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return False
     try:
+        path = library()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             _run(_command(compiler, made))
             made.replace(path)
-    except (OSError, subprocess.SubprocessError):
-        return False  # no headers, a compiler that is too old, a cache that is read-only: loops do
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        return False  # no home, no headers, a compiler that is too old, a cache that is read-only: loops do
     return True
 
 

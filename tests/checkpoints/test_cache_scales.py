@@ -95,7 +95,7 @@ def test_generate_uses_the_checkpoints_scales(scheme: Any, name: str, count: int
     assert f"KV cache: {name} with the checkpoint's own scales, in 2 of 2 layers" in notes(found)
     if name == "FP8_TENSOR":  # of the others tests/test_kv_cache.py knows that layers use what they are given
         assert torch.equal(tokens(found, IDS, max_new_tokens=6), eager(tiny_llama().float(), name, count))
-        assert f"KV cache: {name} in 2 of 2 layers" in quant_compile.report(found).notes
+        assert f"KV cache of generate: {name} in 2 of 2 layers" in quant_compile.report(found).notes
 
 
 @pytest.mark.parametrize(
