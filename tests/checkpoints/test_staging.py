@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -214,8 +213,15 @@ def test_an_error_of_a_copy_reaches_who_asks(folder: Path, monkeypatch: pytest.M
 
 def test_an_interrupt_ends_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the load waits for a tensor."""
-    staged_on(link := LateLink(on_copy=lambda count: time.sleep(0.5)), monkeypatch)
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    sent: list[int] = []
+
+    def on_copy(count: int) -> None:
+        if not sent:  # the load has begun, and has not ended before this returns
+            sent.append(count)
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+
+    staged_on(link := LateLink(on_copy=on_copy), monkeypatch)
     started = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         load_all(Files.open(folder))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quant_compile.generation import caches
+from quant_compile.generation.facts import LayerShape
 from quant_compile.generation.pool import MOST_IDLE, Key, Pool, rounded
 from tests.generation.support import llama
 
@@ -19,7 +20,7 @@ def key(rows: int = 2, length: int = 64) -> Key:
 
 
 def make(rows: int = 2, length: int = 64) -> Any:
-    return caches.make(llama().config, (2, 8), rows, length, torch.float32, CPU)
+    return caches.make(llama().config, [LayerShape(2, 8, 2, 8)], rows, length, torch.float32, CPU)
 
 
 def test_lengths_are_multiples_of_64_and_at_most_an_eighth_too_long() -> None:
