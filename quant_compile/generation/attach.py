@@ -125,7 +125,8 @@ def install(
     Raises:
         MissingScalesError: the policy fixes the scales of K and V, and there are none; nothing has been changed.
     """
-    kept = _kept(model, Options.of(options), note)
+    parsed = Options.of(options)
+    kept = _kept(model, parsed, note)
     uninstall(model)
     installed, outside = Installed(), Outside(model, options["policy"])
     compiled = partial(_compiled, dynamic=dynamic, fullgraph=fullgraph)
@@ -138,7 +139,6 @@ def install(
             installed.set(part, CALL, Call(part, compiled(part, options), False, outside))
         return
     name = cache_name(kind)
-    parsed = Options.of(options)
     records = parsed.mode in RECORDED
     found = blocks_of(model, parsed.policy) if _by_blocks(model, parsed) else None
     if found is None:

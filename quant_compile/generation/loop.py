@@ -103,6 +103,7 @@ class Loop:
         self._never: str | None = None
         self._asked = False
         self._shape: list[facts.LayerShape] | None = None
+        self._shape_sought = False
 
     def hook(self, name: str) -> Hook:
         """What takes the place of a method."""
@@ -196,8 +197,6 @@ class Loop:
         block = larger(min(most, needed))
         if block is None:
             return self._plain("its cache cannot be made before the first call")
-        if self.kept.schemes:
-            self._note(f"{KEPT}{self.kept.text}")
         lease = Lease(self._share(), block, larger, self.pool.give)
         self.step.leases[id(lease.cache)] = lease
         return lease
@@ -211,6 +210,11 @@ class Loop:
             self._never, self._asked = facts.why_never(self._of()), True
         return self._never
 
+    def _cache_shape(self, model: Any) -> list[facts.LayerShape] | None:
+        if not self._shape_sought:  # once, also where the answer is that nobody knows: a look makes a small model
+            self._shape, self._shape_sought = facts.cache_shape(model), True
+        return self._shape
+
     def _share(self) -> Shared:
         if self._shared is None:
             model = self._of()
@@ -219,6 +223,8 @@ class Loop:
             writes = self._quick and chunked is None
             inside, names = self.step.inside, self.step.names
             lock, weights = threading.RLock(), Weights(model, around_blocks(model))
+            if self.kept.schemes:
+                self._note(f"{KEPT}{self.kept.text}")
             self._shared = Shared(inside, names, recorder, weights, lock, self._note, writes)
         return self._shared
 
@@ -228,9 +234,7 @@ class Loop:
         encoded = inputs.get("encoder_outputs")
         source = int(encoded[0].shape[1]) if encoded is not None and model.config.is_encoder_decoder else 0
         config, dtype, device = model.config.get_text_config(decoder=True), model.dtype, model.device
-        if self._shape is None:
-            self._shape = facts.cache_shape(model)
-        shape = self._shape
+        shape = self._cache_shape(model)
 
         def take(tokens: int) -> Block | None:
             key = Key(rows, rounded(min(most, tokens)), source, dtype, device)
