@@ -165,7 +165,10 @@ def test_a_model_is_that_of_mapped_files(
     quant_compile.save(found, tmp_path / "packed", "packed")
     again = quant_compile.load(tmp_path / "packed", device=GPU)
     assert_same_slabs(again, found)
-    assert torch.equal(logits(again), wanted)
+    if policy == "W4A16":  # the order of its kernel's split sums varies from call to call
+        torch.testing.assert_close(logits(again), wanted, rtol=0.02, atol=0.1)
+    else:
+        assert torch.equal(logits(again), wanted)
 
 
 @pytest.mark.parametrize("policy", ["FP8_DYNAMIC", "W4A16"])
