@@ -487,12 +487,12 @@ def put(
         device: of the planes.
         text: where they come from, for the ledger.
         transposed: the Parameter is stored [k, n].
-        orders: of inputs that other linears have, which are shared.
+        orders: and factors of inputs that other linears have, by their bytes: one tensor, so that siblings can merge.
     """
     if isinstance(found, Dense):
         values = found.values.t() if transposed else found.values
         place(slot, values.to(slot.tensor.dtype).contiguous())
-        _inputs(slot.owner, None, found.factor, {})
+        _inputs(slot.owner, None, found.factor, {} if orders is None else orders)
         return Outcome(
             slot.name, None, text, _nbytes(slot), (found.reason,) if found.reason else (), bool(found.reason)
         )
@@ -506,7 +506,10 @@ def put(
 def _inputs(module: nn.Module, gather: Tensor | None, factor: Tensor | None, orders: dict[bytes, Tensor]) -> None:
     """Let a linear's input come in the order, and with the factors, that its planes were made for."""
     if gather is not None:
-        gather = orders.setdefault(gather.cpu().numpy().tobytes(), gather)  # one tensor, so that siblings can merge
+        gather = orders.setdefault(gather.cpu().numpy().tobytes(), gather)
+    if factor is not None:
+        bits = factor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        factor = orders.setdefault(str(factor.dtype).encode() + bits, factor)
     scale_input(module, gather, factor)
 
 

@@ -120,14 +120,14 @@ def adopt(model: nn.Module) -> Loaded:
     marks: list[_Mark] = []
     stays: list[Stays] = []
     fresh: list[nn.Module] = []
-    twins = Twins(model)
+    twins, orders = Twins(model), dict[bytes, Tensor]()
     try:
         dtype = _dtype(model)
         for name, module in modules_of(model):
             found = _mark(module) or holding_of(name, module)
             if isinstance(found, Holding):
                 fresh.append(module)
-                found = _adopt(name, module, found, dtype, twins)
+                found = _adopt(name, module, found, dtype, twins, orders)
             if isinstance(found, _Mark):
                 marks.append(found)
             elif isinstance(found, Reject):
@@ -262,13 +262,17 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((parameter.dtype for parameter in whole), torch.get_default_dtype())
 
 
-def _adopt(name: str, module: nn.Module, held: Holding, dtype: torch.dtype, twins: Twins) -> _Mark | Reject:
+def _adopt(
+    name: str, module: nn.Module, held: Holding, dtype: torch.dtype, twins: Twins, orders: dict[bytes, Tensor]
+) -> _Mark | Reject:
     if type(module).__name__ == EXPERTS:
         return _adopt_experts(name, module, held, dtype, twins)
-    return _adopt_linear(name, module, held, dtype)
+    return _adopt_linear(name, module, held, dtype, orders)
 
 
-def _adopt_linear(name: str, module: Any, held: Holding, dtype: torch.dtype) -> _Mark:
+def _adopt_linear(
+    name: str, module: Any, held: Holding, dtype: torch.dtype, orders: dict[bytes, Tensor]
+) -> _Mark:
     n, k, stored = int(module.out_features), int(module.in_features), held.stored
     unknown = sorted(set(held.tensors) - set(FORMATS[stored.format].suffixes))
     if unknown:
@@ -284,7 +288,7 @@ def _adopt_linear(name: str, module: Any, held: Holding, dtype: torch.dtype) -> 
     vars(module)[MARK] = mark = _Mark(held.method, (), before)
     weight = nn.Parameter(torch.empty(n, k, dtype=dtype, device="meta"), requires_grad=False)
     slot = Slot(f"{name}.weight", weight, ((module, "weight"),), (f"{name}.weight",))
-    outcome = put(slot, read, dtype, device, f"{files.folder} ({stored.text})")
+    outcome = put(slot, read, dtype, device, f"{files.folder} ({stored.text})", False, orders)
     if isinstance(read, Dense) and not read.reason:
         outcome = replace(outcome, quantized=True)
     mark.outcomes = (outcome,)

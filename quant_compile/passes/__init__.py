@@ -8,6 +8,9 @@ from quant_compile.passes.insert_moe import insert_moe
 from quant_compile.passes.insert_quant import insert_quant
 from quant_compile.passes.lower import lower
 from quant_compile.passes.merge_siblings import merge_siblings
+from quant_compile.passes.share_inputs import share_inputs
 from quant_compile.passes.share_quant import share_quant
 
-PIPELINE = (insert_attention, insert_moe, insert_batched, insert_quant, share_quant, merge_siblings, lower)
+PIPELINE = (
+    insert_attention, insert_moe, insert_batched, insert_quant, share_inputs, share_quant, merge_siblings, lower,
+)  # fmt: skip

@@ -18,6 +18,7 @@ from quant_compile.pretrained import plan_of
 from tests.checkpoints.packers import CASES
 from tests.checkpoints.support import distance, linears, logits, quantized, tiny_llama, tiny_moe, write
 from tests.checkpoints.test_names import per_expert
+from tests.checkpoints.test_packed import slabs_of
 
 # The truth has scales and values rounded to bf16, and codes of inputs flip where sums are added in another order.
 CLOSE, CLOSE_CODES = 1e-2, 1e-2
@@ -235,3 +236,30 @@ def test_restoring_original_values(name: str, tmp_path: Path) -> None:
         return
     with pytest.raises(StaleWeightError, match="reordered or scaled"):
         quant_compile.restore(model, original)
+
+
+@pytest.mark.parametrize("name", ["gptq desc_act", "modelopt int4 awq"])
+def test_siblings_whose_inputs_are_changed_alike_merge(name: str, tmp_path: Path) -> None:
+    """q, k and v in one order, or with one factor, are one product; what was saved from them as well."""
+    case = CASES[name]
+
+    def alike(module: str, w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        made, values = case.pack(module, w)
+        if not name.startswith("modelopt"):
+            return made, values
+        factor = torch.linspace(0.5, 2, w.shape[1]).bfloat16()
+        return {**made, "pre_quant_scale": factor}, values * factor.float()
+
+    model = tiny_llama(layers=1)
+    found = load(quantized(tmp_path / "source", model, alike, case.config), dtype=torch.float32)
+    assert distance(logits(found), logits(model.float())) < CLOSE
+    quant_compile.save(found, tmp_path / "packed", "packed")
+    again = load(tmp_path / "packed", dtype=torch.float32)
+    for each in (found, again):
+        logits(each)
+        slabs = {path: slabs_of(each)[f"{path}.weight"] for path in linears(each)}
+        for first, *others in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            one = next(planes for path, (_, planes) in slabs.items() if path.endswith(first))
+            for other in others:
+                same = next(planes for path, (_, planes) in slabs.items() if path.endswith(other))
+                assert all(a is b for a, b in zip(one, same, strict=True)), (first, other)
