@@ -159,30 +159,26 @@ def load(results: Path) -> str:
     if result is None:
         return ""
     header = [
-        "stored as",
-        "policy",
-        "file, GB",
-        "load, s",
-        "GB/s",
-        "first call, s",
-        "GiB on the GPU at the peak",
-        "held",
-        "GiB on the host",
-    ]
-    names = {"bf16": "16 bits, quantized on the way"}
+        "model", "stored as", "policy", "file, GB", "load, s", "GB/s", "first call, s", "decode, ms a token",
+        "GiB on the GPU at the peak", "held", "GiB on the host",
+    ]  # fmt: skip
+    names = {"bf16": "16 bits, quantized on the way", "packed": "`packed`", "gptq desc_act": "GPTQ, `desc_act`"}
+    rows = [row for row in result["rows"] if "error" not in row]
     lines = [
         [
-            names.get(row["stored"], f"`{row['stored']}`"), row["policy"], number(row["file_gb"], 1), number(row["seconds"], 1),
-            number(row["gb_per_s"], 1), number(row["first_call_s"], 1), number(row["peak_gib"]), number(row["held_gib"]),
-            number(row["host_gib"]),
+            row["model"], names.get(row["stored"], row["stored"].replace("fp8", "FP8")), row["policy"] or "its own",
+            number(row["file_gb"], 1), number(row["seconds"], 1), number(row["gb_per_s"], 1), number(row["first_call_s"], 1),
+            number(row.get("decode_ms")), number(row["peak_gib"]), number(row["held_gib"]), number(row["host_gib"]),
         ]
-        for row in result["rows"]
+        for row in rows
     ]  # fmt: skip
     text = (
-        f"**`quant_compile.load`**, Llama-3-8B shape, {result['settings']['layers']} layers, files in the page cache; the host's memory "
-        f"is what no file backs. {place(result, 'transformers')}."
+        f"**`quant_compile.load`**, Llama-3-8B's shape with {result['settings']['layers']} layers and Qwen3-30B-A3B's with 8, files in the "
+        "page cache; the host's memory is what no file backs, decode is `generate` of one sequence by the wall clock. "
+        f"{place(result, 'transformers')}."
     )
-    return "\n\n".join([text, markdown(header, lines)])
+    failed = "; ".join(f"{row['model']}, {row['stored']}: {row['error']}" for row in result["rows"] if "error" in row)
+    return "\n\n".join([text, markdown(header, lines), *([f"Not measured: {failed}."] if failed else [])])
 
 
 def attention_decode(results: Path) -> str:
