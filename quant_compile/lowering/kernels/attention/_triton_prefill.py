@@ -72,24 +72,28 @@ def _bounds(reach_ptr, tile, tokens, length, MASK: tl.constexpr, BM: tl.constexp
 def _inside(reach_ptr, block, keys, length, MASK: tl.constexpr, BN: tl.constexpr):
     """Which keys of a block are read: those between the first and the last that anyone of the program sees."""
     if MASK == NO_MASK or MASK == CAUSAL:
-        return keys < length
-    word = tl.load(reach_ptr + block)
-    first, end = word & BITS, (word >> END) & BITS
-    return (keys >= block * BN + first) & (keys < block * BN + end)
+        inside = keys < length
+    else:
+        word = tl.load(reach_ptr + block)
+        first, end = word & BITS, (word >> END) & BITS
+        inside = (keys >= block * BN + first) & (keys < block * BN + end)
+    return inside
 
 
 @triton.jit
-def _hidden(s, mask_ptr, rows, real, keys, inside, m_t, m_n, MASK: tl.constexpr):
-    """Scores [rows, keys] in powers of two under the mask; -inf where a key is hidden."""
-    within = real[:, None] & inside[None, :]
+def _hidden(s, mask_ptr, rows, real, keys, inside, m_t, m_n, MASK: tl.constexpr, BM: tl.constexpr):
+    """Scores [rows, keys] in powers of two under the mask, whose pointer is at the first row; -inf where a key is hidden."""
     if MASK == NO_MASK:
-        return tl.where(inside[None, :], s, float("-inf"))
-    if MASK == CAUSAL:
-        return tl.where(inside[None, :] & (keys[None, :] <= rows[:, None]), s, float("-inf"))
-    value = tl.load(mask_ptr + rows.to(tl.int64)[:, None] * m_t + keys[None, :] * m_n, mask=within, other=0)
-    if MASK == ADDITIVE:
-        s += value.to(tl.float32) * LOG2E
-    return tl.where(_sees(value, within, MASK), s, float("-inf"))
+        shown = inside[None, :]
+    elif MASK == CAUSAL:
+        shown = inside[None, :] & (keys[None, :] <= rows[:, None])
+    else:
+        within = real[:, None] & inside[None, :]
+        value = tl.load(mask_ptr + (rows % BM * m_t)[:, None] + keys[None, :] * m_n, mask=within, other=0)
+        shown = _sees(value, within, MASK)
+        if MASK == ADDITIVE:
+            s += value.to(tl.float32) * LOG2E
+    return tl.where(shown, s, float("-inf"))
 
 
 @triton.jit
@@ -102,10 +106,13 @@ def _place(tokens, heads, BM: tl.constexpr):
 
 
 @triton.jit
-def _of_mask(mask_ptr, reach_ptr, b, h, tile, tokens, length, m_b, m_h, r_b, r_h, BM: tl.constexpr, BN: tl.constexpr):
-    """The mask of a sequence and head, and the words of its block of queries; r_b, r_h: strides of the words in blocks of queries."""
+def _of_mask(
+    mask_ptr, reach_ptr, b, h, tile, length, m_b, m_h, m_t, r_b, r_h, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Mask and words of a block of queries; r_b, r_h: strides of the words in blocks of queries."""
     row = b * r_b + h * r_h + tile
-    return mask_ptr + b * m_b + h.to(tl.int64) * m_h, reach_ptr + row * tl.cdiv(length, BN)
+    mask_ptr += b * m_b + h.to(tl.int64) * m_h + (tile * BM).to(tl.int64) * m_t
+    return mask_ptr, reach_ptr + row * tl.cdiv(length, BN)
 
 
 @triton.jit
@@ -194,7 +201,7 @@ def _values(
     d = tl.arange(0, PD)
     within = inside[:, None] & (d < D)[None, :]
     codes = tl.load(_words(ptr, tl.uint8) + keys[:, None] * stride + d[None, :], mask=within, other=0)
-    x = _from_byte(codes.to(tl.uint16), KIND, tl.float32).to(tl.float32)
+    x = _from_byte(codes.to(tl.uint16), KIND, tl.float16).to(tl.float32)  # exact in f16
     if KIND.is_int_unsigned():  # bytes of e4m3, of which ``_from_byte`` makes 2^-8 times the value
         x = x * 256.0
     if SCALE == TOKEN:
@@ -208,7 +215,7 @@ def _values(
 def _walk(
     low, high, gap_low, gap, q, q2, k_ptr, v_ptr, mask_ptr, reach_ptr, rows, real, length, k_n, v_n, m_t, m_n,
     factor, softcap, top, total, acc, acc2,
-    MASKED: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, BN: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    MASKED: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     V1: tl.constexpr, V2: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``low`` to ``high`` of 16-bit K and V, without the ``gap`` of them that begins at ``gap_low``, added to a program's sums."""
@@ -237,7 +244,7 @@ def _walk(
             s = _capped(s * factor, softcap) * LOG2E
         if MASKED:
             s = s if CAP else s * factor
-            s = _hidden(s, mask_ptr, rows, real, keys, inside, m_t, m_n, MASK)
+            s = _hidden(s, mask_ptr, rows, real, keys, inside, m_t, m_n, MASK, BM)
             higher = tl.maximum(top, tl.max(s, 1))
             shift = _finite(higher)
             p = tl.math.exp2(s - shift[:, None])
@@ -273,7 +280,7 @@ def prefill_kernel(
     rows = tile * BM + tl.arange(0, BM)
     real, wide = rows < tokens, rows.to(tl.int64)
     if MASK == BOOL or MASK == ADDITIVE:
-        mask_ptr, reach_ptr = _of_mask(mask_ptr, reach_ptr, b, h, tile, tokens, length, m_b, m_h, r_b, r_h, BM, BN)
+        mask_ptr, reach_ptr = _of_mask(mask_ptr, reach_ptr, b, h, tile, length, m_b, m_h, m_t, r_b, r_h, BM, BN)
     low, high, full_low, full_high = _bounds(reach_ptr, tile, tokens, length, MASK, BM, BN)
     q_ptr += b * q_b + h.to(tl.int64) * q_h
     q = tl.load(q_ptr + wide[:, None] * q_t + tl.arange(0, K1)[None, :], mask=real[:, None], other=0.0)
@@ -293,11 +300,11 @@ def prefill_kernel(
     acc2 = tl.zeros((BM, V2 if V2 else 16), tl.float32)
     top, total, acc, acc2 = _walk(
         full_low, full_high, full_high, 0, q, q2, k_ptr, v_ptr, mask_ptr, reach_ptr, rows, real, length, k_n, v_n, m_t, m_n,
-        factor, cap, top, total, acc, acc2, False, MASK, CAP, BN, K1, K2, V1, V2,
+        factor, cap, top, total, acc, acc2, False, MASK, CAP, BM, BN, K1, K2, V1, V2,
     )  # fmt: skip
     top, total, acc, acc2 = _walk(
         low, high, full_low, full_high - full_low, q, q2, k_ptr, v_ptr, mask_ptr, reach_ptr, rows, real, length, k_n, v_n,
-        m_t, m_n, factor, cap, top, total, acc, acc2, True, MASK, CAP, BN, K1, K2, V1, V2,
+        m_t, m_n, factor, cap, top, total, acc, acc2, True, MASK, CAP, BM, BN, K1, K2, V1, V2,
     )  # fmt: skip
 
     last = _finish(top, total, sinks_ptr, h)
@@ -314,7 +321,7 @@ def _walk_codes(
     low, high, gap_low, gap, q, q_odd, k_ptr, v_ptr, mask_ptr, reach_ptr, ks_ptr, vs_ptr, rows, real, length, k_n, v_n,
     ks_n, vs_n, m_t, m_n, factor, softcap, top, total, acc, odd,
     MASKED: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr, KIND_K: tl.constexpr,
-    KIND_V: tl.constexpr, BN: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, ASM: tl.constexpr,
+    KIND_V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """``_walk`` over words of two codes."""
     cols = tl.arange(0, BN)
@@ -337,7 +344,7 @@ def _walk_codes(
         if CAP:
             s = _capped(s, softcap) * LOG2E
         if MASKED:
-            s = _hidden(s, mask_ptr, rows, real, keys, inside, m_t, m_n, MASK)
+            s = _hidden(s, mask_ptr, rows, real, keys, inside, m_t, m_n, MASK, BM)
         logarithms = s
         if VS == TOKEN:
             weight = tl.load(vs_ptr + keys * vs_n, mask=inside, other=1.0)
@@ -369,7 +376,7 @@ def codes_kernel(
     rows = tile * BM + tl.arange(0, BM)
     real, wide = rows < tokens, rows.to(tl.int64)
     if MASK == BOOL or MASK == ADDITIVE:
-        mask_ptr, reach_ptr = _of_mask(mask_ptr, reach_ptr, b, h, tile, tokens, length, m_b, m_h, r_b, r_h, BM, BN)
+        mask_ptr, reach_ptr = _of_mask(mask_ptr, reach_ptr, b, h, tile, length, m_b, m_h, m_t, r_b, r_h, BM, BN)
     low, high, full_low, full_high = _bounds(reach_ptr, tile, tokens, length, MASK, BM, BN)
     KIND_K: tl.constexpr = k_ptr.dtype.element_ty
     KIND_V: tl.constexpr = v_ptr.dtype.element_ty
@@ -399,12 +406,12 @@ def codes_kernel(
     top, total, acc, odd = _walk_codes(
         full_low, full_high, full_high, 0, q, q_odd, k_words, v_words, mask_ptr, reach_ptr, ks_ptr, vs_ptr, rows, real,
         length, k_n, v_n, ks_n, vs_n, m_t, m_n, factor, cap, top, total, acc, odd,
-        False, MASK, CAP, KS, VS, KIND_K, KIND_V, BN, D // 2, DV // 2, ASM,
+        False, MASK, CAP, KS, VS, KIND_K, KIND_V, BM, BN, D // 2, DV // 2, ASM,
     )  # fmt: skip
     top, total, acc, odd = _walk_codes(
         low, high, full_low, full_high - full_low, q, q_odd, k_words, v_words, mask_ptr, reach_ptr, ks_ptr, vs_ptr, rows,
         real, length, k_n, v_n, ks_n, vs_n, m_t, m_n, factor, cap, top, total, acc, odd,
-        True, MASK, CAP, KS, VS, KIND_K, KIND_V, BN, D // 2, DV // 2, ASM,
+        True, MASK, CAP, KS, VS, KIND_K, KIND_V, BM, BN, D // 2, DV // 2, ASM,
     )  # fmt: skip
 
     last = _finish(top, total, sinks_ptr, h)

@@ -95,14 +95,14 @@ def plan_of(problem: Attention, target: Target) -> Plan:
     """The plan of a launch, which depends on neither tokens, length nor batch, so that layers can share what ``reach_of`` makes.
 
     Codes become values first: what is read and written then is far less than the products take, and one program's conversion
-    serves all queries and heads. Tiles are those that fit an SM's shared memory; no GPU has compared them yet.
+    serves all queries and heads. Tiles are those that registers and shared memory have room for; no GPU has compared them yet.
     """
-    size, roomy = max(problem.head_size, problem.value_size), shared_memory(target) >= 160 * 1024
+    size, newer = max(problem.head_size, problem.value_size), 90 <= target.arch < 120  # wgmma, tcgen05; else mma.sync
     if size <= 64:
-        return Plan(128, 64, 4, 3)
+        return Plan(128, 64, 4 if newer else 8, 3)
     if size <= 128:
-        return Plan(128, 64, 8, 3) if roomy else Plan(128, 32, 8, 2)
-    return Plan(128, 32, 8, 2) if roomy else Plan(64, 32, 4, 2)
+        return Plan(128, 64, 8, 3) if newer else Plan(128, 32, 8, 2)
+    return Plan(64, 32, 8, 2)
 
 
 def plans_of(problem: Attention, target: Target) -> list[Plan]:
