@@ -62,7 +62,13 @@ class Cell:
     @property
     def where(self) -> dict[str, Any]:
         """For a result row."""
-        return {"batch": self.batch, "tokens": self.tokens, "filled": self.filled, "length": self.length, "cache": self.cache}
+        return {
+            "batch": self.batch,
+            "tokens": self.tokens,
+            "filled": self.filled,
+            "length": self.length,
+            "cache": self.cache,
+        }
 
     @property
     def flops(self) -> float:
@@ -75,7 +81,11 @@ class Cell:
         """K and V in 16 bits, repeated ones of two contenders, masks, and f32 scores of the truth."""
         heads, kv_heads, size = self.heads
         one = 4 * self.batch * self.length * size  # K and V of one head
-        return one * (3 * kv_heads + 2 * heads) + 3 * self.batch * self.tokens * self.length + 16 * heads * self.tokens * self.length
+        return (
+            one * (3 * kv_heads + 2 * heads)
+            + 3 * self.batch * self.tokens * self.length
+            + 16 * heads * self.tokens * self.length
+        )
 
 
 class Data:
@@ -103,7 +113,11 @@ class Data:
     @property
     def coded(self) -> tuple[Tensor, Tensor]:
         """K and V in the dtype of their codes."""
-        return (self.k, self.v) if not self.scales else tuple(x.view(SCHEMES[self.cell.cache].codes) for x in (self.k, self.v))  # type: ignore[return-value]
+        return (
+            (self.k, self.v)
+            if not self.scales
+            else tuple(x.view(SCHEMES[self.cell.cache].codes) for x in (self.k, self.v))
+        )  # type: ignore[return-value]
 
     @property
     def kernel_scales(self) -> dict[str, Tensor]:
@@ -278,9 +292,9 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     """All problems, those with the fewest products first."""
     heads = SMOKE_HEADS if args.smoke else HEADS
     found = []
-    for tokens, batch, cache in itertools.product(args.tokens, args.batches, args.caches):
+    for tokens, batch, kept in itertools.product(args.tokens, args.batches, args.caches):
         filled = max(tokens, args.filled)
-        found.append(Cell(batch, tokens, filled, filled + MORE, cache, heads))
+        found.append(Cell(batch, tokens, filled, filled + MORE, kept, heads))
     return sorted(found, key=lambda cell: cell.flops)
 
 
@@ -303,7 +317,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += new
         summary.append(summarize(cell, new))
         collect(device)
-    how = "CUDA graphs in turns of random order, attention alone, median" if device.type == "cuda" else "calls in turns, median"
+    how = (
+        "CUDA graphs in turns of random order, attention alone, median"
+        if device.type == "cuda"
+        else "calls in turns, median"
+    )
     meta = {
         "benchmark": "attention_prefill",
         "machine": machine(device),
@@ -344,7 +362,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", default=None, help="comma-separated")
     parser.add_argument("--tokens", default=None, help="comma-separated")
     parser.add_argument("--caches", default=None, help=f"comma-separated, of {', '.join(CACHES)}")
-    parser.add_argument("--filled", type=int, default=0, help="keys that are filled after the prompt; 0: the prompt alone")
+    parser.add_argument(
+        "--filled", type=int, default=0, help="keys that are filled after the prompt; 0: the prompt alone"
+    )
     parser.add_argument("--sweep", action="store_true", help="all plans of our kernel, not only some")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=85.0, help="no new cell is started after this")

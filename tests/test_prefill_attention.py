@@ -31,7 +31,10 @@ MODELS = {
 }
 # bf16 keeps 8 bits; models that write products round scores and weights to it, torch's CPU kernel and ours do not.
 CLOSE_BF16 = 4e-2
-MANY, CODES = "4 heads over 2 of 32, many tokens, static cache", "4 heads over 2 of 32, many tokens, static cache of e4m3"
+MANY, CODES = (
+    "4 heads over 2 of 32, many tokens, static cache",
+    "4 heads over 2 of 32, many tokens, static cache of e4m3",
+)
 
 
 @pytest.fixture

@@ -79,11 +79,16 @@ def test_what_no_kernel_is_asked_for_stays_as_written(served: None, changes: dic
     assert (chosen.runs, chosen.reason) == (WRITTEN, reason)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tokens": 17}, {"cached": False}, {"cached": False, "repeated": False, "codes": "e4m3"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tokens": 17}, {"cached": False}, {"cached": False, "repeated": False, "codes": "e4m3"}]
+)
 def test_many_tokens_under_a_mask_are_served(served: None, changes: dict[str, Any]) -> None:
     """Over a cache, over codes of one, and where K and V would be repeated."""
     chosen = choose_attention(replace(PROMPT, **changes), SM90)
-    assert (chosen.runs, chosen.reason) == ("fast", "K and V are not repeated in memory, and what the mask hides is not read")
+    assert (chosen.runs, chosen.reason) == (
+        "fast",
+        "K and V are not repeated in memory, and what the mask hides is not read",
+    )
 
 
 def test_each_kernel_serves_its_number_of_tokens() -> None:

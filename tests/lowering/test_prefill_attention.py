@@ -15,7 +15,7 @@ from quant_compile.ir.attend import attend
 from quant_compile.ir.family import Reject
 from quant_compile.ir.kv import decode
 from quant_compile.lowering.kernels._roofline import shared_memory
-from quant_compile.lowering.kernels.attention import reference, triton_prefill
+from quant_compile.lowering.kernels.attention import triton_prefill
 from quant_compile.lowering.kernels.attention.triton_decode import HEAD_SIZES, Attention
 from quant_compile.lowering.kernels.attention.triton_prefill import Plan
 from quant_compile.lowering.target import FAKE_OPS, Target
@@ -112,7 +112,14 @@ def check_variants() -> None:
             case = Prompt(2, 4, 2, 36, 32, 64, cache=cache)
             case.check(filled(2, 36, 64, 50), **more)
             case.check(**more)
-    for d, dv, cache in ((64, 0, E4M3), (80, 0, None), (96, 32, E4M3), (128, 0, None), (192, 128, torch.int8), (256, 0, E4M3)):
+    for d, dv, cache in (
+        (64, 0, E4M3),
+        (80, 0, None),
+        (96, 32, E4M3),
+        (128, 0, None),
+        (192, 128, torch.int8),
+        (256, 0, E4M3),
+    ):
         case = Prompt(1, 2, 1, 20, d, 40, dv=dv, cache=cache)
         case.check(filled(1, 20, 40, 33))
     case = Prompt(2, 4, 2, 36, 32, 64)
@@ -387,6 +394,8 @@ def test_what_comes_before_compiles(arch: int, kind: torch.dtype) -> None:
     for change in ({}, {"mask": "additive", "head_size": 80, "value_size": 96, "k_scale": "head"}):
         problem = replace(LLAMA, **CODED | {"k_dtype": kind, "v_dtype": kind} | change)
         mask = triton_prefill.MASKS.index(problem.mask)
-        assert build(source.reach_kernel, problem, {"MASK": mask, "BM": 128, "BN": 64}, target, num_warps=4).asm["cubin"]
+        assert build(source.reach_kernel, problem, {"MASK": mask, "BM": 128, "BN": 64}, target, num_warps=4).asm[
+            "cubin"
+        ]
         constants = triton_prefill.values_constants(problem, plan, mask)
         assert build(source.values_kernel, problem, constants, target, num_warps=4).asm["cubin"]

@@ -71,9 +71,8 @@ def _bounds(reach_ptr, tile, tokens, length, MASK: tl.constexpr, BM: tl.constexp
 @triton.jit
 def _inside(reach_ptr, block, keys, length, MASK: tl.constexpr, BN: tl.constexpr):
     """Which keys of a block are read: those between the first and the last that anyone of the program sees."""
-    if MASK == NO_MASK or MASK == CAUSAL:
-        inside = keys < length
-    else:
+    inside = keys < length
+    if MASK != NO_MASK and MASK != CAUSAL:
         word = tl.load(reach_ptr + block)
         first, end = word & BITS, (word >> END) & BITS
         inside = (keys >= block * BN + first) & (keys < block * BN + end)
@@ -106,9 +105,7 @@ def _place(tokens, heads, BM: tl.constexpr):
 
 
 @triton.jit
-def _of_mask(
-    mask_ptr, reach_ptr, b, h, tile, length, m_b, m_h, m_t, r_b, r_h, BM: tl.constexpr, BN: tl.constexpr
-):
+def _of_mask(mask_ptr, reach_ptr, b, h, tile, length, m_b, m_h, m_t, r_b, r_h, BM: tl.constexpr, BN: tl.constexpr):
     """Mask and words of a block of queries; r_b, r_h: strides of the words in blocks of queries."""
     row = b * r_b + h * r_h + tile
     mask_ptr += b * m_b + h.to(tl.int64) * m_h + (tile * BM).to(tl.int64) * m_t
@@ -194,7 +191,17 @@ def values_kernel(
 
 @triton.jit
 def _values(
-    ptr, scale_ptr, scale_at, out_ptr, keys, inside, stride, scale_n, SCALE: tl.constexpr, D: tl.constexpr, PD: tl.constexpr
+    ptr,
+    scale_ptr,
+    scale_at,
+    out_ptr,
+    keys,
+    inside,
+    stride,
+    scale_n,
+    SCALE: tl.constexpr,
+    D: tl.constexpr,
+    PD: tl.constexpr,
 ):
     """One block of K or V."""
     KIND: tl.constexpr = ptr.dtype.element_ty
@@ -220,7 +227,10 @@ def _walk(
 ):  # fmt: skip
     """Blocks ``low`` to ``high`` of 16-bit K and V, without the ``gap`` of them that begins at ``gap_low``, added to a program's sums."""
     cols = tl.arange(0, BN)
-    k_places, v_places = cols[:, None] * k_n + tl.arange(0, K1)[None, :], cols[:, None] * v_n + tl.arange(0, V1)[None, :]
+    k_places, v_places = (
+        cols[:, None] * k_n + tl.arange(0, K1)[None, :],
+        cols[:, None] * v_n + tl.arange(0, V1)[None, :],
+    )
     k2_places, v2_places = k_places, v_places
     if K2:
         k2_places = cols[:, None] * k_n + K1 + tl.arange(0, K2)[None, :]
@@ -279,7 +289,7 @@ def prefill_kernel(
     tile, b, h = _place(tokens, heads, BM)
     rows = tile * BM + tl.arange(0, BM)
     real, wide = rows < tokens, rows.to(tl.int64)
-    if MASK == BOOL or MASK == ADDITIVE:
+    if MASK != NO_MASK and MASK != CAUSAL:
         mask_ptr, reach_ptr = _of_mask(mask_ptr, reach_ptr, b, h, tile, length, m_b, m_h, m_t, r_b, r_h, BM, BN)
     low, high, full_low, full_high = _bounds(reach_ptr, tile, tokens, length, MASK, BM, BN)
     q_ptr += b * q_b + h.to(tl.int64) * q_h
@@ -325,7 +335,10 @@ def _walk_codes(
 ):  # fmt: skip
     """``_walk`` over words of two codes."""
     cols = tl.arange(0, BN)
-    k_places, v_places = cols[:, None] * k_n + tl.arange(0, WK)[None, :], cols[:, None] * v_n + tl.arange(0, WV)[None, :]
+    k_places, v_places = (
+        cols[:, None] * k_n + tl.arange(0, WK)[None, :],
+        cols[:, None] * v_n + tl.arange(0, WV)[None, :],
+    )
     for i in range(low, high - gap):
         block = i + tl.where(i >= gap_low, gap, 0)
         at = (block * BN).to(tl.int64)
@@ -375,7 +388,7 @@ def codes_kernel(
     tile, b, h = _place(tokens, heads, BM)
     rows = tile * BM + tl.arange(0, BM)
     real, wide = rows < tokens, rows.to(tl.int64)
-    if MASK == BOOL or MASK == ADDITIVE:
+    if MASK != NO_MASK and MASK != CAUSAL:
         mask_ptr, reach_ptr = _of_mask(mask_ptr, reach_ptr, b, h, tile, length, m_b, m_h, m_t, r_b, r_h, BM, BN)
     low, high, full_low, full_high = _bounds(reach_ptr, tile, tokens, length, MASK, BM, BN)
     KIND_K: tl.constexpr = k_ptr.dtype.element_ty
@@ -396,7 +409,10 @@ def codes_kernel(
         factor = factor * LOG2E
     if VS != NO_SCALE:
         vs_ptr += b * vs_b + group * vs_h
-    k_words, v_words = _words(k_ptr + b * k_b + group * k_h, tl.uint16), _words(v_ptr + b * v_b + group * v_h, tl.uint16)
+    k_words, v_words = (
+        _words(k_ptr + b * k_b + group * k_h, tl.uint16),
+        _words(v_ptr + b * v_b + group * v_h, tl.uint16),
+    )
     k_n, v_n = k_n // 16 * 8, v_n // 16 * 8
     cap = tl.full((), softcap, tl.float32)
 

@@ -252,7 +252,9 @@ def constants_of(problem: Attention, plan: Plan, target: Target, is_causal: bool
         "BN": plan.block_n,
     }
     if plan.values or p.k_dtype not in CODES:
-        return constants | dict(zip(("K1", "K2", "V1", "V2"), (*_parts(p.head_size), *_parts(p.value_size)), strict=True))
+        return constants | dict(
+            zip(("K1", "K2", "V1", "V2"), (*_parts(p.head_size), *_parts(p.value_size)), strict=True)
+        )
     scales = {"KS": SCALES.index(p.k_scale), "VS": SCALES.index(p.v_scale)}
     return constants | scales | {"D": p.head_size, "DV": p.value_size, "ASM": target.arch >= 89 and not _interpreted()}
 
