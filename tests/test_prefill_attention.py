@@ -78,8 +78,8 @@ def runs(report: Report) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_prompt_and_its_continuation(family: str, like_an_h200: None) -> None:
-    """Of every layer, windows and products included; the report says so."""
+def test_a_prompt_and_its_continuation(family: str, like_an_h200: None, plain_inductor: CompileCounter) -> None:
+    """Of every layer, windows and products included; the report says so. A mask is read once for all layers that have it."""
     model = seeded(MODELS[family], torch.bfloat16)
     wanted = pieces(model, static(model))
     cache = static(model)
@@ -91,6 +91,11 @@ def test_a_prompt_and_its_continuation(family: str, like_an_h200: None) -> None:
     assert found.pop(MANY) == {"triton_prefill"}
     assert all(kernels == {"triton_prefill"} for kernels in found.values()), found
     assert "attention: 4 heads over 2 of 32, many" in str(report)
+    for gm in plain_inductor.graphs:
+        calls = [node for node in gm.graph.nodes if str(node.target).startswith("sglq_kernels.")]
+        masks = {node.args[3] for node in calls if "attention" in str(node.target)}
+        reached = [node.args[0] for node in calls if "reach" in str(node.target)]
+        assert len(reached) == len(masks) == (1 if family == "llama3" else 2) and set(reached) == masks
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -91,7 +91,10 @@ class AttentionKernel:
         name: provider, then job.
         fit: ``(problem, target) -> Rank | Reject``.
         run: ``(q, k, v, mask [B|1, 1|Hq, T, L] | None, scale, softcap, sinks [Hq] | None) -> y``: [B, Hq, T, Dv], contiguous as
-            [B, T, Hq, Dv]; after sinks come ``k_scale, v_scale [B, Hkv, L, 1] or [1, Hkv or 1, 1, 1] | None, codes``.
+            [B, T, Hq, Dv]; after sinks come ``k_scale, v_scale [B, Hkv, L, 1] or [1, Hkv or 1, 1, 1] | None, codes``, and as a
+            keyword ``reach``, where the kernel has ``blocks``.
+        blocks: ``(problem, target) -> (queries, keys)`` of the blocks of a mask that the kernel wants read beforehand, by
+            ``sglq_kernels.reach``: once for all attention of a graph under one mask; None: it reads masks itself.
         recorded: ``run`` may be recorded in Inductor's graph, which launches it itself then, where all sizes are known.
     """
 
@@ -99,6 +102,7 @@ class AttentionKernel:
     fit: Callable[[AttentionProblem, Target], Rank | Reject]
     run: Callable[..., Tensor]
     recorded: bool = True
+    blocks: Callable[[AttentionProblem, Target], tuple[int, int]] | None = None
 
 
 @lru_cache(maxsize=1)
@@ -109,10 +113,11 @@ def attention_kernels() -> dict[str, AttentionKernel]:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """What runs an attention: a kernel's name, GROUPED or WRITTEN, and why it is that."""
+    """What runs an attention: a kernel's name, GROUPED or WRITTEN, why it is that, and the kernel's blocks of a mask, if it has some."""
 
     runs: str
     reason: str
+    blocks: tuple[int, int] | None = None
 
 
 def problem_of(site: AttentionSite) -> AttentionProblem:
@@ -169,7 +174,9 @@ def choose_attention(problem: AttentionProblem, target: Target) -> AttentionChoi
             best = answer.cost, name
     if best is None:
         return AttentionChoice(WRITTEN, "; ".join(reasons) or "no attention kernel is installed")
-    return AttentionChoice(best[1], FEW if _is_few(problem) else MANY)
+    blocks = attention_kernels()[best[1]].blocks
+    sizes = None if blocks is None or problem.mask == "none" else blocks(problem, target)
+    return AttentionChoice(best[1], FEW if _is_few(problem) else MANY, sizes)
 
 
 def _is_few(p: AttentionProblem) -> bool:

@@ -181,10 +181,10 @@ def check_unread() -> None:
 
 
 def check_reach() -> None:
-    """Words of blocks: first and end of what anyone sees, and whether all see all; one set for masks that are spread."""
+    """Words of blocks: first and end of what anyone sees, and whether all see all; of masks that are spread, too."""
     mask = filled(1, 40, 75, 60, window=30)
     for form in (mask, additive(mask, F16)):
-        words = triton_prefill.reach_of(form, VALUES)
+        words = triton_prefill.reach_of(form, 32, 16)
         assert words.shape == (1, 1, 2, 5)
         for tile in range(2):
             for block in range(5):
@@ -194,11 +194,12 @@ def check_reach() -> None:
                 assert (word >> 18) == (part.shape[1] == 16 and bool(part.all())), (tile, block)
                 wanted = (int(some[0]), int(some[-1]) + 1) if len(some) else (0, 0)
                 assert (word & 511, word >> 9 & 511) == wanted, (tile, block)
-    assert triton_prefill.reach_of(mask.expand(3, 4, 40, 75), VALUES).shape == (1, 1, 2, 5)
-    assert triton_prefill.reach_of(mask.repeat(3, 4, 1, 1), VALUES).shape == (3, 4, 2, 5)
+    assert triton_prefill.reach_of(mask.expand(3, 4, 40, 75), 32, 16).shape == (3, 4, 2, 5)
+    assert triton_prefill.reach_of(mask.repeat(3, 4, 1, 1), 32, 16).shape == (3, 4, 2, 5)
     case = Prompt(3, 4, 2, 40, 32, 75, cache=E4M3)
     for form in (mask.expand(3, 4, 40, 75), mask.repeat(3, 4, 1, 1)):
-        words = triton_prefill.reach_of(form, VALUES)
+        words = triton_prefill.reach_of(form, 32, 16)
+        assert torch.equal(triton_prefill.reach_of(mask, 32, 16).expand(3, 4, 2, 5), words)
         assert torch.equal(case.found(form, plan=VALUES, reach=words), case.found(form, plan=VALUES))
 
 
@@ -300,6 +301,9 @@ def test_unsafe_plans_are_refused() -> None:
         case.found(plan=Plan(64, 64, 4, 2, values=False))
     problem = replace(LLAMA, **CODED, head_size=96, value_size=96)
     assert "two parts" in str(triton_prefill.unsafe(problem, REGISTERS, SM90))
+    with pytest.raises(ValueError, match=r"the words \(1, 1, 1, 3\) are not those of a mask \(1, 1, 20, 40\)"):
+        words = torch.zeros(1, 1, 1, 3, dtype=torch.int32)
+        case.found(filled(1, 20, 40, 20), plan=Plan(64, 64, 4, 2), reach=words)
     with pytest.raises(ValueError, match="causal as well"):
         case.found(filled(1, 20, 40, 20), is_causal=True)
 

@@ -67,12 +67,19 @@ def run(
 
 def run_prefill(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "",
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "", reach: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same; a graph for any number of tokens may be called with few, for which decode shares the keys out among programs."""
+    if q.shape[2] <= MOST_TOKENS:
+        return run(q, k, v, mask, scale, softcap, sinks, k_scale, v_scale, codes)
     k, v = _coded(k, v, codes)
-    call = _host().decode if q.shape[2] <= MOST_TOKENS else _prefill_host().prefill
-    return call(q, k, v, mask, scale, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    more = {"k_scale": k_scale, "v_scale": v_scale, "reach": reach}
+    return _prefill_host().prefill(q, k, v, mask, scale, softcap=softcap, sinks=sinks, **more)
+
+
+def blocks_of(problem: AttentionProblem, target: Target) -> tuple[int, int]:
+    """Of a mask, as the prefill kernel wants them read."""
+    return _prefill_host().blocks_of(_in_its_words(problem), target)
 
 
 def _coded(k: Tensor, v: Tensor, codes: str) -> tuple[Tensor, Tensor]:
@@ -81,5 +88,5 @@ def _coded(k: Tensor, v: Tensor, codes: str) -> tuple[Tensor, Tensor]:
 
 ATTENTION_KERNELS = (
     AttentionKernel("triton_decode", fit, run),
-    AttentionKernel("triton_prefill", fit_prefill, run_prefill),
+    AttentionKernel("triton_prefill", fit_prefill, run_prefill, blocks=blocks_of),
 )

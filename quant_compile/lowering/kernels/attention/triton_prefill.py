@@ -137,16 +137,24 @@ def unsafe(problem: Attention, plan: Plan, target: Target) -> str | None:
     return "codes that are converted in registers would be operands of wgmma or tcgen05"
 
 
-def reach_of(mask: Tensor, plan: Plan) -> Tensor:
-    """Words of ``reach_kernel`` for a mask [b, h, t, l]: int32 [b, h, blocks of queries, blocks of keys]; 1 for b or h that is spread."""
-    _, _, t, length = mask.shape
-    b, heads = (1 if _shared_along(mask, dim) else mask.shape[dim] for dim in (0, 1))
-    tiles, blocks = ceil(t, plan.block_m), ceil(length, plan.block_n)
+def blocks_of(problem: Attention, target: Target) -> tuple[int, int]:
+    """Queries and keys of a block, for ``reach_of``."""
+    plan = plan_of(problem, target)
+    return plan.block_m, plan.block_n
+
+
+def reach_of(mask: Tensor, queries: int, keys: int) -> Tensor:
+    """Words of ``reach_kernel`` for a mask [b, h, t, l], by blocks of so many queries and keys: int32 [b, h, blocks, blocks].
+
+    Of every sequence and head, also of those that are spread by stride 0: what the words' sizes are must follow from the mask's.
+    """
+    b, heads, t, length = mask.shape
+    tiles, blocks = ceil(t, queries), ceil(length, keys)
     reach = torch.empty(b, heads, tiles, blocks, dtype=torch.int32, device=mask.device)
     kind = MASKS.index("bool" if mask.dtype == torch.bool else "additive")
     enqueue(
         _source().reach_kernel, (tiles * blocks, b * heads), mask, reach, t, length, heads, *_mask_strides(mask),
-        MASK=kind, BM=plan.block_m, BN=plan.block_n, num_warps=4,
+        MASK=kind, BM=queries, BN=keys, num_warps=4,
     )  # fmt: skip
     return reach
 
@@ -173,7 +181,7 @@ def prefill(
 
     Args:
         is_causal: query i sees keys 0 to i; without a mask.
-        reach: ``reach_of`` the mask under this plan; None: it is made.
+        reach: ``reach_of`` the mask by this plan's blocks; None: it is made.
         plan: how to cut the launches up, instead of ``plan_of``.
 
     Raises:
@@ -193,7 +201,9 @@ def prefill(
     if scale < 0:  # the kernel takes the largest score for that of the largest product
         q, scale = -q, -scale
     if mask is not None and reach is None:
-        reach = reach_of(mask, settings)
+        reach = reach_of(_unspread(mask), settings.block_m, settings.block_n)
+    if mask is not None and reach is not None:
+        _check_reach(reach, mask, settings)
     kind = MASKS.index("causal" if is_causal else problem.mask)
     if settings.values and problem.k_dtype in CODES:
         k, v = _values_of(q, k, v, k_scale, v_scale, reach, problem, settings, kind)
@@ -273,9 +283,18 @@ def _source() -> Any:
     return import_module("quant_compile.lowering.kernels.attention._triton_prefill")
 
 
-def _shared_along(mask: Tensor, dim: int) -> bool:
-    """Whether a mask is the same for all sequences, or heads."""
-    return mask.shape[dim] == 1 or mask.stride(dim) == 0
+def _unspread(mask: Tensor) -> Tensor:
+    """A mask that is spread over sequences or heads by stride 0, once."""
+    for dim in (0, 1):
+        mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
+    return mask
+
+
+def _check_reach(reach: Tensor, mask: Tensor, plan: Plan) -> None:
+    sizes = ceil(mask.shape[2], plan.block_m), ceil(mask.shape[3], plan.block_n)
+    fits = all(a in (1, b) for a, b in zip(reach.shape[:2], mask.shape[:2], strict=True))
+    if tuple(reach.shape[2:]) != sizes or not fits or not reach.is_contiguous():
+        raise ValueError(f"the words {tuple(reach.shape)} are not those of a mask {tuple(mask.shape)} under {plan}")
 
 
 def _reach_strides(reach: Tensor | None) -> tuple[int, int]:
