@@ -136,7 +136,9 @@ def _expand_attention(
 
 def _expand_reach(mask: Tensor, queries: int, keys: int) -> Any:
     """What ``sglq_kernels.reach`` launches, where all sizes are known."""
-    if not all(isinstance(size, int) and size > 0 for size in mask.shape) or Target.of(mask.device).device != "cuda":
+    sizes: tuple[Any, ...] = tuple(mask.shape)
+    known = all(isinstance(size, int) and size > 0 for size in sizes)
+    if not known or Target.of(mask.device).device != "cuda":
         return NotImplemented
     with tracing(None):
         return ops.run_reach(mask, queries, keys)

@@ -148,12 +148,12 @@ def _lower_batched(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
 def _lower_attention(graph: fx.Graph, node: fx.Node, reached: Reached | None) -> str:
     choice: AttentionChoice = node.meta["choice"]
     q, k, v, mask, scale, is_causal, softcap, sinks, _, *coded = node.args
+    more: dict[str, Any] = {}
     with graph.inserting_before(node):
         if choice.runs == GROUPED:
             more = {"attn_mask": mask, "scale": scale, "is_causal": is_causal, "enable_gqa": True}
             y = graph.call_function(F.scaled_dot_product_attention, (q, k, v), more)
         else:
-            more = {}
             if reached is not None and choice.blocks is not None and isinstance(mask, fx.Node):
                 more = {"reach": reached.of(graph, mask, choice.blocks, node)}
             given = (q, k, v, mask, scale, softcap, sinks, choice.runs, *coded)
