@@ -63,6 +63,16 @@ def test_attention_smoke(tmp_path: Path) -> None:
     assert codes["floor_us"] / bf16["floor_us"] == pytest.approx((32 + 4) / (2 * 32), rel=0.05)
 
 
+def test_attention_prefill_smoke(tmp_path: Path) -> None:
+    """Each cache, with keys before the prompt: nothing fails but flash attention, which cannot have them."""
+    result = run("attention_prefill.py", tmp_path, "--batches", "2", "--filled", "50")
+    assert [row["cache"] for row in result["summary"]] == ["bf16", "e4m3", "int8"]
+    failing = {row["contender"] for row in result["rows"] if row["status"] != "ok"}
+    assert failing == {"flash, no mask"}
+    for row in result["summary"]:
+        assert row["ours_us"] > 0 and row["written_us"] > 0 and (row["filled"], row["length"]) == (50, 114)
+
+
 @pytest.mark.slow
 def test_load_smoke(tmp_path: Path) -> None:
     rows = run("load.py", tmp_path)["rows"]

@@ -1,7 +1,8 @@
 """What runs an attention: a kernel, torch's own grouped form, or what the model wrote, and why.
 
-A kernel replaces what was written for a query of few tokens over a static cache on a GPU, where what is written copies K and V for
-every head of a group and reads a cache to its end. Everything else stays as it was written unless another form is known to be faster.
+A kernel replaces what was written on a GPU over a static cache, where what is written copies K and V for every head of a group and
+reads a cache to its end; of many tokens, any attention under a mask that does the one or the other. Everything else stays as it was
+written unless another form is known to be faster.
 Modules under ``lowering/kernels`` offer kernels as ``ATTENTION_KERNELS``.
 """
 
@@ -25,6 +26,9 @@ from quant_compile.lowering.target import Target
 MOST_TOKENS = 16
 # What stands for a kernel's name where torch's own attention runs on unrepeated K and V, and where the model's own code runs.
 GROUPED, WRITTEN = "sdpa_grouped", "as written"
+# Why a kernel runs.
+FEW = "the cache is read once, to its filled length"
+MANY = "K and V are not repeated in memory, and what the mask hides is not read"
 # The largest head that torch's flash kernels take.
 LARGEST_HEAD = 256
 
@@ -74,8 +78,7 @@ class AttentionProblem:
         """For people; sites of one kind have one text."""
         heads = f"{self.heads} heads" + (f" over {self.kv_heads}" if self.heads != self.kv_heads else "")
         size = f"{self.size}" + (f" and {self.value_size}" if self.size != self.value_size else "")
-        few = self.tokens is not None and self.tokens <= MOST_TOKENS
-        tokens = f"{self.tokens} token{'s' * (self.tokens != 1)}" if few else "many tokens"
+        tokens = f"{self.tokens} token{'s' * (self.tokens != 1)}" if _is_few(self) else "many tokens"
         cache = f", static cache{' of ' + self.codes if self.codes else ''}" if self.cached else ""
         return f"{heads} of {size}, {tokens}{cache}"
 
@@ -88,7 +91,10 @@ class AttentionKernel:
         name: provider, then job.
         fit: ``(problem, target) -> Rank | Reject``.
         run: ``(q, k, v, mask [B|1, 1|Hq, T, L] | None, scale, softcap, sinks [Hq] | None) -> y``: [B, Hq, T, Dv], contiguous as
-            [B, T, Hq, Dv]; after sinks come ``k_scale, v_scale [B, Hkv, L, 1] or [1, Hkv or 1, 1, 1] | None, codes``.
+            [B, T, Hq, Dv]; after sinks come ``k_scale, v_scale [B, Hkv, L, 1] or [1, Hkv or 1, 1, 1] | None, codes``, and as a
+            keyword ``reach``, where the kernel has ``blocks``.
+        blocks: ``(problem, target) -> (queries, keys)`` of the blocks of a mask that the kernel wants read beforehand, by
+            ``sglq_kernels.reach``: once for all attention of a graph under one mask; None: it reads masks itself.
         recorded: ``run`` may be recorded in Inductor's graph, which launches it itself then, where all sizes are known.
     """
 
@@ -96,6 +102,7 @@ class AttentionKernel:
     fit: Callable[[AttentionProblem, Target], Rank | Reject]
     run: Callable[..., Tensor]
     recorded: bool = True
+    blocks: Callable[[AttentionProblem, Target], tuple[int, int]] | None = None
 
 
 @lru_cache(maxsize=1)
@@ -106,10 +113,11 @@ def attention_kernels() -> dict[str, AttentionKernel]:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """What runs an attention: a kernel's name, GROUPED or WRITTEN, and why it is that."""
+    """What runs an attention: a kernel's name, GROUPED or WRITTEN, why it is that, and the kernel's blocks of a mask, if it has some."""
 
     runs: str
     reason: str
+    blocks: tuple[int, int] | None = None
 
 
 def problem_of(site: AttentionSite) -> AttentionProblem:
@@ -166,18 +174,31 @@ def choose_attention(problem: AttentionProblem, target: Target) -> AttentionChoi
             best = answer.cost, name
     if best is None:
         return AttentionChoice(WRITTEN, "; ".join(reasons) or "no attention kernel is installed")
-    return AttentionChoice(best[1], "the cache is read once, to its filled length")
+    blocks = attention_kernels()[best[1]].blocks
+    sizes = None if blocks is None or problem.mask == "none" else blocks(problem, target)
+    return AttentionChoice(best[1], FEW if _is_few(problem) else MANY, sizes)
+
+
+def _is_few(p: AttentionProblem) -> bool:
+    return p.tokens is not None and p.tokens <= MOST_TOKENS
 
 
 def _unfit(p: AttentionProblem) -> str | None:
-    """Why no kernel is asked: it would not be known to be faster."""
-    if p.tokens is None or p.tokens > MOST_TOKENS:
-        return f"kernels serve up to {MOST_TOKENS} tokens, known when the graph is compiled"
-    if not p.cached:
-        return "its keys are no static cache that the graph writes to"
+    """Why no kernel is asked: it would not be known to be faster.
+
+    Of many tokens without a mask torch's flash attention reads K and V as ours does, and without repeating them.
+    """
     if p.is_causal:
         return "it is causal without a mask"
-    return "its mask is not one of every token and key" if p.mask == "other" else None
+    if p.mask == "other":
+        return "its mask is not one of every token and key"
+    if _is_few(p):
+        return None if p.cached else "its keys are no static cache that the graph writes to"
+    if p.mask == "none":
+        return f"more than {MOST_TOKENS} tokens, without a mask"
+    if p.cached or p.codes or p.repeated:
+        return None
+    return "its keys are no static cache that the graph writes to, and not repeated in memory"
 
 
 def _grouped(p: AttentionProblem) -> bool:

@@ -1,6 +1,7 @@
 """Replace kernel ops by what they run, while Inductor's graph is traced: no Python of ours runs at a call then.
 
-Reads the dispatch of ``sglq_kernels.linear``, and the sizes of ``sglq_kernels.attention``, which is recorded where all are known.
+Reads the dispatch of ``sglq_kernels.linear``, and the sizes of ``sglq_kernels.attention`` and ``reach``, which are recorded where all
+are known.
 For linears: where the number of rows m is known, its kernel is recorded. Where it is a
 symbol, one kernel is recorded for all m up to SPLIT or for all above: Dynamo guards on which side m is, and compiles the other
 side when a call first has it. A kernel that cannot be recorded stays a call of the op, which looks m up at each call.
@@ -133,6 +134,16 @@ def _expand_attention(
         return ops.run_attention(q, k, v, mask, scale, softcap, sinks, kernel, *coded)
 
 
+def _expand_reach(mask: Tensor, queries: int, keys: int) -> Any:
+    """What ``sglq_kernels.reach`` launches, where all sizes are known."""
+    sizes: tuple[Any, ...] = tuple(mask.shape)
+    known = all(isinstance(size, int) and size > 0 for size in sizes)
+    if not known or Target.of(mask.device).device != "cuda":
+        return NotImplemented
+    with tracing(None):
+        return ops.run_reach(mask, queries, keys)
+
+
 def beyond(m: Any) -> bool | None:
     """Whether a symbol m is above SPLIT, which Dynamo checks at each call from now on; None where it cannot, or no longer."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
@@ -164,6 +175,9 @@ def _rule(expand: Callable[..., Any]) -> Callable[..., Any]:
 
 
 torch.library.register_torch_dispatch("sglq_kernels::linear", FunctionalTensorMode, _rule(_expand), lib=ops.LIBRARY)
+torch.library.register_torch_dispatch(
+    "sglq_kernels::reach", FunctionalTensorMode, _rule(_expand_reach), lib=ops.LIBRARY
+)
 torch.library.register_torch_dispatch(
     "sglq_kernels::attention", FunctionalTensorMode, _rule(_expand_attention), lib=ops.LIBRARY
 )

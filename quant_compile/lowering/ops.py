@@ -5,7 +5,8 @@ Inputs that Inductor would quantize in several kernels have ops too, which name 
     sglq_kernels.linear(x planes, packed w planes, bias?, dispatch) -> [..., n]
     sglq_kernels.batched(x planes, row-form w planes [E, ...], dispatch) -> [E, M, n]
     sglq_kernels.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, dispatch) -> [T, H]
-    sglq_kernels.attention(q, k, v, mask?, scale, softcap, sinks?, kernel, k_scale?, v_scale?, codes)
+    sglq_kernels.reach(mask, queries, keys) -> what anyone sees in each block of a mask, as ``triton_prefill.reach_of`` has it
+    sglq_kernels.attention(q, k, v, mask?, scale, softcap, sinks?, kernel, k_scale?, v_scale?, codes, reach?)
         -> [B, Hq, T, Dv], contiguous as [B, T, Hq, Dv]
     sglq_kernels.norm_quantize(x, residual?, weight, eps, weighting, spec, scale?, kernel) -> x + residual if given, x planes
     sglq_kernels.quantize_rows(x, maxima, spec, kernel) -> x planes
@@ -20,6 +21,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -140,35 +142,60 @@ torch.library.register_fake("sglq_kernels::linear", _linear_fake, lib=LIBRARY)
 
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, Tensor? sinks, str kernel, "
-    "Tensor? k_scale=None, Tensor? v_scale=None, str codes='') -> Tensor"
+    "Tensor? k_scale=None, Tensor? v_scale=None, str codes='', Tensor? reach=None) -> Tensor"
 )
+LIBRARY.define("reach(Tensor mask, int queries, int keys) -> Tensor")
+
+
+def run_reach(mask: Tensor, queries: int, keys: int) -> Tensor:
+    """[.., T, L] -> int32 [B, Hq, blocks of T, blocks of L]."""
+    return import_module("quant_compile.lowering.kernels.attention.triton_prefill").reach_of(
+        full_mask(mask), queries, keys
+    )
+
+
+def _reach(mask: Tensor, queries: int, keys: int) -> Tensor:
+    """On a CPU nobody reads it."""
+    return run_reach(mask, queries, keys) if mask.is_cuda else _reach_fake(mask, queries, keys).zero_()
+
+
+def _reach_fake(mask: Tensor, queries: int, keys: int) -> Tensor:
+    full = full_mask(mask)
+    assert full is not None
+    b, heads, t, length = full.shape
+    return mask.new_empty((b, heads, -(-t // queries), -(-length // keys)), dtype=torch.int32)
+
+
+LIBRARY.impl("reach", _reach, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq_kernels::reach", _reach_fake, lib=LIBRARY)
 
 
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "",
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "", reach: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if q.is_cuda:
-        return run_attention(q, k, v, mask, scale, softcap, sinks, kernel, k_scale, v_scale, codes)
+        return run_attention(q, k, v, mask, scale, softcap, sinks, kernel, k_scale, v_scale, codes, reach)
     y = attend(q, k, v, mask, scale, False, softcap, sinks, None, k_scale, v_scale, codes)
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def run_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "",
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "", reach: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One kernel; the last dimension of q, k and v contiguous, which it nearly always is."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     mask = full_mask(mask)
     check_sizes(q, k, v, mask)
     coded = (flat_scale(k_scale), flat_scale(v_scale), codes) if codes else ()
-    return attention_kernels()[kernel].run(q, k, v, mask, scale, softcap, sinks, *coded)
+    given = {} if reach is None else {"reach": reach}
+    return attention_kernels()[kernel].run(q, k, v, mask, scale, softcap, sinks, *coded, **given)
 
 
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "",
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "", reach: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
 
@@ -253,3 +280,4 @@ quantize_rows = torch.ops.sglq_kernels.quantize_rows.default
 moe = torch.ops.sglq_kernels.moe.default
 batched = torch.ops.sglq_kernels.batched.default
 attention = torch.ops.sglq_kernels.attention.default
+reach = torch.ops.sglq_kernels.reach.default

@@ -6,7 +6,7 @@ Inputs of which Inductor would make too many kernels go to one of our own (``fus
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -41,6 +41,24 @@ from quant_compile.passes.fuse_input import erase_unused, one_launch
 from quant_compile.passes.plan import PassReport, Plan
 
 
+@dataclass(frozen=True, eq=False)
+class Reached:
+    """What has been read of masks so far: by mask and size of blocks, the node that reads it and the attention that it was made for."""
+
+    writes: Writes
+    made: dict[tuple[fx.Node, tuple[int, int]], tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+
+    def of(self, graph: fx.Graph, mask: fx.Node, blocks: tuple[int, int], node: fx.Node) -> fx.Node:
+        """Blocks of the mask of an attention, read where the first one under it is, unless it is written to since."""
+        found = self.made.get((mask, blocks))
+        if found is not None and self.writes.between(mask, found[1], node) is None:
+            return found[0]
+        reach = graph.call_function(kernel_ops.reach, (mask, *blocks))
+        reach.meta["site"] = "attention blocks of a mask"
+        self.made[mask, blocks] = reach, node
+        return reach
+
+
 def lower(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
     """Lower every sglq op; none may be left."""
     report = PassReport("lower")
@@ -62,8 +80,10 @@ def lower(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
         dispatch = _lower_batched(gm.graph, node, plan)
         report.rewrote.append(f"{names}: {dispatch.layout}, {dispatch.ranges}")
         report.dispatches[(slot,)] = dispatch
-    for node in list(gm.graph.find_nodes(op="call_function", target=ops.attention)):
-        report.rewrote.append(f"{node.name}: {_lower_attention(gm.graph, node)}")
+    attention = list(gm.graph.find_nodes(op="call_function", target=ops.attention))
+    reached = Reached(Writes(gm.graph)) if attention else None
+    for node in attention:
+        report.rewrote.append(f"{node.name}: {_lower_attention(gm.graph, node, reached)}")
     _lower_inputs(gm.graph, plan.target, column_scales, report)
     return verify(gm, "lowered"), report
 
@@ -125,15 +145,19 @@ def _lower_batched(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
     return dispatch
 
 
-def _lower_attention(graph: fx.Graph, node: fx.Node) -> str:
+def _lower_attention(graph: fx.Graph, node: fx.Node, reached: Reached | None) -> str:
     choice: AttentionChoice = node.meta["choice"]
     q, k, v, mask, scale, is_causal, softcap, sinks, _, *coded = node.args
+    more: dict[str, Any] = {}
     with graph.inserting_before(node):
         if choice.runs == GROUPED:
             more = {"attn_mask": mask, "scale": scale, "is_causal": is_causal, "enable_gqa": True}
             y = graph.call_function(F.scaled_dot_product_attention, (q, k, v), more)
         else:
-            y = graph.call_function(kernel_ops.attention, (q, k, v, mask, scale, softcap, sinks, choice.runs, *coded))
+            if reached is not None and choice.blocks is not None and isinstance(mask, fx.Node):
+                more = {"reach": reached.of(graph, mask, choice.blocks, node)}
+            given = (q, k, v, mask, scale, softcap, sinks, choice.runs, *coded)
+            y = graph.call_function(kernel_ops.attention, given, more)
     y.meta = {key: node.meta[key] for key in ("site", "example_value")}
     node.replace_all_uses_with(y)
     graph.erase_node(node)

@@ -39,6 +39,7 @@ DECODE = AttentionProblem(
     2, 8, 2, 64, 64, 1, 512, torch.bfloat16, "bool", repeated=True, cached=True
 )  # Llama's, over a static cache
 PREFILL = replace(DECODE, tokens=300, mask="none", cached=False)
+PROMPT = replace(DECODE, tokens=None, length=None)  # of any length, padded or continued
 
 
 def kernel(name: str, answer: Rank | Reject) -> AttentionKernel:
@@ -61,8 +62,13 @@ def test_the_cheapest_kernel_serves_few_tokens_over_a_cache(served: None) -> Non
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"tokens": 17}, "kernels serve up to 16 tokens, known when the graph is compiled"),
-        ({"tokens": None}, "kernels serve up to 16 tokens, known when the graph is compiled"),
+        ({"tokens": 17, "mask": "none"}, "more than 16 tokens, without a mask"),
+        ({"tokens": None, "mask": "none", "cached": False, "repeated": False}, "more than 16 tokens, without a mask"),
+        ({"tokens": 17, "is_causal": True, "mask": "none"}, "it is causal without a mask"),
+        (
+            {"tokens": None, "cached": False, "repeated": False},
+            "its keys are no static cache that the graph writes to, and not repeated in memory",
+        ),
         ({"cached": False}, "its keys are no static cache that the graph writes to"),
         ({"is_causal": True, "mask": "none"}, "it is causal without a mask"),
         ({"mask": "other"}, "its mask is not one of every token and key"),
@@ -71,6 +77,39 @@ def test_the_cheapest_kernel_serves_few_tokens_over_a_cache(served: None) -> Non
 def test_what_no_kernel_is_asked_for_stays_as_written(served: None, changes: dict[str, Any], reason: str) -> None:
     chosen = choose_attention(replace(DECODE, **changes), SM90)
     assert (chosen.runs, chosen.reason) == (WRITTEN, reason)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tokens": 17}, {"cached": False}, {"cached": False, "repeated": False, "codes": "e4m3"}]
+)
+def test_many_tokens_under_a_mask_are_served(served: None, changes: dict[str, Any]) -> None:
+    """Over a cache, over codes of one, and where K and V would be repeated."""
+    chosen = choose_attention(replace(PROMPT, **changes), SM90)
+    assert (chosen.runs, chosen.reason) == (
+        "fast",
+        "K and V are not repeated in memory, and what the mask hides is not read",
+    )
+
+
+def test_each_kernel_serves_its_number_of_tokens() -> None:
+    """One that is a symbol is the prefill kernel's; what neither serves names both."""
+    runs = {tokens: choose_attention(replace(PROMPT, tokens=tokens), SM90).runs for tokens in (1, 16, 17, 5000, None)}
+    assert runs == {1: "triton_decode", 16: "triton_decode"} | dict.fromkeys((17, 5000, None), "triton_prefill")
+    coded = replace(PROMPT, codes="e4m3", scale="token")
+    assert choose_attention(coded, SM90).runs == "triton_prefill"
+    reason = choose_attention(replace(PROMPT, size=48, value_size=48), SM90).reason
+    assert "triton_decode: serves up to 16 queries a sequence, known" in reason
+    assert "triton_prefill: heads must be of 32, 64" in reason
+    assert choose_attention(replace(PROMPT, dtype=torch.float32), SM90).runs == WRITTEN
+
+
+def test_a_prompt_of_few_tokens_runs_in_the_decode_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph for any number of tokens, whose op asks at each call."""
+    monkeypatch.setattr(offered, "_host", lambda: SimpleNamespace(decode=lambda *given, **more: "decode"))
+    monkeypatch.setattr(offered, "_prefill_host", lambda: SimpleNamespace(prefill=lambda *given, **more: "prefill"))
+    for tokens, name in ((1, "decode"), (16, "decode"), (17, "prefill")):
+        q = torch.zeros(1, 4, tokens, 16)
+        assert offered.run_prefill(q, q, q, None, 0.5, 0.0, None) == name  # type: ignore[comparison-overlap]
 
 
 def test_a_cpu_keeps_what_was_written(served: None) -> None:
@@ -90,7 +129,7 @@ def test_torchs_grouped_form_serves_prefill_that_repeats_without_a_mask() -> Non
     assert choose_attention(replace(PREFILL, is_causal=True, length=300), SM90).runs == GROUPED
     for changes in (
         {"repeated": False},
-        {"mask": "bool"},
+        {"mask": "other"},
         {"value_size": 32},
         {"size": 288, "value_size": 288},
         {"dtype": torch.float32},
@@ -235,3 +274,44 @@ def test_inductors_code_launches_the_kernel_itself(
         tuple(map(int, re.findall(r"\d+", found))) for found in re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", call)
     ]
     assert sizes and all(torch.Size(size).numel() < caches[0].numel() for size in sizes), sizes
+
+
+@pytest.mark.parametrize("codes", ["", "e4m3"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductors_code_launches_prefill_itself(
+    dynamic: bool, codes: str, on_sm90: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words of the mask once, then values of codes and attention twice, and nothing repeated. A symbol leaves the op."""
+
+    def prompt(q: Tensor, keys: Tensor, values: Tensor, at: Tensor, new: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+        keys.index_copy_(2, at, new)
+        values.index_copy_(2, at, new)
+        coded = (scale, scale, codes) if codes else ()
+        reach = ops.reach(mask, 128, 64)
+        for _ in range(2):
+            q = ops.attention(q, keys, values, mask, 0.125, 0.0, None, "triton_prefill", *coded, reach=reach)
+        return q
+
+    half, kept = torch.bfloat16, torch.uint8 if codes else torch.bfloat16
+    new = torch.zeros(2, 2, 40, 64, dtype=kept)
+    given = (
+        torch.randn(2, 8, 40, 64, dtype=half),
+        *(torch.zeros(2, 2, 512, 64, dtype=kept) for _ in range(2)),
+        torch.arange(40),
+        new,
+        torch.ones(2, 1, 40, 512, dtype=torch.bool).tril(),
+        torch.ones(2, 2, 512, 1),
+    )
+    call = code_of(prompt, given, monkeypatch, dynamic)
+    call = call[call.index("def call") :]
+    if dynamic:
+        assert "sglq_kernels.attention" in call
+        return
+    assert "sglq_kernels" not in call, "an op of ours is called"
+    launches = re.findall(r"(reach|values|prefill|codes)_kernel\w*\.run\(", call)
+    assert launches == ["reach", *(["values", "prefill"] if codes else ["prefill"]) * 2]
+    sizes = [
+        tuple(map(int, re.findall(r"\d+", found))) for found in re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", call)
+    ]
+    repeated = 2 * 8 * 512 * 64
+    assert sizes and all(torch.Size(size).numel() < repeated for size in sizes), sizes

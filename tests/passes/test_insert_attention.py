@@ -27,12 +27,12 @@ def given(mask: str = "seen") -> tuple[Tensor, ...]:
 
 
 def inserted(
-    function: Any, inputs: tuple[Tensor, ...], runs: str | None
+    function: Any, inputs: tuple[Tensor, ...], runs: str | None, blocks: tuple[int, int] | None = None
 ) -> tuple[Traced, Any, fx.GraphModule, PassReport]:
     """A function's graph after the pass, under a chooser that always says the same; None: no chooser."""
     traced = trace(Holder(lambda m, *x: function(*x)), *inputs)
     sites, misses = find_attention(traced.gm)
-    choose = None if runs is None else (lambda problem: AttentionChoice(runs, "a test"))
+    choose = None if runs is None else (lambda problem: AttentionChoice(runs, "a test", blocks))
     plan = plan_for(traced, {}, attention=tuple(sites), attention_misses=tuple(misses), choose_attention=choose)
     gm, report = insert_attention(traced.gm, plan)
     return traced, plan, gm, report
@@ -118,4 +118,23 @@ def test_two_attentions_of_one_graph_follow_each_other() -> None:
     traced, plan, gm, report = inserted(twice, given("added"), "triton_decode")
     assert len(report.rewrote) == 2
     gm, _ = lower(gm, plan)
+    assert torch.allclose(run(gm, traced), twice(*given("added")), atol=1e-5)
+
+
+@pytest.mark.parametrize(("written", "times"), [(False, 1), (True, 2)])
+def test_a_mask_is_read_once_for_all_attention_under_it(written: bool, times: int) -> None:
+    """Unless it is written to in between."""
+
+    def twice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.clone()
+        first = eager_scores(q, k, k, mask)
+        if written:
+            mask.mul_(0.5)
+        return eager_scores(first, k, v, mask)
+
+    traced, plan, gm, _ = inserted(twice, given("added"), "triton_prefill", (32, 16))
+    gm, _ = lower(gm, plan)
+    reached = gm.graph.find_nodes(op="call_function", target=kernel_ops.reach)
+    users = gm.graph.find_nodes(op="call_function", target=kernel_ops.attention)
+    assert len(reached) == times and [node.kwargs["reach"] for node in users] == [reached[0], reached[-1]]
     assert torch.allclose(run(gm, traced), twice(*given("added")), atol=1e-5)

@@ -1,6 +1,6 @@
-"""Offers the decode kernel to the attention of graphs: their problem in the kernel's words, and their call of it.
+"""Offers the kernels for few and for many queries to the attention of graphs: their problem in the kernels' words, and their calls.
 
-Reads ``triton_decode``, which is imported when it is first asked for.
+Reads ``triton_decode`` and ``triton_prefill``, which are imported when they are first asked for.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from quant_compile.ir.family import Reject
 from quant_compile.ir.kv import BITS
-from quant_compile.lowering.attention import AttentionKernel, AttentionProblem
+from quant_compile.lowering.attention import MOST_TOKENS, AttentionKernel, AttentionProblem
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import Target
 
-# Stand for sizes that are symbols: whether the kernel serves depends on neither.
-BATCH, LENGTH = 1, 4096
+# Stand for sizes that are symbols: whether a kernel serves depends on none.
+BATCH, TOKENS, LENGTH = 1, 1024, 4096
 CODES = {"e4m3": torch.float8_e4m3fn, BITS: torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
 
 
@@ -28,16 +28,31 @@ def _host() -> Any:
     return import_module("quant_compile.lowering.kernels.attention.triton_decode")
 
 
+@lru_cache(maxsize=1)
+def _prefill_host() -> Any:
+    return import_module("quant_compile.lowering.kernels.attention.triton_prefill")
+
+
 def fit(problem: AttentionProblem, target: Target) -> Rank | Reject:
-    """As the kernel says of a cache in the dtype of q, or in codes."""
-    host, p = _host(), problem
+    """As the decode kernel says of a cache in the dtype of q, or in codes."""
+    if problem.tokens is None:
+        return Reject(f"serves up to {MOST_TOKENS} queries a sequence, known when the graph is compiled")
+    return _host().fit(_in_its_words(problem), target)
+
+
+def fit_prefill(problem: AttentionProblem, target: Target) -> Rank | Reject:
+    """As the prefill kernel says; few queries, where that is known, are the decode kernel's."""
+    if problem.tokens is not None and problem.tokens <= MOST_TOKENS:
+        return Reject(f"serves more than {MOST_TOKENS} queries a sequence, not {problem.tokens}")
+    return _prefill_host().fit(_in_its_words(problem), target)
+
+
+def _in_its_words(problem: AttentionProblem) -> Any:
+    p = problem
     kept = CODES.get(p.codes, p.dtype)
-    return host.fit(
-        host.Attention(
-            p.batch or BATCH, p.heads, p.kv_heads, p.tokens or 1, p.size, p.value_size, p.length or LENGTH, p.dtype, kept,
-            kept, p.mask, p.mask_heads, p.scale, p.scale, p.softcap, p.sinks,
-        ),
-        target,
+    return _host().Attention(
+        p.batch or BATCH, p.heads, p.kv_heads, p.tokens or TOKENS, p.size, p.value_size, p.length or LENGTH, p.dtype, kept,
+        kept, p.mask, p.mask_heads, p.scale, p.scale, p.softcap, p.sinks,
     )  # fmt: skip
 
 
@@ -46,9 +61,32 @@ def run(
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "",
 ) -> Tensor:  # fmt: skip
     """[B, Hq, T, Dv], contiguous as [B, T, Hq, Dv]."""
-    if codes:
-        k, v = (x.view(CODES[codes]) for x in (k, v))
+    k, v = _coded(k, v, codes)
     return _host().decode(q, k, v, mask, scale, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
 
 
-ATTENTION_KERNELS = (AttentionKernel("triton_decode", fit, run),)
+def run_prefill(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "", reach: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The same; a graph for any number of tokens may be called with few, for which decode shares the keys out among programs."""
+    if q.shape[2] <= MOST_TOKENS:
+        return run(q, k, v, mask, scale, softcap, sinks, k_scale, v_scale, codes)
+    k, v = _coded(k, v, codes)
+    more = {"k_scale": k_scale, "v_scale": v_scale, "reach": reach}
+    return _prefill_host().prefill(q, k, v, mask, scale, softcap=softcap, sinks=sinks, **more)
+
+
+def blocks_of(problem: AttentionProblem, target: Target) -> tuple[int, int]:
+    """Of a mask, as the prefill kernel wants them read."""
+    return _prefill_host().blocks_of(_in_its_words(problem), target)
+
+
+def _coded(k: Tensor, v: Tensor, codes: str) -> tuple[Tensor, Tensor]:
+    return (k.view(CODES[codes]), v.view(CODES[codes])) if codes else (k, v)
+
+
+ATTENTION_KERNELS = (
+    AttentionKernel("triton_decode", fit, run),
+    AttentionKernel("triton_prefill", fit_prefill, run_prefill, blocks=blocks_of),
+)
