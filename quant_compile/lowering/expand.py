@@ -133,6 +133,11 @@ def _expand_attention(
         return ops.run_attention(q, k, v, mask, scale, softcap, sinks, kernel, *coded)
 
 
+def _expand_dequantize(w: list[Tensor], dispatch: str) -> Any:
+    """What ``sglq_kernels.dequantize`` computes, which Inductor makes one kernel of; a kernel's layout is taken apart by the op."""
+    return ops.dequantized(w, dispatch) if parse_dispatch(dispatch).layout == "rows" else NotImplemented
+
+
 def beyond(m: Any) -> bool | None:
     """Whether a symbol m is above SPLIT, which Dynamo checks at each call from now on; None where it cannot, or no longer."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
@@ -164,6 +169,9 @@ def _rule(expand: Callable[..., Any]) -> Callable[..., Any]:
 
 
 torch.library.register_torch_dispatch("sglq_kernels::linear", FunctionalTensorMode, _rule(_expand), lib=ops.LIBRARY)
+torch.library.register_torch_dispatch(
+    "sglq_kernels::dequantize", FunctionalTensorMode, _rule(_expand_dequantize), lib=ops.LIBRARY
+)
 torch.library.register_torch_dispatch(
     "sglq_kernels::attention", FunctionalTensorMode, _rule(_expand_attention), lib=ops.LIBRARY
 )

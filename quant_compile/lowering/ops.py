@@ -3,6 +3,7 @@
 Inputs that Inductor would quantize in several kernels have ops too, which name their one kernel.
 
     sglq_kernels.linear(x planes, packed w planes, bias?, dispatch) -> [..., n]
+    sglq_kernels.dequantize(packed w planes, dispatch) -> [n, k]: values of a weight whose linear runs as something else
     sglq_kernels.batched(x planes, row-form w planes [E, ...], dispatch) -> [E, M, n]
     sglq_kernels.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, dispatch) -> [T, H]
     sglq_kernels.attention(q, k, v, mask?, scale, softcap, sinks?, kernel, k_scale?, v_scale?, codes)
@@ -30,7 +31,7 @@ from quant_compile.ir.ops import dense_ids, expert_rows
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.attention import attention_kernels, check_sizes, flat_scale, full_mask
 from quant_compile.lowering.moe import parse_moe_dispatch
-from quant_compile.lowering.registry import Kernel, Norm, Problem, input_kernels, kernels
+from quant_compile.lowering.registry import Kernel, Norm, Problem, input_kernels, kernels, layouts
 from quant_compile.lowering.select import parse_dispatch
 
 LIBRARY = torch.library.Library("sglq_kernels", "DEF")
@@ -77,6 +78,25 @@ def _linear_fake(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch
     problem = parse_dispatch(dispatch).problem
     return x[0].new_empty((*x[0].shape[:-1], problem.n), dtype=problem.dtype)
 
+
+LIBRARY.define("dequantize(Tensor[] w, str dispatch) -> Tensor")
+
+
+def dequantized(w: list[Tensor], dispatch: str) -> Tensor:
+    """Planes in a layout -> [n, k] in the problem's dtype."""
+    chosen = parse_dispatch(dispatch)
+    problem = chosen.problem
+    rows = layouts()[chosen.layout].unpack(tuple(w), problem)
+    return family_of(problem.scheme).dequantize_weight(rows, problem.scheme, problem.k).to(problem.dtype)
+
+
+def _dequantize_fake(w: list[Tensor], dispatch: str) -> Tensor:
+    problem = parse_dispatch(dispatch).problem
+    return w[0].new_empty((problem.n, problem.k), dtype=problem.dtype)
+
+
+LIBRARY.impl("dequantize", dequantized, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq_kernels::dequantize", _dequantize_fake, lib=LIBRARY)
 
 LIBRARY.define(
     "moe(Tensor[] x, Tensor? ids, Tensor? weights, Tensor[] w13, Tensor? b13, Tensor[] w2, Tensor? b2, Tensor? scale2, "
@@ -248,6 +268,7 @@ LIBRARY.impl("quantize_rows", _quantize_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq_kernels::quantize_rows", _quantize_rows_fake, lib=LIBRARY)
 
 linear = torch.ops.sglq_kernels.linear.default
+dequantize = torch.ops.sglq_kernels.dequantize.default
 norm_quantize = torch.ops.sglq_kernels.norm_quantize.default
 quantize_rows = torch.ops.sglq_kernels.quantize_rows.default
 moe = torch.ops.sglq_kernels.moe.default

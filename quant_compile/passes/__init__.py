@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quant_compile.passes.absorb_latent import absorb_latent
 from quant_compile.passes.insert_attention import insert_attention
 from quant_compile.passes.insert_batched import insert_batched
 from quant_compile.passes.insert_moe import insert_moe
@@ -10,4 +11,13 @@ from quant_compile.passes.lower import lower
 from quant_compile.passes.merge_siblings import merge_siblings
 from quant_compile.passes.share_quant import share_quant
 
-PIPELINE = (insert_attention, insert_moe, insert_batched, insert_quant, share_quant, merge_siblings, lower)
+PIPELINE = (
+    absorb_latent,
+    insert_attention,
+    insert_moe,
+    insert_batched,
+    insert_quant,
+    share_quant,
+    merge_siblings,
+    lower,
+)
