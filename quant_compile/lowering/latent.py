@@ -1,35 +1,29 @@
-"""Whether an attention over a cache of latents absorbs the linear of its K and V: estimates of what is written and of what it becomes.
+"""Whether an attention over a cache of latents absorbs the linear of its K and V: the form with the least estimated cost runs.
 
 As written, K and V of all heads are computed of the whole cache at every step. Absorbed, the linear's weight is multiplied with q and
-with the result, and the cache is read as it is. Planes of a weight are turned into values for that at each step.
+with the result, and the cache is read as it is. Modules under ``lowering/kernels`` offer forms as ``LATENT_FORMS``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from quant_compile.ir.family import bits_per_weight
+from quant_compile.ir.family import Reject
 from quant_compile.ir.latent import LatentSite
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.scores import known, tensor_of
 from quant_compile.lowering.attention import MOST_TOKENS, WRITTEN, AttentionChoice
-from quant_compile.lowering.kernels._roofline import roof
+from quant_compile.lowering.registry import Rank, _modules
 from quant_compile.lowering.select import Dispatch
 from quant_compile.lowering.target import Target
 
 # What stands for a kernel's name where plain torch computes the absorbed form.
 ABSORBED = "absorbed"
-# Stand for sizes that are symbols.
-BATCH, LENGTH = 1, 4096
-# Kernels of each form, as Inductor makes them.
-WRITTEN_LAUNCHES, ABSORBED_LAUNCHES = 4, 9
-# A GPU's f32 products against those of its tensor cores in 16 bits.
-F32_SHARE = 1 / 16
-# Copies in f32 that taking a kernel's layout apart is counted as: nibbles, orders, padding.
-UNPACKING = 16
 
 
 @dataclass(frozen=True)
@@ -89,55 +83,36 @@ def problem_of(site: LatentSite, scheme: Scheme | None) -> LatentProblem:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class LatentForm:
+    """A way to run attention over latents.
+
+    Attributes:
+        name: WRITTEN, or what it is called in reports.
+        fit: ``(problem, target) -> Rank | Reject``: estimated microseconds, to compare forms of one problem.
+    """
+
+    name: str
+    fit: Callable[[LatentProblem, Target], Rank | Reject]
+
+
+@lru_cache(maxsize=1)
+def latent_forms() -> dict[str, LatentForm]:
+    """All forms by name."""
+    return {form.name: form for module in _modules() for form in getattr(module, "LATENT_FORMS", ())}
+
+
 def choose_latent(problem: LatentProblem, target: Target) -> AttentionChoice:
-    """Absorbed for few tokens, where that is estimated to take less time."""
-    p = problem
-    if p.tokens is None or p.tokens > MOST_TOKENS:
+    """Absorbed for few tokens, where that is estimated to take less time than what is written."""
+    if problem.tokens is None or problem.tokens > MOST_TOKENS:
         return AttentionChoice(WRITTEN, f"absorbed are up to {MOST_TOKENS} tokens, known when the graph is compiled")
-    written, absorbed = written_cost(p, target), absorbed_cost(p, target)
-    if written <= absorbed:
-        return AttentionChoice(WRITTEN, f"estimated at {written:.0f} µs, and at {absorbed:.0f} if they were absorbed")
-    return AttentionChoice(
-        ABSORBED, f"the linear of K and V is absorbed: estimated at {absorbed:.0f} µs instead of {written:.0f}"
-    )
-
-
-def written_cost(p: LatentProblem, target: Target) -> float:
-    """Estimated microseconds as written: K and V are computed, K is copied together, and both are attended to."""
-    limits, item = roof(target), p.dtype.itemsize
-    batch, length, tokens = _sizes(p)
-    cached = batch * length
-    products = 2 * cached * p.rank * p.rows + 2 * batch * tokens * p.heads * length * (p.size + p.value_size)
-    # Each is written once and read once.
-    made = 2 * cached * item * (p.rows + p.heads * p.size)
-    moved = _weight_bytes(p) + _cache_bytes(p) + made
-    return limits.launch * WRITTEN_LAUNCHES + max(products / limits.math16, moved / limits.bandwidth)
-
-
-def absorbed_cost(p: LatentProblem, target: Target) -> float:
-    """Estimated microseconds of the absorbed form in plain torch: scores and sums in f32, the weight in ``dtype``."""
-    limits, item = roof(target), p.dtype.itemsize
-    batch, length, tokens = _sizes(p)
-    f32 = limits.math16 * (F32_SHARE if target.device == "cuda" else 1.0)
-    scores = 2 * batch * tokens * p.heads * length * (2 * p.rank + p.rope)
-    products = 2 * batch * tokens * p.rows * p.rank / limits.math16 + scores / f32
-    weight = _weight_bytes(p)
-    if p.scheme is not None:
-        weight += 2 * p.rows * p.rank * item + (UNPACKING * 8 * p.rows * p.rank if p.layout != "rows" else 0)
-    wide = 0 if p.dtype == torch.float32 and not p.codes else 2 * 4 * batch * length * (p.rank + p.rope)
-    moved = weight + _cache_bytes(p) + wide + 4 * batch * length * p.rank + 16 * batch * tokens * p.heads * length
-    return limits.launch * ABSORBED_LAUNCHES + max(products, moved / limits.bandwidth)
-
-
-def _sizes(p: LatentProblem) -> tuple[int, int, int]:
-    return p.batch or BATCH, p.length or LENGTH, p.tokens or 1
-
-
-def _weight_bytes(p: LatentProblem) -> float:
-    bits = 8 * p.dtype.itemsize if p.scheme is None else bits_per_weight(p.scheme)
-    return p.rows * p.rank * bits / 8
-
-
-def _cache_bytes(p: LatentProblem) -> float:
-    batch, length, _ = _sizes(p)
-    return batch * length * (p.rank + p.rope) * (1 if p.codes else p.dtype.itemsize)
+    answers = {name: form.fit(problem, target) for name, form in latent_forms().items()}
+    costs = {name: answer.cost for name, answer in answers.items() if isinstance(answer, Rank)}
+    written = costs.pop(WRITTEN)
+    best = min(costs, key=lambda name: costs[name])
+    if written <= costs[best]:
+        return AttentionChoice(
+            WRITTEN, f"estimated at {written:.0f} µs, and at {costs[best]:.0f} if they were absorbed"
+        )
+    reason = f"the linear of K and V is absorbed: estimated at {costs[best]:.0f} µs instead of {written:.0f}"
+    return AttentionChoice(best, reason)

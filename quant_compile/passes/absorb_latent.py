@@ -6,20 +6,22 @@ attention and linears are gone, and why others stay as the model wrote them. Run
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.attention import AttentionSite
-from quant_compile.ir.graph import verify
+from quant_compile.ir.graph import CACHED, is_view, verify
 from quant_compile.ir.latent import LatentMiss, LatentSite, find_latent
+from quant_compile.ir.operands import op_of
 from quant_compile.ir.report import AttentionLine
+from quant_compile.ir.scores import tensor_of
 from quant_compile.ir.sites import LinearSite
 from quant_compile.lowering.attention import WRITTEN, AttentionChoice, layout_matters
 from quant_compile.lowering.latent import LatentProblem, problem_of
 from quant_compile.lowering.registry import Problem
-from quant_compile.passes.fuse_input import erase_unused
 from quant_compile.passes.insert_attention import KEPT, after
 from quant_compile.passes.insert_quant import weight_planes
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
@@ -77,13 +79,25 @@ def replace_latent(
         made = graph.call_function(ops.latent_attention, arguments)
     made.meta = {"site": f"attention {choice.runs}, {decision.name}", "choice": choice, "example_value": value}
     node.replace_all_uses_with(made)
-    inputs = dict.fromkeys(source for inner in site.nodes for source in inner.all_input_nodes)
+    inputs = dict.fromkeys(
+        source for inner in site.nodes for source in inner.all_input_nodes if source not in site.nodes
+    )
     for inner in reversed(site.nodes):
         graph.erase_node(inner)
-    for source in inputs:
-        if source not in site.nodes:
-            erase_unused(graph, source)
+    _erase_unread(graph, inputs)
     return made
+
+
+def _erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erase what nothing reads any more: the weight's own placeholder, values of a cache in codes, views."""
+    waiting, gone = list(nodes), set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        pure = tensor_of(node) is not None and (node.op == "placeholder" or op_of(node) == CACHED or is_view(node))
+        if pure and not node.users and node not in gone:
+            waiting += node.all_input_nodes
+            graph.erase_node(node)
+            gone.add(node)
 
 
 def _weight(graph: fx.Graph, linear: LinearSite, decision: SiteDecision) -> fx.Node:

@@ -183,6 +183,9 @@ def test_a_quantized_weight_is_made_of_its_planes(stored: str) -> None:
     gm, reports = absorbed(traced, "W8A8")
     assert relative_error(run(gm, traced), wanted) < CLOSE
     assert not gm.graph.find_nodes(op="call_function", target=kernel_ops.linear)
+    assert not [n for n in gm.graph.find_nodes(op="placeholder") if n.meta.get("argument") in traced.names], (
+        "the weight"
+    )
     (dispatch,) = reports[-1].dispatches.values()
     assert dispatch.ranges == "absorbed by attention, in float32 made of its planes at each step"
     assert not reports[2].rewrote, "insert_quant leaves the linear to the attention"
