@@ -107,16 +107,26 @@ def attend_latent(
     Returns:
         [B, Hq, T, value_size] of q's dtype.
     """
-    if codes and latent_scale is not None and rope_scale is not None:
-        latent, rope = decode(latent, latent_scale, codes, q.dtype), decode(rope, rope_scale, codes, q.dtype)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     own, turned = split_query(q, w, latent.shape[3], rope.shape[3], rope_at, key_row)
+    sums = sum_latents(own, turned, latent, rope, mask, scale, latent_scale, rope_scale, codes)
+    return from_latents(sums, w, value_row, value_size)
+
+
+def sum_latents(
+    own: Tensor, turned: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None, scale: float,
+    latent_scale: Tensor | None = None, rope_scale: Tensor | None = None, codes: str = "",
+) -> Tensor:  # fmt: skip
+    """What is between ``split_query`` and ``from_latents``: sums of latents [B, Hq, T, r] of q's dtype."""
+    dtype = own.dtype
+    if codes and latent_scale is not None and rope_scale is not None:
+        latent, rope = decode(latent, latent_scale, codes, dtype), decode(rope, rope_scale, codes, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     latent = latent.to(wide)
     scores = (_grouped(own.to(wide), latent.mT) + _grouped(turned.to(wide), rope.to(wide).mT)) * scale
     scores = _masked(scores, mask, False)
     empty = (scores == float("-inf")).all(-1, keepdim=True)
     weights = torch.softmax(scores, -1).masked_fill(empty, 0.0)
-    return from_latents(_grouped(weights, latent).to(q.dtype), w, value_row, value_size)
+    return _grouped(weights, latent).to(dtype)
 
 
 def split_query(q: Tensor, w: Tensor, rank: int, size: int, rope_at: int, key_row: int) -> tuple[Tensor, Tensor]:

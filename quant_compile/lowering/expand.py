@@ -133,6 +133,16 @@ def _expand_attention(
         return ops.run_attention(q, k, v, mask, scale, softcap, sinks, kernel, *coded)
 
 
+def _expand_latents(q: Tensor, turned: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None, *more: Any) -> Any:
+    """What ``sglq_kernels.sum_latents`` runs, as ``_expand_attention``."""
+    tensors = (q, turned, latent, rope, *(() if mask is None else (mask,)))
+    known = all(isinstance(size, int) and size > 0 for x in tensors for size in x.shape)
+    if not known or Target.of(q.device).device != "cuda":
+        return NotImplemented
+    with tracing(None):
+        return ops.run_latents(q, turned, latent, rope, mask, *more)
+
+
 def _expand_dequantize(w: list[Tensor], dispatch: str) -> Any:
     """What ``sglq_kernels.dequantize`` computes, which Inductor makes one kernel of; a kernel's layout is taken apart by the op."""
     return ops.dequantized(w, dispatch) if parse_dispatch(dispatch).layout == "rows" else NotImplemented
@@ -169,6 +179,9 @@ def _rule(expand: Callable[..., Any]) -> Callable[..., Any]:
 
 
 torch.library.register_torch_dispatch("sglq_kernels::linear", FunctionalTensorMode, _rule(_expand), lib=ops.LIBRARY)
+torch.library.register_torch_dispatch(
+    "sglq_kernels::sum_latents", FunctionalTensorMode, _rule(_expand_latents), lib=ops.LIBRARY
+)
 torch.library.register_torch_dispatch(
     "sglq_kernels::dequantize", FunctionalTensorMode, _rule(_expand_dequantize), lib=ops.LIBRARY
 )

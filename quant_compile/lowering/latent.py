@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from quant_compile.ir.family import Reject
+from quant_compile.ir.kv import HEAD, TOKEN
 from quant_compile.ir.latent import LatentSite
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.scores import known, tensor_of
 from quant_compile.lowering.attention import MOST_TOKENS, WRITTEN, AttentionChoice
+from quant_compile.lowering.attention import problem_of as attention_problem_of
 from quant_compile.lowering.registry import Rank, _modules
 from quant_compile.lowering.select import Dispatch
 from quant_compile.lowering.target import Target
@@ -40,6 +43,7 @@ class LatentProblem:
         codes: format of the cache; empty: it is in ``dtype``.
         scheme: of the weight; None: it is in 16 bits (or f32).
         layout: of its planes.
+        mask, mask_heads, scale: as in ``AttentionProblem``; scale: of the cache's codes.
     """
 
     batch: int | None
@@ -55,6 +59,9 @@ class LatentProblem:
     codes: str = ""
     scheme: Scheme | None = None
     layout: str = "rows"
+    mask: str = "none"
+    mask_heads: bool = False
+    scale: str = "none"
 
     @property
     def text(self) -> str:
@@ -77,9 +84,12 @@ def problem_of(site: LatentSite, scheme: Scheme | None) -> LatentProblem:
     """The problem that a site poses."""
     q, v, latent, rope = (tensor_of(x) for x in (site.attention.q, site.attention.node, site.latent, site.rope))
     assert q is not None and v is not None and latent is not None and rope is not None
+    plain, scales = attention_problem_of(site.attention), tensor_of(site.latent_scale)
+    kind = "none" if scales is None else HEAD if known(scales.shape[2]) == 1 else TOKEN
     return LatentProblem(
         known(q.shape[0]), int(q.shape[1]), int(q.shape[3]), int(v.shape[3]), int(latent.shape[3]), int(rope.shape[3]),
         known(q.shape[2]), known(latent.shape[2]), site.linear.n, q.dtype, site.codes, scheme,
+        mask=plain.mask, mask_heads=plain.mask_heads, scale=kind,
     )  # fmt: skip
 
 
@@ -90,10 +100,13 @@ class LatentForm:
     Attributes:
         name: WRITTEN, or what it is called in reports.
         fit: ``(problem, target) -> Rank | Reject``: estimated microseconds, to compare forms of one problem.
+        run: ``(q in latents [B, Hq, T, r], q [B, Hq, T, p], latent [B, 1, L, r], rope [B, 1, L, p], mask [B|1, 1, T, L] | None,
+            scale, latent_scale | None, rope_scale | None, codes) -> sums of latents [B, Hq, T, r]``; None: plain torch.
     """
 
     name: str
     fit: Callable[[LatentProblem, Target], Rank | Reject]
+    run: Callable[..., Tensor] | None = None
 
 
 @lru_cache(maxsize=1)

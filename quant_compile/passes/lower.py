@@ -33,7 +33,7 @@ from quant_compile.ir.scheme import parse
 from quant_compile.ir.writes import Writes
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.attention import GROUPED, AttentionChoice
-from quant_compile.lowering.latent import AbsorbedDispatch
+from quant_compile.lowering.latent import AbsorbedDispatch, latent_forms
 from quant_compile.lowering.moe import MoeDispatch, moe_layouts
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import Dispatch
@@ -68,6 +68,8 @@ def lower(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
         dispatch = _lower_dequantize(gm.graph, node, plan)
         report.rewrote.append(f"{names}: {dispatch.layout}, {dispatch.ranges}")
         report.dispatches[slots] = dispatch
+    for node in list(gm.graph.find_nodes(op="call_function", target=ops.latent_attention)):
+        report.rewrote.append(f"{node.name}: {_lower_latent(gm.graph, node)}")
     for node in list(gm.graph.find_nodes(op="call_function", target=ops.attention)):
         report.rewrote.append(f"{node.name}: {_lower_attention(gm.graph, node)}")
     _lower_inputs(gm.graph, plan.target, column_scales, report)
@@ -167,6 +169,18 @@ def _lower_attention(graph: fx.Graph, node: fx.Node) -> str:
     node.replace_all_uses_with(y)
     graph.erase_node(node)
     return choice.runs
+
+
+def _lower_latent(graph: fx.Graph, node: fx.Node) -> str:
+    """A kernel between the two products; plain torch is what the op decomposes into."""
+    form: str = node.meta["choice"].runs
+    if latent_forms()[form].run is not None:
+        with graph.inserting_before(node):
+            y = graph.call_function(kernel_ops.latent_attention, (*node.args[:10], form, *node.args[10:]))
+        y.meta = {key: node.meta[key] for key in ("site", "example_value")}
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)
+    return form
 
 
 def _moved(graph: fx.Graph, planes: Any, dispatch: MoeDispatch, shape: tuple[int, int]) -> list[fx.Node]:

@@ -26,7 +26,7 @@ UNPACKING = 16
 def written(p: LatentProblem, target: Target) -> Rank:
     """Estimated microseconds as written: K and V are computed, K is copied together, and both are attended to."""
     limits, item = roof(target), p.dtype.itemsize
-    batch, length, tokens = _sizes(p)
+    batch, length, tokens = sizes(p)
     cached = batch * length
     products = 2 * cached * p.rank * p.rows + 2 * batch * tokens * p.heads * length * (p.size + p.value_size)
     # Each is written once and read once.
@@ -36,21 +36,30 @@ def written(p: LatentProblem, target: Target) -> Rank:
 
 
 def absorbed(p: LatentProblem, target: Target) -> Rank:
-    """Estimated microseconds of the absorbed form in plain torch: scores and sums in f32, the weight in ``dtype``."""
-    limits, item = roof(target), p.dtype.itemsize
-    batch, length, tokens = _sizes(p)
+    """Estimated microseconds of the absorbed form in plain torch: scores and sums in f32, of a copy of the cache."""
+    limits = roof(target)
+    batch, length, tokens = sizes(p)
     f32 = limits.math16 * (F32_SHARE if target.device == "cuda" else 1.0)
-    scores = 2 * batch * tokens * p.heads * length * (2 * p.rank + p.rope)
-    products = 2 * batch * tokens * p.rows * p.rank / limits.math16 + scores / f32
+    products = 2 * batch * tokens * p.heads * length * (2 * p.rank + p.rope) / f32
+    wide = 0 if p.dtype == torch.float32 and not p.codes else 2 * 4 * batch * length * (p.rank + p.rope)
+    moved = _cache_bytes(p) + wide + 4 * batch * length * p.rank + 16 * batch * tokens * p.heads * length
+    return Rank(limits.launch * ABSORBED_LAUNCHES + around(p, target) + max(products, moved / limits.bandwidth))
+
+
+def around(p: LatentProblem, target: Target) -> float:
+    """Estimated microseconds of the products with q and with the sums, and of the weight in ``dtype`` where it is in planes."""
+    limits = roof(target)
+    batch, _, tokens = sizes(p)
     weight = _weight_bytes(p)
     if p.scheme is not None:
-        weight += 2 * p.rows * p.rank * item + (UNPACKING * 8 * p.rows * p.rank if p.layout != "rows" else 0)
-    wide = 0 if p.dtype == torch.float32 and not p.codes else 2 * 4 * batch * length * (p.rank + p.rope)
-    moved = weight + _cache_bytes(p) + wide + 4 * batch * length * p.rank + 16 * batch * tokens * p.heads * length
-    return Rank(limits.launch * ABSORBED_LAUNCHES + max(products, moved / limits.bandwidth))
+        weight += 2 * p.rows * p.rank * p.dtype.itemsize + (
+            UNPACKING * 8 * p.rows * p.rank if p.layout != "rows" else 0
+        )
+    return max(2 * batch * tokens * p.rows * p.rank / limits.math16, weight / limits.bandwidth)
 
 
-def _sizes(p: LatentProblem) -> tuple[int, int, int]:
+def sizes(p: LatentProblem) -> tuple[int, int, int]:
+    """B, L and T of an estimate."""
     return p.batch or BATCH, p.length or LENGTH, p.tokens or 1
 
 
@@ -60,7 +69,7 @@ def _weight_bytes(p: LatentProblem) -> float:
 
 
 def _cache_bytes(p: LatentProblem) -> float:
-    batch, length, _ = _sizes(p)
+    batch, length, _ = sizes(p)
     return batch * length * (p.rank + p.rope) * (1 if p.codes else p.dtype.itemsize)
 
 
