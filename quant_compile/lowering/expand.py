@@ -136,7 +136,8 @@ def _expand_attention(
 def _expand_latents(q: Tensor, turned: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None, *more: Any) -> Any:
     """What ``sglq_kernels.sum_latents`` runs, as ``_expand_attention``."""
     tensors = (q, turned, latent, rope, *(() if mask is None else (mask,)))
-    known = all(isinstance(size, int) and size > 0 for x in tensors for size in x.shape)
+    sizes: list[Any] = [size for x in tensors for size in x.shape]
+    known = all(isinstance(size, int) and size > 0 for size in sizes)
     if not known or Target.of(q.device).device != "cuda":
         return NotImplemented
     with tracing(None):
