@@ -194,15 +194,15 @@ def attention_decode(results: Path) -> str:
     lines = [
         [
             heads[row["model"]], f"{row['batch']} x {row['context']}", _of_floor(row["bf16_us"], row["bf16_of_floor"]),
-            _of_floor(row["e4m3_us"], row["e4m3_of_floor"]), f"{row['e4m3_over_bf16']:.2f}×", f"{number(row['sdpa_us'], 1)} ({row['sdpa']})",
-            number(row.get("peer_us"), 1), f"{row['faster_than_best']:.2f}×",
+            _of_floor(row["e4m3_us"], row["e4m3_of_floor"]), f"{row['e4m3_over_bf16']:.2f}×",
+            f"{number(row['sdpa_us'], 1)} ({row['sdpa']})", number(row.get("peer_us"), 1), f"{row['faster_than_best']:.2f}×",
         ]
         for row in sorted(result["summary"], key=lambda row: (row["model"], row["batch"], row["context"]))
     ]  # fmt: skip
     text = (
-        "**Attention of one decode step**, microseconds, cold L2; in parentheses the share of what the bytes of K and V take at the rate of "
-        f"a copy ({result['settings']['copy_gb_per_s']:.0f} GB/s, read and written: reading alone can be faster). e4m3: a scale for each token "
-        f"and head. `no mask`: over the filled tokens alone, which a static graph cannot know. {place(result, 'triton')}."
+        "**Attention of one decode step**, microseconds, cold L2; in parentheses the share of what the bytes of K and V take at the "
+        f"rate of a copy ({result['settings']['copy_gb_per_s']:.0f} GB/s, read and written: reading alone can be faster). e4m3: a scale for "
+        f"each token and head. `no mask`: over the filled tokens alone, which a static graph cannot know. {place(result, 'triton')}."
     )
     return "\n\n".join([text, markdown(header, lines)])
 
@@ -675,6 +675,35 @@ def cpu_decode(results: Path) -> str:
     return "\n".join([text, markdown(["variant", "ms", "to bf16"], rows)])
 
 
+def mla(results: Path) -> str:
+    """A decode step over DeepSeek's latents, absorbed and as written."""
+    return "\n\n".join(_latents(result) for result in read_all(("mla", "mla_fp8", "mla_cpu"), results))
+
+
+def _latents(result: Result) -> str:
+    cells: dict[tuple[int, int], dict[str, Result]] = {}
+    for row in result["rows"]:
+        cells.setdefault((row["batch"], row["tokens"]), {})[row["variant"]] = row
+    names = list(dict.fromkeys(row["variant"] for row in result["rows"]))
+    rows = [
+        [f"B={batch}, {tokens} tokens", *(_step(found[name]) for name in names)]
+        for (batch, tokens), found in cells.items()
+    ]
+    settings = result["settings"]
+    text = (
+        f"**A decode step over latents**: {settings['layers']} layers, {settings['sizes']['num_attention_heads']} heads, "
+        f"linears under `{settings['policy']}`, a static cache of so many tokens, half filled; milliseconds, and speed relative to "
+        f"what is written over the same cache. {place(result)}.\n"
+    )
+    return "\n".join([text, markdown(["", *names], rows)])
+
+
+def _step(row: Result) -> str:
+    if not row.get("us"):
+        return cell((row.get("error") or NONE)[:60])
+    return f"{number(row['us'] / 1000, 2)} ({times(row.get('speedup'))})"
+
+
 # --- which kernel serves what ----------------------------------------------------------------------------------------
 
 
@@ -953,6 +982,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kv_quality": kv_quality,
     "compile_time": compile_time,
     "cpu_decode": cpu_decode,
+    "mla": mla,
     "kernels": kernels,
     "checkpoint_logits": checkpoint_logits,
     "families": families,

@@ -117,20 +117,21 @@ def static_cache(model: Any, length: int = 24) -> Any:
     """An empty static cache whose tensors exist."""
     cache = hf.StaticCache(config=model.config, max_cache_len=length)
     with torch.no_grad():
-        model(input_ids=prompt(False)[0], past_key_values=cache, use_cache=True)
+        model(input_ids=prompt(False)[0].to(model.device), past_key_values=cache, use_cache=True)
     cache.reset()
     return cache
 
 
 def generated(model: Any, call: Callable[..., Any], cache: Any, padded: bool, steps: int = 4) -> list[Tensor]:
     """Logits of a prompt (its last token's) and of some tokens after it; the tokens are given, so that no two runs part."""
-    ids, mask = prompt(padded)
+    ids, mask = (None if x is None else x.to(model.device) for x in prompt(padded))
+    assert ids is not None
     out: list[Tensor] = []
     with torch.no_grad():
         for step in range(steps):
             given = {} if mask is None else {"attention_mask": mask}
             out.append(call(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1].clone())
-            ids = torch.full((2, 1), 7 + step)
+            ids = torch.full((2, 1), 7 + step, device=model.device)
             mask = None if mask is None else torch.cat((mask, torch.ones_like(ids)), 1)
     return out
 

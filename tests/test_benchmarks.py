@@ -132,6 +132,15 @@ def test_cpu_decode_smoke(tmp_path: Path) -> None:
     assert "no-such-policy" in broken["error"]
 
 
+@pytest.mark.slow
+def test_mla_smoke(tmp_path: Path) -> None:
+    result = run("mla.py", tmp_path)
+    assert [row["error"] for row in result["rows"]] == [None] * 5
+    inductor, written, absorbed, *coded = result["rows"]
+    assert written["speedup"] == coded[0]["speedup"] == 1.0 and absorbed["speedup"] > 0
+    assert inductor["error_to_inductor"] == 0 and all(row["error_to_inductor"] < 0.05 for row in result["rows"])
+
+
 def test_results_hold_no_paths_and_no_nan(module: Any, tmp_path: Path) -> None:
     common = module("common")
     common.write_result(

@@ -44,7 +44,8 @@ def made(model: Any, scheme: str = "FP8", **more: Any) -> Any:
     """An empty cache whose tensors exist."""
     cache = cache_of(model, scheme, **more)
     with torch.no_grad():
-        model(input_ids=torch.ones(2, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        ids = torch.ones(2, 2, dtype=torch.long, device=model.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
     cache.reset()
     return cache
 

@@ -270,9 +270,7 @@ def _adopt(
     return _adopt_linear(name, module, held, dtype, orders)
 
 
-def _adopt_linear(
-    name: str, module: Any, held: Holding, dtype: torch.dtype, orders: dict[bytes, Tensor]
-) -> _Mark:
+def _adopt_linear(name: str, module: Any, held: Holding, dtype: torch.dtype, orders: dict[bytes, Tensor]) -> _Mark:
     n, k, stored = int(module.out_features), int(module.in_features), held.stored
     unknown = sorted(set(held.tensors) - set(FORMATS[stored.format].suffixes))
     if unknown:

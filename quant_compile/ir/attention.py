@@ -80,14 +80,14 @@ def find_attention(
     """All attention of a graph, in its order, and what nearly is some; nodes of ``taken`` belong to something else."""
     sites: list[AttentionSite] = []
     misses: list[AttentionMiss] = []
-    memory: _Memory | None = None
+    memory: Memory | None = None
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method") or node in taken:
             continue
         parts = _parts(node)
         if parts is None:
             continue
-        memory = memory or _Memory.of(gm.graph)
+        memory = memory or Memory.of(gm.graph)
         found = parts if isinstance(parts, Reject) else _site(parts, memory)
         if isinstance(found, Reject):
             misses.append(AttentionMiss(node, found.reason))
@@ -97,16 +97,16 @@ def find_attention(
 
 
 @dataclass(frozen=True, eq=False)
-class _Memory:
+class Memory:
     """What a graph writes in place, and the storages of its inputs."""
 
     writes: Writes
     inputs: frozenset[int | None]
 
     @staticmethod
-    def of(graph: fx.Graph) -> _Memory:
+    def of(graph: fx.Graph) -> Memory:
         """Of a graph as it is now."""
-        return _Memory(Writes(graph), frozenset(map(storage_of, graph.find_nodes(op="placeholder"))))
+        return Memory(Writes(graph), frozenset(map(storage_of, graph.find_nodes(op="placeholder"))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +162,8 @@ def _of_sdpa(node: fx.Node) -> _Parts | Reject:
     return _Parts(node, q, k, v, mask, float(scale), causal, grouped=bool(given.get("enable_gqa", False)))
 
 
-def _site(p: _Parts, memory: _Memory) -> AttentionSite | Reject:
-    k, v = _unrepeated(p.k), _unrepeated(p.v)
+def _site(p: _Parts, memory: Memory) -> AttentionSite | Reject:
+    k, v = unrepeated(p.k), unrepeated(p.v)
     if _heads(k) != _heads(v) or _heads(k) is None:
         k, v = p.k, p.v
     shapes = _shapes(p, k, v)
@@ -173,24 +173,24 @@ def _site(p: _Parts, memory: _Memory) -> AttentionSite | Reject:
     if isinstance(sinks, Reject):
         return sinks
     repeated = k is not p.k and _heads(k) != _heads(p.k)
-    coded = _coded(k, v)
-    if coded is not None:
-        k, v = coded.k, coded.v
-    scales = () if coded is None else (coded.k_scale, coded.v_scale)
+    codes = coded(k, v)
+    if codes is not None:
+        k, v = codes.k, codes.v
+    scales = () if codes is None else (codes.k_scale, codes.v_scale)
     leaves = [leaf for leaf in (p.q, k, v, p.mask, sinks, *scales) if leaf is not None]
     nodes = tuple(_between(p.node, leaves))
     written = _written(nodes, leaves, p.node, memory.writes)
     if written is not None:
         return written
-    cached = all(_is_cache(x, p.node, memory) for x in (k, v))
-    more = (None, None, "") if coded is None else (coded.k_scale, coded.v_scale, coded.format)
+    cached = all(is_cache(x, p.node, memory) for x in (k, v))
+    more = (None, None, "") if codes is None else (codes.k_scale, codes.v_scale, codes.format)
     return AttentionSite(
         p.node, nodes, p.q, k, v, p.mask, p.scale, p.is_causal, p.softcap, sinks, p.softmax, repeated, cached, *more
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Coded:
+class Coded:
     """K and V of a quantized cache: codes [B, Hkv, L, D], scales that broadcast to them."""
 
     k: fx.Node
@@ -200,7 +200,7 @@ class _Coded:
     format: str
 
 
-def _coded(k: fx.Node, v: fx.Node) -> _Coded | None:
+def coded(k: fx.Node, v: fx.Node) -> Coded | None:
     """What is behind ``cache_values`` that give k and v as they are, in one format; None where these are values."""
     if op_of(k) != CACHED or op_of(v) != CACHED:
         return None
@@ -208,7 +208,7 @@ def _coded(k: fx.Node, v: fx.Node) -> _Coded | None:
     nodes = (k_codes, k_scale, v_codes, v_scale)
     if k_format != v_format or not all(isinstance(node, fx.Node) for node in nodes):
         return None
-    return _Coded(k_codes, v_codes, k_scale, v_scale, str(k_format))  # type: ignore[arg-type]
+    return Coded(k_codes, v_codes, k_scale, v_scale, str(k_format))  # type: ignore[arg-type]
 
 
 def _heads(node: fx.Node) -> int | None:
@@ -243,7 +243,7 @@ def _shapes(p: _Parts, k: fx.Node, v: fx.Node) -> Reject | None:
     return Reject("its mask has more rows than q") if wide else None
 
 
-def _unrepeated(node: fx.Node) -> fx.Node:
+def unrepeated(node: fx.Node) -> fx.Node:
     """[B, Hkv, L, D] behind what repeats its heads to [B, Hkv * g, L, D]; the node itself where nothing does."""
     inner = passed(node)
     name, given = op_of(inner), operands_of(inner) or {}
@@ -350,7 +350,7 @@ def _written(nodes: Sequence[fx.Node], leaves: Iterable[fx.Node], last: fx.Node,
     return None
 
 
-def _is_cache(node: fx.Node, last: fx.Node, memory: _Memory) -> bool:
+def is_cache(node: fx.Node, last: fx.Node, memory: Memory) -> bool:
     """Whether a node is an input, or a view of one, that is written to before ``last``."""
     storage = storage_of(node)
     if storage is None or storage not in memory.inputs:

@@ -6,12 +6,15 @@
     sglq.dequantize(w planes, spec, k) -> [n, k] f32
     sglq.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, spec, activation, dtype) -> [T, H]
     sglq.attention(q, k, v, mask?, scale, is_causal, softcap, sinks?, softmax?, k_scale?, v_scale?, codes) -> [B, Hq, T, Dv]
+    sglq.latent_attention(q, w, latent, rope, mask?, scale, rope_at, key_row, value_row, value_size, latent_scale?, rope_scale?, codes)
+        -> [B, Hq, T, value_size]
     sglq.cache_values(codes, scale, format, dtype) -> [B, H, L, D]: what a quantized KV cache holds (``ir/kv.py``)
 
 ``spec`` is ``Scheme.spec``. A 16-bit input has no quantize node: ``sglq.linear`` then takes ``[x]``.
 ``sglq.moe`` is the block of ``ir/moe.py``; without ids its rows are in E equal parts, one expert each; ``none`` is the
 scheme of unquantized weights. ``sglq.attention`` is that of ``ir/attend.py``, with K and V as they are kept: a head for each group;
-with ``codes``, a format of ``ir/kv.py``, they are codes with scales. ``sglq.cache_values`` decomposes into plain torch where it stays.
+with ``codes``, a format of ``ir/kv.py``, they are codes with scales. ``sglq.latent_attention`` is ``attend_latent`` there.
+``sglq.cache_values`` and ``sglq.latent_attention`` decompose into plain torch where they stay.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant_compile.ir.attend import attend
+from quant_compile.ir.attend import attend, attend_latent
 from quant_compile.ir.family import family_of
 from quant_compile.ir.kv import decode
 from quant_compile.ir.moe import NONE, Activation, moe_reference
@@ -39,6 +42,10 @@ LIBRARY.define("dequantize(Tensor[] w, str spec, SymInt k) -> Tensor")
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, float softcap, Tensor? sinks, "
     "ScalarType? softmax, Tensor? k_scale=None, Tensor? v_scale=None, str codes='') -> Tensor"
+)
+LIBRARY.define(
+    "latent_attention(Tensor q, Tensor w, Tensor latent, Tensor rope, Tensor? mask, float scale, int rope_at, int key_row, "
+    "int value_row, int value_size, Tensor? latent_scale=None, Tensor? rope_scale=None, str codes='') -> Tensor"
 )
 LIBRARY.define("cache_values(Tensor codes, Tensor scale, str format, ScalarType dtype) -> Tensor")
 
@@ -117,6 +124,7 @@ def _attention_fake(
 
 
 LIBRARY.impl("cache_values", decode, "CompositeImplicitAutograd")
+LIBRARY.impl("latent_attention", attend_latent, "CompositeImplicitAutograd")
 LIBRARY.impl("attention", attend, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq::attention", _attention_fake, lib=LIBRARY)
 LIBRARY.impl("batched", _batched, "CompositeExplicitAutograd")
@@ -136,4 +144,5 @@ dequantize = torch.ops.sglq.dequantize.default
 moe = torch.ops.sglq.moe.default
 batched = torch.ops.sglq.batched.default
 attention = torch.ops.sglq.attention.default
+latent_attention = torch.ops.sglq.latent_attention.default
 cache_values = torch.ops.sglq.cache_values.default

@@ -144,6 +144,22 @@ def _expand_reach(mask: Tensor, queries: int, keys: int) -> Any:
         return ops.run_reach(mask, queries, keys)
 
 
+def _expand_latents(q: Tensor, turned: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None, *more: Any) -> Any:
+    """What ``sglq_kernels.sum_latents`` runs, as ``_expand_attention``."""
+    tensors = (q, turned, latent, rope, *(() if mask is None else (mask,)))
+    sizes: list[Any] = [size for x in tensors for size in x.shape]
+    known = all(isinstance(size, int) and size > 0 for size in sizes)
+    if not known or Target.of(q.device).device != "cuda":
+        return NotImplemented
+    with tracing(None):
+        return ops.run_latents(q, turned, latent, rope, mask, *more)
+
+
+def _expand_dequantize(w: list[Tensor], dispatch: str) -> Any:
+    """What ``sglq_kernels.dequantize`` computes, which Inductor makes one kernel of; a kernel's layout is taken apart by the op."""
+    return ops.dequantized(w, dispatch) if parse_dispatch(dispatch).layout == "rows" else NotImplemented
+
+
 def beyond(m: Any) -> bool | None:
     """Whether a symbol m is above SPLIT, which Dynamo checks at each call from now on; None where it cannot, or no longer."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
@@ -177,6 +193,12 @@ def _rule(expand: Callable[..., Any]) -> Callable[..., Any]:
 torch.library.register_torch_dispatch("sglq_kernels::linear", FunctionalTensorMode, _rule(_expand), lib=ops.LIBRARY)
 torch.library.register_torch_dispatch(
     "sglq_kernels::reach", FunctionalTensorMode, _rule(_expand_reach), lib=ops.LIBRARY
+)
+torch.library.register_torch_dispatch(
+    "sglq_kernels::sum_latents", FunctionalTensorMode, _rule(_expand_latents), lib=ops.LIBRARY
+)
+torch.library.register_torch_dispatch(
+    "sglq_kernels::dequantize", FunctionalTensorMode, _rule(_expand_dequantize), lib=ops.LIBRARY
 )
 torch.library.register_torch_dispatch(
     "sglq_kernels::attention", FunctionalTensorMode, _rule(_expand_attention), lib=ops.LIBRARY

@@ -3,11 +3,15 @@
 Inputs that Inductor would quantize in several kernels have ops too, which name their one kernel.
 
     sglq_kernels.linear(x planes, packed w planes, bias?, dispatch) -> [..., n]
+    sglq_kernels.dequantize(packed w planes, dispatch) -> [n, k]: values of a weight whose linear runs as something else
     sglq_kernels.batched(x planes, row-form w planes [E, ...], dispatch) -> [E, M, n]
     sglq_kernels.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, dispatch) -> [T, H]
     sglq_kernels.reach(mask, queries, keys) -> what anyone sees in each block of a mask, as ``triton_prefill.reach_of`` has it
     sglq_kernels.attention(q, k, v, mask?, scale, softcap, sinks?, kernel, k_scale?, v_scale?, codes, reach?)
         -> [B, Hq, T, Dv], contiguous as [B, T, Hq, Dv]
+    sglq_kernels.latent_attention(q, w, latent, rope, mask?, scale, rope_at, key_row, value_row, value_size, form, latent_scale?,
+        rope_scale?, codes) -> [B, Hq, T, value_size]: two products with w, and between them
+    sglq_kernels.sum_latents(q in latents, q, latent, rope, mask?, scale, form, latent_scale?, rope_scale?, codes) -> [B, Hq, T, r]
     sglq_kernels.norm_quantize(x, residual?, weight, eps, weighting, spec, scale?, kernel) -> x + residual if given, x planes
     sglq_kernels.quantize_rows(x, maxima, spec, kernel) -> x planes
 
@@ -22,17 +26,19 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant_compile.ir.attend import attend
+from quant_compile.ir.attend import attend, from_latents, split_query, sum_latents
 from quant_compile.ir.family import family_of
 from quant_compile.ir.ops import dense_ids, expert_rows
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.attention import attention_kernels, check_sizes, flat_scale, full_mask
+from quant_compile.lowering.latent import latent_forms
 from quant_compile.lowering.moe import parse_moe_dispatch
-from quant_compile.lowering.registry import Kernel, Norm, Problem, input_kernels, kernels
+from quant_compile.lowering.registry import Kernel, Norm, Problem, input_kernels, kernels, layouts
 from quant_compile.lowering.select import parse_dispatch
 
 LIBRARY = torch.library.Library("sglq_kernels", "DEF")
@@ -79,6 +85,25 @@ def _linear_fake(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch
     problem = parse_dispatch(dispatch).problem
     return x[0].new_empty((*x[0].shape[:-1], problem.n), dtype=problem.dtype)
 
+
+LIBRARY.define("dequantize(Tensor[] w, str dispatch) -> Tensor")
+
+
+def dequantized(w: list[Tensor], dispatch: str) -> Tensor:
+    """Planes in a layout -> [n, k] in the problem's dtype."""
+    chosen = parse_dispatch(dispatch)
+    problem = chosen.problem
+    rows = layouts()[chosen.layout].unpack(tuple(w), problem)
+    return family_of(problem.scheme).dequantize_weight(rows, problem.scheme, problem.k).to(problem.dtype)
+
+
+def _dequantize_fake(w: list[Tensor], dispatch: str) -> Tensor:
+    problem = parse_dispatch(dispatch).problem
+    return w[0].new_empty((problem.n, problem.k), dtype=problem.dtype)
+
+
+LIBRARY.impl("dequantize", dequantized, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq_kernels::dequantize", _dequantize_fake, lib=LIBRARY)
 
 LIBRARY.define(
     "moe(Tensor[] x, Tensor? ids, Tensor? weights, Tensor[] w13, Tensor? b13, Tensor[] w2, Tensor? b2, Tensor? scale2, "
@@ -203,6 +228,44 @@ def _attention_fake(
 LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq_kernels::attention", _attention_fake, lib=LIBRARY)
 LIBRARY.define(
+    "latent_attention(Tensor q, Tensor w, Tensor latent, Tensor rope, Tensor? mask, float scale, int rope_at, int key_row, "
+    "int value_row, int value_size, str form, Tensor? latent_scale=None, Tensor? rope_scale=None, str codes='') -> Tensor"
+)
+LIBRARY.define(
+    "sum_latents(Tensor q, Tensor turned, Tensor latent, Tensor rope, Tensor? mask, float scale, str form, "
+    "Tensor? latent_scale=None, Tensor? rope_scale=None, str codes='') -> Tensor"
+)
+
+
+def _latent_attention(
+    q: Tensor, w: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None, scale: float, rope_at: int, key_row: int,
+    value_row: int, value_size: int, form: str, *coded: Any,
+) -> Tensor:  # fmt: skip
+    own, turned = split_query(q, w, latent.shape[3], rope.shape[3], rope_at, key_row)
+    sums = torch.ops.sglq_kernels.sum_latents.default(own, turned, latent, rope, mask, scale, form, *coded)
+    return from_latents(sums, w, value_row, value_size)
+
+
+def run_latents(
+    q: Tensor, turned: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None, scale: float, form: str, *coded: Any
+) -> Tensor:
+    """One kernel, or plain torch where there is no GPU."""
+    run = latent_forms()[form].run
+    if not q.is_cuda or run is None:
+        return sum_latents(q, turned, latent, rope, mask, scale, *coded).transpose(1, 2).contiguous().transpose(1, 2)
+    mask = full_mask(mask)
+    check_sizes(q, latent, latent, mask)
+    return run(q, turned, latent, rope, mask, scale, *coded)
+
+
+def _sum_latents_fake(q: Tensor, turned: Tensor, latent: Tensor, *more: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3])).transpose(1, 2)
+
+
+LIBRARY.impl("latent_attention", _latent_attention, "CompositeImplicitAutograd")
+LIBRARY.impl("sum_latents", run_latents, "CompositeExplicitAutograd")
+torch.library.register_fake("sglq_kernels::sum_latents", _sum_latents_fake, lib=LIBRARY)
+LIBRARY.define(
     "norm_quantize(Tensor x, Tensor? residual, Tensor weight, float eps, str weighting, str spec, Tensor? scale, str kernel) "
     "-> Tensor[]"
 )
@@ -275,9 +338,11 @@ LIBRARY.impl("quantize_rows", _quantize_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq_kernels::quantize_rows", _quantize_rows_fake, lib=LIBRARY)
 
 linear = torch.ops.sglq_kernels.linear.default
+dequantize = torch.ops.sglq_kernels.dequantize.default
 norm_quantize = torch.ops.sglq_kernels.norm_quantize.default
 quantize_rows = torch.ops.sglq_kernels.quantize_rows.default
 moe = torch.ops.sglq_kernels.moe.default
 batched = torch.ops.sglq_kernels.batched.default
+latent_attention = torch.ops.sglq_kernels.latent_attention.default
 attention = torch.ops.sglq_kernels.attention.default
 reach = torch.ops.sglq_kernels.reach.default

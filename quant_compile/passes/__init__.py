@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quant_compile.passes.absorb_latent import absorb_latent
 from quant_compile.passes.insert_attention import insert_attention
 from quant_compile.passes.insert_batched import insert_batched
 from quant_compile.passes.insert_moe import insert_moe
@@ -12,5 +13,5 @@ from quant_compile.passes.share_inputs import share_inputs
 from quant_compile.passes.share_quant import share_quant
 
 PIPELINE = (
-    insert_attention, insert_moe, insert_batched, insert_quant, share_inputs, share_quant, merge_siblings, lower,
+    absorb_latent, insert_attention, insert_moe, insert_batched, insert_quant, share_inputs, share_quant, merge_siblings, lower,
 )  # fmt: skip

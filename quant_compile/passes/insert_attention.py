@@ -1,7 +1,8 @@
 """Replace attention by one ``sglq.attention`` over K and V that are not repeated, where something faster than what was written runs it.
 
 Reads the plan's attention and its misses; writes the node, with what will run it in ``meta["choice"]``; all other attention stays as
-the model wrote it, with the reason in the report. Runs first: the nodes that it takes out are no one else's.
+the model wrote it, with the reason in the report. Runs after ``absorb_latent``, which
+replaces some, and before all else: the nodes that both take out are no one else's.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ def insert_attention(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pa
     """Rewrite every attention for which something else is chosen."""
     report = PassReport("insert_attention")
     for site in plan.attention:
+        if site.node in plan.replaced:
+            continue
         problem = problem_of(site)
         choice = _choice(site, problem, plan)
-        report.attention.append(AttentionLine(problem.text, choice.runs, choice.reason))
+        expanded = plan.expanded.get(site.node)
+        reason = choice.reason if expanded is None else f"{choice.reason}; {expanded}"
+        report.attention.append(AttentionLine(problem.text, choice.runs, reason))
         if choice.runs == WRITTEN:
             report.refused.append(f"{site.node.name}: {choice.reason}")
             continue

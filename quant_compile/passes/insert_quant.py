@@ -1,6 +1,7 @@
 """Replace planned linears by ``sglq`` ops over plane placeholders. The result runs on any device as plain torch.
 
-Reads the plan's sites; writes quantize and linear nodes and plane placeholders; leaves kept sites alone.
+Reads the plan's sites; writes quantize and linear nodes and plane placeholders; leaves alone those that are kept
+or that attention has absorbed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def insert_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRe
     report = PassReport("insert_quant")
     prepared = _Prepared(gm.graph, Writes(gm.graph), plan.replaced)
     for site in plan.sites:
+        if site.node in plan.absorbed:
+            continue
         decision = plan.decisions[site.node.name]
         if decision.scheme is None:
             report.refused.append(f"{decision.name}: {decision.guard or decision.reason}")
@@ -35,7 +38,7 @@ def insert_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRe
 
 def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: Scheme, prepared: _Prepared) -> None:
     spec, node = scheme.spec, site.node
-    w = _weight_planes(graph, site, scheme, decision.name)
+    w = weight_planes(graph, site, scheme, decision.name)
     x = prepared.input_of(site)
     with graph.inserting_before(node):
         planes: Any = [x]
@@ -77,7 +80,8 @@ def _inverse(step: Step) -> Step:
     return ("unsqueeze" if method == "squeeze" else method), arguments
 
 
-def _weight_planes(graph: fx.Graph, site: LinearSite, scheme: Scheme, name: str) -> list[fx.Node]:
+def weight_planes(graph: fx.Graph, site: LinearSite, scheme: Scheme, name: str) -> list[fx.Node]:
+    """Placeholders of all planes of a site's weight, in row form."""
     nodes: list[fx.Node] = []
     for i, spec in enumerate(family_of(scheme).weight_planes(scheme, site.n, site.k, site.dtype)):
         ref = PlaneRef((site.slot,), (site.transposed,), scheme.spec, "rows", site.dtype, i, (site.view,))

@@ -33,6 +33,7 @@ from quant_compile.ir.scheme import parse
 from quant_compile.ir.writes import Writes
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.attention import GROUPED, AttentionChoice
+from quant_compile.lowering.latent import AbsorbedDispatch, latent_forms
 from quant_compile.lowering.moe import MoeDispatch, moe_layouts
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import Dispatch
@@ -80,6 +81,13 @@ def lower(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
         dispatch = _lower_batched(gm.graph, node, plan)
         report.rewrote.append(f"{names}: {dispatch.layout}, {dispatch.ranges}")
         report.dispatches[(slot,)] = dispatch
+    for node in list(gm.graph.find_nodes(op="call_function", target=ops.dequantize)):
+        names, slots = " + ".join(node.meta["names"]), node.args[0][0].meta["plane"].slots
+        dispatch = _lower_dequantize(gm.graph, node, plan)
+        report.rewrote.append(f"{names}: {dispatch.layout}, {dispatch.ranges}")
+        report.dispatches[slots] = dispatch
+    for node in list(gm.graph.find_nodes(op="call_function", target=ops.latent_attention)):
+        report.rewrote.append(f"{node.name}: {_lower_latent(gm.graph, node)}")
     attention = list(gm.graph.find_nodes(op="call_function", target=ops.attention))
     reached = Reached(Writes(gm.graph)) if attention else None
     for node in attention:
@@ -97,17 +105,40 @@ def _lower_linear(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
     k, siblings = int(value.shape[-1]), len(ref.slots)
     problem = Problem(parse(str(spec)), int(n), k, dtype, bias is not None, siblings)  # type: ignore[arg-type]
     dispatch = plan.choose(problem, " + ".join(node.meta["names"]))
-    planes = list(w)  # type: ignore[arg-type]
-    if dispatch.layout != ref.layout:
-        planes = []
-        stem: str = w[0].meta["parameter"].split(" + ")[0]  # type: ignore[index, union-attr]
-        for i, plane in enumerate(layouts()[dispatch.layout].planes(problem)):
-            moved = replace(ref, layout=dispatch.layout, index=i)
-            planes.append(add_plane(graph, moved, plane, w[0], plane_name(stem, f"{dispatch.layout}_{plane.name}")))  # type: ignore[index, union-attr]
-            planes[-1].meta["parameter"] = w[0].meta["parameter"]  # type: ignore[index, union-attr]
+    planes = _in_layout(graph, w, dispatch)
     with graph.inserting_before(node):
         y = graph.call_function(kernel_ops.linear, (x, planes, bias, dispatch.text))
     y.meta = {key: node.meta[key] for key in ("site", "names", "example_value")}
+    node.replace_all_uses_with(y)
+    erase_with_inputs(graph, node)
+    return dispatch
+
+
+def _in_layout(graph: fx.Graph, w: Any, dispatch: Dispatch) -> list[fx.Node]:
+    """The planes of a linear's weight in the layout of its dispatch."""
+    ref: PlaneRef = w[0].meta["plane"]
+    if dispatch.layout == ref.layout:
+        return list(w)
+    planes: list[fx.Node] = []
+    stem: str = w[0].meta["parameter"].split(" + ")[0]
+    for i, plane in enumerate(layouts()[dispatch.layout].planes(dispatch.problem)):
+        moved = replace(ref, layout=dispatch.layout, index=i)
+        planes.append(add_plane(graph, moved, plane, w[0], plane_name(stem, f"{dispatch.layout}_{plane.name}")))
+        planes[-1].meta["parameter"] = w[0].meta["parameter"]
+    return planes
+
+
+def _lower_dequantize(graph: fx.Graph, node: fx.Node, plan: Plan) -> AbsorbedDispatch:
+    """The layout is the one that graphs read in which the linear is one."""
+    w: Any
+    w, spec, k = node.args
+    n, name = int(w[0].meta["example_value"].shape[0]), " + ".join(node.meta["names"])
+    found = plan.choose(Problem(parse(str(spec)), n, int(k), node.meta["dtype"]), name)  # type: ignore[arg-type]
+    dispatch = AbsorbedDispatch(found.problem, found.layout, found.table, found.column_scales)
+    planes = _in_layout(graph, w, dispatch)
+    with graph.inserting_before(node):
+        y = graph.call_function(kernel_ops.dequantize, (planes, dispatch.text))
+    y.meta = {key: node.meta[key] for key in ("site", "names")}
     node.replace_all_uses_with(y)
     erase_with_inputs(graph, node)
     return dispatch
@@ -162,6 +193,18 @@ def _lower_attention(graph: fx.Graph, node: fx.Node, reached: Reached | None) ->
     node.replace_all_uses_with(y)
     graph.erase_node(node)
     return choice.runs
+
+
+def _lower_latent(graph: fx.Graph, node: fx.Node) -> str:
+    """A kernel between the two products; plain torch is what the op decomposes into."""
+    form: str = node.meta["choice"].runs
+    if latent_forms()[form].run is not None:
+        with graph.inserting_before(node):
+            y = graph.call_function(kernel_ops.latent_attention, (*node.args[:10], form, *node.args[10:]))
+        y.meta = {key: node.meta[key] for key in ("site", "example_value")}
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)
+    return form
 
 
 def _moved(graph: fx.Graph, planes: Any, dispatch: MoeDispatch, shape: tuple[int, int]) -> list[fx.Node]:

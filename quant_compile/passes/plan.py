@@ -15,6 +15,7 @@ from quant_compile.ir.report import AttentionLine
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite
 from quant_compile.lowering.attention import AttentionChoice, AttentionProblem
+from quant_compile.lowering.latent import LatentProblem
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch
@@ -59,7 +60,10 @@ class Plan:
         target: the device that is compiled for; None: inputs are quantized by the families' torch code alone.
         attention: in graph order; attention_misses: what looks like some and stays as it is.
         choose_attention: ``problem -> AttentionChoice``; None: all attention stays as it was written.
+        choose_latent: ``problem -> AttentionChoice`` for attention over latents; None: K and V are computed as they were written.
         replaced: node of a site that a pass replaced -> what stands in its place.
+        absorbed: nodes of linears that attention has absorbed.
+        expanded: node of an attention over latents that is none of them -> why its K and V are computed at each step.
     """
 
     sites: tuple[LinearSite, ...]
@@ -77,7 +81,10 @@ class Plan:
     attention: tuple[AttentionSite, ...] = ()
     attention_misses: tuple[AttentionMiss, ...] = ()
     choose_attention: Callable[[AttentionProblem], AttentionChoice] | None = None
+    choose_latent: Callable[[LatentProblem], AttentionChoice] | None = None
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    absorbed: set[fx.Node] = field(default_factory=set)
+    expanded: dict[fx.Node, str] = field(default_factory=dict)
 
 
 @dataclass

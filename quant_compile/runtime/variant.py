@@ -22,6 +22,7 @@ from quant_compile.ir.experts import Verdicts
 from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_inductor
 from quant_compile.lowering.attention import choose_attention
 from quant_compile.lowering.expand import without_guards
+from quant_compile.lowering.latent import choose_latent
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.ledger import Sessions
@@ -113,7 +114,7 @@ class Variants:
     ) -> Variant:
         gm = copy_graph(self.pristine)
         found = Found.of(gm, self._shape_only, self._verdicts)
-        fuse = self.source.policy.fuse
+        fuse, attends = self.source.policy.fuse, self.options.attends(self.source.policy)
         choosing = Choosing(len(found.linears) + len(found.blocks) + len(found.batched))
         plan = Plan(
             found.linears,
@@ -131,7 +132,8 @@ class Variants:
             None if late and self._scalars else self.target,
             found.attention,
             found.attention_misses,
-            partial(choose_attention, target=self.target) if self.options.attends(self.source.policy) else None,
+            partial(choose_attention, target=self.target) if attends else None,
+            partial(choose_latent, target=self.target) if attends else None,
         )
         with choosing:
             gm, reports = _rewritten(gm, plan, sessions)
