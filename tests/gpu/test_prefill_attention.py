@@ -82,6 +82,15 @@ def test_plans_are_right(cache: torch.dtype | None) -> None:
         one.check(mask, plan=plan)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_few_tiles(cache: torch.dtype | None) -> None:
+    """One sequence of 100 tokens that goes on over a filled cache, by the plan of a launch of these sizes."""
+    one = Real(1, 32, 8, 100, 128, 2112, device=DEVICE, dtype=BF16, cache=cache)
+    mask = seen(1, 100, 2112, 2000)
+    assert triton_prefill.plan_for(one.problem(mask), Target.of(DEVICE)) != one.plan(mask)
+    one.check(mask, plan=triton_prefill.plan_for(one.problem(mask), Target.of(DEVICE)))
+
+
 def test_variants() -> None:
     """Scales of heads and of the whole, sinks, softcap, a mask for each head, a bias, causal without a mask, strides, gaps."""
     b, t, length = SIZES

@@ -92,17 +92,33 @@ def _refused(p: Attention, target: Target) -> str | None:
 
 
 def plan_of(problem: Attention, target: Target) -> Plan:
-    """The plan of a launch, which depends on neither tokens, length nor batch, so that layers can share what ``reach_of`` makes.
+    """The plan of a launch that fills the GPU: one for all numbers of tokens, keys and sequences, so that layers share ``reach_of``.
 
     Codes become values first: what is read and written then is far less than the products take, and one program's conversion
-    serves all queries and heads. Tiles are those that registers and shared memory have room for; no GPU has compared them yet.
+    serves all queries and heads. Tiles are those that won on an H200 for heads of 128 (benchmarks/results/attention_prefill.json), else
+    those that registers and shared memory have room for.
     """
     size, newer = max(problem.head_size, problem.value_size), 90 <= target.arch < 120  # wgmma, tcgen05; else mma.sync
     if size <= 64:
         return Plan(128, 64, 4 if newer else 8, 3)
     if size <= 128:
-        return Plan(128, 64, 8, 3) if newer else Plan(128, 32, 8, 2)
+        whole = problem.head_size == pow2(problem.head_size) and problem.value_size == pow2(problem.value_size)
+        return (Plan(128, 128, 8, 2) if whole else Plan(128, 64, 8, 3)) if newer else Plan(128, 32, 8, 2)
     return Plan(64, 32, 8, 2)
+
+
+def plan_for(problem: Attention, target: Target) -> Plan:
+    """The plan of a launch whose sizes are known: smaller tiles where those of ``plan_of`` are fewer than SMs.
+
+    Codes are converted in registers then: each program by itself, but without a launch before it.
+    """
+    tiles = problem.batch * problem.heads * ceil(problem.tokens, 128)
+    sizes = problem.head_size, problem.value_size
+    if tiles > target.sm_count or max(sizes) > 128:
+        return plan_of(problem, target)
+    if problem.k_dtype in CODES and all(size == pow2(size) for size in sizes):
+        return Plan(32, 64, 4, 3, False)
+    return Plan(64, 64, 4, 3 if shared_memory(target) >= 160 * 1024 else 2)
 
 
 def plans_of(problem: Attention, target: Target) -> list[Plan]:
@@ -139,7 +155,7 @@ def unsafe(problem: Attention, plan: Plan, target: Target) -> str | None:
 
 def blocks_of(problem: Attention, target: Target) -> tuple[int, int]:
     """Queries and keys of a block, for ``reach_of``."""
-    plan = plan_of(problem, target)
+    plan = plan_for(problem, target)
     return plan.block_m, plan.block_n
 
 
@@ -181,8 +197,8 @@ def prefill(
 
     Args:
         is_causal: query i sees keys 0 to i; without a mask.
-        reach: ``reach_of`` the mask by this plan's blocks; None: it is made.
-        plan: how to cut the launches up, instead of ``plan_of``.
+        reach: ``reach_of`` the mask; made anew where it is by other blocks than the plan's, or None.
+        plan: how to cut the launches up, instead of ``plan_for``.
 
     Raises:
         ValueError: a tensor does not lie in memory as the kernel reads it; a mask for a causal one; an unsafe plan.
@@ -194,16 +210,14 @@ def prefill(
     if target.arch < 89:
         k, v = _bytes(k), _bytes(v)
     problem = problem_of(q, k, v, mask, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
-    settings = plan or plan_of(problem, target)
+    settings = plan or plan_for(problem, target)
     wrong = unsafe(problem, settings, target)
     if wrong is not None:
         raise ValueError(wrong)
     if scale < 0:  # the kernel takes the largest score for that of the largest product
         q, scale = -q, -scale
-    if mask is not None and reach is None:
+    if mask is not None and (reach is None or not _by_blocks(reach, mask, settings)):
         reach = reach_of(_unspread(mask), settings.block_m, settings.block_n)
-    if mask is not None and reach is not None:
-        _check_reach(reach, mask, settings)
     kind = MASKS.index("causal" if is_causal else problem.mask)
     if settings.values and problem.k_dtype in CODES:
         k, v = _values_of(q, k, v, k_scale, v_scale, reach, problem, settings, kind)
@@ -290,11 +304,11 @@ def _unspread(mask: Tensor) -> Tensor:
     return mask
 
 
-def _check_reach(reach: Tensor, mask: Tensor, plan: Plan) -> None:
+def _by_blocks(reach: Tensor, mask: Tensor, plan: Plan) -> bool:
+    """Whether words are those of a mask, by a plan's blocks."""
     sizes = ceil(mask.shape[2], plan.block_m), ceil(mask.shape[3], plan.block_n)
     fits = all(a in (1, b) for a, b in zip(reach.shape[:2], mask.shape[:2], strict=True))
-    if tuple(reach.shape[2:]) != sizes or not fits or not reach.is_contiguous():
-        raise ValueError(f"the words {tuple(reach.shape)} are not those of a mask {tuple(mask.shape)} under {plan}")
+    return tuple(reach.shape[2:]) == sizes and fits and reach.is_contiguous()
 
 
 def _reach_strides(reach: Tensor | None) -> tuple[int, int]:
