@@ -61,6 +61,10 @@ class QuantArgs:
             raise SchemeError(f"format {self.format!r} needs type float and one of {', '.join(FORMATS)}")
         if self.format is not None and FORMAT_BITS[self.format] != self.num_bits:
             raise SchemeError(f"format {self.format} has {FORMAT_BITS[self.format]} bits, not {self.num_bits}")
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        """What shares a scale is said once."""
         if self.block_structure is not None:
             rows, columns = self.block_structure
             object.__setattr__(self, "block_structure", (int(rows), int(columns)))

@@ -36,8 +36,9 @@ CUSTOM = {
         QuantArgs(8, "float", "group", dynamic=True, group_size=32),
     ),
 }
-# FP4 has packed codes and scales of scales: its own file, test_fp4.py.
-ALL: dict[str, Scheme] = {name: s for name, s in PRESETS.items() if s.weights.format != "e2m1"} | CUSTOM
+# FP4 has packed codes and scales of scales: its own file, test_fp4.py. So have blocks of GGUF: test_gguf.py.
+OWN_FILE = ("nvfp4", "mxfp4", "gguf")
+ALL: dict[str, Scheme] = {name: s for name, s in PRESETS.items() if family_of(s).name not in OWN_FILE} | CUSTOM
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = ("normal", "zero", "constant", "denormal", "outlier", "positive", "tiny", "huge")
 

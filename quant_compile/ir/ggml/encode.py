@@ -155,14 +155,12 @@ def _mxfp4(x: Tensor) -> Tensor:
 
 def _six_bits(scales: Tensor, minima: Tensor) -> Tensor:
     """Inverse of ``decode._six_bits``: [b, 8] each -> [b, 12]."""
-    low = torch.cat(
-        (scales[:, :4] | (scales[:, 4:] >> 4 << 6), minima[:, :4] | (minima[:, 4:] >> 4 << 6)), -1
-    )
+    low = torch.cat((scales[:, :4] | (scales[:, 4:] >> 4 << 6), minima[:, :4] | (minima[:, 4:] >> 4 << 6)), -1)
     return torch.cat((low, (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)), -1).to(torch.uint8)
 
 
 def _q2_k(x: Tensor) -> Tensor:
-    found = search.affine(x, 16, 3, 15, search.BY_MAGNITUDE)
+    found = search.affine(x, 16, 3, 15)
     scales = (found.scales | (found.minima << 4)).to(torch.uint8)
     return torch.cat((scales, fields(found.codes, 32, 2), half_bytes(found.d), half_bytes(found.dmin)), -1)
 
@@ -175,13 +173,13 @@ def _q3_k(x: Tensor) -> Tensor:
 
 
 def _q4_k(x: Tensor) -> Tensor:
-    found = search.affine(x, 32, 15, 63, search.BY_SPREAD)
+    found = search.affine(x, 32, 15, 63)
     head = half_bytes(found.d), half_bytes(found.dmin), _six_bits(found.scales, found.minima)
     return torch.cat((*head, fields(found.codes, 32, 4)), -1)
 
 
 def _q5_k(x: Tensor) -> Tensor:
-    found = search.affine(x, 32, 31, 63, search.BY_SPREAD)
+    found = search.affine(x, 32, 31, 63)
     head = half_bytes(found.d), half_bytes(found.dmin), _six_bits(found.scales, found.minima)
     return torch.cat((*head, fields(found.codes >> 4, 32, 1), fields(found.codes & 15, 32, 4)), -1)
 

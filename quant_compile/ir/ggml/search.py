@@ -2,8 +2,8 @@
 
 The idea is that of llama.cpp's quantizers without an importance matrix (k-quants, ikawrakow 2023): a step a little smaller or larger than
 the range asks for often leaves less error; given the codes, scale and minimum have a closed form; large numbers count for more. It is
-written anew for whole tensors. The candidates are fewer, and after the scales are rounded the scales above them are fitted once more, so
-the bytes are not llama.cpp's.
+written anew for whole tensors. The candidates are fewer, one rule weighs all types, and once the scales are rounded the scales above them
+are fitted again, so the bytes are not llama.cpp's.
 
 Numbers lie as [sub, groups, blocks], so that sums over a group run along whole vectors.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -66,9 +67,11 @@ def whole(low: int, high: int) -> Levels:
     return Levels(low, tries, value, lambda x: _integers(value(x)))
 
 
-_IQ4_MIDDLES = [a + b for a, b in zip(IQ4_VALUES, IQ4_VALUES[1:])]  # doubled
+_IQ4_MIDDLES = [a + b for a, b in pairwise(IQ4_VALUES)]  # doubled
 # Code by half units: the middles between two values are whole or half numbers, so a half unit lies on one side of each.
-_IQ4_CODES = [sum(middle <= half for middle in _IQ4_MIDDLES) for half in range(_IQ4_MIDDLES[0] - 1, _IQ4_MIDDLES[-1] + 1)]
+_IQ4_CODES = [
+    sum(middle <= half for middle in _IQ4_MIDDLES) for half in range(_IQ4_MIDDLES[0] - 1, _IQ4_MIDDLES[-1] + 1)
+]
 
 
 def _iq4_place(x: Tensor) -> Tensor:
@@ -89,25 +92,10 @@ IQ4 = Levels(IQ4_VALUES[0], tuple(range(-7, 8, 2)), _iq4_value, _iq4_code)
 AFFINE_TRIES = tuple(round(0.15 * i, 2) for i in range(-5, 8))
 
 
-def BY_MAGNITUDE(x: Tensor) -> Tensor:  # noqa: N802
-    """An error counts as much as the number is large."""
-    return x.abs()
-
-
-def BY_SPREAD(x: Tensor) -> Tensor:  # noqa: N802
-    """The same, and small numbers count as well."""
-    return x.square().mean(0, keepdim=True).sqrt() + x.abs()
-
-
-def affine(x: Tensor, sub: int, top: int, most: int, weigh: Callable[[Tensor], Tensor]) -> Affine:
-    """Codes 0..top, scales and minima 0..most of groups of ``sub``.
-
-    Args:
-        x: [b, size] f32.
-        weigh: what each number's error counts, of x as [sub, groups, b].
-    """
+def affine(x: Tensor, sub: int, top: int, most: int) -> Affine:
+    """Codes 0..top, scales and minima 0..most of groups of ``sub``, of x [b, size] f32."""
     t = _turned(x, sub)
-    w = weigh(t)
+    w = _weights(t)
     scale, offset = _best_affine(t, w, top)
     d, dmin = _rounded_half(scale.amax(0) / most), _rounded_half(-offset.amin(0) / most)
     scales, minima = _steps(scale, d, 0, most), _steps(-offset, dmin, 0, most)
@@ -120,7 +108,7 @@ def affine(x: Tensor, sub: int, top: int, most: int, weigh: Callable[[Tensor], T
 def signed(x: Tensor, sub: int, levels: Levels, low: int | None, high: int | None) -> Signed:
     """Codes of ``levels``, scales low..high of groups of ``sub``; without these the one group's scale is ``d``."""
     t = _turned(x, sub)
-    w = t.square()
+    w = _weights(t)
     scale = _best_signed(t, w, levels)
     if low is None or high is None:
         d, scales = _rounded_half(scale[0]), torch.ones_like(scale)
@@ -136,6 +124,11 @@ def signed(x: Tensor, sub: int, levels: Levels, low: int | None, high: int | Non
 
 
 # --- one group's scale ---
+
+
+def _weights(t: Tensor) -> Tensor:
+    """What each number's squared error counts: more the larger it is, and small ones as well."""
+    return t.square().mean(0, keepdim=True).sqrt() + t.abs()
 
 
 def _best_affine(t: Tensor, w: Tensor, top: int) -> tuple[Tensor, Tensor]:

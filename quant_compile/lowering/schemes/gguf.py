@@ -1,7 +1,7 @@
 """Weights in the blocks of GGUF files, byte for byte, under 16-bit inputs: one scheme for each block type.
 
-Weight plane: ``blocks`` [n, k / size * bytes] u8, the rows of a file. ``ir/ggml`` has what the bytes mean and how they are made; a type that
-only files bring refuses to be quantized to. k must be a multiple of the type's size.
+Weight plane: ``blocks`` [n, k / size * bytes] u8, the rows of a file. ``ir/ggml`` has what the bytes mean and how they are made; a type
+that only files bring refuses to be quantized to. k must be a multiple of the type's size.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def quantizes(scheme: Scheme) -> Reject | None:
     if block_of(scheme).encodes:
         return None
     bits = {1: "GGUF_TQ1_0", 2: "GGUF_Q2_K", 3: "GGUF_Q3_K"}.get(scheme.weights.num_bits, "GGUF_MXFP4 or NVFP4A16")
-    return Reject(f"there is no quantizer for it here, its blocks come from files.\nFix: use {bits}, or `keep` this weight.")
+    return Reject(
+        f"there is no quantizer for it here, its blocks come from files.\nFix: use {bits}, or `keep` this weight."
+    )
 
 
 def weight_planes(scheme: Scheme, n: int, k: int, dtype: torch.dtype) -> tuple[PlaneSpec, ...]:
