@@ -26,7 +26,7 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.model.places import parameters_of
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
-from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, scale_key, strict_error
+from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, one_refuses, scale_key, strict_error
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _one_scheme_a_block(entries: Sequence[PlanEntry]) -> tuple[PlanEntry, ...]:
     for entry in entries:
         schemes.setdefault(entry.block, set()).add(entry.scheme)
         if entry.decision.refused:
-            refusals.setdefault(entry.block, entry.decision.reason)
+            refusals.setdefault(entry.block, one_refuses(entry.names[0], entry.decision.reason))
 
     def kept(entry: PlanEntry) -> PlanEntry:
         reason = refusals.get(entry.block, TWO_SCHEMES)

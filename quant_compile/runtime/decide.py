@@ -37,7 +37,7 @@ from quant_compile.model.names import Names, Owners
 from quant_compile.model.weights import expert_site, linear_weights
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes.plan import SiteDecision
-from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, strict_error
+from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, one_refuses, strict_error
 from quant_compile.runtime.guard import Compare, Guard, uncompared
 from quant_compile.runtime.merges import notice
 
@@ -267,7 +267,7 @@ class Decider:
         name = first.name.rpartition(".")[0] or first.name
         refused = next((part for part in found if part.refused), None)
         if refused is not None:
-            return replace(refused, scheme=None, name=name)
+            return SiteDecision(None, one_refuses(refused.name, refused.reason), name, refused=True)
         if first.scheme != second.scheme:
             return SiteDecision(None, TWO_SCHEMES, name, refused=True)
         if (

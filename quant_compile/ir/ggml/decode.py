@@ -39,7 +39,7 @@ def decode(name: str, data: Tensor) -> Tensor:
 
 def fields(packed: Tensor, width: int, bits: int) -> Tensor:
     """Bit fields of bytes [..., c] -> [..., c * 8 / bits]: of each run of ``width`` bytes the lowest fields first, then the next."""
-    runs = packed.unflatten(-1, (-1, width))
+    runs = packed.contiguous().unflatten(-1, (-1, width))
     mask = (1 << bits) - 1
     return torch.stack([(runs >> shift) & mask for shift in range(0, 8, bits)], -2).flatten(-3)
 
@@ -64,12 +64,13 @@ def _wide(blocks: Tensor, count: int) -> Tensor:
 
 
 def _table(values: tuple[int, ...], codes: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=codes.device)[codes.to(torch.int32)]
+    table = torch.tensor(values, dtype=torch.float32, device=codes.device)
+    return table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
 
 def _scaled(scale: Tensor, codes: Tensor) -> Tensor:
-    """scale [..., g] * codes [..., weights], each scale for an equal share."""
-    return (scale.unsqueeze(-1) * codes.float().unflatten(-1, (scale.shape[-1], -1))).flatten(-2)
+    """scale [..., g] * codes [..., weights], each scale for an equal share; written over the codes where they are f32."""
+    return codes.float().unflatten(-1, (scale.shape[-1], -1)).mul_(scale.unsqueeze(-1)).flatten(-2)
 
 
 def _spread(places: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
@@ -81,36 +82,36 @@ def _spread(places: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
 
 
 def _q4_0(b: Tensor) -> Tensor:
-    return _half_at(b, 0) * (fields(b[..., 2:], 16, 4).float() - 8)
+    return fields(b[..., 2:], 16, 4).float().sub_(8).mul_(_half_at(b, 0))
 
 
 def _q4_1(b: Tensor) -> Tensor:
-    return _half_at(b, 0) * fields(b[..., 4:], 16, 4).float() + _half_at(b, 2)
+    return fields(b[..., 4:], 16, 4).float().mul_(_half_at(b, 0)).add_(_half_at(b, 2))
 
 
 def _q5_0(b: Tensor) -> Tensor:
     codes = fields(b[..., 6:], 16, 4) | (fields(b[..., 2:6], 1, 1) << 4)
-    return _half_at(b, 0) * (codes.float() - 16)
+    return codes.float().sub_(16).mul_(_half_at(b, 0))
 
 
 def _q5_1(b: Tensor) -> Tensor:
     codes = fields(b[..., 8:], 16, 4) | (fields(b[..., 4:8], 1, 1) << 4)
-    return _half_at(b, 0) * codes.float() + _half_at(b, 2)
+    return codes.float().mul_(_half_at(b, 0)).add_(_half_at(b, 2))
 
 
 def _q8_0(b: Tensor) -> Tensor:
-    return b[..., 2:].view(torch.int8).float() * _half_at(b, 0)
+    return b[..., 2:].view(torch.int8).float().mul_(_half_at(b, 0))
 
 
 def _iq4_nl(b: Tensor) -> Tensor:
-    return _half_at(b, 0) * _table(IQ4_VALUES, fields(b[..., 2:], 16, 4))
+    return _table(IQ4_VALUES, fields(b[..., 2:], 16, 4)).mul_(_half_at(b, 0))
 
 
 def _mxfp4(b: Tensor) -> Tensor:
     exponent = b[..., :1].to(torch.int32)
     # Half of 2**(e - 127), since the table has e2m1 doubled; below 2 that is subnormal.
     bits = torch.where(exponent < 2, (exponent + 1) << 21, (exponent - 1) << 23)
-    return bits.view(torch.float32) * _table(E2M1_DOUBLED, fields(b[..., 1:], 16, 4))
+    return _table(E2M1_DOUBLED, fields(b[..., 1:], 16, 4)).mul_(bits.view(torch.float32))
 
 
 def _nvfp4(b: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def _nvfp4(b: Tensor) -> Tensor:
 
 
 def _tq2_0(b: Tensor) -> Tensor:
-    return _half_at(b, 64) * (fields(b[..., :64], 32, 2).float() - 1)
+    return fields(b[..., :64], 32, 2).float().sub_(1).mul_(_half_at(b, 64))
 
 
 def _tq1_0(b: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def _tq1_0(b: Tensor) -> Tensor:
         return ((shifted * 3) >> 8).flatten(-2)
 
     codes = torch.cat((trits(b[..., :32], 5), trits(b[..., 32:48], 5), trits(b[..., 48:52], 4)), -1)
-    return _half_at(b, 52) * (codes.float() - 1)
+    return codes.float().sub_(1).mul_(_half_at(b, 52))
 
 
 # --- scales of scales ---
@@ -149,7 +150,7 @@ def _six_bits(b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _affine(d: Tensor, scales: Tensor, dmin: Tensor, minima: Tensor, codes: Tensor) -> Tensor:
     scale, minimum = (d * scales.float()).unsqueeze(-1), (dmin * minima.float()).unsqueeze(-1)
-    return (scale * codes.float().unflatten(-1, (scales.shape[-1], -1)) - minimum).flatten(-2)
+    return codes.float().unflatten(-1, (scales.shape[-1], -1)).mul_(scale).sub_(minimum).flatten(-2)
 
 
 def _q2_k(b: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def _q2_k(b: Tensor) -> Tensor:
 def _q3_k(b: Tensor) -> Tensor:
     scales = fields(b[..., 96:104], 8, 4) | (fields(b[..., 104:108], 4, 2) << 4)
     # A high bit that is set adds four to a code that is lower by four.
-    codes = (fields(b[..., 32:96], 32, 2) | (fields(b[..., :32], 32, 1) << 2)).float() - 4
+    codes = (fields(b[..., 32:96], 32, 2) | (fields(b[..., :32], 32, 1) << 2)).float().sub_(4)
     return _scaled(_half_at(b, 108) * (scales.float() - 32), codes)
 
 
@@ -178,7 +179,7 @@ def _q5_k(b: Tensor) -> Tensor:
 
 def _q6_k(b: Tensor) -> Tensor:
     codes = fields(b[..., :128], 64, 4) | (fields(b[..., 128:192], 32, 2) << 4)
-    return _scaled(_half_at(b, 208) * b[..., 192:208].view(torch.int8).float(), codes.float() - 32)
+    return _scaled(_half_at(b, 208) * b[..., 192:208].view(torch.int8).float(), codes.float().sub_(32))
 
 
 def _iq4_xs(b: Tensor) -> Tensor:

@@ -48,4 +48,4 @@ def look_up(name: str, index: Tensor) -> Tensor:
     """[..., c] indices into a type's codebook -> [..., c * coordinates] f32."""
     kind = torch.int64 if POINTS[name] == 8 else torch.int32
     table = torch.tensor(_constant(name), dtype=kind, device=index.device)
-    return table[index.to(torch.int32)].view(torch.int8).float()
+    return table.index_select(0, index.flatten().to(torch.int32)).view(index.shape).view(torch.int8).float()
