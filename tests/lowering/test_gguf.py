@@ -11,12 +11,13 @@ from torch import nn
 
 import quant_compile
 from quant_compile.ir.errors import PolicyError, PolicyWarning, SchemeError, WeightError
-from quant_compile.ir.family import bits_per_weight, family_of
+from quant_compile.ir.family import Reject, bits_per_weight, family_of
 from quant_compile.ir.ggml.decode import decode
 from quant_compile.ir.ggml.types import TYPES
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
-from quant_compile.lowering.registry import Problem, Rank, kernels
+from quant_compile.lowering.registry import Problem, Rank, kernels, layouts
 from quant_compile.lowering.schemes import gguf
+from quant_compile.lowering.select import choose
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
 from quant_compile.policy import Policy
@@ -114,6 +115,59 @@ def test_the_kernel_multiplies_what_the_blocks_say(
                 assert y.dtype == dtype and y.shape == (m, 17)
                 # Sums in f32, rounded once to 16 bits.
                 assert float((y.double() - wanted).norm() / wanted.norm()) <= max(2e-6, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", ["GGUF_Q4_0", "GGUF_Q4_1", "GGUF_Q4_K"])
+@pytest.mark.parametrize("n", [16, 208])
+def test_the_int4_layout_gives_the_blocks_back(name: str, n: int) -> None:
+    """Any bytes, more rows than torch packs at a time; products differ by a scale in bf16."""
+    scheme, layout = PRESETS[name], layouts()["cpu_gguf_int4"]
+    blocks = random_blocks(type_of(name), rows=n)
+    problem = Problem(scheme, n, 5 * TYPES[type_of(name)].size, torch.bfloat16)
+    planes = layout.pack((blocks,), problem)
+    assert [(tuple(plane.shape), plane.dtype) for plane in planes] == [
+        (s.shape, s.dtype) for s in layout.planes(problem)
+    ]
+    assert torch.equal(layout.unpack(planes, problem)[0], blocks)
+    assert choose(problem, Target.fake("cpu")).layout == "cpu_gguf_int4"
+    w = torch.randn(n, problem.k) * 0.02
+    quantized = family_of(scheme).quantize_weight(w, scheme)
+    x, bias = torch.randn(3, problem.k).bfloat16(), torch.randn(n).bfloat16()
+    y = kernels()["torch_cpu_gguf_int4pack"].run((x,), layout.pack(quantized, problem), bias, problem).float()
+    wanted = family_of(scheme).linear((x,), quantized, bias, scheme, torch.float32)
+    assert float((y - wanted).norm() / wanted.norm()) <= 5e-3  # scale, offset, sum and sum with the bias: 2^-9 each
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "k", "dtype", "target", "words"),
+    [
+        ("GGUF_Q8_0", 64, 256, torch.bfloat16, "cpu", "serves GGUF blocks of q4_0, q4_1, q4_k"),
+        ("GGUF_Q4_K", 64, 256, torch.float16, "cpu", "only bfloat16 is vectorized, got torch.float16"),
+        (
+            "GGUF_Q4_K",
+            40,
+            256,
+            torch.bfloat16,
+            "cpu",
+            "n must be a multiple of 16 and k of whole blocks, got 40 and 256",
+        ),
+        ("GGUF_Q4_K", 64, 256, torch.bfloat16, "sm90", "runs on CPU only"),
+    ],
+)
+def test_refusals_of_the_int4_kernel(name: str, n: int, k: int, dtype: torch.dtype, target: str, words: str) -> None:
+    problem = Problem(PRESETS[name], n, k, dtype)
+    answer = kernels()["torch_cpu_gguf_int4pack"].fit(problem, 1, Target.fake(target))
+    assert isinstance(answer, Reject) and answer.reason == words
+
+
+def test_refusals_of_the_kernel_for_every_type() -> None:
+    kernel = kernels()["torch_cpu_gguf"]
+    for name, target, words in (
+        ("W8A16", "cpu", "serves weights in GGUF blocks"),
+        ("GGUF_Q8_0", "sm90", "runs on CPU only"),
+    ):
+        answer = kernel.fit(Problem(PRESETS[name], 64, 256, torch.bfloat16), 1, Target.fake(target))
+        assert isinstance(answer, Reject) and answer.reason == words
 
 
 def tame(name: str, blocks: torch.Tensor) -> torch.Tensor:

@@ -188,6 +188,18 @@ def _iq4_xs(b: Tensor) -> Tensor:
     return _scaled(_half_at(b, 0) * (scales.float() - 32), _table(IQ4_VALUES, fields(b[..., 8:], 16, 4)))
 
 
+def scales_of(name: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset of each 32 weights of q4_0, q4_1 and q4_k [..., size / 32] f32: a weight is scale * code + offset."""
+    d = _half_at(blocks, 0)
+    if name == "q4_0":
+        return d, -8 * d
+    second = _half_at(blocks, 2)
+    if name == "q4_1":
+        return d, second
+    scales, minima = _six_bits(blocks[..., 4:16])
+    return d * scales.float(), -(second * minima.float())
+
+
 # --- points of codebooks ---
 
 
