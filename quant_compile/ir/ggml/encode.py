@@ -16,19 +16,29 @@ from torch import Tensor
 from quant_compile.ir.ggml import search
 from quant_compile.ir.ggml.types import TYPES
 
-# Numbers turned into blocks at a time: what the search keeps of them should stay in a last-level cache.
-CHUNK_ELEMENTS = 1 << 18
+# Numbers turned into blocks at a time. On a CPU torch runs so many in one thread, in its own cache: a search is hundreds of short steps, and
+# a few threads would wait for one another at each of them. More threads than FEW_THREADS get their share each.
+CHUNK_ELEMENTS = 1 << 15
+FEW_THREADS = 4
+GPU_CHUNK_ELEMENTS = 1 << 23
 
 
 def encode(name: str, x: Tensor) -> Tensor:
     """[n, k] of any float dtype, finite, k a multiple of the type's size -> [n, bytes] uint8."""
     block, rows = TYPES[name], x.shape[0]
     out = torch.empty((rows, x.shape[1] // block.size * block.nbytes), dtype=torch.uint8, device=x.device)
-    step = max(1, CHUNK_ELEMENTS // max(1, x.shape[1]))
+    step = max(1, _chunk(x) // max(1, x.shape[1]))
     for start in range(0, rows, step):
         part = x[start : start + step].float().reshape(-1, block.size)
         out[start : start + step] = _ENCODE[name](part).view(-1, out.shape[1])
     return out
+
+
+def _chunk(x: Tensor) -> int:
+    if x.is_cuda:
+        return GPU_CHUNK_ELEMENTS
+    threads = torch.get_num_threads()
+    return CHUNK_ELEMENTS * (1 if threads <= FEW_THREADS else threads)
 
 
 # --- pieces ---
