@@ -8,7 +8,8 @@ Scales beyond f16 are inf, as there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from torch import Tensor
 from quant_compile.ir.ggml import search
 from quant_compile.ir.ggml.types import TYPES
 
-# Numbers turned into blocks at a time. On a CPU torch runs so many in one thread, in its own cache: a search is hundreds of short steps, and
-# a few threads would wait for one another at each of them. More threads than FEW_THREADS get their share each.
-CHUNK_ELEMENTS = 1 << 15
+# Numbers turned into blocks at a time, in a core's own cache. A search is hundreds of short steps, and a few threads on a busy machine
+# wait for one another at each of them, ten times as long as they compute: up to FEW_THREADS one does it all, more get their share each.
+CHUNK_ELEMENTS = 1 << 17
 FEW_THREADS = 4
 GPU_CHUNK_ELEMENTS = 1 << 23
 
@@ -27,18 +28,26 @@ def encode(name: str, x: Tensor) -> Tensor:
     """[n, k] of any float dtype, finite, k a multiple of the type's size -> [n, bytes] uint8."""
     block, rows = TYPES[name], x.shape[0]
     out = torch.empty((rows, x.shape[1] // block.size * block.nbytes), dtype=torch.uint8, device=x.device)
-    step = max(1, _chunk(x) // max(1, x.shape[1]))
-    for start in range(0, rows, step):
-        part = x[start : start + step].float().reshape(-1, block.size)
-        out[start : start + step] = _ENCODE[name](part).view(-1, out.shape[1])
+    with _threads(x) as chunk:
+        step = max(1, chunk // max(1, x.shape[1]))
+        for start in range(0, rows, step):
+            part = x[start : start + step].float().reshape(-1, block.size)
+            out[start : start + step] = _ENCODE[name](part).view(-1, out.shape[1])
     return out
 
 
-def _chunk(x: Tensor) -> int:
-    if x.is_cuda:
-        return GPU_CHUNK_ELEMENTS
+@contextmanager
+def _threads(x: Tensor) -> Generator[int]:
+    """How many numbers to take at a time; inside, torch has one thread where it has few."""
     threads = torch.get_num_threads()
-    return CHUNK_ELEMENTS * (1 if threads <= FEW_THREADS else threads)
+    if x.is_cuda or not 1 < threads <= FEW_THREADS:
+        yield GPU_CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS * threads
+        return
+    torch.set_num_threads(1)
+    try:
+        yield CHUNK_ELEMENTS
+    finally:
+        torch.set_num_threads(threads)
 
 
 # --- pieces ---
