@@ -60,7 +60,7 @@ _CACHE_KEYS, _CACHE_RULE_KEYS = ("scheme", "rules"), ("match", "scheme", "reason
 _SCHEME_KEYS = ("weights", "input_activations")
 _ARG_TYPES: dict[str, tuple[type, str]] = {
     "num_bits": (int, "a whole number"),
-    "type": (str, "int or float"),
+    "type": (str, "int, float or gguf"),
     "strategy": (str, "text"),
     "symmetric": (bool, "true or false"),
     "dynamic": (bool, "true or false"),
@@ -201,12 +201,16 @@ class Policy:
     def decide(self, site: SiteInfo) -> Decision:
         """What ``site`` gets: the first matching rule's scheme, else a convention's, else the default.
 
-        A weight without elements is kept: it has no values, and reductions over none of them have no result.
+        A weight without elements is kept: it has no values, and reductions over none of them have no result. One whose size the
+        scheme cannot have is kept too, which is a refusal.
         """
         found = self._decide(site)
-        if found.scheme is None or site.n * site.k:
+        if found.scheme is None:
             return found
-        return replace(found, scheme=None, reason=f"kept: {site.n} x {site.k} has no elements to quantize")
+        if not site.n * site.k:
+            return replace(found, scheme=None, reason=f"kept: {site.n} x {site.k} has no elements to quantize")
+        refusal = family_of(found.scheme).takes_size(found.scheme, site.n, site.k)
+        return found if refusal is None else replace(found, scheme=None, reason=refusal.reason, refused=True)
 
     def _decide(self, site: SiteInfo) -> Decision:
         for index, rule in enumerate(self.rules):

@@ -215,6 +215,11 @@ def cache_scale_key(layer: str, side: str) -> str:
 TWO_SCHEMES = "the policy gives its two weights different schemes; an expert block has one"
 
 
+def one_refuses(name: str, reason: str) -> str:
+    """Why an expert block is kept one of whose weights cannot have its scheme."""
+    return f"{name.rpartition('.')[2]} refuses, and an expert block has one scheme: {reason}"
+
+
 @dataclass(frozen=True)
 class Decision:
     """What a policy says of one weight.

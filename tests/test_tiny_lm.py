@@ -34,7 +34,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 WHOLE = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W8A16", "W4A16", "W4A16_ASYM")
-BY_LAYER = tuple(name for name in textbook.SCHEMES if name not in WHOLE)
+# Of GGUF types, which share their path, one with scales and one with scales of scales; blocks of 256 do not fit the MoE's experts.
+GGUF = ("GGUF_Q8_0", "GGUF_Q4_K")
+TESTED = tuple(name for name in textbook.SCHEMES if not name.startswith("GGUF") or name in GGUF)
+BY_LAYER = tuple(name for name in TESTED if name not in WHOLE)
 LENGTH, WINDOWS, CALIBRATION = 384, 6, 2
 # Product and textbook differ by the order of f32 sums, by where bf16 rounds between fused nodes, and by codes that fall
 # on the other side of a tie because of either: far below this.
@@ -153,7 +156,7 @@ def check_moe_report(model: Any) -> None:
     assert kept == {"embed_tokens", "gate", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"}
 
 
-@pytest.mark.parametrize("name", list(textbook.SCHEMES))
+@pytest.mark.parametrize("name", [name for name in TESTED if textbook.SCHEMES[name].block <= 128])
 def test_moe_has_the_textbook_perplexity(name: str, moe: Moe, tmp_path: Path, plain_inductor: CompileCounter) -> None:
     model = demo.load("moe").model
     policy = policy_of(name, model, moe.batches, tmp_path)

@@ -159,6 +159,31 @@ def fake_mxfp4(x: Tensor) -> Tensor:
     return round_float(x / step, E2M1) * step
 
 
+BLOCKS = {
+    "Q8_0": 32, "Q6_K": 256, "Q5_K": 256, "Q5_1": 32, "Q5_0": 32, "Q4_K": 256, "Q4_1": 32, "Q4_0": 32, "IQ4_NL": 32, "IQ4_XS": 256,
+    "MXFP4": 32, "Q3_K": 256, "Q2_K": 256, "TQ2_0": 256, "TQ1_0": 256,
+}  # fmt: skip
+"""Weights in a block of each GGUF type that can be quantized to."""
+
+
+def fake_gguf(w: Tensor, name: str) -> Tensor:
+    """[n, k] f32 after a GGUF type and back, by the ``gguf`` package.
+
+    It has no quantizer of types whose scales are searched for: of these the bytes are the product's and the numbers the package's.
+    """
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    from quant_compile.ir.ggml.encode import encode
+
+    kind = GGMLQuantizationType[name]
+    try:
+        blocks = quantize(w.cpu().numpy(), kind)
+    except NotImplementedError:
+        blocks = encode(name.lower(), w.cpu()).numpy()
+    return torch.from_numpy(dequantize(blocks, kind)).to(w.device)
+
+
 WeightRule = Callable[[Tensor, torch.dtype], Tensor]
 InputRule = Callable[[Tensor, Tensor], Tensor]
 
@@ -171,11 +196,17 @@ class Textbook:
         weight: (w f32 [n, k], dtype it was stored in) -> w f32 as quantization leaves it.
         inputs: (x f32 [..., k], calibrated amax or an empty tensor) -> x f32 as quantization leaves it; None keeps x.
         static: the input's amax comes from calibration.
+        block: weights whose k is no multiple of it stay as they are, and with one of its weights an expert block.
     """
 
     weight: WeightRule
     inputs: InputRule | None = None
     static: bool = False
+    block: int = 1
+
+
+def _gguf(name: str, block: int) -> Textbook:
+    return Textbook(lambda w, _: fake_gguf(w, name), block=block)
 
 
 def _int4(group: int | None, symmetric: bool = True) -> Textbook:
@@ -215,6 +246,7 @@ SCHEMES: Mapping[str, Textbook] = {
     "NVFP4A16": Textbook(lambda w, _: fake_nvfp4(w, by_tensor(w))),
     "MXFP4": Textbook(lambda w, _: fake_mxfp4(w), lambda x, _: fake_mxfp4(x)),
     "MXFP4A16": Textbook(lambda w, _: fake_mxfp4(w)),
+    **{f"GGUF_{name}": _gguf(name, block) for name, block in BLOCKS.items()},
 }
 
 
@@ -351,6 +383,7 @@ def fake_quant_model(
         for name, module in made.named_modules()
         if (isinstance(module, nn.Linear) or is_experts(module))
         and not any(name == end or name.endswith("." + end) for end in keep)
+        and not any(p.shape[-1] % scheme.block for p in module.parameters() if p.dim() > 1)
     ]
     if not targets:
         raise ValueError("the model has no linear to replace")

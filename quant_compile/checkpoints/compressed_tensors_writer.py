@@ -22,7 +22,7 @@ from quant_compile.checkpoints.description import alike, matches
 from quant_compile.checkpoints.errors import SaveError
 from quant_compile.checkpoints.weight import nibbles, unpack_bits, words
 from quant_compile.ir.family import Planes, Reject
-from quant_compile.ir.scheme import QuantArgs, Scheme
+from quant_compile.ir.scheme import GGUF, QuantArgs, Scheme
 
 DENSE = "dense"  # format of a checkpoint whose weights are as they were
 
@@ -56,6 +56,8 @@ def form_of(scheme: Scheme, n: int, k: int) -> Form | Reject:
 
 
 def _refusal(w: QuantArgs, a: QuantArgs | None, k: int) -> str | None:
+    if w.type == GGUF:
+        return "the format has no blocks of GGUF"
     if "e5m2" in (w.format, a.format if a is not None else None):
         return "the format's 8-bit floats are e4m3"
     if w.strategy == "channel_group" or (not w.symmetric and a is not None):

@@ -36,6 +36,10 @@ class NoKernelError(QuantError, RuntimeError):
         super().__init__("\n".join(lines))
 
 
+class MissingLibraryError(QuantError, ImportError):
+    """An optional library is needed that is not installed; names the command that installs it."""
+
+
 class GradModeError(QuantError, RuntimeError):
     """The model was called with gradients enabled; quantized graphs are for inference only."""
 

@@ -65,6 +65,8 @@ class Family:
         linear: ``(x planes, w planes, bias | None, scheme, dtype) -> [..., n] dtype``.
         row_block: rows that share a scale; a row range that is a multiple of it can be cut from the planes.
         largest_input: the magnitude that an input has under a calibrated scale of 1; calibration divides by it.
+        takes_size: ``(scheme, n, k) -> None | Reject``: whether a weight [n, k] can have the scheme; one that cannot stays as it is.
+        quantizes: ``scheme -> None | Reject``: whether ``quantize_weight`` can be called; else planes come from a checkpoint alone.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Family:
     linear: Callable[[Planes, Planes, Tensor | None, Scheme, torch.dtype], Tensor]
     row_block: Callable[[Scheme], int] = lambda scheme: 1
     largest_input: Callable[[Scheme], float] = _largest_code
+    takes_size: Callable[[Scheme, int, int], Reject | None] = lambda scheme, n, k: None
+    quantizes: Callable[[Scheme], Reject | None] = lambda scheme: None
 
 
 FAMILIES: list[Family] = []

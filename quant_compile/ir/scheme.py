@@ -13,8 +13,10 @@ from functools import lru_cache
 from typing import Any, cast
 
 from quant_compile.ir.errors import SchemeError
+from quant_compile.ir.ggml.types import TYPES as BLOCKS
 
-TYPES = ("int", "float")
+GGUF = "gguf"
+TYPES = ("int", "float", GGUF)
 STRATEGIES = ("tensor", "channel", "token", "group", "block", "tensor_group", "channel_group")
 GROUPED = ("group", "tensor_group", "channel_group")
 FORMAT_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4}
@@ -27,13 +29,13 @@ class QuantArgs:
 
     Attributes:
         num_bits: bits of one code.
-        type: ``int`` or ``float``.
+        type: ``int``, ``float``, or ``gguf``: blocks of a GGUF type, which ``format`` names and which says everything else.
         strategy: what shares one scale: tensor, channel (a weight's row), token (an activation's row), group
             (``group_size`` consecutive k), block (``block_structure`` = rows x columns), tensor_group (group scales
             below a tensor scale), channel_group (small integer scales of groups below a channel scale).
         symmetric: no zero point.
         dynamic: the scale is computed from the data at run time; else it is fixed beforehand.
-        format: float codes only: e4m3 or e5m2 at 8 bits, e2m1 at 4.
+        format: float codes: e4m3 or e5m2 at 8 bits, e2m1 at 4; of blocks their type: q4_k.
     """
 
     num_bits: int
@@ -50,12 +52,19 @@ class QuantArgs:
             raise SchemeError(f"type must be one of {', '.join(TYPES)}, got {self.type!r}")
         if self.strategy not in STRATEGIES:
             raise SchemeError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.type == GGUF:
+            self._check_blocks()
+            return
         if self.type == "float" and self.format is None:
             object.__setattr__(self, "format", {8: "e4m3", 4: "e2m1"}.get(self.num_bits))
         if self.format is not None and (self.type != "float" or self.format not in FORMATS):
             raise SchemeError(f"format {self.format!r} needs type float and one of {', '.join(FORMATS)}")
         if self.format is not None and FORMAT_BITS[self.format] != self.num_bits:
             raise SchemeError(f"format {self.format} has {FORMAT_BITS[self.format]} bits, not {self.num_bits}")
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        """What shares a scale is said once."""
         if self.block_structure is not None:
             rows, columns = self.block_structure
             object.__setattr__(self, "block_structure", (int(rows), int(columns)))
@@ -66,9 +75,28 @@ class QuantArgs:
         if (self.strategy == "block") != (self.block_structure is not None):
             raise SchemeError(f"strategy {self.strategy} and block_structure {self.block_structure} contradict")
 
+    def _check_blocks(self) -> None:
+        if self.format is not None:
+            object.__setattr__(self, "format", self.format.lower())
+        known = _block_fields(self.format)
+        wrong = [field for field, value in known.items() if getattr(self, field) != value]
+        if wrong or not self.symmetric or self.dynamic or self.block_structure is not None:
+            raise SchemeError(f"type {GGUF} has the fields type and format alone; {self.format} says the others")
+
+    @staticmethod
+    def of_blocks(format: str) -> QuantArgs:
+        """The weights of a GGUF type.
+
+        Raises:
+            SchemeError: there is no such type.
+        """
+        return QuantArgs(type=GGUF, format=format, **_block_fields(format))
+
     @property
     def spec(self) -> str:
-        """The arguments as one dotted word, e.g. ``fp8e4m3.token.dynamic`` or ``int4.group128.asym``."""
+        """The arguments as one dotted word, e.g. ``fp8e4m3.token.dynamic``, ``int4.group128.asym`` or ``gguf.q4_k``."""
+        if self.type == GGUF:
+            return f"{GGUF}.{self.format}"
         kind = f"fp{self.num_bits}{self.format}" if self.type == "float" else f"int{self.num_bits}"
         strategy = self.strategy
         if self.group_size is not None:
@@ -86,6 +114,8 @@ class QuantArgs:
             raise SchemeError(
                 f"{where}: unknown field {sorted(unknown)[0]!r}; valid fields: {', '.join(sorted(known))}"
             )
+        if data.get("type") == GGUF:
+            data = _of_blocks(data, where)
         missing = {"num_bits", "type", "strategy"} - set(data)
         if missing:
             raise SchemeError(f"{where}: field {sorted(missing)[0]!r} is missing")
@@ -103,6 +133,8 @@ class QuantArgs:
     def from_spec(spec: str) -> QuantArgs:
         """Inverse of ``spec``."""
         kind, strategy, *flags = spec.split(".")
+        if kind == GGUF:
+            return QuantArgs.of_blocks(strategy)
         data: dict[str, Any] = {"symmetric": "asym" not in flags, "dynamic": "dynamic" in flags}
         if kind.startswith("fp"):
             bits = kind[2:].split("e")[0]
@@ -116,6 +148,25 @@ class QuantArgs:
         elif size:
             data["group_size"] = int(size)
         return QuantArgs(strategy=name, **data)
+
+
+def _block_fields(format: str | None) -> dict[str, Any]:
+    """What a GGUF type says of the other fields.
+
+    Raises:
+        SchemeError: there is no such type.
+    """
+    block = BLOCKS.get((format or "").lower())
+    if block is None:
+        raise SchemeError(f"type {GGUF} needs a format, one of {', '.join(BLOCKS)}; got {format!r}")
+    return {"num_bits": block.bits, "strategy": "group", "group_size": block.size}
+
+
+def _of_blocks(data: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    try:
+        return _block_fields(data.get("format")) | dict(data)
+    except SchemeError as error:
+        raise SchemeError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -163,6 +214,8 @@ class Scheme:
 
 
 def _set_fields(args: QuantArgs) -> dict[str, Any]:
+    if args.type == GGUF:
+        return {"type": args.type, "format": args.format}
     out: dict[str, Any] = {}
     for field in fields(QuantArgs):
         value = getattr(args, field.name)

@@ -24,7 +24,7 @@ from quant_compile.ir.errors import MissingScalesError, ReleasedWeightError, Sta
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import NONE, MoeProblem
 from quant_compile.ir.numerics import all_finite
-from quant_compile.ir.scheme import parse
+from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, is_lent, peek_anchor, signature_of
 from quant_compile.lowering.moe import moe_layouts
 from quant_compile.lowering.registry import Layout, Problem, layouts
@@ -377,6 +377,8 @@ class WeightStore:
                 experts, rows, columns = key.shape_of(parameter)
                 size = (columns, rows) if key.transposed else (rows, columns)
                 if other is None:
+                    if key.spec != NONE:
+                        _check_scheme(parse(key.spec), name)
                     with _plain_tensors():
                         source: Tensor | Planes = parameter.detach().reshape(key.shape_of(parameter))
                         _check_values(parameter, source, name)
@@ -743,9 +745,10 @@ def quantize(parameter: Parameter, key: Key, name: str) -> Planes:
     """Row-form planes of a weight, on its own device, in chunks of rows; cast to the key's dtype first, as autocast does.
 
     Raises:
-        WeightError: the weight has NaN or inf, is on the meta device, or is not floating point.
+        WeightError: the weight has NaN or inf, is on the meta device, or is not floating point; nothing makes the scheme's planes.
     """
     scheme = parse(key.spec)
+    _check_scheme(scheme, name)
     with _plain_tensors():
         weight = parameter.detach().reshape(key.shape_of(parameter))
         if not parameter.is_meta and parameter.dtype.is_floating_point:
@@ -799,6 +802,17 @@ def _quantize_expert(stored: Tensor, key: Key) -> Planes:
     weight = weight.to(key.dtype).contiguous()
     scheme = None if key.spec == NONE else parse(key.spec)
     return (weight,) if scheme is None else family_of(scheme).quantize_weight(weight, scheme)
+
+
+def _check_scheme(scheme: Scheme, name: str) -> None:
+    """Refuse schemes that only a checkpoint brings.
+
+    Raises:
+        WeightError: nothing here makes planes of the scheme.
+    """
+    refusal = family_of(scheme).quantizes(scheme)
+    if refusal is not None:
+        raise WeightError(f"{name} cannot be quantized to {scheme.spec}: {refusal.reason}")
 
 
 def _check_values(parameter: Parameter, weight: Tensor, name: str) -> None:

@@ -213,7 +213,7 @@ class Ledger:
             return False, "not compiled yet"
         decision = session.policy.decide(weight.site)
         if decision.scheme is None:
-            return False, decision.reason
+            return decision.refused, decision.reason
         return True, f"{decision.scheme.spec} by the policy, but no compiled graph has read it as a linear"
 
 

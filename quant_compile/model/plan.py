@@ -26,7 +26,7 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.model.places import parameters_of
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
-from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, scale_key, strict_error
+from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, one_refuses, scale_key, strict_error
 
 
 @dataclass(frozen=True)
@@ -223,18 +223,18 @@ def _entry(policy: Decides, weight: Weight) -> PlanEntry:
 def _one_scheme_a_block(entries: Sequence[PlanEntry]) -> tuple[PlanEntry, ...]:
     """Entries, those of expert blocks whose weights would have different schemes kept, as the runtime keeps them."""
     schemes: dict[str, set[str]] = {}
+    refusals: dict[str, str] = {}
     for entry in entries:
         schemes.setdefault(entry.block, set()).add(entry.scheme)
-    return tuple(
-        replace(
-            entry,
-            decision=replace(entry.decision, scheme=None, reason=TWO_SCHEMES, refused=True),
-            bytes_after=entry.bytes_before,
-        )
-        if entry.block and len(schemes[entry.block]) > 1
-        else entry
-        for entry in entries
-    )
+        if entry.decision.refused:
+            refusals.setdefault(entry.block, one_refuses(entry.names[0], entry.decision.reason))
+
+    def kept(entry: PlanEntry) -> PlanEntry:
+        reason = refusals.get(entry.block, TWO_SCHEMES)
+        decision = replace(entry.decision, scheme=None, reason=reason, refused=True)
+        return replace(entry, decision=decision, bytes_after=entry.bytes_before)
+
+    return tuple(kept(entry) if entry.block and len(schemes[entry.block]) > 1 else entry for entry in entries)
 
 
 def _without_scales(static: Sequence[PlanEntry], path: Path | None) -> str | None:

@@ -37,7 +37,7 @@ from quant_compile.model.names import Names, Owners
 from quant_compile.model.weights import expert_site, linear_weights
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes.plan import SiteDecision
-from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, strict_error
+from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, one_refuses, strict_error
 from quant_compile.runtime.guard import Compare, Guard, uncompared
 from quant_compile.runtime.merges import notice
 
@@ -174,7 +174,7 @@ class Decider:
                 role=self._role(site.slot, known),
             )
             decision = self._served(policy.decide(info), partial(_linear_problem, site))
-            decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0])
+            decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0], decision.refused)
             if decision.scheme is not None and decision.scheme.static:
                 self._load_scale(parameter, full)
         for block in self.found.blocks:
@@ -265,6 +265,9 @@ class Decider:
         ]
         first, second = found
         name = first.name.rpartition(".")[0] or first.name
+        refused = next((part for part in found if part.refused), None)
+        if refused is not None:
+            return SiteDecision(None, one_refuses(refused.name, refused.reason), name, refused=True)
         if first.scheme != second.scheme:
             return SiteDecision(None, TWO_SCHEMES, name, refused=True)
         if (
@@ -294,7 +297,7 @@ class Decider:
         decision = self._served(self.source.policy.decide(info), problem)
         if decision.scheme is not None and decision.scheme.static:
             self._load_scale(parameter, full)
-        return SiteDecision(decision.scheme, decision.reason, full[0])
+        return SiteDecision(decision.scheme, decision.reason, full[0], decision.refused)
 
     def _served(self, decision: Decision, problem: Callable[[Scheme], Problem | MoeProblem]) -> Decision:
         """The decision, or what the policy's fallback puts in its place where only that has kernels here."""
@@ -348,8 +351,8 @@ class Decider:
         else:
             info = expert_site(known.rules, known.module_class, parameter)
         decision = self.source.policy.decide(info)
-        record.named = decision.scheme is not None
-        if not record.named:
+        record.named = decision.scheme is not None or decision.refused
+        if decision.scheme is None:
             record.reason = decision.reason
 
     def _load_scale(self, parameter: Parameter, names: tuple[str, ...]) -> None:

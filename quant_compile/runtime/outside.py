@@ -128,6 +128,7 @@ class Outside:
                 record = LEDGER.record(parameter)
                 if decision.scheme is None:
                     record.reason = record.reason or decision.reason
+                    record.named |= decision.refused
                     continue
                 reason = _reason(found, ran)
                 record.named = True

@@ -127,4 +127,5 @@ def _miss(modules: Iterable[nn.Module], models: Iterable[nn.Module], policy: Dec
         for weight in linear_weights(module):
             record = LEDGER.record(weight.parameter)
             record.misses["torch's recompile limit is reached, so some calls run eagerly"] = None
-            record.named = policy.decide(sites.get(id(weight.parameter), weight.site)).scheme is not None
+            decision = policy.decide(sites.get(id(weight.parameter), weight.site))
+            record.named = decision.scheme is not None or decision.refused

@@ -14,7 +14,14 @@ from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch
 
-SPECS = [*PRESETS, "int4.group32+16", "int4.channel.asym+16", "fp8e4m3.channel+16"]
+K = 96
+# Of GGUF types those that have blocks of 32 and a quantizer.
+ABLE = [
+    name
+    for name, scheme in PRESETS.items()
+    if family_of(scheme).takes_size(scheme, 7, K) is None and family_of(scheme).quantizes(scheme) is None
+]
+SPECS = [*ABLE, "int4.group32+16", "int4.channel.asym+16", "fp8e4m3.channel+16"]
 SHAPES = [(5, 96), (2, 3, 96), (0, 96), (96,)]
 
 
