@@ -103,7 +103,9 @@ def plan_of(problem: Attention, target: Target) -> Plan:
         return Plan(128, 64, 4 if newer else 8, 3)
     if size <= 128:
         whole = problem.head_size == pow2(problem.head_size) and problem.value_size == pow2(problem.value_size)
-        return (Plan(128, 128, 8, 2) if whole else Plan(128, 64, 8, 3)) if newer else Plan(128, 32, 8, 2)
+        if whole and target.arch == 90:
+            return Plan(128, 128, 8, 2)  # more than registers hold on sm100
+        return Plan(128, 64, 8, 3) if newer else Plan(128, 32, 8, 2)
     return Plan(64, 32, 8, 2)
 
 
