@@ -37,10 +37,10 @@ def problem(
 
 
 def unserved(spec: str, target: str) -> bool:
-    """No kernel of this GPU multiplies such weights by such inputs: 8-bit floats below sm89, FP4 inputs below sm100, GGUF blocks."""
+    """No kernel of this GPU multiplies such weights by such inputs: 8-bit floats below sm89, FP4 inputs below sm100, GGUF's NVFP4."""
     scheme = parse(spec)
     if scheme.weights.type == "gguf":
-        return target != "cpu"
+        return target != "cpu" and scheme.weights.format == "nvfp4"
     arch = 999 if target == "cpu" else int(target.removeprefix("sm"))
     args = [a for a in (scheme.weights, scheme.input_activations) if a is not None and a.type == "float"]
     a = scheme.input_activations
