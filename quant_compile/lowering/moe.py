@@ -48,6 +48,7 @@ class MoeKernel:
             x planes are data [T, H] contiguous, then scale [T, s] or [1]. T is at least 1. ids may be any integer dtype and
             hold values outside of 0..E-1, which add nothing. Must not synchronize with the host on a GPU.
         reference: slow and exact; on a GPU only used when the policy or the options allow it.
+        only_pinned: as for a kernel of linears.
         ungated: also runs experts without a gate.
     """
 
@@ -58,6 +59,7 @@ class MoeKernel:
         [Planes, Tensor, Tensor | None, Planes, Tensor | None, Planes, Tensor | None, Tensor | None, MoeProblem], Tensor
     ]
     reference: bool = False
+    only_pinned: str | None = None
     ungated: bool = False
 
 

@@ -75,6 +75,7 @@ class Kernel:
             (groups: [m, g]); for 16-bit inputs the one plane is x [m, k]. m is at least 1.
         column_scales: needs the input's group scales in column-major order (stride 1 along m).
         reference: slow and exact; on a GPU only used when the policy or the options allow it.
+        only_pinned: why it is never chosen, only pinned: it computes less exactly than the scheme says. None: it may be chosen.
         prepare: compile for m rows on a device, where that takes seconds; may run in threads (``lowering.ahead``).
         recorded: ``(problem, m, target) -> plan``: ``run`` may be recorded in Inductor's graph for m rows, which launches it
             itself then. A launch for m rows serves fewer, too. A plan of None: not for this m. Without: never.
@@ -86,6 +87,7 @@ class Kernel:
     run: Run
     column_scales: bool = False
     reference: bool = False
+    only_pinned: str | None = None
     prepare: Prepare | None = None
     recorded: Callable[[Problem, int, Target], object | None] | None = None
 

@@ -138,6 +138,8 @@ class _Fitting(Protocol):
     @property
     def reference(self) -> bool: ...
     @property
+    def only_pinned(self) -> str | None: ...
+    @property
     def fit(self) -> Callable[[Any, int, Target], Rank | Reject]: ...
 
 
@@ -151,6 +153,8 @@ def answers_of(
             out[name] = f"the options pin {problem.scheme.spec} to {pin}"
         elif kernel.reference and pin is None and target.device != "cpu" and not request.allow_reference:
             out[name] = "the torch reference on a GPU needs allow_reference: true"
+        elif kernel.only_pinned is not None and pin is None:
+            out[name] = kernel.only_pinned
         else:
             answer = kernel.fit(problem, bucket, target)
             out[name] = answer.reason if isinstance(answer, Reject) else answer.cost

@@ -24,6 +24,9 @@ SCHEMAS = (
     "Tensor _a_ssums, Tensor! _out_feats) -> ()",
     "qserve_w4a8_per_group_gemm(Tensor _in_feats, Tensor _kernel, Tensor _zeros, Tensor _scales_i8, Tensor _wscales, "
     "Tensor _ascales, Tensor! _out_feats) -> ()",
+    "ggml_dequantize(Tensor W, int type, SymInt m, SymInt n, ScalarType? dtype) -> Tensor",
+    "ggml_mul_mat_vec_a8(Tensor W, Tensor X, int type, SymInt row) -> Tensor",
+    "ggml_mul_mat_a8(Tensor W, Tensor X, int type, SymInt row) -> Tensor",
 )
 NAMESPACE = "sgl_kernel_doubles"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")

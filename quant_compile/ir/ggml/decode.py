@@ -140,7 +140,7 @@ def _tq1_0(b: Tensor) -> Tensor:
 # --- scales of scales ---
 
 
-def _six_bits(b: Tensor) -> tuple[Tensor, Tensor]:
+def six_bits(b: Tensor) -> tuple[Tensor, Tensor]:
     """12 bytes -> 8 scales and 8 minima of 6 bits, as q4_k and q5_k have them: the last four of each give their high bits to the first."""
     first, second, rest = b[..., :4], b[..., 4:8], b[..., 8:]
     scales = torch.cat((first & 63, (rest & 15) | ((first >> 2) & 48)), -1)
@@ -167,12 +167,12 @@ def _q3_k(b: Tensor) -> Tensor:
 
 
 def _q4_k(b: Tensor) -> Tensor:
-    scales, minima = _six_bits(b[..., 4:16])
+    scales, minima = six_bits(b[..., 4:16])
     return _affine(_half_at(b, 0), scales, _half_at(b, 2), minima, fields(b[..., 16:], 32, 4))
 
 
 def _q5_k(b: Tensor) -> Tensor:
-    scales, minima = _six_bits(b[..., 4:16])
+    scales, minima = six_bits(b[..., 4:16])
     codes = fields(b[..., 48:], 32, 4) | (fields(b[..., 16:48], 32, 1) << 4)
     return _affine(_half_at(b, 0), scales, _half_at(b, 2), minima, codes)
 

@@ -172,10 +172,12 @@ def _mxfp4(x: Tensor) -> Tensor:
 # --- by a search ---
 
 
-def _six_bits(scales: Tensor, minima: Tensor) -> Tensor:
-    """Inverse of ``decode._six_bits``: [b, 8] each -> [b, 12]."""
-    low = torch.cat((scales[:, :4] | (scales[:, 4:] >> 4 << 6), minima[:, :4] | (minima[:, 4:] >> 4 << 6)), -1)
-    return torch.cat((low, (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)), -1).to(torch.uint8)
+def six_bits(scales: Tensor, minima: Tensor) -> Tensor:
+    """Inverse of ``decode.six_bits``: [.., 8] each -> [.., 12]."""
+    (first, last), (low, high) = scales.split(4, -1), minima.split(4, -1)
+    return torch.cat((first | (last >> 4 << 6), low | (high >> 4 << 6), (last & 15) | ((high & 15) << 4)), -1).to(
+        torch.uint8
+    )
 
 
 def _q2_k(x: Tensor) -> Tensor:
@@ -193,13 +195,13 @@ def _q3_k(x: Tensor) -> Tensor:
 
 def _q4_k(x: Tensor) -> Tensor:
     found = search.affine(x, 32, 15, 63)
-    head = half_bytes(found.d), half_bytes(found.dmin), _six_bits(found.scales, found.minima)
+    head = half_bytes(found.d), half_bytes(found.dmin), six_bits(found.scales, found.minima)
     return torch.cat((*head, fields(found.codes, 32, 4)), -1)
 
 
 def _q5_k(x: Tensor) -> Tensor:
     found = search.affine(x, 32, 31, 63)
-    head = half_bytes(found.d), half_bytes(found.dmin), _six_bits(found.scales, found.minima)
+    head = half_bytes(found.d), half_bytes(found.dmin), six_bits(found.scales, found.minima)
     return torch.cat((*head, fields(found.codes >> 4, 32, 1), fields(found.codes & 15, 32, 4)), -1)
 
 
