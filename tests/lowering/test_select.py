@@ -15,8 +15,8 @@ from quant_compile.ir.errors import NoKernelError, OptionError
 from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import PRESETS, parse
-from quant_compile.lowering.moe import choose_moe
 from quant_compile.lowering.kernels.gguf import triton_gguf
+from quant_compile.lowering.moe import choose_moe
 from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, Dispatch, Request, bucket_of, choose, fits, parse_dispatch
 from quant_compile.lowering.target import FAKE_OPS, FAKE_SM_COUNT, Target, default_policy

@@ -218,7 +218,10 @@ def _llama(f: Facts) -> Config:
     """Llama, Mistral and Mixtral, which files call by one name."""
     out = _base(f)
     if f.get("expert_count", int, 0):
-        experts = {"num_local_experts": f.need("expert_count", int), "num_experts_per_tok": f.need("expert_used_count", int)}
+        experts = {
+            "num_local_experts": f.need("expert_count", int),
+            "num_experts_per_tok": f.need("expert_used_count", int),
+        }
         return {**out, "model_type": "mixtral", **experts, "sliding_window": f.get("attention.sliding_window", int)}
     if "mistral" in f.files.head.get("general.name", str, "").lower() and not f.has("blk.0.attn_q.bias"):
         return {**out, "model_type": "mistral", "sliding_window": f.get("attention.sliding_window", int)}
@@ -231,7 +234,12 @@ def _qwen2(f: Facts) -> Config:
 
 
 def _qwen3(f: Facts) -> Config:
-    return {**_base(f), "model_type": "qwen3", "use_sliding_window": False, "attention_bias": f.has("blk.0.attn_q.bias")}
+    return {
+        **_base(f),
+        "model_type": "qwen3",
+        "use_sliding_window": False,
+        "attention_bias": f.has("blk.0.attn_q.bias"),
+    }
 
 
 def _qwen2moe(f: Facts) -> Config:
@@ -252,7 +260,9 @@ def _qwen3moe(f: Facts) -> Config:
 def _gemma(f: Facts, largest: int) -> Config:
     """``largest``: layers of the model whose attention is scaled by its hidden size, and not by that of its heads."""
     out = _base(f)
-    scalar = out["hidden_size"] // out["num_attention_heads"] if out["num_hidden_layers"] == largest else out["head_dim"]
+    scalar = (
+        out["hidden_size"] // out["num_attention_heads"] if out["num_hidden_layers"] == largest else out["head_dim"]
+    )
     scale = f.get("attention.scale", float)
     return {
         **out, "query_pre_attn_scalar": scalar if scale is None else scale**-2, "sliding_window": f.need("attention.sliding_window", int),
@@ -270,7 +280,10 @@ def _gemma2(f: Facts) -> Config:
 def _gemma3(f: Facts) -> Config:
     out = _gemma(f, largest=62)
     every = f.get("attention.sliding_window_pattern", int, 6)
-    kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(min(out["num_hidden_layers"], 1 << 16))]
+    kinds = [
+        "sliding_attention" if (i + 1) % every else "full_attention"
+        for i in range(min(out["num_hidden_layers"], 1 << 16))
+    ]
     whole = {**out["rope_parameters"], "rope_theta": f.get("rope.freq_base", float, 1e6)}
     local = {"rope_type": "default", "rope_theta": f.get("rope.freq_base_swa", float, 10000.0)}
     ropes = {"full_attention": whole, "sliding_attention": local}
@@ -322,7 +335,12 @@ def _deepseek2(f: Facts) -> Config:
         more = {"norm_topk_prob": f.get("expert_weights_norm", bool, True), "n_group": groups, "topk_group": used}
         return {**out, "model_type": "deepseek_v3", **more}
     method = "group_limited_greedy" if groups > 1 else "greedy"
-    more = {"topk_method": method, "n_group": groups, "topk_group": used, "norm_topk_prob": f.get("expert_weights_norm", bool, False)}
+    more = {
+        "topk_method": method,
+        "n_group": groups,
+        "topk_group": used,
+        "norm_topk_prob": f.get("expert_weights_norm", bool, False),
+    }
     return {**out, "model_type": "deepseek_v2", **more}
 
 

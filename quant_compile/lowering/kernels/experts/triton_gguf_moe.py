@@ -40,7 +40,7 @@ from quant_compile.lowering.kernels.experts._frame import (
 )
 from quant_compile.lowering.kernels.gguf import triton_gguf as dense
 from quant_compile.lowering.kernels.gguf import triton_gguf_mxfp4
-from quant_compile.lowering.kernels.gguf.triton_gguf import BYTE, FAR, GROUP, NEAR, FORMS, Form, weight_of
+from quant_compile.lowering.kernels.gguf.triton_gguf import BYTE, FAR, FORMS, GROUP, NEAR, Form, weight_of
 from quant_compile.lowering.moe import MoeKernel, MoeLayout
 from quant_compile.lowering.registry import Layout, Problem, Rank
 from quant_compile.lowering.schemes.gguf import block_of
