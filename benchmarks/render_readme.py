@@ -201,8 +201,8 @@ def attention_decode(results: Path) -> str:
     ]  # fmt: skip
     text = (
         "**Attention of one decode step**, microseconds, cold L2; in parentheses the share of what the bytes of K and V take at "
-        f"the rate of a copy ({result['settings']['copy_gb_per_s']:.0f} GB/s, read and written: reading alone can be faster). e4m3: a scale "
-        f"for each token and head. `no mask`: over the filled tokens alone, which a static graph cannot know. {place(result, 'triton')}."
+        f"the rate of a copy ({result['settings']['copy_gb_per_s']:.0f} GB/s, read and written: reading alone can be faster). e4m3: a "
+        f"scale for each token and head. `no mask`: over the filled tokens alone, which a static graph cannot know. {place(result, 'triton')}."
     )
     return "\n\n".join([text, markdown(header, lines)])
 
@@ -236,8 +236,8 @@ def attention_prefill(results: Path) -> str:
     ]
     text = (
         "**Attention of a prompt under a mask**, 32 heads over 8 of 128, a static cache with room for 64 tokens more, microseconds; "
-        "tiles are queries x keys of a program of `triton_prefill`, its reading of the mask and of codes included. Without a mask torch's flash "
-        f"attention reads the prompt's own K and V. {place(result, 'triton')}."
+        "tiles are queries x keys of a program of `triton_prefill`, its reading of the mask and of codes included. Without a mask "
+        f"torch's flash attention reads the prompt's own K and V. {place(result, 'triton')}."
     )
     return "\n\n".join([text, markdown(["sequences x tokens", "cache", *PREFILL], lines)])
 

@@ -196,7 +196,7 @@ def scales_of(name: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
     second = _half_at(blocks, 2)
     if name == "q4_1":
         return d, second
-    scales, minima = _six_bits(blocks[..., 4:16])
+    scales, minima = six_bits(blocks[..., 4:16])
     return d * scales.float(), -(second * minima.float())
 
 
