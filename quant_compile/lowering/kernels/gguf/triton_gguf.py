@@ -84,7 +84,8 @@ def form_of(problem: Problem) -> Form:
 
 def planes(problem: Problem) -> tuple[PlaneSpec, ...]:
     """Specs of ``data``, ``high``, ``scale`` and ``super``, those that the type has."""
-    name, n, k = block_of(problem.scheme).name, problem.n, problem.k
+    block, n = block_of(problem.scheme), problem.n
+    name, k = block.name, ceil(problem.k, block.size) * block.size
     if name == "q8_0":
         return PlaneSpec("data", (n, k), torch.int8), PlaneSpec("scale", (n, k // 32), torch.float16)
     data = PlaneSpec("data", (n, k // 2), torch.uint8)

@@ -16,6 +16,7 @@ from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
 from quant_compile.ir.ggml import decode as ggml
 from quant_compile.ir.ggml import encode as to_bytes
 from quant_compile.ir.scheme import parse
+from quant_compile.lowering.kernels._launch import ceil
 from quant_compile.lowering.kernels.fp4 import triton_fp4a16
 from quant_compile.lowering.registry import Fit, Kernel, Layout, Problem, Rank, Run
 from quant_compile.lowering.schemes.gguf import block_of
@@ -29,8 +30,9 @@ def same_numbers(problem: Problem) -> Problem:
 
 def planes(problem: Problem) -> tuple[PlaneSpec, ...]:
     """``data`` and ``scale``."""
-    data = PlaneSpec("data", (problem.n, problem.k // 2), torch.uint8)
-    return data, PlaneSpec("scale", (problem.n, problem.k // 32), torch.uint8)
+    groups = ceil(problem.k, 32)
+    data = PlaneSpec("data", (problem.n, groups * 16), torch.uint8)
+    return data, PlaneSpec("scale", (problem.n, groups), torch.uint8)
 
 
 def pack(row_form: Planes, problem: Problem) -> Planes:
