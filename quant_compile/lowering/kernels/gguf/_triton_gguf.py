@@ -286,22 +286,16 @@ def _scale_words(s_ptr, d_ptr, KIND: tl.constexpr):
     return s_out, d_out
 
 
-@triton.jit(do_not_specialize=["m"])
-def gemv_kernel(
-    x_ptr, w_ptr, h_ptr, s_ptr, d_ptr, bias_ptr, y_ptr, m, n, groups, near, far, byte, zero,
+@triton.jit
+def _dots(
+    x_rows, rows, w_ptr, h_ptr, s_ptr, d_ptr, groups, near, far, byte, zero,
     M: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
-    EVEN: tl.constexpr, BF16: tl.constexpr, OUT: tl.constexpr,
+    EVEN: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """Rows [pid * BN, +BN) of w times the m <= M rows of x -> y [m, n]; a thread walks over k with whole groups.
+    """Products of the BN ``rows`` of w with the M rows of x that ``x_rows`` point to: f32 [G] each, row after row, to be summed.
 
     Rows are separate tensors of one shape, so that all loads get the same threads and inputs are converted once for BN rows.
     """
-    w_ptr = _words(w_ptr, tl.int32)
-    h_ptr = _high_words(h_ptr, BITS)
-    s_ptr, d_ptr = _scale_words(s_ptr, d_ptr, KIND)
-    x_ptr = _words(x_ptr, tl.int64 if BITS == 8 else tl.int32)
-    WIDTH: tl.constexpr = 8 if BITS == 8 else 16
-    first_row = tl.program_id(0) * BN
     totals = ()
     for _ in tl.static_range(M * BN):
         totals = totals + (tl.zeros((G,), tl.float32),)
@@ -311,14 +305,12 @@ def gemv_kernel(
         words = ()
         raws = ()
         for r in tl.static_range(BN):
-            row = tl.minimum(first_row + r, n - 1).to(tl.int64)
-            words = words + (_load_row(w_ptr, h_ptr, row, group, groups, live, BITS, EVEN),)
-            raws = raws + (_raw_scales(s_ptr, d_ptr, row, group, groups, live, KIND, EVEN),)
+            words = words + (_load_row(w_ptr, h_ptr, rows[r], group, groups, live, BITS, EVEN),)
+            raws = raws + (_raw_scales(s_ptr, d_ptr, rows[r], group, groups, live, KIND, EVEN),)
         inputs = ()
         sums = ()
         for t in tl.static_range(M):
-            x_row = x_ptr + tl.minimum(t, m - 1).to(tl.int64) * (groups * WIDTH)
-            x = _inputs(x_row, group, live, BITS, EVEN, BF16)
+            x = _inputs(x_rows[t], group, live, BITS, EVEN, BF16)
             inputs = inputs + (x,)
             sums = sums + (_input_sums(x, BITS, KIND),)
         # All loads of a step are to be in flight together. ptxas would put them off to save registers, so all decoding
@@ -334,6 +326,31 @@ def gemv_kernel(
             for t in tl.static_range(M):
                 new = new + (totals[r * M + t] + _group_dot(codes, inputs[t], sums[t], scales, KIND),)
         totals = new
+    return totals
+
+
+@triton.jit(do_not_specialize=["m"])
+def gemv_kernel(
+    x_ptr, w_ptr, h_ptr, s_ptr, d_ptr, bias_ptr, y_ptr, m, n, groups, near, far, byte, zero,
+    M: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
+    EVEN: tl.constexpr, BF16: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Rows [pid * BN, +BN) of w times the m <= M rows of x -> y [m, n]; a thread walks over k with whole groups."""
+    h_ptr = _high_words(h_ptr, BITS)
+    s_ptr, d_ptr = _scale_words(s_ptr, d_ptr, KIND)
+    x_ptr = _words(x_ptr, tl.int64 if BITS == 8 else tl.int32)
+    WIDTH: tl.constexpr = 8 if BITS == 8 else 16
+    first_row = tl.program_id(0) * BN
+    rows = ()
+    for r in tl.static_range(BN):
+        rows = rows + (tl.minimum(first_row + r, n - 1).to(tl.int64),)
+    x_rows = ()
+    for t in tl.static_range(M):
+        x_rows = x_rows + (x_ptr + tl.minimum(t, m - 1).to(tl.int64) * (groups * WIDTH),)
+    totals = _dots(
+        x_rows, rows, _words(w_ptr, tl.int32), h_ptr, s_ptr, d_ptr, groups, near, far, byte, zero,
+        M, BN, G, BITS, KIND, ZERO, EVEN, BF16,
+    )  # fmt: skip
     for r in tl.static_range(BN):
         row = first_row + r
         bias = 0.0
