@@ -14,6 +14,7 @@ from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.ggml.encode import encode
 from quant_compile.ir.ggml.types import TYPES
 from quant_compile.ir.scheme import parse
+from quant_compile.lowering.kernels.cpu import torch_cpu_gguf_packed as cpu
 from quant_compile.lowering.kernels.gguf import sgl_gguf as sgl
 from quant_compile.lowering.kernels.gguf import torch_gguf
 from quant_compile.lowering.kernels.gguf import triton_gguf as gg
@@ -387,3 +388,28 @@ def test_copy_by_torch(name: str) -> None:
     x, bias = torch.randn(3, 512), torch.randn(5)
     reference = family_of(problem.scheme).linear((x,), own, bias, problem.scheme, torch.float32)
     check(torch_gguf.run((x,), own, bias, problem), reference, name)
+
+
+# --- CPU ---
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_k"])
+def test_layout_of_torchs_int4_kernel_is_exact(name: str) -> None:
+    problem = problem_of(name, 80, 512, torch.bfloat16)
+    own = (blocks(name, 80, 512),)
+    planes = cpu.pack(own, problem)
+    assert torch.equal(cpu.unpack(planes, problem)[0], own[0])
+    assert [(tuple(p.shape), p.dtype) for p in planes] == [(s.shape, s.dtype) for s in cpu.planes(problem)]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "chosen"),
+    [
+        ("q4_k", torch.bfloat16, "torch_cpu_gguf_int4pack"), ("q4_0", torch.bfloat16, "torch_cpu_gguf_int4pack"),
+        ("q8_0", torch.bfloat16, "torch_cpu_gguf_q8"), ("q8_0", torch.float32, "torch_cpu_gguf_q8"),
+        ("q4_k", torch.float32, "torch_cpu_gguf"), ("q6_k", torch.bfloat16, "torch_cpu_gguf"),
+    ],
+)  # fmt: skip
+def test_choice_on_a_cpu(name: str, dtype: torch.dtype, chosen: str) -> None:
+    """One token: never by decoding blocks where there is another way; results are those of test_library_kernels.py."""
+    assert choose(problem_of(name, 4096, 4096, dtype), Target.fake("cpu")).kernel_for(1).name == chosen

@@ -46,7 +46,7 @@ def pack(stacked: Planes, problem: MoeProblem, layout: str, n: int, k: int) -> P
 
 def sizes(spec: str) -> tuple[int, int]:
     """Hidden and intermediate size: of blocks of 32, such as no step divides."""
-    return (160, 96) if spec in ("GGUF_Q8_0", "GGUF_Q4_0") else (256, 512)
+    return (160, 96) if spec in ("GGUF_Q8_0", "GGUF_Q4_0") else (512, 256)
 
 
 def check_grouped(spec: str) -> None:
@@ -61,11 +61,10 @@ def check_grouped(spec: str) -> None:
 
 def check_decode(spec: str) -> None:
     """Whole blocks of few tokens, with illegal ids, one expert per token, another activation."""
-    cases = (
-        Case(spec, 1, 3, 2, *sizes(spec)),
-        Case(spec, 2, 2, 1, *sizes(spec)[::-1], activation="silu(1.702,7.0,1.0)", weights=False, bias=False),
-    )
+    cases = [Case(spec, 1, 3, 2, *sizes(spec))]
     cases[0].ids[0, 0] = -1
+    if spec == "GGUF_Q8_0":
+        cases.append(Case(spec, 2, 2, 1, 96, 64, activation="silu(1.702,7.0,1.0)", weights=False, bias=False))
     for case in cases:
         agrees(case, kernel.run_decode(*packed(case)))
 
