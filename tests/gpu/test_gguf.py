@@ -22,8 +22,13 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
 NAMES = ("q4_k", "q8_0", "q6_k", "q5_k", "q4_0", "mxfp4")
-ROWS_OF_X = (1, 2, 3, 16, 64, 100, 512)
-SHAPES = ((1024, 4096), (6144, 1280), (77, 2816))
+ROWS_OF_X = (1, 3, 16, 64, 512)
+SHAPES = ((1024, 4096), (77, 2816))
+# Triton compiles every combination anew, which is what the time goes into: f16 on one shape.
+CASES = (
+    *((name, shape, torch.bfloat16) for name in NAMES for shape in SHAPES),
+    *((name, SHAPES[0], torch.float16) for name in NAMES),
+)
 KERNELS = (*triton_gguf.KERNELS, *triton_gguf_mxfp4.KERNELS, *torch_gguf.KERNELS, sgl_gguf.KERNELS[0])
 # 16-bit outputs of f32 sums over weights that are rounded once (sgl-kernel's copy: several times, in f16).
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -68,9 +73,7 @@ def check_all(problem: Problem, own: Planes, kernels: tuple[Kernel, ...] = KERNE
     return ran
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "shape", "dtype"), CASES, ids=str)
 def test_kernels(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     problem = problem_of(name, *shape, dtype, has_bias=shape[0] % 128 != 0)
     own = triton_gguf_mxfp4.KERNELS if name == "mxfp4" else triton_gguf.KERNELS
@@ -90,10 +93,10 @@ def test_types_without_a_kernel_of_their_own(name: str) -> None:
     assert "torch_gguf_dequant" in check_all(problem, family_of(problem.scheme).quantize_weight(w, problem.scheme))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "mxfp4"])
+@pytest.mark.parametrize("name", ["q4_k", "q8_0", "q6_k"])
 def test_plans_of_large_layers(name: str) -> None:
     """Tiles, warps and splits that small shapes do not choose; the first, the last and some other outputs are judged."""
-    for n, k in ((28672, 4096), (8192, 7168)):
+    for n, k in ((28672, 2048), (8192, 7168)):
         problem = problem_of(name, n, k, torch.bfloat16)
         own = random_weight(name, n, k)
         planes = triton_gguf.pack(own, problem)
@@ -145,8 +148,10 @@ def test_products_that_round_inputs(name: str) -> None:
         assert error(sgl_gguf.run_a8((x,), own, None, problem), reference) <= 3e-3, m
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [*((spec, torch.bfloat16) for spec in SPECS), ("GGUF_Q4_K", torch.float16), ("GGUF_Q8_0", torch.float16)],
+)
 def test_experts(spec: str, dtype: torch.dtype) -> None:
     """Both forms; one and many tokens for each expert, illegal ids."""
     for tokens, sizes in (
