@@ -90,7 +90,9 @@ def measure(n: int, k: int, m: int, names: list[str], rounds: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--m", type=int, nargs="+", default=[1])
-    parser.add_argument("--schemes", nargs="+", default=["W8A16", "W4A16", "W8A8", "FP8_DYNAMIC"])
+    parser.add_argument(
+        "--schemes", nargs="+", default=["W8A16", "W4A16", "W8A8", "FP8_DYNAMIC", "GGUF_Q4_0", "GGUF_Q4_K", "GGUF_Q8_0"]
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)

@@ -8,6 +8,7 @@ Tokens are quantized beforehand, which a compiled model fuses into the norm befo
 vendor's bandwidth, or multiplied at the vendor's dense peak, whichever takes longer.
 
     python benchmarks/moe.py --out benchmarks/results/moe.json           # three models' shapes, some 8 minutes
+    python benchmarks/moe.py --shapes Qwen3-30B-A3B --schemes GGUF_Q4_K,GGUF_Q8_0 --ts 1,16,64
     python benchmarks/moe.py --shapes Qwen3-30B-A3B --schemes NVFP4A16,W4A8,W4AFP8 --ts 1,16 --no-peers
 """
 

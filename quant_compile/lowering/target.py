@@ -29,6 +29,7 @@ FAKE_OPS = frozenset(
         "sgl_kernel::ggml_dequantize",
         "sgl_kernel::ggml_mul_mat_a8",
         "sgl_kernel::ggml_mul_mat_vec_a8",
+        "sgl_kernel::ggml_moe_a8_vec",
         "aten::_grouped_mm",
         "aten::_scaled_grouped_mm",
         "aten::_scaled_grouped_mm_v2",

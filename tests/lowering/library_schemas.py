@@ -26,6 +26,7 @@ SCHEMAS = (
     "Tensor _ascales, Tensor! _out_feats) -> ()",
     "ggml_dequantize(Tensor W, int type, SymInt m, SymInt n, ScalarType? dtype) -> Tensor",
     "ggml_mul_mat_vec_a8(Tensor W, Tensor X, int type, SymInt row) -> Tensor",
+    "ggml_moe_a8_vec(Tensor X, Tensor W, Tensor topk_ids, int top_k, int type, SymInt row, SymInt tokens) -> Tensor",
     "ggml_mul_mat_a8(Tensor W, Tensor X, int type, SymInt row) -> Tensor",
 )
 NAMESPACE = "sgl_kernel_doubles"

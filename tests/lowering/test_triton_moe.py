@@ -16,7 +16,7 @@ from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_pl
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels.experts import _frame, triton_moe4
 from quant_compile.lowering.kernels.experts import triton_moe as kernel
-from quant_compile.lowering.moe import STACKED, choose_moe
+from quant_compile.lowering.moe import STACKED, MoeLayout, choose_moe
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import FAKE_OPS, Target
 from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
@@ -300,6 +300,7 @@ TYPES = {
     torch.int64: "i64", torch.int16: "i16", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
 KERNEL_NAMES = {
+    "_triton_gguf_moe": ("rows_kernel", "grouped_kernel"),
     "_triton_frame": ("count_kernel", "align_kernel", "sum_kernel"),
     "_triton_moe": ("grouped_kernel", "quantize_kernel", "gated_rows_kernel", "down_rows_kernel"),
     "_triton_moe4": (
@@ -309,7 +310,12 @@ KERNEL_NAMES = {
 
 
 def launches(
-    problem: MoeProblem, tokens: int, plan: Any, monkeypatch: pytest.MonkeyPatch, module: Any = kernel
+    problem: MoeProblem,
+    tokens: int,
+    plan: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any = kernel,
+    layout: MoeLayout = STACKED,
 ) -> list[tuple[Any, dict[str, Any]]]:
     """(kernel, arguments) of everything that a block of ``module`` launches, from tensors without data."""
     found: list[tuple[Any, dict[str, Any]]] = []
@@ -324,7 +330,7 @@ def launches(
             return torch.empty(shape, dtype=dtype, device="meta")
 
         w13, w2 = (
-            tuple(empty(*plane.shape, dtype=plane.dtype) for plane in STACKED.planes(p, n, k))
+            tuple(empty(*plane.shape, dtype=plane.dtype) for plane in layout.planes(p, n, k))
             for n, k in ((2 * p.intermediate, p.hidden), (p.hidden, p.intermediate))
         )
         x: Planes = (empty(tokens, p.hidden),)

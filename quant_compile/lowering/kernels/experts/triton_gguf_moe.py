@@ -154,9 +154,10 @@ def _rows(
 
 def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
     """How ``triton_gguf_moe`` runs this many tokens on ``target``, without measurement."""
-    block_m = min(64, max(16, pow2(int(tokens * problem.top_k / problem.experts))))
-    step = 64 if _form(problem).bits == 8 else 128
-    tiles = Tiles(block_m, 64, step, 4, 3)
+    # Eight matrices of weights beside a wide product: only wgmma and tcgen05 leave the registers for it.
+    most = 64 if 90 <= target.arch < 120 else 32
+    block_m = min(most, max(16, pow2(int(tokens * problem.top_k / problem.experts))))
+    tiles = Tiles(block_m, 64, 64 if _form(problem).bits == 8 else 128, 4, 3)
     return Plan(tiles, tiles)
 
 
