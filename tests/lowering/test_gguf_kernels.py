@@ -29,7 +29,7 @@ from tests.lowering.triton_support import compile_cubin, mend_bfloat16, needs_tr
 
 NAMES = tuple(gg.FORMS)
 # f32 sums in another order; 16 bits round weights and the result, and errors of the few sums of small shapes do not average out.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 H200 = Target.fake("sm90")
 ARCHES = (80, 89, 90, 100, 120)
 
@@ -152,6 +152,7 @@ def check(got: Tensor, reference: Tensor, what: object) -> None:
 def check_kernels(name: str) -> None:
     """Every kernel over odd shapes (dots of bf16 are garbage here)."""
     mend_bfloat16()
+    torch.manual_seed(0)
     for (n, k), dtype in itertools.product(((7, 512), (65, 256), (3, 1280), (1, 1024)), DTYPES):
         if n == 7 and TYPES[name].size == 32:
             k = 96
@@ -175,6 +176,7 @@ DTYPES = tuple(TOLERANCE)
 
 def check_plans(name: str) -> None:
     """What the heuristics pick on large shapes, on a small one: several steps, split k, no bias."""
+    torch.manual_seed(0)
     problem = problem_of(name, 130, 2048)
     own, planes = packed(problem)
     x = torch.randn(70, 2048).half()
