@@ -51,6 +51,11 @@ RECORDED = [
     ("triton_w4a8", "W4AFP8", 33),
     ("triton_fp4a16_gemv", "NVFP4A16", 1),
     ("triton_fp4a16", "MXFP4A16", 24),
+    ("triton_gguf_gemv", "GGUF_Q4_K", 1),
+    ("triton_gguf_gemv", "GGUF_Q8_0", 2),
+    ("triton_gguf", "GGUF_Q4_K", 20),
+    ("triton_gguf", "GGUF_Q6_K", 40),
+    ("triton_gguf_mxfp4_gemv", "GGUF_MXFP4", 1),
 ]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from tests.lowering.triton_support import compile_cubin, mend_bfloat16, needs_tr
 
 NAMES = tuple(gg.FORMS)
 # f32 sums in another order; 16 bits round weights and the result, and errors of the few sums of small shapes do not average out.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 H200 = Target.fake("sm90")
 ARCHES = (80, 89, 90, 100, 120)
 
@@ -149,6 +151,7 @@ def check(got: Tensor, reference: Tensor, what: object) -> None:
 def check_kernels(name: str) -> None:
     """Every kernel over odd shapes (dots of bf16 are garbage here)."""
     mend_bfloat16()
+    torch.manual_seed(0)
     for (n, k), dtype in itertools.product(((7, 512), (65, 256), (3, 1280), (1, 1024)), DTYPES):
         if n == 7 and TYPES[name].size == 32:
             k = 96
@@ -172,6 +175,7 @@ DTYPES = tuple(TOLERANCE)
 
 def check_plans(name: str) -> None:
     """What the heuristics pick on large shapes, on a small one: several steps, split k, no bias."""
+    torch.manual_seed(0)
     problem = problem_of(name, 130, 2048)
     own, planes = packed(problem)
     x = torch.randn(70, 2048).half()
@@ -403,3 +407,66 @@ def test_copy_by_torch(name: str) -> None:
 def test_choice_on_a_cpu(name: str, dtype: torch.dtype, chosen: str) -> None:
     """One token: never by decoding blocks where there is another way; results are those of test_library_kernels.py."""
     assert choose(problem_of(name, 4096, 4096, dtype), Target.fake("cpu")).kernel_for(1).name == chosen
+
+
+# --- the packed decoding, which the interpreter does not run ---
+
+
+def real(bits: int) -> float:
+    return float(np.array([bits], np.uint32).view(np.float32)[0])
+
+
+def joined(high: int, low: int, dtype: torch.dtype) -> int:
+    halves = torch.tensor([real(low), real(high)]).to(dtype).view(torch.int16).tolist()
+    return (halves[0] & 0xFFFF) | (halves[1] & 0xFFFF) << 16
+
+
+def permuted(a: int, b: int, selector: int) -> int:
+    return sum(((a | b << 32) >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+
+
+PTX: dict[str, Callable[..., int]] = {
+    "lop3.b32": lambda a, b, c, table: {0xEA: (a & b) | c}[table],
+    "mov.b32": lambda a: a,
+    "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
+    "shr.u32": lambda a, b: a >> b,
+    "prmt.b32": permuted,
+    "neg.f32": lambda a: a ^ 0x80000000,
+    "fma.rn.f32": lambda a, b, c: int(np.array([real(a) * real(b) + real(c)], np.float32).view(np.uint32)[0]),
+    "cvt.rn.bf16x2.f32": lambda high, low: joined(high, low, torch.bfloat16),
+    "cvt.rn.f16x2.f32": lambda high, low: joined(high, low, torch.float16),
+}
+
+
+def run_ptx(text: str, values: dict[str, int]) -> dict[str, int]:
+    """The few PTX instructions of the decoding, on one thread's 32-bit registers."""
+    for statement in text.strip("{} ").split(";"):
+        words = statement.replace(",", " ").split()
+        if words and words[0] != ".reg":
+            op, to, *names = words
+            numbers = [values[n] if n in values else int(n[2:], 16) if n[:2] == "0f" else int(n, 0) for n in names]
+            values[to] = PTX[op](*numbers)
+    return values
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_packed_decoding_instruction_by_instruction(dtype: torch.dtype) -> None:
+    """Every place of both words, under random scales, is the weight rounded once (or, at a tie, its neighbour)."""
+    from quant_compile.lowering.kernels.gguf import _triton_gguf as kernels
+
+    text = (kernels.BF16_ASM if dtype == torch.bfloat16 else kernels.F16_ASM).value
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        word = int(random.integers(0, 1 << 32))
+        scale, minimum = np.float32(random.normal() * 0.01), np.float32(abs(random.normal()) * 0.05)
+        own = {
+            f"${i}": int(np.array([v]).view(np.uint32)[0])
+            for i, v in ((5, scale), (6, scale), (7, minimum), (8, minimum))
+        }
+        values = run_ptx(text, {"$4": word} | own)
+        for j in range(4):
+            pair = torch.tensor([values[f"${j}"]], dtype=torch.int64).to(torch.int32).view(dtype).float()
+            codes = np.array([word >> 4 * j & 15, word >> (16 + 4 * j) & 15])
+            wanted = torch.from_numpy(codes * np.float64(scale) - np.float64(minimum)).float()
+            assert torch.allclose(pair, wanted, rtol=torch.finfo(dtype).eps, atol=3e-6), (j, pair, wanted)

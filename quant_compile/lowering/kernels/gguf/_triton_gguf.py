@@ -30,9 +30,12 @@ BYTE_OFFSET = tl.constexpr(384.0)
 
 # Two words ($4) of four nibbles each, scale ($5, $6: the same) and minimum ($7, $8) in f32 -> four pairs of 16 bits, rounded once.
 # Constants of near and far nibbles are taken off with the minimum. 0xEA is (a & b) | c.
-_PAIR = """lop3.b32 u, {first}, {mask}, {magic}, 0xEA; lop3.b32 v, {second}, {mask}, {magic}, 0xEA;
-    mov.b32 a, u; mov.b32 b, v; fma.rn.f32 a, a, $5, {offset}; fma.rn.f32 b, b, $5, {offset};
-    cvt.rn.{out}.f32 {to}, b, a;"""
+# No line breaks: Inductor, which copies a recorded kernel's constants into its code, cannot write them.
+_PAIR = (
+    "lop3.b32 u, {first}, {mask}, {magic}, 0xEA; lop3.b32 v, {second}, {mask}, {magic}, 0xEA; "
+    "mov.b32 a, u; mov.b32 b, v; fma.rn.f32 a, a, $5, {offset}; fma.rn.f32 b, b, $5, {offset}; "
+    "cvt.rn.{out}.f32 {to}, b, a; "
+)
 _NEAR = {"mask": "nm", "magic": "nb", "offset": "nc"}
 _FAR = {"mask": "fm", "magic": "fb", "offset": "fc"}
 
