@@ -62,7 +62,7 @@ def build(config: Any, dtype: torch.dtype, files: Files) -> nn.Module:
     Raises:
         CheckpointError: transformers cannot build it, or it computes large tables.
     """
-    path = files.folder / "config.json"
+    path = files.config_file
     try:
         model = construct(config, None, dtype, _EmptyOnMeta(path, COMPUTED + files.nbytes))
         if hasattr(model, "tie_weights"):

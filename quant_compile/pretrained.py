@@ -1,4 +1,4 @@
-"""``load``: a checkpoint's directory to a compiled model, with the integers that are in its files.
+"""``load``: a checkpoint's directory, or a GGUF file, to a compiled model, with the integers that are in its files.
 
 Builds the model that transformers would build, without its weights; ``checkpoints`` fills it; ``api.compile`` compiles it.
 """
@@ -28,6 +28,8 @@ from quant_compile.checkpoints.description import PACKED, Description, shown
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, read_json
 from quant_compile.checkpoints.fill import Filler, Outcome, Progress
+from quant_compile.checkpoints.gguf.container import is_gguf
+from quant_compile.checkpoints.gguf.model import GgufModel, read_model
 from quant_compile.checkpoints.names import Mapped, Resolver
 from quant_compile.checkpoints.packed import AGAIN, FILE, Packed
 from quant_compile.checkpoints.packed import read as read_packed
@@ -165,7 +167,7 @@ def load(
     """A checkpoint as a compiled, released model: what is quantized in its files is taken over as it is.
 
     Args:
-        path: folder with config.json and safetensors files.
+        path: folder with config.json and safetensors files, or a GGUF file (of several splits the first).
         policy: for what the checkpoint has in 16 bits; None: its own quantization is the policy, or the device's default for a
             checkpoint that is not quantized. Rules with ``requantize: true`` hold for what is quantized as well.
         device: None: the GPU if there is one.
@@ -295,27 +297,22 @@ def plan_of(
     """
     if fallback is not None and fallback not in FALLBACKS:
         raise OptionError(f"fallback must be one of {', '.join(FALLBACKS)}, got {fallback!r}")
-    folder = Path(path)
-    files = Files.open(folder)
-    description = describe(files.folder)
-    config = read_config(files)
-    wanted = _dtype(dtype, config, files.folder)
-    if description.method == PACKED and wanted != (own := _dtype(None, config, files.folder)):
-        raise OptionError(f"{folder} is packed for {own}. Fix: load it without dtype.")
+    opened = _Opened.of(Path(path))
+    files, description, config = opened.files, opened.description, opened.config
+    wanted = _dtype(dtype, config, files.config_file)
+    if description.method == PACKED and wanted != (own := _dtype(None, config, files.config_file)):
+        raise OptionError(f"{path} is packed for {own}. Fix: load it without dtype.")
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # transformers would replace modules
     model = build(config, wanted, files)
-    _set_generation(model, files.folder)
+    if opened.gguf is None:
+        _set_generation(model, files.folder)
     if description.method == PACKED:
         return _plan_packed(files, description, model, wanted, policy, fallback)
-    given = None if policy is None else Policy.load(policy)
+    mapped, description = opened.fit(model)
     target = target or Target.of(device if device is not None and device.type == "cuda" else "cpu")
-    if given is None and not description.method:
-        given = Policy.load(default_policy(target))
-    if given is not None:
-        given = given if fallback is None else replace(given, fallback=fallback)
-        fallback = given.fallback
-    mapped = Resolver(model, files).resolve()
+    given = _given(policy, description, target, fallback)
+    fallback = fallback if given is None else given.fallback
     cached = _plan_cache(model, files, description, mapped, given, options)
     mapped = replace(mapped, ignored={**mapped.ignored, **cached.unused})
     wishes = Wishes.of(model, given, fallback, target, _request(options, given))
@@ -323,6 +320,46 @@ def plan_of(
     outcomes = tuple(filler.plan(mapped))
     policy_of(model, outcomes, description, given, fallback)  # a contradiction shows before anything is read
     return Plan(model, files, description, mapped, outcomes, wanted, given, fallback, wishes, cache=cached)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a path names.
+
+    Attributes:
+        files: its tensors.
+        description: of its configs; of a GGUF file that is known when its model is.
+        config: of transformers.
+        gguf: that file's model.
+    """
+
+    files: Files
+    description: Description
+    config: Any
+    gguf: GgufModel | None = None
+
+    @staticmethod
+    def of(path: Path) -> _Opened:
+        """Read headers and configs."""
+        if is_gguf(path):
+            made = read_model(path)
+            return _Opened(made.files, Description(), made.config, made)
+        files = Files.open(path)
+        return _Opened(files, describe(files.folder), read_config(files))
+
+    def fit(self, model: nn.Module) -> tuple[Mapped, Description]:
+        """What each tensor is in the model."""
+        if self.gguf is not None:
+            return self.gguf.fit(model)
+        return Resolver(model, self.files).resolve(), self.description
+
+
+def _given(policy: Any, description: Description, target: Target, fallback: str | None) -> Policy | None:
+    """The user's policy, or the device's default for what is not quantized."""
+    given = None if policy is None else Policy.load(policy)
+    if given is None and not description.method:
+        given = Policy.load(default_policy(target))
+    return given if given is None or fallback is None else replace(given, fallback=fallback)
 
 
 def _plan_cache(
@@ -361,7 +398,7 @@ def _request(options: Mapping[str, Any] | None, given: Policy | None) -> Request
     return _options(options).request(given or Policy(None)).unpinned
 
 
-def _dtype(given: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:
+def _dtype(given: str | torch.dtype | None, config: Any, file: Path) -> torch.dtype:
     if isinstance(given, str):
         given = DTYPES.get(given) or getattr(torch, given, None)
         if not isinstance(given, torch.dtype):
@@ -373,7 +410,7 @@ def _dtype(given: str | torch.dtype | None, config: Any, folder: Path) -> torch.
     if own not in DTYPES.values() and given is None:
         known = ", ".join(map(str, DTYPES.values()))
         raise CheckpointError(
-            f"{folder / 'config.json'}: dtype must be one of {known}, got {shown(own)}.\nFix: name one."
+            f"{file}: dtype must be one of {known}, got {shown(own)}.\nFix: name one."
         )
     if own not in DTYPES.values():
         raise OptionError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {own}")

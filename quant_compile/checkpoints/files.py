@@ -206,6 +206,11 @@ class Files:
         self._mapped = None
 
     @property
+    def config_file(self) -> Path:
+        """What says how the model is made."""
+        return self.folder / "config.json"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -433,7 +438,7 @@ def _refuse_others(file: Path) -> None:
         )
     if file.suffix == ".gguf":
         _fail(
-            file, "is a GGUF file, which is not read here", "Fix: load the safetensors checkpoint that it was made of."
+            file, "is a GGUF file, and a folder of safetensors is asked for", "Fix: name the file itself."
         )
 
 

@@ -17,6 +17,7 @@ from quant_compile.checkpoints import (
     torchao,
 )
 from quant_compile.checkpoints.description import PACKED, Description, Keys, Stored
+from quant_compile.checkpoints.gguf import reader as gguf
 from quant_compile.checkpoints.weight import Module, Read
 
 
@@ -40,6 +41,7 @@ FORMATS: dict[str, Format] = {
     mxfp4.FORMAT: Format(mxfp4.SUFFIXES, mxfp4.read),
     bitsandbytes.FORMAT: Format(bitsandbytes.SUFFIXES, bitsandbytes.read),
     torchao.FORMAT: Format(torchao.SUFFIXES, torchao.read),
+    gguf.FORMAT: Format(gguf.SUFFIXES, gguf.read),
     **{name: Format(compressed_tensors.SUFFIXES, compressed_tensors.read) for name in compressed_tensors.FORMATS},
     **{name: Format(modelopt.SUFFIXES, modelopt.read) for name in modelopt.FORMATS},
 }
@@ -60,6 +62,6 @@ METHODS: dict[str, Callable[[Keys], Description]] = {
 """``quant_method`` -> its ``describe``."""
 
 SUFFIXES = tuple(
-    sorted({suffix for format in FORMATS.values() for suffix in format.suffixes}, key=lambda s: (-len(s), s))
+    sorted({suffix for name, format in FORMATS.items() if name != gguf.FORMAT for suffix in format.suffixes}, key=lambda s: (-len(s), s))
 )
-"""Every suffix of every format, the longest first."""
+"""Every suffix that a tensor's name may have, the longest first; GGUF has other names."""

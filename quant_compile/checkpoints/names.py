@@ -13,7 +13,7 @@ or ignored with a reason; every Parameter and every persistent buffer is filled.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -205,7 +205,7 @@ class Resolver:
         jobs = list(self._jobs())
         filled = {id(job.slot) for job in jobs}
         missing = [slot.name for slot in dict.fromkeys(self.slots.values()) if id(slot) not in filled]
-        self._complain(left, missing)
+        complain(self.files, self.model, left, missing)
         return Mapped(tuple(jobs), ignored, cached)
 
     def _spellings(self, name: str) -> Iterator[str]:
@@ -406,19 +406,25 @@ class Resolver:
             return "transformers' model has no such part"
         return None
 
-    def _complain(self, left: list[str], missing: list[str]) -> None:
-        if not left and not missing:
-            return
-        lines = [f"{self.files.folder} does not fit {type(self.model).__name__}:"]
-        for what, names in (("tensors that belong to no weight", left), ("weights that no tensor fills", missing)):
-            if names:
-                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                lines.append(f"  {len(names)} {what}: {', '.join(map(cut, names[:SHOWN]))}{more}")
-        lines.append("Fix: load a checkpoint of this architecture, whole; nothing has been filled with made-up values.")
-        raise CheckpointError("\n".join(lines))
-
     def _fail(self, what: str, fix: str) -> NoReturn:
         raise CheckpointError(f"{self.files.folder}: {what}.\n{fix}")
+
+
+def complain(files: Files, model: nn.Module, left: Sequence[str], missing: Sequence[str]) -> None:
+    """Refuse a checkpoint that does not fit its model.
+
+    Raises:
+        CheckpointError: tensors that belong to no weight, or weights that no tensor fills.
+    """
+    if not left and not missing:
+        return
+    lines = [f"{files.folder} does not fit {type(model).__name__}:"]
+    for what, names in (("tensors that belong to no weight", left), ("weights that no tensor fills", missing)):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            lines.append(f"  {len(names)} {what}: {', '.join(map(cut, names[:SHOWN]))}{more}")
+    lines.append("Fix: load a checkpoint of this architecture, whole; nothing has been filled with made-up values.")
+    raise CheckpointError("\n".join(lines))
 
 
 def _kinds(slot: Slot, parts: Collection[tuple[int, str]]) -> tuple[str, ...]:

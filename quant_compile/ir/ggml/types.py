@@ -71,3 +71,9 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 """What the codes of iq4_nl and iq4_xs stand for, ascending."""
 E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice what the codes of mxfp4 and nvfp4 stand for."""
+HALVES: Mapping[str, tuple[int, ...]] = {
+    **{name: (0,) for name in ("q4_0", "q5_0", "q8_0", "iq4_nl", "iq4_xs", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s")},
+    **{name: (0, 2) for name in ("q4_1", "q5_1", "q4_k", "q5_k")},
+    "q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,), "tq1_0": (52,), "tq2_0": (64,),
+}  # fmt: skip
+"""Where a block's f16 scales and minima begin; of types that have them in one piece."""
