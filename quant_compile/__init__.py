@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quant_compile.api import compile, refresh, release, report, restore, uncompile, watch
 from quant_compile.calibrate import calibrate
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
+from quant_compile.checkpoints.gguf.tokenizer import tokenizer
 from quant_compile.ir.errors import (
     CoverageError,
     GradModeError,
@@ -67,6 +68,7 @@ __all__ = [
     "report",
     "restore",
     "save",
+    "tokenizer",
     "uncompile",
     "watch",
 ]

@@ -78,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "validate a policy against a model and show the plan; needs no weights")
     check.add_argument("policy", metavar="POLICY", help="preset, shipped policy or YAML file")
     check.add_argument(
-        "--model", required=True, metavar="DIR_OR_ID", help="folder with config.json, or Hugging Face id"
+        "--model", required=True, metavar="DIR_OR_ID", help="folder with config.json, GGUF file, or Hugging Face id"
     )
     check.add_argument("--full", action="store_true", help="one line for every weight")
     check.add_argument("--json", action="store_true", help="print the plan as JSON")
     _model_arguments(check)
     inspect = command("inspect", _inspect, "show the rewritten graph and the kernels; needs no weights")
-    inspect.add_argument("model", metavar="MODEL", help="folder with config.json, or Hugging Face id")
+    inspect.add_argument("model", metavar="MODEL", help="folder with config.json, GGUF file, or Hugging Face id")
     inspect.add_argument(
         "--policy",
         metavar="P",
@@ -101,16 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     convert = command(
         "convert", _convert, "quantize a checkpoint by a policy, or write a quantized one in another format"
     )
-    convert.add_argument("source", metavar="SRC", help="folder with config.json and safetensors files")
+    convert.add_argument("source", metavar="SRC", help="folder with config.json and safetensors files, or GGUF file")
     convert.add_argument(
-        "target", metavar="DST", help="folder to write; a checkpoint that is there is replaced at the end"
+        "target", metavar="DST", help="folder or .gguf file to write; a checkpoint that is there is replaced at the end"
     )
     convert.add_argument(
         "--policy",
         metavar="P",
         help="preset, shipped policy or YAML file, for what SRC has in 16 bits; for more, where it says requantize",
     )
-    convert.add_argument("--format", metavar="F", help="format to write (default: compressed-tensors)")
+    convert.add_argument("--format", metavar="F", help="format to write (default: compressed-tensors, or gguf by DST's name)")
     convert.add_argument("--device", default="cpu", metavar="D", help="device to quantize on (default: cpu)")
     convert.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of what is not quantized (default: the config's)"
@@ -249,10 +249,12 @@ def _inspect_checkpoint(arguments: argparse.Namespace) -> int:
 
 
 def _is_quantized(source: str) -> bool:
-    """Whether it is the folder of a quantized checkpoint, with its weights."""
+    """Whether it is the folder of a quantized checkpoint, with its weights, or a GGUF file."""
     from quant_compile.checkpoints.config import describe
 
     folder = Path(source)
+    if folder.suffix == ".gguf":
+        return True
     return folder.is_dir() and any(folder.glob("*.safetensors")) and bool(describe(folder).method)
 
 

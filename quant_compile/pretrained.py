@@ -28,7 +28,8 @@ from quant_compile.checkpoints.description import PACKED, Description, shown
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, read_json
 from quant_compile.checkpoints.fill import Filler, Outcome, Progress
-from quant_compile.checkpoints.gguf.container import is_gguf
+from quant_compile.checkpoints.gguf.container import MARK, is_gguf
+from quant_compile.checkpoints.gguf.files import GgufFiles
 from quant_compile.checkpoints.gguf.model import GgufModel, read_model
 from quant_compile.checkpoints.names import Mapped, Resolver
 from quant_compile.checkpoints.packed import AGAIN, FILE, Packed
@@ -201,6 +202,8 @@ def load(
     with _bar(plan, progress) as step:
         whole = _filled(plan, target, step)
     cache_scales.keep(plan.model, scales)
+    if isinstance(plan.files, GgufFiles):
+        vars(plan.model)[MARK] = plan.files.head  # for ``save``
     _move_buffers(plan.model, target)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
     notes = [*plan.notes, *plan.files.notes]

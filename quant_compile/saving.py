@@ -1,4 +1,4 @@
-"""``save``: a compiled model to a folder that others load, with the integers that it runs on.
+"""``save``: a compiled model to a folder, or a GGUF file, that others load, with the integers that it runs on.
 
 Finds out what a model runs on from the ledger and the weight store; ``checkpoints`` plans and writes the tensors.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -25,13 +26,18 @@ from quant_compile.checkpoints import packed
 from quant_compile.checkpoints.cache_writer import cache_form
 from quant_compile.checkpoints.compressed_tensors import METHOD
 from quant_compile.checkpoints.config import describe
-from quant_compile.checkpoints.errors import SaveError
+from quant_compile.checkpoints.errors import CheckpointError, SaveError
 from quant_compile.checkpoints.export import Export, export_of
 from quant_compile.checkpoints.files import Files
+from quant_compile.checkpoints.gguf import writer as gguf
+from quant_compile.checkpoints.gguf.container import is_gguf
+from quant_compile.checkpoints.gguf.files import open_files
+from quant_compile.checkpoints.gguf.tokenizer import tokenizer
 from quant_compile.checkpoints.write import check_space, check_target, replacing, shards_of, write_shards
 from quant_compile.generation import kept_of
 from quant_compile.generation.blocks import layer_names
 from quant_compile.ir.errors import OptionError
+from quant_compile.ir.ggml.types import PLAIN
 from quant_compile.ir.kv import CacheScheme
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.target import Target
@@ -48,7 +54,7 @@ from quant_compile.policy import Policy
 from quant_compile.pretrained import load
 from quant_compile.rules import CacheRule, CacheRules
 
-FORMATS = (METHOD, packed.FORMAT)
+FORMATS = (METHOD, packed.FORMAT, gguf.FORMAT)
 # Room for configs, headers and what a file system rounds up, besides the tensors.
 BESIDES = 8_000_000
 SHOWN = 4
@@ -99,9 +105,9 @@ def save(model: nn.Module, directory: str | Path, format: str = METHOD, *, besid
 
     Args:
         model: of transformers, compiled and called once, or made by ``load``; its weights may be released.
-        directory: to write; a checkpoint that is there is replaced.
+        directory: to write; a checkpoint that is there is replaced. A name that ends in ``.gguf`` is that of a file, in that format.
         format: ``compressed-tensors``, which vLLM, SGLang, transformers and ``load`` read, or ``packed``: planes as the kernels of this
-            device read them, for ``load`` alone, which then neither quantizes nor packs nor measures.
+            device read them, for ``load`` alone, which then neither quantizes nor packs nor measures; ``gguf``: a file of llama.cpp.
         beside: files to copy into the folder, such as a tokenizer's.
 
     Returns:
@@ -119,10 +125,39 @@ def save(model: nn.Module, directory: str | Path, format: str = METHOD, *, besid
     return saved
 
 
-def _save(model: nn.Module, directory: str | Path, format: str, beside: Iterable[Path]) -> Saved:
+def _format(format: str, place: Path) -> str:
+    """The format of what is written there.
+
+    Raises:
+        OptionError: it is not known, or the name is that of another.
+    """
     if format not in FORMATS:
         raise OptionError(f"format {format!r} is not known; there is {', '.join(FORMATS)}")
+    if place.suffix == ".gguf" and format == METHOD:
+        return gguf.FORMAT
+    if (format == gguf.FORMAT) != (place.suffix == ".gguf"):
+        raise OptionError(f"{place}: the name of a GGUF file, and of nothing else, ends in .gguf")
+    return format
+
+
+def _save_gguf(model: nn.Module, file: Path) -> Saved:
+    gguf.check_target(file)
+    inner = _checked(model)
+    export = gguf.export_of(inner, _key)
+    check_space(file, export.nbytes + BESIDES)
+    nbytes = gguf.write(file, export, inner, _dtype(inner))
+    notes = list(_skipped(model, export.kept))
+    if gguf.MARK not in vars(inner):
+        notes.append("the file has no tokenizer, since the model was not loaded from a GGUF file")
+    schemes = Counter(scheme.spec for scheme in export.schemes.values())
+    return Saved(file, nbytes, 1, dict(schemes), len(export.kept), tuple(notes))
+
+
+def _save(model: nn.Module, directory: str | Path, format: str, beside: Iterable[Path]) -> Saved:
     folder = Path(directory)
+    format = _format(format, folder)
+    if format == gguf.FORMAT:
+        return _save_gguf(model, folder)
     check_target(folder)
     inner = _checked(model)
     _load_scales(inner)
@@ -181,7 +216,7 @@ def convert(
     """Load a checkpoint, quantized or not, with a policy, and save it; no call of the model is needed.
 
     Args:
-        source: folder to read; its tokenizer's and processor's files are copied.
+        source: folder or GGUF file to read; its tokenizer's and processor's files are copied.
         directory: as in ``save``.
         policy: for what ``source`` has in 16 bits, and for all else where it says ``requantize``; None: only a checkpoint that is
             quantized is written in another format. One that keeps every weight writes a checkpoint in 16 bits, of a quantized one where
@@ -193,15 +228,33 @@ def convert(
     Raises:
         CheckpointError, OptionError, PolicyError, SaveError: as ``load`` and ``save``.
     """
-    if format not in FORMATS:
-        raise OptionError(f"format {format!r} is not known; there is {', '.join(FORMATS)}")
     source, folder = Path(source), Path(directory)
-    check_target(folder)
-    if policy is None and not describe(source).method:
+    written = _format(format, folder)
+    (gguf.check_target if written == gguf.FORMAT else check_target)(folder)
+    if policy is None and not _is_quantized(source):
         raise OptionError(f"{source} is not quantized. Fix: name a policy.")
     model = load(source, policy, device=device, dtype=dtype)
-    files = [file for file in sorted(source.iterdir()) if file.is_file() and _goes_along(file.name)]
-    return _save(model, folder, format, files)
+    if not is_gguf(source):
+        files = [file for file in sorted(source.iterdir()) if file.is_file() and _goes_along(file.name)]
+        return _save(model, folder, format, files)
+    with tempfile.TemporaryDirectory(prefix="sglquant-") as made:
+        files = [] if written == gguf.FORMAT else _tokenizer_files(source, Path(made))
+        return _save(model, folder, format, files)
+
+
+def _is_quantized(source: Path) -> bool:
+    if is_gguf(source):
+        return any(block.name not in PLAIN for block in open_files(source).types.values())
+    return bool(describe(source).method)
+
+
+def _tokenizer_files(source: Path, folder: Path) -> list[Path]:
+    """A GGUF file's tokenizer as transformers has it; none where the file has none that is known."""
+    try:
+        tokenizer(source).save_pretrained(folder)
+    except CheckpointError as error:
+        warnings.warn(f"no tokenizer is written: {error}", UserWarning, stacklevel=4)
+    return sorted(folder.iterdir())
 
 
 def _goes_along(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Models built from their configuration alone: no weights are read, and none are needed to plan or to trace.
 
-Reads a local folder or a Hugging Face id through transformers, which is imported late because that takes seconds.
+Reads a local folder, a GGUF file or a Hugging Face id through transformers, which is imported late because that takes seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ModelSpec:
     """What to build.
 
     Attributes:
-        source: folder with a config.json, such a file, or a Hugging Face id.
+        source: folder with a config.json, such a file, a GGUF file, or a Hugging Face id.
         class_name: transformers class, e.g. ``AutoModelForMaskedLM``; None takes the one that the config names.
         dtype: key of DTYPES; None takes the config's own, else bf16.
         layers: number of layers instead of the config's, to keep printed graphs short.
@@ -41,7 +41,7 @@ class ModelSpec:
 
 
 def load_config(source: str) -> Any:
-    """The transformers config of a folder, a config.json or a Hugging Face id (the local cache is tried first).
+    """The transformers config of a folder, a config.json, a GGUF file or a Hugging Face id (the local cache is tried first).
 
     Raises:
         ModelError: there is none, or transformers cannot read it.
@@ -50,6 +50,10 @@ def load_config(source: str) -> Any:
 
     read: Callable[..., Any] = AutoConfig.from_pretrained
     path = Path(source)
+    if path.suffix == ".gguf":
+        from quant_compile.checkpoints.gguf.model import read_model
+
+        return read_model(path).config
     if path.is_file():
         path = path.parent if path.name == "config.json" else path
     if path.exists() and not (path / "config.json").is_file():

@@ -22,6 +22,8 @@ from quant_compile.checkpoints.errors import CheckpointError, cut
 from quant_compile.ir.ggml.types import BY_NUMBER, BlockType
 
 MAGIC = b"GGUF"
+MARK = "sglq_gguf"
+"""Attribute of a model that was loaded from a file: its ``Container``."""
 VERSIONS = (2, 3)
 ALIGNMENT = 32
 MOST_DIMENSIONS = 4
@@ -48,11 +50,13 @@ class Value:
     Attributes:
         kind: of the value, or of an array's items.
         start: its first byte, or that of the array's first item.
+        end: the byte after it.
         count: items of an array; None: it is none.
     """
 
     kind: int
     start: int
+    end: int
     count: int | None = None
 
 
@@ -129,6 +133,13 @@ class Container:
     def raw(self, key: str) -> Any:
         """A value of whatever type, as Python has it; None where it is absent."""
         return self.get(key, object) if key in self.values else None
+
+    def encoded(self, key: str) -> bytes:
+        """A value as the file has it, with its type before it."""
+        value = self.values[key]
+        array = b"" if value.count is None else struct.pack("<I", ARRAY)
+        count = b"" if value.count is None else struct.pack("<Q", value.count)
+        return array + struct.pack("<I", value.kind) + count + self._data[value.start : value.end]
 
     def _decode(self, key: str, value: Value) -> Any:
         if value.count is None:
@@ -260,13 +271,13 @@ class _Head:
         if kind != ARRAY:
             start = self.at
             self._skip(kind, 1, key)
-            return Value(kind, start)
+            return Value(kind, start, self.at)
         kind, count = self._number("I"), self._number("Q")
         if kind == ARRAY:
             self._fail(f"{cut(key)} is an array of arrays, which no reader takes")
         start = self.at
         self._skip(kind, count, key)
-        return Value(kind, start, count)
+        return Value(kind, start, self.at, count)
 
     def _skip(self, kind: int, count: int, key: str) -> None:
         if kind in SCALARS:
