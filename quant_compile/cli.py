@@ -110,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="preset, shipped policy or YAML file, for what SRC has in 16 bits; for more, where it says requantize",
     )
-    convert.add_argument("--format", metavar="F", help="format to write (default: compressed-tensors, or gguf by DST's name)")
+    convert.add_argument(
+        "--format", metavar="F", help="format to write (default: compressed-tensors, or gguf by DST's name)"
+    )
     convert.add_argument("--device", default="cpu", metavar="D", help="device to quantize on (default: cpu)")
     convert.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of what is not quantized (default: the config's)"

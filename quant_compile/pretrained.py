@@ -412,9 +412,7 @@ def _dtype(given: str | torch.dtype | None, config: Any, file: Path) -> torch.dt
         return torch.bfloat16
     if own not in DTYPES.values() and given is None:
         known = ", ".join(map(str, DTYPES.values()))
-        raise CheckpointError(
-            f"{file}: dtype must be one of {known}, got {shown(own)}.\nFix: name one."
-        )
+        raise CheckpointError(f"{file}: dtype must be one of {known}, got {shown(own)}.\nFix: name one.")
     if own not in DTYPES.values():
         raise OptionError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {own}")
     return own

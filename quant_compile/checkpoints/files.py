@@ -437,9 +437,7 @@ def _refuse_others(file: Path) -> None:
             "writes safetensors; load new_dir.",
         )
     if file.suffix == ".gguf":
-        _fail(
-            file, "is a GGUF file, and a folder of safetensors is asked for", "Fix: name the file itself."
-        )
+        _fail(file, "is a GGUF file, and a folder of safetensors is asked for", "Fix: name the file itself.")
 
 
 def _fail(where: str | Path, what: str, fix: str) -> NoReturn:

@@ -62,6 +62,9 @@ METHODS: dict[str, Callable[[Keys], Description]] = {
 """``quant_method`` -> its ``describe``."""
 
 SUFFIXES = tuple(
-    sorted({suffix for name, format in FORMATS.items() if name != gguf.FORMAT for suffix in format.suffixes}, key=lambda s: (-len(s), s))
+    sorted(
+        {suffix for name, format in FORMATS.items() if name != gguf.FORMAT for suffix in format.suffixes},
+        key=lambda s: (-len(s), s),
+    )
 )
 """Every suffix that a tensor's name may have, the longest first; GGUF has other names."""

@@ -108,14 +108,35 @@ def _phi3(w: gguf.GGUFWriter, c: Any) -> None:
     w.add_sliding_window(c.sliding_window or 0)
 
 
-_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, decoder_sparse_step=1, mlp_only_layers=[])
+_EXPERTS = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, decoder_sparse_step=1, mlp_only_layers=[]
+)
 _LATENT = dict(
     head_dim=32, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64, first_k_dense_replace=1, n_routed_experts=4,
     num_experts_per_tok=2, moe_intermediate_size=256, n_shared_experts=1, num_key_value_heads=4, routed_scaling_factor=1.5,
 )  # fmt: skip
-_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 0.7, "mscale_all_dim": 0.7}
-_LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [2.0 + i / 8 for i in range(32)], "short_factor": [1.0 + i / 32 for i in range(32)]}
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "long_factor": [2.0 + i / 8 for i in range(32)],
+    "short_factor": [1.0 + i / 32 for i in range(32)],
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 ARCH = gguf.MODEL_ARCH
 CASES: dict[str, Case] = {
     "llama": Case("llama", ARCH.LLAMA, permuted=True),
@@ -180,10 +201,18 @@ def mixed(name: str) -> str:
         return "q4_k"
     if "attn_kv_b" in name or "attn_k_b" in name or "attn_v_b" in name or "q_b" in name:
         return "q8_0"
-    return {"token_embd.weight": "q5_k", "output.weight": "q6_k"}.get(name, "q6_k" if "attn_v" in name or "blk.1.ffn_down" in name else "q4_k")
+    return {"token_embd.weight": "q5_k", "output.weight": "q6_k"}.get(
+        name, "q6_k" if "attn_v" in name or "blk.1.ffn_down" in name else "q4_k"
+    )
 
 
-def write(path: Path, case: Case, model: nn.Module, type_of: TypeOf = mixed, more: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
+def write(
+    path: Path,
+    case: Case,
+    model: nn.Module,
+    type_of: TypeOf = mixed,
+    more: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> Path:
     """The file of a model; its matrices become what their blocks stand for, so that it is the truth."""
     config: Any = model.config
     writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[case.arch])
@@ -243,7 +272,9 @@ def _factors(c: Any) -> Iterator[tuple[str, np.ndarray]]:
             elif wave > low:
                 out.append(rope["factor"])
             else:
-                smooth = (rope["original_max_position_embeddings"] / wave - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+                smooth = (rope["original_max_position_embeddings"] / wave - rope["low_freq_factor"]) / (
+                    rope["high_freq_factor"] - rope["low_freq_factor"]
+                )
                 out.append(1 / ((1 - smooth) / rope["factor"] + smooth))
         yield "rope_freqs.weight", np.array(out, dtype=np.float32)
     if rope.get("rope_type") == "longrope":
@@ -258,7 +289,9 @@ def parts(case: Case, model: nn.Module) -> Iterator[tuple[str, Tensor | None, Te
     """(name in the file, order of rows in the file, values, what to do with those that the file has, in the model's order)."""
     c: Any = model.config
     names = gguf.get_tensor_name_map(case.arch, c.num_hidden_layers)
-    tensors = {n: p.data for n, p in model.named_parameters()} | {n: b for n, b in model.named_buffers() if "correction" in n}
+    tensors = {n: p.data for n, p in model.named_parameters()} | {
+        n: b for n, b in model.named_buffers() if "correction" in n
+    }
     for name, tensor in tensors.items():
         whole = name.replace("e_score_correction_bias", "e_score_correction.bias")
         if whole.endswith("self_attn.sinks"):
@@ -314,7 +347,9 @@ def latents(names: Any, stem: str, tensor: Tensor, c: Any) -> Iterator[tuple[str
 def add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, kind: str, put: Put, index: Tensor | None) -> None:
     data = blocks(tensor, kind)
     writer.add_tensor(name, data, raw_dtype=Type[kind.upper()])
-    made = torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(data, Type[kind.upper()]))).reshape(tensor.shape)
+    made = torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(data, Type[kind.upper()]))).reshape(
+        tensor.shape
+    )
     if index is not None:
         made = torch.empty_like(made).index_copy_(0, index, made)
     put(made)

@@ -152,8 +152,15 @@ def _base(f: Facts) -> Config:
 def _tokens(f: Facts) -> Config:
     """Ids of tokens; a second one that ends a turn ends generation as well."""
 
+    count = f.get("vocab_size", int) or f.rows("token_embd.weight")
+
     def of(name: str) -> int | None:
-        return f.files.head.get(f"tokenizer.ggml.{name}_token_id", int)
+        token = f.files.head.get(f"tokenizer.ggml.{name}_token_id", int)
+        if token is None or token in (-1, (1 << 32) - 1):  # no token
+            return None
+        if not 0 <= token < count:
+            fail(f.files.folder, f"tokenizer.ggml.{name}_token_id is {token}, and there are {count} tokens")
+        return token
 
     ends = [token for token in dict.fromkeys((of("eos"), of("eot"))) if token is not None]
     last = ends if len(ends) > 1 else next(iter(ends), None)
@@ -184,7 +191,7 @@ def _llama3(f: Facts, theta: float, context: int | None) -> Config | None:
     factors = torch.tensor(f.factors(FREQUENCIES), dtype=torch.float64)
     rule = {"factor": float(factors.max()), "original_max_position_embeddings": context or LLAMA3_CONTEXT, **LLAMA3}
     made = llama3_factors(len(factors), theta, rule)
-    return {"rope_type": "llama3", **rule} if torch.allclose(made, factors, rtol=1e-4) else None
+    return {"rope_type": "llama3", **rule} if rule["factor"] > 1 and torch.allclose(made, factors, rtol=1e-4) else None
 
 
 def llama3_factors(count: int, theta: float, rule: Mapping[str, Any]) -> Tensor:
@@ -198,7 +205,8 @@ def llama3_factors(count: int, theta: float, rule: Mapping[str, Any]) -> Tensor:
 def own_frequencies(f: Facts, config: Any) -> list[float] | None:
     """Factors that divide a model's frequencies, where its config has no rule for them."""
     rope = config.rope_parameters if f.has(FREQUENCIES) else {"rope_type": "llama3"}
-    return None if rope.get("rope_type") == "llama3" else f.factors(FREQUENCIES)
+    factors = [] if rope.get("rope_type") == "llama3" else f.factors(FREQUENCIES)
+    return factors if any(factor != 1 for factor in factors) else None
 
 
 def _experts(f: Facts, count: str = "num_experts") -> Config:
@@ -218,7 +226,10 @@ def _llama(f: Facts) -> Config:
     """Llama, Mistral and Mixtral, which files call by one name."""
     out = _base(f)
     if f.get("expert_count", int, 0):
-        experts = {"num_local_experts": f.need("expert_count", int), "num_experts_per_tok": f.need("expert_used_count", int)}
+        experts = {
+            "num_local_experts": f.need("expert_count", int),
+            "num_experts_per_tok": f.need("expert_used_count", int),
+        }
         return {**out, "model_type": "mixtral", **experts, "sliding_window": f.get("attention.sliding_window", int)}
     if "mistral" in f.files.head.get("general.name", str, "").lower() and not f.has("blk.0.attn_q.bias"):
         return {**out, "model_type": "mistral", "sliding_window": f.get("attention.sliding_window", int)}
@@ -231,7 +242,12 @@ def _qwen2(f: Facts) -> Config:
 
 
 def _qwen3(f: Facts) -> Config:
-    return {**_base(f), "model_type": "qwen3", "use_sliding_window": False, "attention_bias": f.has("blk.0.attn_q.bias")}
+    return {
+        **_base(f),
+        "model_type": "qwen3",
+        "use_sliding_window": False,
+        "attention_bias": f.has("blk.0.attn_q.bias"),
+    }
 
 
 def _qwen2moe(f: Facts) -> Config:
@@ -252,7 +268,9 @@ def _qwen3moe(f: Facts) -> Config:
 def _gemma(f: Facts, largest: int) -> Config:
     """``largest``: layers of the model whose attention is scaled by its hidden size, and not by that of its heads."""
     out = _base(f)
-    scalar = out["hidden_size"] // out["num_attention_heads"] if out["num_hidden_layers"] == largest else out["head_dim"]
+    scalar = (
+        out["hidden_size"] // out["num_attention_heads"] if out["num_hidden_layers"] == largest else out["head_dim"]
+    )
     scale = f.get("attention.scale", float)
     return {
         **out, "query_pre_attn_scalar": scalar if scale is None else scale**-2, "sliding_window": f.need("attention.sliding_window", int),
@@ -270,7 +288,10 @@ def _gemma2(f: Facts) -> Config:
 def _gemma3(f: Facts) -> Config:
     out = _gemma(f, largest=62)
     every = f.get("attention.sliding_window_pattern", int, 6)
-    kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(min(out["num_hidden_layers"], 1 << 16))]
+    kinds = [
+        "sliding_attention" if (i + 1) % every else "full_attention"
+        for i in range(min(out["num_hidden_layers"], 1 << 16))
+    ]
     whole = {**out["rope_parameters"], "rope_theta": f.get("rope.freq_base", float, 1e6)}
     local = {"rope_type": "default", "rope_theta": f.get("rope.freq_base_swa", float, 10000.0)}
     ropes = {"full_attention": whole, "sliding_attention": local}
@@ -322,7 +343,12 @@ def _deepseek2(f: Facts) -> Config:
         more = {"norm_topk_prob": f.get("expert_weights_norm", bool, True), "n_group": groups, "topk_group": used}
         return {**out, "model_type": "deepseek_v3", **more}
     method = "group_limited_greedy" if groups > 1 else "greedy"
-    more = {"topk_method": method, "n_group": groups, "topk_group": used, "norm_topk_prob": f.get("expert_weights_norm", bool, False)}
+    more = {
+        "topk_method": method,
+        "n_group": groups,
+        "topk_group": used,
+        "norm_topk_prob": f.get("expert_weights_norm", bool, False),
+    }
     return {**out, "model_type": "deepseek_v2", **more}
 
 

@@ -64,7 +64,10 @@ class GgufModel:
                 if buffer is not None and buffer.shape == factors.shape:
                     module._buffers[name] = buffer / factors.to(buffer.device)
                 elif buffer is not None:
-                    fail(self.files.folder, f"has {len(factors)} rotary factors, and the model {buffer.numel()} frequencies")
+                    fail(
+                        self.files.folder,
+                        f"has {len(factors)} rotary factors, and the model {buffer.numel()} frequencies",
+                    )
 
 
 def read_model(path: str | Path) -> GgufModel:

@@ -22,9 +22,29 @@ from quant_compile.checkpoints.files import Part, TensorInfo
 from quant_compile.checkpoints.fill import alternates
 from quant_compile.checkpoints.gguf.architectures import FREQUENCIES, LONG, SHORT, Architecture
 from quant_compile.checkpoints.gguf.container import fail
-from quant_compile.checkpoints.gguf.files import GgufFiles, Undo, less_one, rows_of_heads
-from quant_compile.checkpoints.gguf.reader import BLOCKS, FORMAT, KEYS, SCALE, VALUES, Blocks, GgufDescription, blocks_of
-from quant_compile.checkpoints.names import Copy, ExpertBias, Experts, Job, Linear, Mapped, Slot, Stem, complain, slots_of
+from quant_compile.checkpoints.gguf.files import GgufFiles, less_one, rows_of_heads
+from quant_compile.checkpoints.gguf.reader import (
+    BLOCKS,
+    FORMAT,
+    KEYS,
+    SCALE,
+    VALUES,
+    Blocks,
+    GgufDescription,
+    blocks_of,
+)
+from quant_compile.checkpoints.names import (
+    Copy,
+    ExpertBias,
+    Experts,
+    Job,
+    Linear,
+    Mapped,
+    Slot,
+    Stem,
+    complain,
+    slots_of,
+)
 from quant_compile.ir.ggml.types import PLAIN
 from quant_compile.model.weights import _stores_columns
 
@@ -154,7 +174,9 @@ class GgufResolver:
         elif self.architecture.offset and stem.endswith("norm") and suffix == "weight":
             self.files.undo[name] = less_one
         elif stem == "ffn_gate_inp_shexp" and len(info.shape) == 1:
-            self.files.tensors[name] = TensorInfo(name, info.file, info.dtype, (1, *info.shape), info.start, info.nbytes)
+            self.files.tensors[name] = TensorInfo(
+                name, info.file, info.dtype, (1, *info.shape), info.start, info.nbytes
+            )
 
     # --- jobs ---
 
@@ -185,11 +207,17 @@ class GgufResolver:
     def _latents(self, slot: Slot, tensors: Mapping[str, str]) -> Job:
         absent = {KEYS, VALUES} - set(tensors)
         if absent or "weight" in tensors:
-            fail(self.files.folder, f"{slot.name} has {', '.join(map(cut, tensors.values()))}", "Fix: download the whole model.")
+            fail(
+                self.files.folder,
+                f"{slot.name} has {', '.join(map(cut, tensors.values()))}",
+                "Fix: download the whole model.",
+            )
         keys, values = (self.files.types[tensors[suffix]].name for suffix in (KEYS, VALUES))
         stem = tensors[KEYS].replace("attn_k_b.weight", "attn_kv_b")
         self.kinds[stem] = blocks_of(values, keys=keys)
-        return Linear(slot, Stem(stem, {suffix: Part(tensors[suffix]) for suffix in (KEYS, VALUES)}, *slot.tensor.shape))
+        return Linear(
+            slot, Stem(stem, {suffix: Part(tensors[suffix]) for suffix in (KEYS, VALUES)}, *slot.tensor.shape)
+        )
 
     def _experts(self, slot: Slot, parts: Mapping[tuple[str, int | None], Mapping[str, str]]) -> Job:
         transposed = _stores_columns(slot.owner)
@@ -200,19 +228,30 @@ class GgufResolver:
         if beyond:
             fail(self.files.folder, f"has expert {beyond[0]} of {slot.name}, which has {count}", _FIX)
         stems = [
-            tuple(self._expert(slot, parts, kind, expert, n // len(kinds), k) for kind in kinds) for expert in range(count)
+            tuple(self._expert(slot, parts, kind, expert, n // len(kinds), k) for kind in kinds)
+            for expert in range(count)
         ]
         return Experts(slot, tuple(stems), False, transposed, alternates(slot))
 
     def _expert(
-        self, slot: Slot, parts: Mapping[tuple[str, int | None], Mapping[str, str]], kind: str, expert: int, n: int, k: int
+        self,
+        slot: Slot,
+        parts: Mapping[tuple[str, int | None], Mapping[str, str]],
+        kind: str,
+        expert: int,
+        n: int,
+        k: int,
     ) -> Stem:
         """One expert's gate, up or down."""
         whole = parts.get((kind, None))
         tensors = whole or parts.get((kind, expert), {})
         name = tensors.get("weight")
         if name is None:
-            fail(self.files.folder, f"expert {expert} of {slot.name} has no {kind} tensor", "Fix: download the rest of it.")
+            fail(
+                self.files.folder,
+                f"expert {expert} of {slot.name} has no {kind} tensor",
+                "Fix: download the rest of it.",
+            )
         info, count = self.files.tensors[name], slot.tensor.shape[0]
         if whole is not None and (len(info.shape) != 3 or info.shape[0] != count):
             fail(info.where, f"is {list(info.shape)}; the model has {count} experts", _FIX)

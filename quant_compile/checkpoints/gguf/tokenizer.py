@@ -60,7 +60,9 @@ def tokenizer(path: str | Path) -> Any:
         _unknown(head, f"a tokenizer of the kind {kind[:40]!r}; read here are {', '.join(makers)}")
     made = makers[kind](head, tokens)
     _add_tokens(head, made, tokens)
-    special = {name: tokens[token] for name, key in _NAMES.items() if (token := _id(head, key, len(tokens))) is not None}
+    special = {
+        name: tokens[token] for name, key in _NAMES.items() if (token := _id(head, key, len(tokens))) is not None
+    }
     made.post_processor = _ends(head, kind, tokens) or made.post_processor
     out = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **special)
     out.chat_template = head.get("tokenizer.chat_template", str)
@@ -88,7 +90,9 @@ def _byte_level(head: Container, tokens: list[str]) -> Any:
     if name not in WORDS:
         _unknown(head, f"text cut into words by {cut(name, 40)!r} ({PREFIX}pre); known are {', '.join(WORDS)}")
     pairs = [_pair(head, merge) for merge in _texts(head, "merges")]
-    made = Tokenizer(_bpe(head, models.BPE, vocab=_vocabulary(tokens), merges=pairs, ignore_merges=WORDS[name] == _LLAMA3))
+    made = Tokenizer(
+        _bpe(head, models.BPE, vocab=_vocabulary(tokens), merges=pairs, ignore_merges=WORDS[name] == _LLAMA3)
+    )
     pattern = WORDS[name]
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]

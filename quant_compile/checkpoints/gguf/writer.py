@@ -22,7 +22,13 @@ from torch import Tensor, nn
 
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
 from quant_compile.checkpoints.fill import Filler
-from quant_compile.checkpoints.gguf.architectures import ARCHITECTURES, FREQUENCIES, LLAMA3, LLAMA3_CONTEXT, llama3_factors
+from quant_compile.checkpoints.gguf.architectures import (
+    ARCHITECTURES,
+    FREQUENCIES,
+    LLAMA3,
+    LLAMA3_CONTEXT,
+    llama3_factors,
+)
 from quant_compile.checkpoints.gguf.container import ALIGNMENT, MAGIC, MARK, TEXT, VERSIONS, Container
 from quant_compile.checkpoints.gguf.model import read_model
 from quant_compile.checkpoints.gguf.names import GgufResolver
@@ -239,7 +245,10 @@ def _pairs(model: nn.Module, name: str) -> Iterator[tuple[str, bytes]]:
                 yield f"tokenizer.ggml.{which}_token_id", _u32(token)
     for key, value in _model_facts(config):
         if value is not None:
-            yield f"{name}.{key}", _f32(value) if isinstance(value, float) else _text(value) if isinstance(value, str) else _u32(value)
+            yield (
+                f"{name}.{key}",
+                _f32(value) if isinstance(value, float) else _text(value) if isinstance(value, str) else _u32(value),
+            )
 
 
 _OWN_KEYS = ("general.architecture", "general.alignment", "general.quantization_version", "general.file_type")
@@ -263,7 +272,9 @@ def _model_facts(c: Any) -> Iterator[tuple[str, Any]]:
     if c.model_type == "qwen3_moe":
         if not c.norm_topk_prob or c.decoder_sparse_step != 1 or c.mlp_only_layers:
             fix = "Fix: save it as compressed-tensors."
-            raise SaveError(f"llama.cpp's qwen3moe has experts in every layer, with weights that are normalized; this model has not.\n{fix}")
+            raise SaveError(
+                f"llama.cpp's qwen3moe has experts in every layer, with weights that are normalized; this model has not.\n{fix}"
+            )
         yield "expert_count", getattr(c, "num_experts", None) or c.num_local_experts
         yield "expert_used_count", c.num_experts_per_tok
         yield "expert_feed_forward_length", c.moe_intermediate_size
@@ -281,9 +292,13 @@ def _rope_facts(c: Any) -> Iterator[tuple[str, Any]]:
         yield "rope.scaling.original_context_length", int(rope["original_max_position_embeddings"])
         for key in ("beta_fast", "beta_slow"):
             yield f"rope.scaling.yarn_{key}", None if rope.get(key) is None else float(rope[key])
-    known = kind in ("default", "linear", "yarn") or (kind == "llama3" and all(rope[key] == LLAMA3[key] for key in LLAMA3))
+    known = kind in ("default", "linear", "yarn") or (
+        kind == "llama3" and all(rope[key] == LLAMA3[key] for key in LLAMA3)
+    )
     if not known or (kind == "yarn" and rope.get("attention_factor") is not None):
-        raise SaveError(f"rotary frequencies of {dict(rope)} are not written as GGUF.\nFix: save it as compressed-tensors.")
+        raise SaveError(
+            f"rotary frequencies of {dict(rope)} are not written as GGUF.\nFix: save it as compressed-tensors."
+        )
 
 
 def _factors(model: nn.Module) -> Tensor | None:
@@ -334,7 +349,9 @@ def check_target(file: Path) -> None:
         raise SaveError(f"{file} is no file.\nFix: name another.")
     with file.open("rb") as opened:
         if opened.read(4) not in (MAGIC, b""):
-            raise SaveError(f"{file} is not replaced, since it is no GGUF file.\nFix: name another, or remove this one.")
+            raise SaveError(
+                f"{file} is not replaced, since it is no GGUF file.\nFix: name another, or remove this one."
+            )
 
 
 def write(file: Path, export: Export, model: nn.Module, dtype: torch.dtype) -> int:
