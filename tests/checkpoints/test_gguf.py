@@ -127,6 +127,23 @@ def test_mxfp4_experts_of_gpt_oss(tmp_path: Path) -> None:
     assert {line.scheme for line in quant_compile.report(found).lines if line.scheme} == {"GGUF_MXFP4", "GGUF_Q8_0"}
 
 
+def test_a_scale_of_the_tensor_above_its_blocks(tmp_path: Path) -> None:
+    """As files with NVFP4 have it, of one matrix and of each expert."""
+    case = CASES["qwen3moe"]
+    model, scales = make(case), torch.tensor([0.5, 1.0, 2.0, 3.0])
+
+    def more(writer: Any) -> None:
+        writer.add_tensor("blk.0.attn_v.scale", torch.tensor([2.0]).numpy())
+        writer.add_tensor("blk.1.ffn_down_exps.scale", scales.numpy())
+
+    path = write(tmp_path / "model.gguf", case, model, lambda name: "q8_0" if mixed(name) != "f32" else "f32", more)
+    model.get_parameter("model.layers.0.self_attn.v_proj.weight").data.mul_(2)
+    model.get_parameter("model.layers.1.mlp.experts.down_proj").data.mul_(scales[:, None, None])
+    found = load(path)
+    assert distance(logits(found), logits(model)) < CLOSE
+    assert any("below a scale of the tensor" in line.reason for line in quant_compile.report(found).lines)
+
+
 @pytest.mark.parametrize("shards", [3, 7])
 def test_splits(shards: int, tmp_path: Path) -> None:
     path, model = written(tmp_path, "llama")
