@@ -169,7 +169,8 @@ CASES: dict[str, Case] = {
     ),
     "deepseek3": Case(
         "deepseek_v3", ARCH.DEEPSEEK2,
-        _LATENT | dict(q_lora_rank=64, n_group=2, topk_group=1, norm_topk_prob=True, rope_parameters=_YARN), metadata=_deepseek, latents=True,
+        _LATENT | dict(q_lora_rank=64, n_group=2, topk_group=1, norm_topk_prob=True, rope_parameters=_YARN),
+        metadata=_deepseek, latents=True,
     ),
 }  # fmt: skip
 

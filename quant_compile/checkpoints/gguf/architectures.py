@@ -152,8 +152,15 @@ def _base(f: Facts) -> Config:
 def _tokens(f: Facts) -> Config:
     """Ids of tokens; a second one that ends a turn ends generation as well."""
 
+    count = f.get("vocab_size", int) or f.rows("token_embd.weight")
+
     def of(name: str) -> int | None:
-        return f.files.head.get(f"tokenizer.ggml.{name}_token_id", int)
+        token = f.files.head.get(f"tokenizer.ggml.{name}_token_id", int)
+        if token is None or token in (-1, (1 << 32) - 1):  # no token
+            return None
+        if not 0 <= token < count:
+            fail(f.files.folder, f"tokenizer.ggml.{name}_token_id is {token}, and there are {count} tokens")
+        return token
 
     ends = [token for token in dict.fromkeys((of("eos"), of("eot"))) if token is not None]
     last = ends if len(ends) > 1 else next(iter(ends), None)
@@ -184,7 +191,7 @@ def _llama3(f: Facts, theta: float, context: int | None) -> Config | None:
     factors = torch.tensor(f.factors(FREQUENCIES), dtype=torch.float64)
     rule = {"factor": float(factors.max()), "original_max_position_embeddings": context or LLAMA3_CONTEXT, **LLAMA3}
     made = llama3_factors(len(factors), theta, rule)
-    return {"rope_type": "llama3", **rule} if torch.allclose(made, factors, rtol=1e-4) else None
+    return {"rope_type": "llama3", **rule} if rule["factor"] > 1 and torch.allclose(made, factors, rtol=1e-4) else None
 
 
 def llama3_factors(count: int, theta: float, rule: Mapping[str, Any]) -> Tensor:
@@ -198,7 +205,8 @@ def llama3_factors(count: int, theta: float, rule: Mapping[str, Any]) -> Tensor:
 def own_frequencies(f: Facts, config: Any) -> list[float] | None:
     """Factors that divide a model's frequencies, where its config has no rule for them."""
     rope = config.rope_parameters if f.has(FREQUENCIES) else {"rope_type": "llama3"}
-    return None if rope.get("rope_type") == "llama3" else f.factors(FREQUENCIES)
+    factors = [] if rope.get("rope_type") == "llama3" else f.factors(FREQUENCIES)
+    return factors if any(factor != 1 for factor in factors) else None
 
 
 def _experts(f: Facts, count: str = "num_experts") -> Config:

@@ -115,7 +115,7 @@ class Container:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if float in kinds and type(found) is int:
             return float(found)
-        if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
+        if not isinstance(found, kinds) or (isinstance(found, bool) and not {bool, object} & set(kinds)):
             wanted = " or ".join(k.__name__ for k in kinds)
             fail(self.file, f"{cut(key)} must be {wanted}, is {type(found).__name__}")
         return found

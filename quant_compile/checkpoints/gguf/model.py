@@ -54,7 +54,10 @@ class GgufModel:
         if factors is None:
             return mapped, description
         self._divide(model, torch.tensor(factors))
-        note = "rotary frequencies are divided by the file's factors, which follow from no rule that a config has: save loses them"
+        note = (
+            "rotary frequencies are divided by the file's factors, which follow from no rule that a config has: a folder that save "
+            "writes loses them"
+        )
         return mapped, replace(description, notes=(*description.notes, note))
 
     def _divide(self, model: nn.Module, factors: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def read(module: Module, stored: Stored) -> Read:
         return _latents(module, stored)
     name, block = stored.variant, BY_NAME[stored.variant]
     reason = stored.reason or ("its blocks stand below a scale of the tensor" if module.has(SCALE) else "")
-    wanted = Module(**{**vars(module), "copy": module.copy and not reason})
+    wanted = replace(module, copy=module.copy and not reason)
     if module.k % block.size:
         raise CheckpointError(
             f"{module.info(BLOCKS).where} is of {name}, whose blocks do not divide rows of {module.k}.\n"
@@ -89,15 +89,20 @@ def read(module: Module, stored: Stored) -> Read:
     data = wanted.tensor(BLOCKS, (torch.uint8,), (module.n, module.k // block.size * block.nbytes))
     _check_scales(module, name, data)
     if reason:
-        values = _values(name, data, module.k, module.dtype)
-        if module.has(SCALE):
-            values = values * module.one(SCALE).to(values.device) if not module.dry else values
-        return dense(module, values, reason)
+        return _dense(module, name, data, reason)
 
     def values() -> Tensor:
         return _values(name, data, module.k, module.dtype)
 
     return with_inputs(module, QuantArgs.of_blocks(name), (data.contiguous(),), values, None)
+
+
+def _dense(module: Module, name: str, data: Tensor, reason: str) -> Dense:
+    """Values, times the scale of the tensor where it has one."""
+    made = _values(name, data, module.k, module.dtype)
+    if module.has(SCALE) and not module.dry:
+        made = made * module.one(SCALE).to(made.device)
+    return dense(module, made, reason)
 
 
 def _values(name: str, data: Tensor, k: int, dtype: torch.dtype) -> Tensor:

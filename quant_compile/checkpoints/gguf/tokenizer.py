@@ -170,18 +170,17 @@ def _ends(head: Container, kind: str, tokens: list[str]) -> Any:
     """What puts tokens before and after a text; None: nothing does."""
     from tokenizers import processors
 
-    first, last = _id(head, "bos", len(tokens)), _id(head, "eos", len(tokens))
-    before = first is not None and head.get(f"{PREFIX}add_bos_token", bool, kind == "llama")
-    after = last is not None and head.get(f"{PREFIX}add_eos_token", bool, False)
-    if not before and not after:
+    first = _id(head, "bos", len(tokens)) if head.get(f"{PREFIX}add_bos_token", bool, kind == "llama") else None
+    last = _id(head, "eos", len(tokens)) if head.get(f"{PREFIX}add_eos_token", bool, False) else None
+    ends = [token for token in (first, last) if token is not None]
+    if not ends:
         return None
-    start = [] if not before else [f"{tokens[first]}:"]
-    end = [] if not after else [f"{tokens[last]}:"]
 
     def around(text: str) -> list[str]:
-        return [part + text[-1] for part in start] + [text] + [part + text[-1] for part in end]
+        before, after = ([] if token is None else [f"{tokens[token]}:{text[-1]}"] for token in (first, last))
+        return [*before, text, *after]
 
-    special = [(tokens[token], token) for token in dict.fromkeys((first if before else last, last if after else first))]
+    special = [(tokens[token], token) for token in dict.fromkeys(ends)]
     return processors.TemplateProcessing(
         single=around("$A:0"), pair=around("$A:0") + around("$B:1"), special_tokens=special
     )

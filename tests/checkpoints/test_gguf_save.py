@@ -1,0 +1,140 @@
+"""GGUF files that ``save`` and ``convert`` write: the gguf package reads them, and a load of them has the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+gguf = pytest.importorskip("gguf")
+
+import quant_compile  # noqa: E402
+from quant_compile import cli  # noqa: E402
+from quant_compile.checkpoints.errors import SaveError  # noqa: E402
+from quant_compile.checkpoints.gguf import writer as gguf_writer  # noqa: E402
+from quant_compile.ir.errors import OptionError  # noqa: E402
+from tests.checkpoints.gguf_files import CASES, VOCAB, make, write  # noqa: E402
+from tests.checkpoints.support import distance  # noqa: E402
+from tests.checkpoints.support import write as write_folder  # noqa: E402
+
+
+def load(path: Path, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    return quant_compile.load(path, *args, device="cpu", **kwargs)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.arange(24)[None] % VOCAB).logits.float()
+
+
+def contents(path: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+
+
+def vocabulary(writer: Any) -> None:
+    writer.add_name("tiny")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["a", "b", "ab", "é"] + [f"<{i}>" for i in range(VOCAB - 4)])
+    writer.add_token_merges(["a b"])
+
+
+@pytest.mark.parametrize("name", ["llama", "llama 3.1", "llama biased", "qwen2", "qwen3", "qwen3moe"])
+def test_load_save_load_has_the_same_bits(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    write(first, case, make(case), more=vocabulary)
+    model = load(first)
+    saved = quant_compile.save(model, second)
+    assert saved.schemes["GGUF_Q4_K"] and saved.schemes["GGUF_Q6_K"] and not saved.notes
+    again = load(second)
+    ours, theirs = contents(second), contents(first)
+    assert set(ours) == set(theirs)
+    for key, tensor in theirs.items():
+        if ours[key].tensor_type == tensor.tensor_type:
+            assert (ours[key].data == tensor.data).all() or tensor.tensor_type.name == "F32", (
+                key
+            )  # rounded to bf16 once
+        else:
+            assert key == "token_embd.weight" and ours[key].tensor_type.name == "BF16"
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.to_dict() == model.config.to_dict()  # type: ignore[union-attr, operator]
+    fields = gguf.GGUFReader(str(second)).fields
+    assert fields["tokenizer.ggml.tokens"].contents()[:4] == ["a", "b", "ab", "é"]
+    assert quant_compile.tokenizer(second)("ab").input_ids == [2]
+
+
+def test_convert_quantizes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = CASES["qwen3"]
+    model = make(case)
+    folder = write_folder(tmp_path / "bf16", model, dict(model.state_dict()), None)
+    assert (
+        cli.main(["convert", str(folder), str(tmp_path / "out.gguf"), "--policy", "GGUF_Q8_0", "--dtype", "fp32"]) == 0
+    )
+    assert "in GGUF_Q8_0" in capsys.readouterr().out
+    found = contents(tmp_path / "out.gguf")
+    assert (
+        found["blk.0.attn_q.weight"].tensor_type.name == "Q8_0"
+        and found["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    )
+    truth = torch.from_numpy(gguf.quants.dequantize(found["blk.0.ffn_up.weight"].data, gguf.GGMLQuantizationType.Q8_0))
+    assert distance(truth, model.get_parameter("model.layers.0.mlp.up_proj.weight").detach()) < 0.01
+    loaded = load(tmp_path / "out.gguf", dtype=torch.float32)
+    assert distance(logits(loaded), logits(model)) < 0.02
+
+
+def test_a_file_becomes_a_folder_with_its_tokenizer(tmp_path: Path) -> None:
+    case = CASES["llama"]
+    source = write(tmp_path / "model.gguf", case, make(case), more=vocabulary)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "default: W8A16\nrequantize: true\nrules:\n  - {match: lm_head, scheme: W8A16, requantize: true}\n"
+    )
+    assert cli.main(["convert", str(source), str(tmp_path / "out"), "--policy", str(policy)]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert distance(logits(load(tmp_path / "out")), logits(load(source))) < 0.05
+    assert cli.main(["convert", str(source), str(tmp_path / "other")]) == 1  # compressed-tensors has no blocks
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_not_written(tmp_path: Path) -> None:
+    case = CASES["llama"]
+    model = make(case)
+    source = write(tmp_path / "model.gguf", case, model)
+    folder = write_folder(tmp_path / "bf16", model, dict(model.state_dict()), None)
+    found = load(folder, "W8A16")
+    with pytest.raises(SaveError, match=r"W8A16 is no type of GGUF: model\.layers\.0.*\n.*GGUF scheme"):
+        quant_compile.save(found, tmp_path / "out.gguf")
+    loaded = load(source)
+    with pytest.raises(OptionError, match=r"ends in \.gguf"):
+        quant_compile.save(loaded, tmp_path / "out", "gguf")
+    with pytest.raises(OptionError, match=r"ends in \.gguf"):
+        quant_compile.save(loaded, tmp_path / "out.gguf", "packed")
+    (tmp_path / "text.gguf").write_text("something else")
+    with pytest.raises(SaveError, match="not replaced"):
+        quant_compile.save(loaded, tmp_path / "text.gguf")
+    other = write(tmp_path / "gemma.gguf", CASES["gemma2"], make(CASES["gemma2"]))
+    with pytest.raises(SaveError, match="gemma2 model is not written as GGUF"):
+        quant_compile.save(load(other), tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["llama"]
+    source = write(tmp_path / "model.gguf", case, make(case))
+    model, before = load(source), source.read_bytes()
+    made = gguf_writer._stream
+
+    def stop(opened: Any, export: Any) -> None:
+        made(opened, export)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf_writer, "_stream", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quant_compile.save(model, source)
+    assert source.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+    monkeypatch.undo()
+    quant_compile.save(model, source)  # over the file that it came from
+    assert source.read_bytes() != before and torch.equal(logits(load(source)), logits(model))
