@@ -20,7 +20,7 @@ from quant_compile.lowering.attention import AttentionKernel
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import Target
 from quant_compile.policy import Policy
-from tests.attention_support import DECODERS, Seen, compiled, decoder, generated, seeded, static_cache
+from tests.attention_support import DECODERS, MIXED, Seen, compiled, decoder, generated, seeded, static_cache
 from tests.runtime_support import CompileCounter, plain_inductor
 
 __all__ = ["plain_inductor"]
@@ -305,3 +305,16 @@ def test_inductor_compiles_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     quant_compile.compile(model, {"default": "keep"})
     assert_close(generated(model, model, cache, True, steps=3), wanted)
     assert {line.runs for line in quant_compile.report(model).attention} == {"kernel"}
+
+
+@pytest.mark.parametrize("family", ["llama3", "gpt_oss"])
+def test_a_second_model_with_other_heads_is_matched(family: str, plain_inductor: CompileCounter) -> None:
+    """Its scale is another number: Dynamo must not take it for a symbol because it has seen the first one's."""
+    kinds = {"llama3": (hf.LlamaConfig, hf.LlamaForCausalLM), "gpt_oss": (hf.GptOssConfig, hf.GptOssForCausalLM)}
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, **MIXED} if family == "gpt_oss" else {}
+    for head in (16, 8):
+        model = seeded(decoder(*kinds[family], head_dim=head, **more))
+        quant_compile.compile(model, {"default": "keep"})
+        generated(model, model, static_cache(model), True)
+        lines = quant_compile.report(model).attention
+        assert lines and not any("not matched" in line.what for line in lines), (head, lines)

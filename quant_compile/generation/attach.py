@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import trace_rules
 
 from quant_compile.generation import caches
 from quant_compile.generation.blocks import (
@@ -22,9 +22,9 @@ from quant_compile.generation.blocks import (
     BlockCall,
     Blocks,
     blocks_of,
+    call_block,
     hooked,
     layer_names,
-    shared_call,
 )
 from quant_compile.generation.caches import PLAIN, Kept
 from quant_compile.generation.calls import enter, noted
@@ -234,11 +234,11 @@ def _blockwise(
         whole: the model compiled as one, for calls with any other cache.
         compiled: compiles a function.
     """
-    run = compiled(shared_call())
+    run = compiled(call_block)
     for index, block in found.repeated:
         installed.set(block, CALL, BlockCall(block, index, cache, run, active))
     for module in found.single:
-        installed.set(module, CALL, BlockCall(module, 0, cache, compiled(shared_call()), active))
+        installed.set(module, CALL, BlockCall(module, 0, cache, compiled(call_block), active))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not isinstance(kwargs.get(cache), caches.types().static) or hooked(block for _, block in found.repeated):
@@ -276,22 +276,33 @@ def _inside(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compiled(module: nn.Module, options: dict[str, Any], **arguments: Any) -> Callable[..., Any]:
-    """A module's call, compiled; also where forward is torch.nn's own (``nn.Sequential``), which Dynamo enters from others only."""
-    call = module._call_impl
-    if (forward := getattr(type(module), "forward", None)) is not None and trace_rules.check(forward):
-
-        def around(*args: Any, **kwargs: Any) -> Any:
-            return module._call_impl(*args, **kwargs)
-
-        call = around
-    run = _compiled_function(call, options, **arguments)
+    """A module's call, compiled; also where forward is torch.nn's own (``nn.Sequential``): Dynamo enters that from other code only."""
+    run = _compiled_function(module._call_impl, options, **arguments)
     return _with_recurrences(run) if any(isinstance(part, nn.RNNBase) for part in module.modules()) else run
 
 
 def _compiled_function(
     call: Callable[..., Any], options: dict[str, Any], dynamic: bool | None, fullgraph: bool
 ) -> Callable[..., Any]:
-    return torch.compile(call, backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)
+    return torch.compile(_of_its_own(call), backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)
+
+
+_COUNT = count()
+
+
+def _of_its_own(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls another, with code that no other function has.
+
+    Dynamo keeps what it has seen by the code that it entered, and ``Module._call_impl`` is that of every model: a number that
+    differs between two models, as the scale of attention does, would be a symbol in the second one's graph, and no attention is matched
+    whose scale is a symbol.
+    """
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    around.__code__ = around.__code__.replace(co_name=f"call_{next(_COUNT)}")
+    return around
 
 
 def _with_recurrences(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -172,11 +171,6 @@ def around_blocks(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if id(m) not in inside] if calls else []
 
 
-def shared_call() -> Callable[..., Any]:
-    """``(module, ...) -> module(...)`` with code of its own, for which Dynamo keeps graphs of its own."""
-    code = _call.__code__.replace(co_name="block")
-    return FunctionType(code, _call.__globals__, "block")
-
-
-def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def call_block(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What is compiled once for all blocks."""
     return module._call_impl(*args, **kwargs)
