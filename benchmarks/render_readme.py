@@ -202,7 +202,8 @@ def attention_decode(results: Path) -> str:
     text = (
         "**Attention of one decode step**, microseconds, cold L2; in parentheses the share of what the bytes of K and V take at "
         f"the rate of a copy ({result['settings']['copy_gb_per_s']:.0f} GB/s, read and written: reading alone can be faster). e4m3: a "
-        f"scale for each token and head. `no mask`: over the filled tokens alone, which a static graph cannot know. {place(result, 'triton')}."
+        "scale for each token and head. `no mask`: over the filled "
+        f"tokens alone, which a static graph cannot know. {place(result, 'triton')}."
     )
     return "\n\n".join([text, markdown(header, lines)])
 

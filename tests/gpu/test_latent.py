@@ -51,5 +51,7 @@ def test_models(scheme: str, policy: str, rank: int, runs: str, monkeypatch: pyt
     got = generated(model, model, cache, True)
     (line,) = [line for line in quant_compile.report(model).attention if " 1 token" in line.what]
     assert line.runs == runs, line
+    # Inputs in codes, and keys in codes, flip where sums in bf16 lie on two sides of a tie.
+    close = CLOSE_BF16 * (1 + (policy != "keep") + bool(scheme))
     for a, b in zip(got, wanted, strict=True):
-        assert float((a - b).norm() / b.norm()) < (CLOSE_BF16 if policy == "keep" else 2 * CLOSE_BF16)
+        assert float((a - b).norm() / b.norm()) < close

@@ -297,3 +297,11 @@ def test_rows_are_quantized_alike_alone(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("quant_compile.ir.ggml.encode.CHUNK_ELEMENTS", 512 * 4)
     assert torch.equal(encode(name, x), whole)
     assert torch.equal(encode(name, x[5:6]), whole[5:6])
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"])
+def test_small_numbers_keep_their_digits(name: str) -> None:
+    """A scale of scales that f16 would round to nothing is the least one: the scales below it have bits left."""
+    w = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+    usual, small = (float((decode(name, encode(name, x)) - x).norm() / x.norm()) for x in (w, w * 1e-5))
+    assert small < 1.5 * usual + 0.01

@@ -111,7 +111,7 @@ def test_the_kernel_multiplies_what_the_blocks_say(
             fitting = [kernel for kernel in kernels().values() if isinstance(kernel.fit(problem, m, target), Rank)]
             assert {kernel.name for kernel in fitting} >= {"torch_cpu_gguf", "reference"}
             for kernel in fitting:
-                y = kernel.run((x,), planes, added, problem)
+                y = kernel.run((x,), layouts()[kernel.layout].pack(planes, problem), added, problem)
                 assert y.dtype == dtype and y.shape == (m, 17)
                 # Sums in f32, rounded once to 16 bits.
                 assert float((y.double() - wanted).norm() / wanted.norm()) <= max(2e-6, torch.finfo(dtype).eps)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from quant_compile.ir.ggml.types import IQ4_VALUES
 
+LEAST_HALF = 2.0**-24
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -97,7 +99,7 @@ def affine(x: Tensor, sub: int, top: int, most: int) -> Affine:
     t = _turned(x, sub)
     w = _weights(t)
     scale, offset = _best_affine(t, w, top)
-    d, dmin = _rounded_half(scale.amax(0) / most), _rounded_half(-offset.amin(0) / most)
+    d, dmin = _of_scales(scale.amax(0) / most), _of_scales(-offset.amin(0) / most)
     scales, minima = _steps(scale, d, 0, most), _steps(-offset, dmin, 0, most)
     codes = _affine_codes(t, d * scales, dmin * minima, top)
     d, dmin = _fitted(t, w, codes * scales, minima, d, dmin)
@@ -114,7 +116,7 @@ def signed(x: Tensor, sub: int, levels: Levels, low: int | None, high: int | Non
         d, scales = _rounded_half(scale[0]), torch.ones_like(scale)
     else:
         peak = scale.gather(0, scale.abs().argmax(0, keepdim=True)).squeeze(0)
-        d = _rounded_half(peak / low)
+        d = _of_scales(peak / low)
         scales = _steps(scale, d, low, high)
         values = levels.value(_over(t, d * scales)) * scales
         whole_scale = (w * t * values).sum((0, 1)) / (w * values.square()).sum((0, 1))
@@ -220,6 +222,12 @@ def _over(x: Tensor, scale: Tensor) -> Tensor:
 
 def _rounded_half(x: Tensor) -> Tensor:
     return x.to(torch.float16).float()
+
+
+def _of_scales(x: Tensor) -> Tensor:
+    """A scale of scales to f16, the least one instead of none: the scales below it have bits left."""
+    half = _rounded_half(x)
+    return torch.where((half == 0) & (x != 0), torch.sign(x) * LEAST_HALF, half)
 
 
 def _integers(x: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def fit_int4pack(problem: Problem, m: int, target: Target) -> Rank | Reject:
 def run_int4pack(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """[m, k] bf16 times [n, k] in layout ``cpu_gguf_int4`` -> [m, n] bf16, accumulated in f32.
 
-    Codes are exact. Scale and offset are rounded to bf16, by at most 2^-9 of themselves; of q4_k that is a sixtieth of a step at most.
+    Codes are exact. Scale and offset (of code 8) are rounded to bf16, by at most 2^-9 of themselves: of a group around zero a sixtieth of
+    a step, of one that lies far from it, as some of q4_1 and q4_k may, up to three quarters.
     Source: ``aten::_weight_int4pack_mm_for_cpu``, which dequantizes as (code - 8) * scale + offset.
     """
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(_aligned(x[0]), w[0], GROUP, w[1])
