@@ -173,8 +173,8 @@ def load(results: Path) -> str:
         for row in rows
     ]  # fmt: skip
     text = (
-        f"**`quant_compile.load`**, Llama-3-8B's shape with {result['settings']['layers']} layers and Qwen3-30B-A3B's with 8, files in the "
-        "page cache; the host's memory is what no file backs, decode is `generate` of one sequence by the wall clock. "
+        f"**`quant_compile.load`**, Llama-3-8B's shape with {result['settings']['layers']} layers"
+        f"{', Qwen3-30B-A3B with 8' if any('Qwen' in row['model'] for row in rows) else ''}, files in the page cache; the host's memory is what no file backs, decode is `generate` of one sequence by the wall clock. "
         f"{place(result, 'transformers')}."
     )
     failed = "; ".join(f"{row['model']}, {row['stored']}: {row['error']}" for row in result["rows"] if "error" in row)
@@ -506,6 +506,27 @@ def gemm(results: Path) -> str:
         + (f" {', '.join(v['scheme'] for v in late['verdicts'])}: in another run.\n" if late else "\n")
     )
     return "\n".join([text, markdown(header, rows)])
+
+
+def gemm_gguf(results: Path) -> str:
+    """GGUF linears beside sgl-kernel's and cuBLAS bf16."""
+    result = read("gemm_gguf", results)
+    if result is None:
+        return ""
+    header = ["type", "N×K", "M", "ours", "kernel", "sgl-kernel", "its op", "bf16", "to sgl-kernel", "to bf16"]
+    lines = [
+        [
+            row["scheme"], f"{row['n']}×{row['k']}", f"{row['m']}", number(row["dispatch_us"], 1), f"`{row['dispatch']}`",
+            number(row.get("peer_us"), 1), f"`{str(row['peer']).removeprefix('sgl ')}`" if row.get("peer") else NONE,
+            number(row["bf16_us"], 1), inverse(row.get("ratio_to_peer")), inverse(row["ratio_to_bf16"]),
+        ]
+        for row in sorted(result["summary"], key=lambda row: (row["scheme"], row["n"] * row["k"], row["m"]))
+    ]  # fmt: skip
+    text = (
+        "**GGUF linears**, microseconds, weights rotated past the L2. sgl-kernel's ops round inputs to Q8_1, ours do not; where one took "
+        f"longer than the benchmark waits for, or does not serve so many tokens, there is none. {place(result, 'triton', 'sgl_kernel')}."
+    )
+    return "\n\n".join([text, markdown(header, lines)])
 
 
 def inverse(ratio: float | None) -> str:
@@ -1009,6 +1030,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "generate_cpu": generate_cpu,
     "e2e": e2e,
     "gemm": gemm,
+    "gemm_gguf": gemm_gguf,
     "moe_e2e": moe_e2e,
     "moe": moe,
     "quality": quality,
