@@ -174,7 +174,8 @@ def load(results: Path) -> str:
     ]  # fmt: skip
     text = (
         f"**`quant_compile.load`**, Llama-3-8B's shape with {result['settings']['layers']} layers"
-        f"{', Qwen3-30B-A3B with 8' if any('Qwen' in row['model'] for row in rows) else ''}, files in the page cache; the host's memory is what no file backs, decode is `generate` of one sequence by the wall clock. "
+        f"{', Qwen3-30B-A3B with 8' if any('Qwen' in row['model'] for row in rows) else ''}, files in the page cache; the host's "
+        "memory is what no file backs, decode is `generate` of one sequence by the wall clock. "
         f"{place(result, 'transformers')}."
     )
     failed = "; ".join(f"{row['model']}, {row['stored']}: {row['error']}" for row in result["rows"] if "error" in row)
