@@ -580,7 +580,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.shapes = [known[name] for name in args.shapes.split(",")] if args.shapes else list(known.values())
     args.schemes = args.schemes.split(",") if args.schemes else None
     args.ts = [int(t) for t in args.ts.split(",")] if args.ts else list(SMOKE_TS if args.smoke else TS)
-    args.skewed_ts = [args.ts[-1]] if args.smoke else [int(t) for t in args.skewed_ts.split(",")]
+    args.skewed_ts = [args.ts[-1]] if args.smoke else [int(t) for t in args.skewed_ts.split(",") if t]
     return args
 
 

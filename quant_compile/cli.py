@@ -224,12 +224,18 @@ def _check(arguments: argparse.Namespace) -> int:
         print(plan.to_json())
     else:
         _console().print(plan.table(arguments.full))
-    _warn(plan)
+    _warn(plan, arguments.model)
     return 0
 
 
-def _warn(plan: Plan) -> None:
-    """Print what is wrong with a plan; raises it if the policy is strict."""
+def _warn(plan: Plan, source: str) -> None:
+    """Print what is wrong with the plan of a model's ``source``; raises it if the policy is strict.
+
+    Raises:
+        PolicyError: weights in 16 bits would have a scheme that only files bring, or the policy is strict.
+    """
+    if not source.endswith(".gguf"):
+        plan.enforce_quantizers()
     if plan.policy.strict:
         plan.enforce()
     for note in (*plan.problems, *([plan.calibration_note] if plan.calibration_note else [])):
@@ -275,7 +281,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     model = build_model(_model_spec(arguments, arguments.model))
     plan = Plan.of(policy, model)
-    _warn(plan)
+    _warn(plan, arguments.model)
     console = _console()
     if arguments.target:  # first, because it also shows why nothing can run a weight, which stops the rest
         _print_kernels(console, plan, target)

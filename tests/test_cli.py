@@ -72,6 +72,30 @@ def test_check_prints_the_plan(capsys: Captured, llama: str) -> None:
     assert 'rule 1 (match "lm_head", line' in next(line for line in out.splitlines() if "lm_head" in line)
 
 
+@pytest.mark.parametrize("command", [("check", "GGUF_IQ4_XS"), ("check", "GGUF_IQ3_S"), ("inspect", "GGUF_NVFP4")])
+def test_what_only_files_bring_is_refused_for_weights_in_16_bits(
+    capsys: Captured, tmp_path: Path, command: tuple[str, str]
+) -> None:
+    """Before anything says how small it would be."""
+    from transformers import LlamaConfig
+
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 64,
+    }
+    LlamaConfig(**sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    name, preset = command
+    policy = ("--model", str(tmp_path)) if name == "check" else ("--policy", preset)
+    code, _, err = run(capsys, name, preset if name == "check" else str(tmp_path), *policy)
+    if preset == "GGUF_IQ4_XS":
+        assert code == 0
+    else:
+        assert code and f"self_attn.q_proj cannot be quantized to {preset}" in err
+
+
 def test_check_full_lists_each_weight_and_layers_limits_them(capsys: Captured, llama: str) -> None:
     _, out, _ = run(capsys, "check", "w8a8", "--model", llama, "--full")
     assert "model.layers.0.mlp.up_proj" in out and "model.layers.1.mlp.up_proj" in out

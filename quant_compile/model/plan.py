@@ -21,7 +21,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from quant_compile.ir.errors import PolicyWarning
+from quant_compile.ir.errors import PolicyError, PolicyWarning
 from quant_compile.ir.family import family_of
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.model.places import parameters_of
@@ -151,6 +151,19 @@ class Plan:
         for problem in self.problems:
             warnings.warn(f"{origin}: {problem}", PolicyWarning, stacklevel=3)
         return self
+
+    def enforce_quantizers(self) -> None:
+        """Refuse schemes that nothing here can quantize to, where weights are in 16 bits.
+
+        Raises:
+            PolicyError: there is one; names the first weight.
+        """
+        for entry in self.entries:
+            scheme = entry.decision.scheme
+            refusal = None if scheme is None else family_of(scheme).quantizes(scheme)
+            if scheme is not None and refusal is not None:
+                origin = self.policy.source or self.policy.name
+                raise PolicyError(f"{origin}: {_label([entry])} cannot be quantized to {scheme.spec}: {refusal.reason}")
 
     @property
     def bytes_before(self) -> int:
