@@ -35,6 +35,7 @@ import quant_compile
 from quant_compile import demo
 from quant_compile.ir.family import bits_per_weight
 from tests import textbook
+from tests import textbook_gguf as _textbook_gguf  # noqa: F401  adds GGUF types whose scales are searched for
 
 # Taken before anything is measured: files may change while a process goes on with what it has imported.
 SOURCE = source_hash()

@@ -18,6 +18,7 @@ from quant_compile.ir.kv import NAMES, decode, encode, parse_cache
 from quant_compile.ir.scheme import PRESETS
 from quant_compile.policy import Policy
 from tests import textbook
+from tests import textbook_gguf as _textbook_gguf  # noqa: F401  adds GGUF types whose scales are searched for
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 

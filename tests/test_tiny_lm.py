@@ -24,6 +24,7 @@ from quant_compile import demo
 from quant_compile.ir.errors import PolicyWarning
 from quant_compile.ir.family import family_of
 from tests import textbook
+from tests import textbook_gguf as _textbook_gguf  # noqa: F401  adds GGUF types whose scales are searched for
 from tests.runtime_support import CompileCounter, plain_inductor
 
 __all__ = ["plain_inductor"]
@@ -265,7 +266,7 @@ def test_textbook_imports_nothing_of_the_product() -> None:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
-    assert names <= {"__future__", "copy", "collections", "dataclasses", "torch"}
+    assert names <= {"__future__", "copy", "collections", "dataclasses", "gguf", "torch"}
 
 
 def test_demo_reads_and_decodes_like_generate() -> None:

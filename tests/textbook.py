@@ -159,29 +159,17 @@ def fake_mxfp4(x: Tensor) -> Tensor:
     return round_float(x / step, E2M1) * step
 
 
-BLOCKS = {
-    "Q8_0": 32, "Q6_K": 256, "Q5_K": 256, "Q5_1": 32, "Q5_0": 32, "Q4_K": 256, "Q4_1": 32, "Q4_0": 32, "IQ4_NL": 32, "IQ4_XS": 256,
-    "MXFP4": 32, "Q3_K": 256, "Q2_K": 256, "TQ2_0": 256, "TQ1_0": 256,
-}  # fmt: skip
-"""Weights in a block of each GGUF type that can be quantized to."""
+BLOCKS = {"Q8_0": 32, "Q5_1": 32, "Q5_0": 32, "Q4_1": 32, "Q4_0": 32, "MXFP4": 32, "TQ2_0": 256, "TQ1_0": 256}
+"""Weights in a block of each GGUF type that the ``gguf`` package quantizes to; of the others it has no quantizer."""
 
 
 def fake_gguf(w: Tensor, name: str) -> Tensor:
-    """[n, k] f32 after a GGUF type and back, by the ``gguf`` package.
-
-    It has no quantizer of types whose scales are searched for: of these the bytes are the product's and the numbers the package's.
-    """
+    """[n, k] f32 after a GGUF type and back, by the ``gguf`` package."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 
-    from quant_compile.ir.ggml.encode import encode
-
     kind = GGMLQuantizationType[name]
-    try:
-        blocks = quantize(w.cpu().numpy(), kind)
-    except NotImplementedError:
-        blocks = encode(name.lower(), w.cpu()).numpy()
-    return torch.from_numpy(dequantize(blocks, kind)).to(w.device)
+    return torch.from_numpy(dequantize(quantize(w.cpu().numpy(), kind), kind)).to(w.device)
 
 
 WeightRule = Callable[[Tensor, torch.dtype], Tensor]

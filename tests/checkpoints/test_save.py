@@ -439,6 +439,8 @@ def test_models_that_are_not_compiled_or_were_never_called(tmp_path: Path) -> No
     with pytest.raises(SaveError, match="never been called"):
         quant_compile.save(model, tmp_path / "saved")
     with pytest.raises(OptionError, match="compressed-tensors"):
+        quant_compile.save(model, tmp_path / "saved", "marlin")
+    with pytest.raises(OptionError, match="ends in"):
         quant_compile.save(model, tmp_path / "saved", "gguf")
     bare = nn.Sequential(nn.Linear(64, 64))
     with pytest.raises(SaveError, match="no config"):

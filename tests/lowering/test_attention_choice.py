@@ -281,13 +281,13 @@ def test_inductors_code_launches_the_kernel_itself(
 def test_inductors_code_launches_prefill_itself(
     dynamic: bool, codes: str, on_sm90: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Words of the mask once, then values of codes and attention twice, and nothing repeated. A symbol leaves the op."""
+    """Words of the mask once, then attention twice, and nothing repeated. A symbol leaves the op."""
 
     def prompt(q: Tensor, keys: Tensor, values: Tensor, at: Tensor, new: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
         keys.index_copy_(2, at, new)
         values.index_copy_(2, at, new)
         coded = (scale, scale, codes) if codes else ()
-        reach = ops.reach(mask, 128, 64)
+        reach = ops.reach(mask, 32 if codes else 64, 64)  # fewer tiles than SMs
         for _ in range(2):
             q = ops.attention(q, keys, values, mask, 0.125, 0.0, None, "triton_prefill", *coded, reach=reach)
         return q
@@ -309,7 +309,7 @@ def test_inductors_code_launches_prefill_itself(
         return
     assert "sglq_kernels" not in call, "an op of ours is called"
     launches = re.findall(r"(reach|values|prefill|codes)_kernel\w*\.run\(", call)
-    assert launches == ["reach", *(["values", "prefill"] if codes else ["prefill"]) * 2]
+    assert launches == ["reach", *["codes" if codes else "prefill"] * 2]
     sizes = [
         tuple(map(int, re.findall(r"\d+", found))) for found in re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", call)
     ]

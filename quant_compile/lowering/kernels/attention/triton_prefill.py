@@ -307,10 +307,14 @@ def _unspread(mask: Tensor) -> Tensor:
 
 
 def _by_blocks(reach: Tensor, mask: Tensor, plan: Plan) -> bool:
-    """Whether words are those of a mask, by a plan's blocks."""
+    """Whether words are those of a mask, by a plan's blocks.
+
+    Other blocks make other counts, but where one holds all keys: whether it is full would be that of a smaller block then.
+    """
     sizes = ceil(mask.shape[2], plan.block_m), ceil(mask.shape[3], plan.block_n)
     fits = all(a in (1, b) for a, b in zip(reach.shape[:2], mask.shape[:2], strict=True))
-    return tuple(reach.shape[2:]) == sizes and fits and reach.is_contiguous()
+    surely = sizes[1] > 1 or mask.shape[3] < 32
+    return tuple(reach.shape[2:]) == sizes and fits and surely and reach.is_contiguous()
 
 
 def _reach_strides(reach: Tensor | None) -> tuple[int, int]:
