@@ -43,7 +43,13 @@ def written(path: Path, name: str, *args: Any, **kwargs: Any) -> tuple[Path, tor
     return write(path / "model.gguf", case, model, *args, **kwargs), model
 
 
-@pytest.mark.parametrize("name", CASES)
+# What is undone of each kind: rows, offsets, experts apart and together, factors, latents. The others are like one of these.
+FAST = ("llama", "llama 3.1", "mixtral", "gemma3", "gpt-oss", "deepseek3")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_architectures(name: str, tmp_path: Path) -> None:
     path, model = written(tmp_path, name)
     found = load(path)
