@@ -216,7 +216,7 @@ def _of_floor(us: float, share: float) -> str:
 PREFILL = {
     "as the model writes it": "as written",
     "tiles of 128 x 128": "ours 128x128 warps=8 stages=2",
-    "of 128 x 64": "ours",
+    "of 128 x 64": "ours 128x64 warps=8 stages=3",
     "of 64 x 64": "ours 64x64 warps=4 stages=3",
     "of 32 x 64, codes in registers": "ours 32x64 warps=4 stages=3 in registers",
     "flash attention without a mask": "flash, no mask",

@@ -477,8 +477,8 @@ def put(
     dtype: torch.dtype,
     device: torch.device,
     text: str,
-    transposed: bool = False,
-    orders: dict[bytes, Tensor] | None = None,
+    transposed: bool,
+    orders: dict[bytes, Tensor],
 ) -> Outcome:
     """Put what was read of a linear into its slot: planes into the store, or values, and what its input needs into hooks.
 
@@ -492,14 +492,14 @@ def put(
     if isinstance(found, Dense):
         values = found.values.t() if transposed else found.values
         place(slot, values.to(slot.tensor.dtype).contiguous())
-        _inputs(slot.owner, None, found.factor, {} if orders is None else orders)
+        _inputs(slot.owner, None, found.factor, orders)
         return Outcome(
             slot.name, None, text, _nbytes(slot), (found.reason,) if found.reason else (), bool(found.reason)
         )
     key = Key(found.scheme.spec, "rows", transposed, dtype)
     own_input = found.gather is not None or found.factor is not None
     STORE.adopt(hollow(slot, device), key, found.planes, text, found.input_scale, own_input)
-    _inputs(slot.owner, found.gather, found.factor, {} if orders is None else orders)
+    _inputs(slot.owner, found.gather, found.factor, orders)
     return Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True)
 
 

@@ -6,6 +6,8 @@ order, with a scale and an offset in bf16 for each 32, and what else a block hol
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,11 +41,20 @@ def fit(problem: Problem, m: int, target: Target) -> Rank | Reject:
 
 def run(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """[m, k] times [n, k] plus bias -> [m, n], f32 sums. Source: the family's ``linear``."""
-    left, (blocks,), name = x[0].float(), w, block_of(problem.scheme).name
+    (blocks,), name = w, block_of(problem.scheme).name
+    return by_rows(x[0], bias, problem, CHUNK_ELEMENTS, lambda rows: decode(name, blocks[rows]))
+
+
+def by_rows(
+    x: Tensor, bias: Tensor | None, problem: Problem, elements: int, values: Callable[[slice], Tensor]
+) -> Tensor:
+    """x [m, k] times a weight of which ``values`` makes a few rows in f32 at a time, ``elements`` of it -> [m, n], f32 sums."""
+    left = x.float()
     y = torch.empty((left.shape[0], problem.n), dtype=torch.float32)
-    step = max(1, CHUNK_ELEMENTS // max(1, problem.k))
+    step = max(1, elements // max(1, problem.k))
     for start in range(0, problem.n, step):
-        y[:, start : start + step] = torch.mm(left, decode(name, blocks[start : start + step]).t())
+        rows = slice(start, start + step)
+        y[:, rows] = torch.mm(left, values(rows).t())
     return (y if bias is None else y.add_(bias.float())).to(problem.dtype)
 
 

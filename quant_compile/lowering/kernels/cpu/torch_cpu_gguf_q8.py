@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.lowering.kernels._roofline import estimate
+from quant_compile.lowering.kernels.cpu.torch_cpu_gguf import by_rows
 from quant_compile.lowering.kernels.gguf import triton_gguf as parts
 from quant_compile.lowering.registry import Kernel, Problem, Rank
 from quant_compile.lowering.schemes.gguf import block_of
@@ -30,14 +31,12 @@ def fit_q8(problem: Problem, m: int, target: Target) -> Rank | Reject:
 
 def run_q8(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """[m, k] times Q8_0 in ``gguf_planes``, a few rows scaled in one pass and multiplied while in cache -> [m, n], f32 sums."""
-    left, (data, scale) = x[0].float(), w
-    y = torch.empty((left.shape[0], problem.n), dtype=torch.float32)
-    step = max(1, CHUNK_ELEMENTS // max(1, problem.k))
-    for start in range(0, problem.n, step):
-        codes = data[start : start + step].unflatten(-1, (-1, GROUP))
-        rows = torch.mul(codes, scale[start : start + step].float().unsqueeze(-1)).flatten(1)
-        y[:, start : start + step] = torch.mm(left, rows.t())
-    return (y if bias is None else y.add_(bias.float())).to(problem.dtype)
+    data, scale = w
+
+    def values(rows: slice) -> Tensor:
+        return torch.mul(data[rows].unflatten(-1, (-1, GROUP)), scale[rows].float().unsqueeze(-1)).flatten(1)
+
+    return by_rows(x[0], bias, problem, CHUNK_ELEMENTS, values)
 
 
 KERNELS = (Kernel("torch_cpu_gguf_q8", parts.PACKED, fit_q8, run_q8),)
