@@ -92,6 +92,7 @@ class _Quantizer(HfQuantizer):
         self._packed: _PackedFolder | None = None
         self._slots: dict[str, tuple[Slot, Scheme]] = {}
         self._dtype = torch.get_default_dtype()
+        self._wishes = Wishes()
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """transformers tells the dtype of the model here."""
@@ -120,7 +121,8 @@ class _Quantizer(HfQuantizer):
         if self.late:
             return
         tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-        wishes, alike = Wishes.of(model, self.policy, self.policy.fallback, target, Request()), {*tied, *tied.values()}
+        self._wishes = wishes = Wishes.of(model, self.policy, self.policy.fallback, target, Request())
+        alike = {*tied, *tied.values()}
         for name, slot in slots_of(model).items():
             found = wishes.plain(slot)
             if found is not None and not alike & set(slot.names):
@@ -143,7 +145,9 @@ class _Quantizer(HfQuantizer):
             return False  # transformers says so
         try:
             with torch.no_grad():
-                made = adopt_values(slot, values, scheme, self._dtype, values.device, AS_READ)
+                made = adopt_values(
+                    slot, values, scheme, self._dtype, values.device, AS_READ, self._wishes.rounding(slot)
+                )
         except QuantError as error:
             self.failure = self.failure or error
             return False

@@ -1,4 +1,4 @@
-"""Static scales: run example batches eagerly, watch the input of every static weight, experts too, and K and V, save the scales.
+"""What example batches tell: static scales of inputs and of K and V, and weights rounded by a policy's method. They are run eagerly.
 
 The model is not changed and its compiled code is not used while it is watched.
 """
@@ -26,6 +26,7 @@ from quant_compile.ir.scheme import Scheme
 from quant_compile.model.follow import Following, Meeting, eagerly, run_batch
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.policy import Policy
+from quant_compile.rounded import round_weights, write_planes
 from quant_compile.rules import CACHE_SCHEMES, cache_scale_key, scale_key
 
 _SAMPLE = 1 << 20
@@ -66,7 +67,10 @@ def calibrate(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> Policy:
-    """Measure input scales for every weight that the policy gives a static scheme, those of K and V where it fixes them, and save them.
+    """Measure what the policy wants to know of inputs, and save it: scales of static schemes and of a fixed KV cache, rounded weights.
+
+    With ``method`` in the policy every weight whose codes can be chosen is rounded by it, and the planes are saved in a file of their
+    own; ``compile`` with the returned policy (or its file) takes them and needs no batches.
 
     The two weights of an expert block have one scale each: of the block's tokens, and of the hidden layers of all experts.
 
@@ -81,7 +85,7 @@ def calibrate(
         progress: show a progress bar.
 
     Returns:
-        The policy with its ``scales``.
+        The policy with its ``scales`` and ``planes``.
 
     Raises:
         OptionError: percentile out of range, no batches, or one batch in place of a list of them.
@@ -95,20 +99,26 @@ def calibrate(
     loaded = Policy.load(policy)
     weights = _static_weights(model, loaded)
     layers = _fixed_layers(model, loaded)
-    if not weights and not layers:
+    if not weights and not layers and loaded.method is None:
         raise OptionError(
-            f"policy {loaded.name} has no static scheme for this model; dynamic schemes need no calibration"
+            f"policy {loaded.name} has no static scheme for this model and no method; dynamic schemes need no calibration.\n"
+            "Fix: `method: gptq` in the policy, to round weights by these batches."
         )
+    given = list(batches)
+    if not given:
+        raise OptionError("no batches were given")
+    planes = _planes(model, given, loaded, path, progress) if loaded.method is not None else None
+    if not weights and not layers:
+        return planes or loaded
+    loaded = planes or loaded
     cached: dict[str, Tensor] = {}
     observer = _Observer({weight.pointer: name for name, weight in weights.items()}, percentile)
     seen = 0
     with eagerly(), torch.inference_mode():
-        for batch in track(list(batches), "calibrating", disable=not progress):
+        for batch in track(given, "calibrating", disable=not progress):
             with observer:
                 run_batch(model, batch, watching_cache(model, layers, cached) if layers else None)
             seen += 1
-    if not seen:
-        raise OptionError("no batches were given")
     missing = [name for name, weight in weights.items() if weight.required and name not in observer.largest]
     if missing:
         raise MissingScalesError(
@@ -118,13 +128,31 @@ def calibrate(
     _refuse_useless({name: amax.max() for name, amax in cached.items()}, "keys or values")
     scales = {scale_key(name): _scale(amax, weights[name].scheme) for name, amax in sorted(observer.largest.items())}
     scales |= _cache_scales(layers, cached)
-    target = _scales_path(loaded, path)
+    target = _file_of(loaded, path, "scales")
     metadata = {"format": "pt", "percentile": str(percentile or "amax"), "batches": str(seen)}
     if layers:
         metadata[CACHE_SCHEMES] = json.dumps({name: scheme.name for name, scheme in layers.items()})
     save_file(scales, str(target), metadata=metadata)
-    _mention(loaded, target)
+    _mention(loaded, "scales", target)
     return replace(loaded, scales=target)
+
+
+def _planes(model: nn.Module, batches: list[Any], policy: Policy, path: str | Path | None, progress: bool) -> Policy:
+    """Round weights by the policy's method, write the planes, and return the policy with them."""
+
+    def shown(items: Iterable[Any], text: str) -> Iterable[Any]:
+        return track(items, text, disable=not progress)
+
+    made = round_weights(model, batches, policy, shown)
+    if not made:
+        raise OptionError(
+            f"policy {policy.name} has method {policy.method}, and no weight of this model has a scheme whose codes can be chosen.\n"
+            "Fix: W4A16, W4A8, W8A8, NVFP4, MXFP4 or another scheme of integers or FP4, or leave `method` out."
+        )
+    target = _file_of(policy, path, "planes")
+    write_planes(target, made, policy)
+    _mention(policy, "planes", target)
+    return replace(policy, planes=target)
 
 
 def _fixed_layers(model: Any, policy: Policy) -> dict[str, CacheScheme]:
@@ -215,25 +243,27 @@ def _scale(largest: Tensor, scheme: Scheme) -> Tensor:
     return (largest.cpu().clamp_min(SMALLEST_AMAX) * (1.0 / limit)).reshape(1)
 
 
-def _scales_path(policy: Policy, path: str | Path | None) -> Path:
+def _file_of(policy: Policy, path: str | Path | None, kind: str) -> Path:
+    """Where scales or planes go; with both, planes stand beside the scales that ``path`` names."""
     if path is not None:
-        return Path(path)
+        given = Path(path)
+        return given if kind == "scales" or policy.method is None else given.with_suffix(f".planes{given.suffix}")
     if policy.source is not None:
-        return Path(policy.source).with_suffix(".scales.safetensors")
+        return Path(policy.source).with_suffix(f".{kind}.safetensors")
     name, number = policy.name.lower(), 1
-    file = Path(f"{name}.scales.safetensors")
+    file = Path(f"{name}.{kind}.safetensors")
     while file.exists():
         number += 1
-        file = Path(f"{name}.{number}.scales.safetensors")
+        file = Path(f"{name}.{number}.{kind}.safetensors")
     return file
 
 
-def _mention(policy: Policy, scales: Path) -> None:
-    """Add ``scales:`` to a policy file that has none, leaving the rest of its text alone."""
-    if policy.source is None or policy.scales is not None:
+def _mention(policy: Policy, key: str, path: Path) -> None:
+    """Add ``scales:`` or ``planes:`` to a policy file that has none, leaving the rest of its text alone."""
+    if policy.source is None or getattr(policy, key) is not None:
         return
     file = Path(policy.source)
     if file.is_file() and file.suffix in (".yaml", ".yml") and not str(file).startswith(str(Path(__file__).parent)):
-        name = scales.name if scales.parent.resolve() == file.parent.resolve() else str(scales.resolve())
+        name = path.name if path.parent.resolve() == file.parent.resolve() else str(path.resolve())
         text = file.read_text(encoding="utf-8")
-        file.write_text(f"{text.rstrip()}\nscales: {name}\n", encoding="utf-8")
+        file.write_text(f"{text.rstrip()}\n{key}: {name}\n", encoding="utf-8")

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant_compile.ir.errors import MissingScalesError, OptionError, PolicyError, SchemeError
+from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.kv import NAMES, TENSOR, CacheScheme, parse_cache
-from quant_compile.ir.scheme import parse
+from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.lowering.moe import moe_kernels
 from quant_compile.lowering.registry import kernels as known_kernels
-from quant_compile.lowering.rounding.recipe import Rounding
+from quant_compile.lowering.rounding.recipe import PLANES_OF, Rounding, plane_key, token_of
 from quant_compile.lowering.select import Request
 from quant_compile.policy import ATTENTION, AUTO, KEEP, Policy
 from quant_compile.rules import CACHE_SCHEMES, CacheRules, cache_scale_key, scale_key
@@ -196,7 +197,9 @@ class PolicySource:
         self._content = self.policy.content_hash
         self._snapshot = _snapshot(given)
         self._paths = tuple(
-            Path(p) for p in (self.policy.source, self.policy.scales) if p is not None and Path(p).is_file()
+            Path(p)
+            for p in (self.policy.source, self.policy.scales, self.policy.planes)
+            if p is not None and Path(p).is_file()
         )
         self._stamp = self._now()
 
@@ -243,8 +246,41 @@ class PolicySource:
         return None
 
     def rounding(self, names: Iterable[str]) -> Rounding:
-        """How the planes of a weight are made of its values."""
-        return Rounding(self.policy.rounding)
+        """How the planes of a weight are made of its values: by calibration where the policy has its planes.
+
+        Raises:
+            PolicyError: the policy's method needs planes that are not there, or the file is not readable.
+        """
+        policy = self.policy
+        if policy.planes is None:
+            if policy.method is not None:
+                raise PolicyError(
+                    f"{policy.source or policy.name}: method {policy.method} needs planes that example batches make.\n"
+                    "Fix: policy = quant_compile.calibrate(model, batches, policy), or leave `method` out."
+                )
+            return Rounding(policy.rounding)
+        for name in names:
+            if (told := self._planes_of.get(name)) is not None:
+                return Rounding(told["method"], f"{self._token}.{name}", _Stored(policy.planes, name, told["weights"]))
+        return Rounding(policy.rounding)
+
+    @cached_property
+    def _token(self) -> str:
+        return token_of(Path(self.policy.planes or ""))
+
+    @cached_property
+    def _planes_of(self) -> dict[str, dict[str, str]]:
+        """Of each weight in the policy's file of planes their scheme and their method."""
+        path = self.policy.planes
+        try:
+            with safe_open(str(path), "pt") as file:
+                told = (file.metadata() or {}).get(PLANES_OF)
+            return json.loads(told or "")
+        except (OSError, SafetensorError, ValueError) as error:
+            raise PolicyError(
+                f"the policy's planes {path} are not readable: {error}.\n"
+                "Fix: quant_compile.calibrate(model, batches, policy) writes them again, or leave `planes` out."
+            ) from None
 
     def cache_scales(self, layer: str, scheme: CacheScheme) -> tuple[Tensor, Tensor] | None:
         """Fixed scales of a decoder layer's K and V under a scheme, f32 [heads] or [1]; None where the scales file has none.
@@ -304,10 +340,32 @@ class PolicySource:
         changed = content != self._content
         self._stamp, self._content, self.policy = now, content, fresh
         self._snapshot = _snapshot(self.given)
-        self.__dict__.pop("scales", None)
+        for key in ("scales", "_planes_of", "_token"):
+            self.__dict__.pop(key, None)
         self.__dict__.pop("_cache_schemes", None)
         self.generation += changed
         return changed
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Planes of one weight in a policy's file, read when they are packed."""
+
+    path: Path
+    name: str
+    weights: str
+
+    def __call__(self, scheme: Scheme, expert: int | None) -> Planes:
+        """Row form, of one expert or of a matrix."""
+        if scheme.weights.spec != self.weights:
+            raise PolicyError(
+                f"{self.path} has planes of {self.name} as {self.weights}, and the policy says {scheme.weights.spec}.\n"
+                "Fix: quant_compile.calibrate(model, batches, policy) makes them anew, or leave `planes` out."
+            )
+        count = len(family_of(scheme).weight_planes(scheme, 1, 1, torch.bfloat16))
+        with safe_open(str(self.path), "pt") as file:
+            parts = [file.get_slice(plane_key(self.name, i)) for i in range(count)]
+            return tuple(part[:] if expert is None else part[expert : expert + 1].squeeze(0) for part in parts)
 
 
 def _snapshot(given: Any) -> dict[str, Any] | None:

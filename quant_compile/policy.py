@@ -54,7 +54,7 @@ SHIPPED = Path(__file__).parent / "policies"
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
 _POLICY_KEYS = (
     "version", "name", "default", "rules", "requantize", "strict", "allow_reference", "fallback", "guard", "fuse",
-    "attention", "kv_cache", "release_weights", "scales", "rounding",
+    "attention", "kv_cache", "release_weights", "scales", "rounding", "method", "planes",
 )  # fmt: skip
 _RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason", "requantize")
 _CACHE_KEYS, _CACHE_RULE_KEYS = ("scheme", "rules"), ("match", "scheme", "reason")
@@ -99,6 +99,8 @@ class Policy:
         rounding: ``nearest``; ``search``: of each group the scale of least error, where the scheme's scales can be chosen; ``auto``:
             search, but for weights on a CPU that are so large that it takes long.
         scales: safetensors file of calibrated input scales; in a policy file, relative to that file's folder.
+        method: how ``calibrate`` makes planes by example batches: ``search`` (scales of least error, weighted by E[x^2]) or ``gptq``.
+        planes: safetensors file of what it made; in a policy file, relative to that file's folder.
         name: label in reports.
         source: file it came from.
         version: of the file format.
@@ -117,6 +119,8 @@ class Policy:
     release_weights: bool | None = None
     scales: Path | None = None
     rounding: str = field(default_factory=lambda: recipe.DEFAULT)
+    method: str | None = None
+    planes: Path | None = None
     name: str = field(default="policy", compare=False)
     source: str | None = field(default=None, compare=False)
     version: int = VERSION
@@ -159,8 +163,9 @@ class Policy:
         """
         path = Path(path)
         content = self.to_dict()
-        if self.scales is not None:
-            content["scales"] = _relative_to(self.scales, path.parent)
+        for key, file in (("scales", self.scales), ("planes", self.planes)):
+            if file is not None:
+                content[key] = _relative_to(file, path.parent)
         path.write_text(yaml.safe_dump(content, sort_keys=False, width=120), encoding="utf-8")
         return path
 
@@ -181,11 +186,10 @@ class Policy:
             out["kv_cache"] = _cache_value(self.kv_cache)
         if self.release_weights is not None:
             out["release_weights"] = self.release_weights
-        if self.scales is not None:
-            out["scales"] = str(self.scales)
         if self.rounding != recipe.DEFAULT:
             out["rounding"] = self.rounding
-        return out
+        rest = (("scales", self.scales), ("method", self.method), ("planes", self.planes))
+        return out | {key: str(value) for key, value in rest if value is not None}
 
     @property
     def content_hash(self) -> str:
@@ -196,6 +200,8 @@ class Policy:
         if self.scales is not None:
             present = self.scales.is_file()
             content["scales"] = hashlib.sha256(self.scales.read_bytes()).hexdigest() if present else "absent"
+        if self.planes is not None:
+            content["planes"] = recipe.token_of(self.planes)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -342,8 +348,10 @@ class _Reader:
             attention=self._attention(data.get("attention")),
             kv_cache=self._kv_cache(("kv_cache",), data.get("kv_cache")),
             release_weights=self._optional_boolean(("release_weights",), data.get("release_weights")),
-            scales=self._scales(data.get("scales")),
+            scales=self._file("scales", data.get("scales")),
             rounding=self._rounding(data.get("rounding")),
+            method=self._method(data.get("method")),
+            planes=self._file("planes", data.get("planes")),
             name=self._text(("name",), data.get("name")) or self.name,
             source=self.source,
         )
@@ -364,6 +372,11 @@ class _Reader:
         if value is not None and value not in recipe.ROUNDINGS:
             self.fail(("rounding",), f"rounding must be {' or '.join(recipe.ROUNDINGS)}, got {_shown(value)}")
         return value or recipe.DEFAULT
+
+    def _method(self, value: Any) -> str | None:
+        if value is not None and value not in recipe.METHODS:
+            self.fail(("method",), f"method must be {' or '.join(recipe.METHODS)}, got {_shown(value)}")
+        return value
 
     def _attention(self, value: Any) -> str:
         if value is not None and value not in ATTENTION:
@@ -511,8 +524,8 @@ class _Reader:
         data = {} if value is None else self._mapping(("fuse",), value, [f.name for f in fields(Fuse)])
         return Fuse(**{key: self._boolean(("fuse", key), item) for key, item in data.items()})
 
-    def _scales(self, value: Any) -> Path | None:
-        text = str(value) if isinstance(value, Path) else self._text(("scales",), value)
+    def _file(self, key: str, value: Any) -> Path | None:
+        text = str(value) if isinstance(value, Path) else self._text((key,), value)
         return None if text is None else Path(os.path.abspath(self.folder / text))
 
     def _mapping(self, path: KeyPath, value: Any, valid: Iterable[str]) -> dict[str, Any]:

@@ -8,6 +8,11 @@ import sys
 import pytest
 import torch
 
+from quant_compile.lowering.rounding import recipe
+
+# What tests compare with is rounded to nearest; those of other roundings name them in their policies.
+recipe.DEFAULT = recipe.NEAREST
+
 worker = os.environ.get("PYTEST_XDIST_WORKER")
 if worker:
     torch.set_num_threads(1)  # the workers share the cores; more threads than cores wait for one another

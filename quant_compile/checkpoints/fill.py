@@ -26,6 +26,7 @@ from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import NONE
 from quant_compile.ir.numerics import all_finite, dtype_name
 from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.rounding.recipe import Rounding
 from quant_compile.lowering.weights import STORE, Key, quantize, quantize_expert
 from quant_compile.model.weights import _stores_columns
 
@@ -202,11 +203,13 @@ class Filler:
     def _adopt_quantized(self, slot: Slot, scheme: Scheme, source: str, text: str) -> None:
         if slot.tensor.dim() < 3:
             values = self.files.load(Part(source), self.device, copy=False)
-            adopt_values(slot, values, scheme, self.dtype, self.device, text)
+            adopt_values(slot, values, scheme, self.dtype, self.device, text, self.wishes.rounding(slot))
             return
         key = key_of(slot, scheme, self.dtype)
         experts = (self.files.load(part, self.device, copy=False) for part in _experts_of(source, slot))
-        adopt_experts(slot, key, (quantize_expert(values, key, slot.name) for values in experts), self.device, text)
+        rounding = self.wishes.rounding(slot)
+        parts = (quantize_expert(values, key, slot.name, rounding, i) for i, values in enumerate(experts))
+        adopt_experts(slot, key, parts, self.device, text)
 
     def _linear(self, job: Linear, dry: bool) -> Outcome:
         slot, found = job.slot, self.read(job.stem, dry)
@@ -233,7 +236,7 @@ class Filler:
                 place(slot, (values.t() if job.transposed else values).to(slot.tensor.dtype).contiguous())
             else:
                 source = nn.Parameter(values, requires_grad=False)
-                planes = quantize(source, key._replace(transposed=False), slot.name)
+                planes = quantize(source, key._replace(transposed=False), slot.name, self.wishes.rounding(slot))
                 STORE.adopt(hollow(slot, self.device), key, planes, text)
         nbytes = _nbytes(slot) if scheme is None else _plane_bytes(slot, scheme, key, self.dtype)
         return _told(Outcome(slot.name, scheme, text, nbytes, (), True), again, was)
@@ -343,7 +346,8 @@ class Filler:
         plain = key._replace(transposed=False, interleaved=False)
         self._check_experts(job, dry)
         count = range(len(job.stems))
-        parts = (quantize_expert(self._values(job, i, dtype), plain, job.slot.name) for i in count)
+        name, rounding = job.slot.name, self.wishes.rounding(job.slot)
+        parts = (quantize_expert(self._values(job, i, dtype), plain, name, rounding, i) for i in count)
         return self._adopt_experts(job.slot, key, parts, scheme, text, dry)
 
     def _place_experts(self, job: Experts, dry: bool, dtype: torch.dtype | None = None) -> None:
@@ -521,7 +525,13 @@ def key_of(slot: Slot, scheme: Scheme, dtype: torch.dtype) -> Key:
 
 
 def adopt_values(
-    slot: Slot, values: Tensor, scheme: Scheme, dtype: torch.dtype, device: torch.device, text: str
+    slot: Slot,
+    values: Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    device: torch.device,
+    text: str,
+    rounding: Rounding,
 ) -> nn.Parameter:
     """Quantize a weight's values, an expert at a time, and put a Parameter without values, with these planes, into its slot.
 
@@ -530,15 +540,16 @@ def adopt_values(
         dtype: of the model.
         device: where it is quantized and stays.
         text: where the values come from, for the ledger.
+        rounding: how planes are made of them.
 
     Raises:
         WeightError: the values are NaN or inf.
     """
     key = key_of(slot, scheme, dtype)
     if values.dim() == 3:
-        parts = (quantize_expert(values[i].to(device), key, slot.name) for i in range(values.shape[0]))
+        parts = (quantize_expert(values[i].to(device), key, slot.name, rounding, i) for i in range(values.shape[0]))
         return adopt_experts(slot, key, parts, device, text)
-    planes = quantize(nn.Parameter(values.to(device), requires_grad=False), key, slot.name)
+    planes = quantize(nn.Parameter(values.to(device), requires_grad=False), key, slot.name, rounding)
     made = hollow(slot, device)
     STORE.adopt(made, key, planes, text)
     return made

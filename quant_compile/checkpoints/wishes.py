@@ -18,10 +18,12 @@ from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.moe import serves
 from quant_compile.lowering.registry import Problem
+from quant_compile.lowering.rounding.recipe import TO_NEAREST, Rounding
 from quant_compile.lowering.select import FALLBACKS, Request, choose, fallback_of
 from quant_compile.lowering.target import Target
 from quant_compile.model.plan import Plan
 from quant_compile.model.weights import Weight, linear_weights
+from quant_compile.options import PolicySource
 from quant_compile.policy import Policy
 from quant_compile.rules import Decision
 
@@ -55,6 +57,7 @@ class Wishes:
         fallback: of the policy.
         target: that the model will run on; None: any that has all kernels.
         request: pins and permissions.
+        source: what knows how planes are made of values.
     """
 
     decisions: Mapping[str, Decision] = field(default_factory=dict[str, Decision])
@@ -62,6 +65,7 @@ class Wishes:
     fallback: str | None = None
     target: Target | None = None
     request: Request = field(default_factory=Request)
+    source: PolicySource | None = None
     _known: dict[Problem | MoeProblem, bool] = field(default_factory=dict[Problem | MoeProblem, bool])
 
     @staticmethod
@@ -71,7 +75,13 @@ class Wishes:
         embedded = {weight.site.names for weight in weights if weight.in_embedding}
         entries = Plan.of(given, model).entries if given is not None else ()
         decisions = {n: e.decision for e in entries if e.names not in embedded for n in e.names}
-        return Wishes(decisions, _problems(weights), fallback, target, request)
+        source = None if given is None else PolicySource(given, "")
+        return Wishes(decisions, _problems(weights), fallback, target, request, source)
+
+    def rounding(self, slot: Slot) -> Rounding:
+        """How planes of a weight are made of its values."""
+        names = (name.removesuffix(".weight") for name in slot.names)
+        return TO_NEAREST if self.source is None else self.source.rounding(names)
 
     def plain(self, slot: Slot) -> Scheme | None:
         """The scheme of a weight that the checkpoint has in 16 bits; None: it stays so."""

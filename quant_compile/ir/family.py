@@ -53,12 +53,12 @@ class Grid(Protocol):
 
     ``w`` is f32 [n, g, size]: groups of inputs under one scale each. Scales are tensors [n, g, 1] f32 that the planes hold exactly;
     the first is positive or negative and multiplies.
-
-    Attributes:
-        size: inputs under one scale.
     """
 
-    size: int
+    @property
+    def size(self) -> int:
+        """Inputs under one scale."""
+        ...
 
     def choices(self, w: Tensor) -> Iterator[Planes]:
         """Scales worth trying, those of ``quantize_weight`` first."""

@@ -28,7 +28,7 @@ from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, is_lent, peek_anchor, signature_of
 from quant_compile.lowering.moe import moe_layouts
 from quant_compile.lowering.registry import Layout, Problem, layouts
-from quant_compile.lowering.rounding.recipe import Rounding, planes_of
+from quant_compile.lowering.rounding.recipe import TO_NEAREST, Rounding, planes_of
 
 # Groups beyond the home that one weight keeps a slab for. Models use one or two; more is a sign of graphs that are gone.
 MOST_FURTHER = 4
@@ -184,7 +184,7 @@ class Entry:
     source: str = ""
     adopted: Key | None = None
     own_input: bool = False
-    rounding: Rounding = Rounding()
+    rounding: Rounding = TO_NEAREST
 
     def is_as_before(self, parameter: Parameter) -> bool:
         """Whether the values are those that the planes were made of; known once a weight has been moved before."""
@@ -755,7 +755,7 @@ def problem_of(parameter: Parameter, key: Key, n: int | None = None) -> Problem:
     return Problem(parse(key.spec), own if n is None else n, k, key.dtype)
 
 
-def quantize(parameter: Parameter, key: Key, name: str, rounding: Rounding = Rounding()) -> Planes:
+def quantize(parameter: Parameter, key: Key, name: str, rounding: Rounding = TO_NEAREST) -> Planes:
     """Row-form planes of a weight, on its own device, in chunks of rows; cast to the key's dtype first, as autocast does.
 
     Raises:
@@ -777,7 +777,7 @@ def pack_experts(
     problem: MoeProblem | None,
     size: tuple[int, int],
     layout: str = "",
-    rounding: Rounding = Rounding(),
+    rounding: Rounding = TO_NEAREST,
 ) -> Planes:
     """Planes [E, ...] of a block's weight, filled expert by expert: besides them one expert's share is held.
 
@@ -804,7 +804,7 @@ def pack_experts(
 
 
 def quantize_expert(
-    stored: Tensor, key: Key, name: str, rounding: Rounding = Rounding(), expert: int | None = None
+    stored: Tensor, key: Key, name: str, rounding: Rounding = TO_NEAREST, expert: int | None = None
 ) -> Planes:
     """Planes of one expert [n, k] as stored, in row form.
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quant_compile.ir.errors import WeightError
@@ -17,10 +19,17 @@ from quant_compile.lowering.rounding.search import searched
 
 AUTO, NEAREST, SEARCH = "auto", "nearest", "search"
 ROUNDINGS = (AUTO, NEAREST, SEARCH)
+GPTQ = "gptq"
+# Methods of ``calibrate``: the search weighted by E[x^2], and GPTQ.
+METHODS = (SEARCH, GPTQ)
+# Metadata of a file of planes: JSON of each weight's scheme and method; a hash of all planes.
+PLANES_OF, TOKEN = "planes_of", "token"
 # What a policy that says nothing gets.
 DEFAULT = AUTO
 # Of a weight on a CPU, above which ``auto`` is nearest: a search takes about fifteen times as long, there a second for each.
 AUTO_LARGEST_ON_CPU = 1 << 24
+# Rows that are compared with a weight's, and how far they may be from it: 4 bits are about a tenth away, other weights further than all.
+LOOKED_AT, UNLIKE = 256, 0.6
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,40 @@ class Rounding:
         return "" if found == NEAREST else f"rounding: {found}"
 
 
+TO_NEAREST = Rounding()
+
+
+def plane_key(name: str, index: int) -> str:
+    """Where a file of planes keeps plane ``index`` of a weight."""
+    return f"{name}.plane{index}"
+
+
+def token_of(path: Path) -> str:
+    """The hash that a file of planes has in its header; ``absent`` where there is none."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return (file.metadata() or {}).get(TOKEN, "")
+    except (OSError, SafetensorError):
+        return "absent"
+
+
 def _auto(numel: int, w: Tensor) -> str:
     return NEAREST if w.device.type == "cpu" and numel > AUTO_LARGEST_ON_CPU else SEARCH
+
+
+def _check_likeness(w: Tensor, planes: Planes, scheme: Scheme, rounding: Rounding) -> None:
+    """Planes of other values than the weight's would be taken in silence.
+
+    Raises:
+        WeightError: they are further from the weight than rounding could bring them.
+    """
+    rows = w[:LOOKED_AT].float()
+    near = family_of(scheme).dequantize_weight(tuple(plane[:LOOKED_AT] for plane in planes), scheme, w.shape[1])
+    if not float((near - rows).norm()) <= UNLIKE * float(rows.norm()):
+        raise WeightError(
+            f"planes by {rounding.method} are not those of this weight: their values differ from it by more than half.\n"
+            "Fix: quant_compile.calibrate(model, batches, policy) with the model as it is now, or a policy without `planes`."
+        )
 
 
 def planes_of(w: Tensor, scheme: Scheme, rounding: Rounding, expert: int | None = None) -> Planes:
@@ -58,12 +99,14 @@ def planes_of(w: Tensor, scheme: Scheme, rounding: Rounding, expert: int | None 
     family = family_of(scheme)
     if rounding.planes is not None:
         planes = tuple(plane.to(w.device) for plane in rounding.planes(scheme, expert))
-        wanted = [(spec.shape, spec.dtype) for spec in family.weight_planes(scheme, *w.shape, w.dtype)]
+        n, k = w.shape
+        wanted = [(spec.shape, spec.dtype) for spec in family.weight_planes(scheme, n, k, w.dtype)]
         if [(tuple(plane.shape), plane.dtype) for plane in planes] != wanted:
             raise WeightError(
                 f"planes by {rounding.method} are of another size, dtype or scheme than a weight {tuple(w.shape)} {w.dtype}.\n"
                 "Fix: quant_compile.calibrate(model, batches, policy) makes them for this model."
             )
+        _check_likeness(w, planes, scheme, rounding)
         return planes
     method = rounding.method if rounding.method != AUTO else _auto(w.numel(), w)
     return searched(w, scheme) if method == SEARCH else family.quantize_weight(w, scheme)

@@ -62,7 +62,7 @@ def best(grid: Grid, w: Tensor, importance: Tensor | None) -> tuple[Planes, Tens
         kept = _better(grid, w, importance, scales, kept)
     assert kept is not None
     for _ in range(FITS):
-        error, scales, values = kept
+        _, scales, values = kept
         weighted = values if importance is None else values * importance
         size = (weighted * values).sum(-1, keepdim=True)
         factor = (weighted * w).sum(-1, keepdim=True) / size

@@ -80,5 +80,7 @@ def grid(w: Tensor, scheme: Scheme) -> Grid | None:
 
 
 FAMILY = register_family(
-    Family("int8", PRESETS, accepts, weight_planes, quantize_weight, dequantize_weight, quantize_input, linear, grid=grid)
+    Family(
+        "int8", PRESETS, accepts, weight_planes, quantize_weight, dequantize_weight, quantize_input, linear, grid=grid
+    )
 )

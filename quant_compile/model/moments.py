@@ -1,0 +1,94 @@
+"""Second moments of the inputs that a model's weights meet, E[x x^T] or its diagonal, of each expert its own.
+
+Reads the calls of a model that runs eagerly; keeps sums in f32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_compile.model.follow import Following, Meeting
+
+ROWS = 8192  # of inputs in f32 at a time
+
+
+@dataclass(frozen=True)
+class Size:
+    """What sums a weight needs.
+
+    Attributes:
+        experts: 0 for a matrix.
+        k: inputs.
+        shape: of the Parameter.
+    """
+
+    experts: int
+    k: int
+    shape: tuple[int, ...]
+
+    def nbytes(self, whole: bool) -> int:
+        """Of its sums; ``whole``: with what is beside the diagonal."""
+        return 4 * max(1, self.experts) * self.k * (self.k if whole else 1)
+
+
+class Moments(Following):
+    """Sums over the inputs of some weights.
+
+    Attributes:
+        sums: by name, [experts or 1, k, k] f32, or [experts or 1, k] of squares alone.
+        tokens: by name, [experts or 1].
+    """
+
+    def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size], whole: bool) -> None:
+        super().__init__(weights)
+        self.sizes, self.whole = sizes, whole
+        self.sums: dict[str, Tensor] = {}
+        self.tokens: dict[str, Tensor] = {}
+
+    def meet(self, meetings: list[Meeting]) -> Any:
+        for found in meetings:
+            size = self.sizes.get(found.made.weight)
+            if size is not None:
+                for expert, x in _rows(found, size):
+                    self._add(found.made.weight, size, expert, x.detach())
+        return meetings[0].call()
+
+    def _add(self, name: str, size: Size, expert: int, x: Tensor) -> None:
+        count = max(1, size.experts)
+        if name not in self.sums:
+            shape = (count, size.k, size.k) if self.whole else (count, size.k)
+            self.sums[name] = torch.zeros(shape, dtype=torch.float32, device=x.device)
+            self.tokens[name] = torch.zeros(count, dtype=torch.int64)
+        into = self.sums[name][expert]
+        for part in x.split(ROWS):
+            rows = part.float()
+            if self.whole:
+                into.addmm_(rows.t(), rows)
+            else:
+                into.add_(rows.square().sum(0))
+        self.tokens[name][expert] += x.shape[0]
+
+
+def _rows(found: Meeting, size: Size) -> Iterator[tuple[int, Tensor]]:
+    """(expert, its inputs [t, k]); nothing where a product is of another form."""
+    x = found.x.mT if found.swapped else found.x
+    if x.shape[-1] != size.k:
+        return
+    if not size.experts:
+        yield 0, x.reshape(-1, size.k)
+        return
+    experts = found.made.of(torch.arange(size.experts).view(-1, 1, 1).expand(size.shape))
+    if experts.dim() == 2:
+        yield int(experts[0, 0]), x.reshape(-1, size.k)
+        return
+    ids = experts[:, 0, 0].tolist()
+    if found.rows is not None:
+        ends = [0, *found.rows.tolist()]
+        yield from ((e, x[a:b]) for e, a, b in zip(ids, ends, ends[1:], strict=False) if b > a)
+    elif x.dim() == 3 and x.shape[0] == len(ids):
+        yield from zip(ids, x, strict=True)
