@@ -7,7 +7,7 @@ the store and, for inputs that a checkpoint permutes or scales, a hook on the li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from quant_compile.checkpoints.staging import staged
 from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Read
 from quant_compile.checkpoints.wishes import Again, Wishes
 from quant_compile.ir.family import Planes, family_of
-from quant_compile.ir.moe import NONE
+from quant_compile.ir.moe import NONE, may_differ
 from quant_compile.ir.numerics import all_finite, dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.weights import STORE, Key, quantize, quantize_expert
@@ -124,7 +124,7 @@ class Filler:
         return self._experts(job, dry) if isinstance(job, Experts) else self._bias(job, dry)
 
     def _find_apart(self, mapped: Mapped) -> None:
-        """Weights of blocks whose other weight has no planes, or those of another scheme: kernels take both in one."""
+        """Weights of blocks whose other weight has no planes, or those of a scheme that no kernel takes beside theirs."""
         blocks: dict[int, list[Experts]] = {}
         for job in mapped.jobs:
             if isinstance(job, Experts):
@@ -134,10 +134,22 @@ class Filler:
             kinds = {name: read if isinstance(read, str) else read.scheme.spec for name, read in found.items()}
             if len(set(kinds.values())) < 2 or "" in kinds.values():
                 continue
-            for name, read in found.items():
+            why = self._why_apart(found)
+            for name, read in found.items() if why is not None else ():
                 other = next(other for other in kinds if kinds[other] != kinds[name])
                 if isinstance(read, Quantized):
-                    self._apart[name] = f"{other.rpartition('.')[2]} of its block is not in {kinds[name]}"
+                    self._apart[name] = f"{other.rpartition('.')[2]} of its block is not in {kinds[name]}{why}"
+
+    def _why_apart(self, found: Mapping[str, Quantized | str]) -> str | None:
+        """What is to be said besides of a block whose weights differ and become values; None: they go together as they are."""
+        schemes = {name: read.scheme for name, read in found.items() if isinstance(read, Quantized)}
+        if len(schemes) != 2 or len(found) != 2:
+            return ""
+        up, down = sorted(schemes, key=lambda name: "down" in name.rpartition(".")[2])
+        if not may_differ(schemes[up], schemes[down]):
+            return ""
+        reason = self.wishes.unserved(up, schemes[up], schemes[down])
+        return f", and {reason}" if reason else None
 
     # --- reading ---
 
@@ -296,7 +308,7 @@ class Filler:
         if any(part.factor is not None for part in parts):
             return "the inputs of its experts have factors of their own (pre_quant_scale)"
         if any(part.scheme != parts[0].scheme for part in parts):
-            return "gate and up have different schemes"
+            return f"gate and up are one weight, and the file has them in {' and '.join(p.scheme.spec for p in parts)}"
         block = family_of(parts[0].scheme).row_block(parts[0].scheme)
         rows = parts[0].n // 2 if job.interleaved else parts[0].n
         if block > 1 and (job.interleaved or (len(parts) > 1 and rows % block)):

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from quant_compile.ir.errors import NoKernelError
 from quant_compile.ir.family import PlaneSpec
-from quant_compile.ir.moe import Activation, MoeProblem
-from quant_compile.ir.scheme import Scheme, parse
-from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_kernels, moe_layouts
+from quant_compile.ir.moe import Activation, MoeProblem, parse_spec
+from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_kernels, planes_of
 from quant_compile.lowering.registry import Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, AnyProblem, Dispatch, Request, choose, fallback_of, fits, name_for
 from quant_compile.lowering.target import FAKE_SM_COUNT, RUN_ON, Target
@@ -131,13 +131,16 @@ def _blocks(plan: Plan) -> dict[MoeProblem, list[PlanEntry]]:
             by_name.setdefault(entry.block, []).append(entry)
     out: dict[MoeProblem, list[PlanEntry]] = {}
     for entries in by_name.values():
-        scheme = entries[0].decision.scheme
-        if len(entries) == 2 and scheme is not None:
-            first, second = entries
-            up = first if first.n == 2 * second.k else second
-            dtype = getattr(torch, up.dtype)
+        if len(entries) != 2:
+            continue
+        first, second = entries
+        up, down = (first, second) if first.n == 2 * second.k else (second, first)
+        scheme, scheme2 = up.decision.scheme, down.decision.scheme
+        if scheme is not None:
             sizes = (up.shape[0], up.k, up.n // 2, min(2, up.shape[0]))
-            out.setdefault(MoeProblem(scheme, *sizes, Activation("silu"), dtype, up.has_bias), []).extend(entries)
+            dtype, act = getattr(torch, up.dtype), Activation("silu")
+            problem = MoeProblem(scheme, *sizes, act, dtype, up.has_bias, scheme2=scheme2)
+            out.setdefault(problem, []).extend(entries)
     return out
 
 
@@ -149,9 +152,7 @@ def _moe_choice(problem: MoeProblem, entries: Sequence[PlanEntry], target: Targe
         dispatch, fix = None, error.fix
     planes: Sequence[PlaneSpec] = ()
     if dispatch is not None:
-        specs = moe_layouts()[dispatch.layout].planes
-        sizes = ((problem.up_rows, problem.hidden), (problem.hidden, problem.intermediate))
-        planes = [plane for size in sizes for plane in specs(problem, *size)]
+        planes = [plane for own in planes_of(dispatch.layout, problem) for plane in own]
     named = {name: kernel.layout for name, kernel in moe_kernels().items()}
     return _made(problem, entries, answers, dispatch, len(entries) // 2, planes, named, fix)
 
@@ -256,7 +257,7 @@ def kernels_table(choices: Sequence[KernelChoice], target: Target) -> Table:
         by = f"\n(fallback of {choice.asked.spec})" if choice.asked else ""
         cells = [
             "\n".join(label_of(choice.entries)),
-            problem.scheme.spec + by,
+            problem.spec + by,
             choice.size,
             dispatch.layout if dispatch else "none",
             f"{choice.bytes_packed / 1e6:,.2f}",
@@ -269,12 +270,12 @@ def kernels_table(choices: Sequence[KernelChoice], target: Target) -> Table:
 @lru_cache(maxsize=None)
 def _strangers(spec: str, experts: bool) -> frozenset[str]:
     """Kernels that no device and no size would bring to this scheme."""
-    scheme, targets = parse(spec), [Target("cpu")]
+    (scheme, scheme2), targets = parse_spec(spec), [Target("cpu")]
     targets += [Target("cuda", arch, count, f"any sm{arch}", _Everything()) for arch, count in FAKE_SM_COUNT.items()]
     asked: list[Mapping[str, float | str]] = []
     for dtype in (torch.bfloat16, torch.float32):
         problem: Any = Problem(scheme, 4096, 4096, dtype)
-        block: Any = MoeProblem(scheme, 8, 4096, 4096, 2, Activation("silu"), dtype)
+        block: Any = MoeProblem(scheme, 8, 4096, 4096, 2, Activation("silu"), dtype, scheme2=scheme2)
         asked += [
             moe_fits(block, target, Request(), 1) if experts else fits(problem, target, Request(), 1)
             for target in targets
@@ -286,7 +287,7 @@ def refusals_table(choices: Sequence[KernelChoice]) -> Table:
     """What does not run and why: kernels that give one reason for the same problems share a row; those of other schemes too."""
     shapes: dict[tuple[str, str], set[str]] = {}
     for choice in choices:
-        shapes.setdefault((choice.problem.scheme.spec, choice.kind), set()).add(choice.size)
+        shapes.setdefault((choice.problem.spec, choice.kind), set()).add(choice.size)
     joined: dict[tuple[str, str, str], list[str]] = {}
     for (spec, kind, kernel, reason), where in _reasons(choices).items():
         both = {other for known, other in shapes if known == spec}
@@ -310,7 +311,7 @@ def _reasons(choices: Sequence[KernelChoice]) -> dict[tuple[str, str, str, str],
     rows: dict[tuple[str, str, str, str], set[str]] = {}
     others: dict[tuple[str, str, str, str], set[str]] = {}
     for choice in choices:
-        spec, kind = choice.problem.scheme.spec, choice.kind
+        spec, kind = choice.problem.spec, choice.kind
         for kernel, loser in choice.losers.items():
             losers.setdefault((spec, kind, kernel, loser.layout), []).append((loser, choice.size))
         strangers = _strangers(spec, kind == "experts")

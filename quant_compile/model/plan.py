@@ -23,7 +23,9 @@ from torch import nn
 
 from quant_compile.ir.errors import PolicyError, PolicyWarning
 from quant_compile.ir.family import family_of
+from quant_compile.ir.moe import may_differ
 from quant_compile.ir.numerics import dtype_name
+from quant_compile.ir.scheme import Scheme
 from quant_compile.model.places import parameters_of
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, one_refuses, scale_key, strict_error
@@ -234,11 +236,11 @@ def _entry(policy: Decides, weight: Weight) -> PlanEntry:
 
 
 def _one_scheme_a_block(entries: Sequence[PlanEntry]) -> tuple[PlanEntry, ...]:
-    """Entries, those of expert blocks whose weights would have different schemes kept, as the runtime keeps them."""
-    schemes: dict[str, set[str]] = {}
+    """Entries, those of expert blocks whose weights would have schemes that may not differ kept, as the runtime keeps them."""
+    schemes: dict[str, list[Scheme | None]] = {}
     refusals: dict[str, str] = {}
     for entry in entries:
-        schemes.setdefault(entry.block, set()).add(entry.scheme)
+        schemes.setdefault(entry.block, []).append(entry.decision.scheme)
         if entry.decision.refused:
             refusals.setdefault(entry.block, one_refuses(entry.names[0], entry.decision.reason))
 
@@ -247,7 +249,13 @@ def _one_scheme_a_block(entries: Sequence[PlanEntry]) -> tuple[PlanEntry, ...]:
         decision = replace(entry.decision, scheme=None, reason=reason, refused=True)
         return replace(entry, decision=decision, bytes_after=entry.bytes_before)
 
-    return tuple(kept(entry) if entry.block and len(schemes[entry.block]) > 1 else entry for entry in entries)
+    apart = {block for block, found in schemes.items() if block and not _go_together(found)}
+    return tuple(kept(entry) if entry.block in apart else entry for entry in entries)
+
+
+def _go_together(schemes: Sequence[Scheme | None]) -> bool:
+    first = schemes[0]
+    return all(other == first or (first and other and may_differ(first, other)) for other in schemes)
 
 
 def _without_scales(static: Sequence[PlanEntry], path: Path | None) -> str | None:
