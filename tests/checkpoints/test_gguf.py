@@ -317,7 +317,17 @@ def test_inspect_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "cut off" in capsys.readouterr().err
 
 
-def test_memory_is_the_file_and_one_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "of", "sizes", "largest"),
+    [
+        ("llama", "q4_0", dict(intermediate_size=4096), 4096 * 1024 * 18 // 32),
+        ("qwen3moe", "q4_k", dict(moe_intermediate_size=1024), 4 * 1024 * 1024 * 210 // 256),
+    ],
+    ids=["linears", "experts of two types"],
+)
+def test_memory_is_the_file_and_one_tensor(
+    name: str, of: str, sizes: dict[str, int], largest: int, tmp_path: Path
+) -> None:
     """No float copy: of a file whose matrices would take 230 MB in f32, all in a process of its own."""
     code = f"""
         import os, resource, quant_compile
@@ -328,9 +338,11 @@ def test_memory_is_the_file_and_one_tensor(tmp_path: Path) -> None:
         def written(name, layers):  # in a process of its own, whose memory is not counted
             if os.fork() == 0:
                 more = dict(num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16)
-                SIZES.update(hidden_size=1024, intermediate_size=4096, **more)
-                case = CASES["llama"]
-                write(folder / name, case, make(case), lambda name: "f32" if "norm" in name else "q4_0")
+                SIZES.update(hidden_size=1024, **more)
+                case = CASES[{name!r}]
+                case.sizes.update({sizes!r})
+                experts = lambda tensor: "q6_k" if "ffn_down_exps" in tensor else {of!r}
+                write(folder / name, case, make(case), lambda n: "f32" if "norm" in n or "inp" in n else experts(n))
                 os._exit(0)
             assert os.wait()[1] == 0
             return folder / name
@@ -346,7 +358,6 @@ def test_memory_is_the_file_and_one_tensor(tmp_path: Path) -> None:
     made = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
     assert made.returncode == 0, made.stderr[-2000:]
     size, peak = map(int, made.stdout.split()[-2:])
-    largest = 4096 * 1024 * 18 // 32
     assert 30e6 < size < 50e6
     assert peak < size + largest + 16e6  # far below the 0.3 GiB that a load may take besides
 

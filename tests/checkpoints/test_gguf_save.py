@@ -15,7 +15,8 @@ from quant_compile import cli  # noqa: E402
 from quant_compile.checkpoints.errors import SaveError  # noqa: E402
 from quant_compile.checkpoints.gguf import writer as gguf_writer  # noqa: E402
 from quant_compile.ir.errors import OptionError  # noqa: E402
-from tests.checkpoints.gguf_files import CASES, VOCAB, make, write  # noqa: E402
+from quant_compile.saving import convert  # noqa: E402
+from tests.checkpoints.gguf_files import CASES, VOCAB, make, mixed, write  # noqa: E402
 from tests.checkpoints.support import distance  # noqa: E402
 from tests.checkpoints.support import write as write_folder  # noqa: E402
 
@@ -64,6 +65,50 @@ def test_load_save_load_has_the_same_bits(name: str, tmp_path: Path) -> None:
     fields = gguf.GGUFReader(str(second)).fields
     assert fields["tokenizer.ggml.tokens"].contents()[:4] == ["a", "b", "ab", "é"]
     assert quant_compile.tokenizer(second)("ab").input_ids == [2]
+
+
+def two_types(name: str) -> str:
+    """As Q4_K_M has a layer's experts."""
+    return "q6_k" if "blk.0.ffn_down_exps" in name else mixed(name)
+
+
+def test_experts_of_two_types_have_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Saved before and after a call, as a file and packed; inspect tells each weight's type."""
+    case, names = CASES["qwen3moe"], [tmp_path / f"{name}.gguf" for name in ("first", "second", "third")]
+    write(names[0], case, make(case), two_types)
+    model = load(names[0])
+    quant_compile.save(model, names[1])
+    wanted = logits(model)
+    quant_compile.save(model, names[2])
+    quant_compile.save(model, tmp_path / "packed", "packed")
+    theirs = contents(names[0])
+    for name in names[1:]:
+        ours = contents(name)
+        for key in (key for key in theirs if "exps" in key):
+            assert ours[key].tensor_type == theirs[key].tensor_type and (ours[key].data == theirs[key].data).all(), key
+        assert torch.equal(logits(load(name)), wanted)
+    packed = load(tmp_path / "packed")
+    assert torch.equal(logits(packed), wanted)
+    quant_compile.report(packed).require(coverage=1.0)
+    assert cli.main(["inspect", str(names[0]), "--full"]) == 0
+    shown = capsys.readouterr().out
+    assert "GGUF_Q4_K" in shown and "GGUF_Q6_K" in shown and "multiplies experts" not in shown
+    convert(names[0], tmp_path / "converted.gguf")
+    assert contents(tmp_path / "converted.gguf")["blk.0.ffn_down_exps.weight"].tensor_type.name == "Q6_K"
+
+
+def test_convert_gives_experts_two_types(tmp_path: Path) -> None:
+    case = CASES["qwen3moe"]
+    model = make(case)
+    folder = write_folder(tmp_path / "bf16", model, dict(model.state_dict()), None)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("default: GGUF_Q4_K\nrules:\n  - {match: '*.0.mlp.experts.down_proj', scheme: GGUF_Q6_K}\n")
+    assert cli.main(["convert", str(folder), str(tmp_path / "out.gguf"), "--policy", str(policy)]) == 0
+    found = contents(tmp_path / "out.gguf")
+    kinds = {
+        name: found[f"blk.{name}_exps.weight"].tensor_type.name for name in ("0.ffn_up", "0.ffn_down", "1.ffn_down")
+    }
+    assert kinds == {"0.ffn_up": "Q4_K", "0.ffn_down": "Q6_K", "1.ffn_down": "Q4_K"}
 
 
 def test_convert_quantizes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
