@@ -22,6 +22,7 @@ from quant_compile.checkpoints.names import Copy, ExpertBias, Experts, Job, Line
 from quant_compile.checkpoints.staging import staged
 from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Read
 from quant_compile.checkpoints.wishes import Again, Wishes
+from quant_compile.ir.errors import RangeError
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import NONE, may_differ
 from quant_compile.ir.numerics import all_finite, dtype_name
@@ -78,6 +79,7 @@ class Filler:
     progress: Progress = lambda count: None
     _orders: dict[bytes, Tensor] = field(default_factory=dict)
     _apart: dict[str, str] = field(default_factory=dict)
+    _kept: dict[str, str] = field(default_factory=dict)
 
     def plan(self, mapped: Mapped) -> list[Outcome]:
         """What each job will do; every header is checked, and no tensor is read.
@@ -99,10 +101,30 @@ class Filler:
         steps = [[part.span(self.files.tensors[part.name]) for part in step] for step in self._steps(mapped)]
         with torch.no_grad(), staged(self.files, steps, self.device):
             for job in mapped.jobs:
-                out.append(self._run(job, dry=False))
+                try:
+                    out.append(self._run(job, dry=False))
+                except RangeError as error:
+                    self._keep(job.slot, mapped, error.reason)
+                    done = zip(mapped.jobs, out, strict=False)
+                    out = [self._run(old, False) if old.slot.name in self._kept else made for old, made in done]
+                    out.append(self._run(job, dry=False))
                 self.progress(sum(self.files.tensors[name].nbytes for name in sources_of(job)))
         self.files.close()
         return out
+
+    def _keep(self, slot: Slot, mapped: Mapped, reason: str) -> None:
+        """Leave a weight in 16 bits, of a block's weights both."""
+        slots = [job.slot for job in mapped.jobs if job.slot.owner is slot.owner and job.slot.tensor.dim() == 3]
+        self._kept |= dict.fromkeys([other.name for other in (slots if slot.tensor.dim() == 3 else [slot])], reason)
+
+    def _plain(self, slot: Slot) -> Scheme | None:
+        """As ``Wishes.plain``, but for what is kept."""
+        return None if slot.name in self._kept else self.wishes.plain(slot)
+
+    def _again(self, slot: Slot, scheme: Scheme | None) -> Again | None:
+        """As ``Wishes.again``; values of what is kept."""
+        again = self.wishes.again(slot, scheme)
+        return again if again is None or slot.name not in self._kept else replace(again, scheme=None)
 
     def _steps(self, mapped: Mapped) -> Iterator[list[Part]]:
         """What jobs read together, in their order."""
@@ -193,14 +215,15 @@ class Filler:
         floating = slot.tensor.dtype.is_floating_point
         if floating and info.dtype not in (*REAL, torch.float64):
             raise CheckpointError(f"{info.where} is {info.dtype} without scales.\nFix: write the checkpoint again.")
-        scheme = self.wishes.plain(slot)
+        scheme = self._plain(slot)
         if scheme is not None:
             return self._quantize(slot, scheme, job.source, dry)
         if not dry:
             same = info.dtype == slot.tensor.dtype
             values = self.files.load(Part(job.source), self.device, copy=same)
             place(slot, values.to(slot.tensor.dtype))
-        return Outcome(slot.name, None, _source(self.files, job.source), _nbytes(slot))
+        notes = (self._kept[slot.name],) if slot.name in self._kept else ()
+        return Outcome(slot.name, None, _source(self.files, job.source), _nbytes(slot), notes)
 
     def _quantize(self, slot: Slot, scheme: Scheme, source: str, dry: bool) -> Outcome:
         """A weight in 16 bits, by the user's policy, on its way to the device."""
@@ -223,7 +246,7 @@ class Filler:
     def _linear(self, job: Linear, dry: bool) -> Outcome:
         slot, found = job.slot, self.read(job.stem, dry)
         text, was = self._text(job.stem), self._was(job.stem, found)
-        again = self.wishes.again(slot, found.scheme if isinstance(found, Quantized) else None) if was else None
+        again = self._again(slot, found.scheme if isinstance(found, Quantized) else None) if was else None
         if again is not None and not _same_codes(found, again):
             return self._linear_again(job, again, was, text, dry)
         if isinstance(found, Dense):
@@ -263,7 +286,7 @@ class Filler:
         if isinstance(first, str):
             return self._dense_experts(job, first, text, dry)
         was = first.scheme.spec
-        again = self.wishes.again(slot, first.scheme)
+        again = self._again(slot, first.scheme)
         if again is not None and not _same_codes(first, again):
             return self._experts_again(job, again, was, text, dry)
         if again is None or again.scheme is None:
@@ -323,7 +346,7 @@ class Filler:
     def _dense_experts(self, job: Experts, reason: str, text: str, dry: bool) -> Outcome:
         """Experts in 16 bits; by the user's policy on the way, where it names them."""
         slot = job.slot
-        again = self.wishes.again(slot, None) if reason else None
+        again = self._again(slot, None) if reason else None
         if again is not None:
             return self._experts_again(job, again, self._stored(job.stems[0][0]), text, dry)
         notes = (
@@ -331,7 +354,7 @@ class Filler:
             if not reason
             else (reason if "kept in" in reason else f"{reason}: its values are kept in {dtype_name(self.dtype)}",)
         )
-        scheme = self.wishes.plain(slot) if not reason else None
+        scheme = self._plain(slot) if not reason else None
         if scheme is not None:
             return self._quantize_experts(job, scheme, f"{text}, {AS_READ}", dry)
         self._place_experts(job, dry)

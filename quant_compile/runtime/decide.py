@@ -22,6 +22,7 @@ from quant_compile.ir.batched import BatchedSite, find_batched
 from quant_compile.ir.errors import MissingScalesError, PolicyError, PolicyWarning
 from quant_compile.ir.experts import MoeMiss, MoeSite, Verdicts, find_experts
 from quant_compile.ir.moe import MoeProblem, may_differ
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.routers import routers
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite, Miss, find_sites
@@ -180,6 +181,7 @@ class Decider:
                 role=self._role(site.slot, known),
             )
             decision = self._served(policy.decide(info), partial(_linear_problem, site))
+            decision = self._in_range(decision, parameter, full[0])
             decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0], decision.refused)
             if decision.scheme is not None and decision.scheme.static:
                 self._load_scale(parameter, full)
@@ -297,7 +299,7 @@ class Decider:
         info = expert_site(
             known.rules if known else full, known.module_class if known else module_class, parameter, transposed
         )
-        decision = self._served(self.source.policy.decide(info), problem)
+        decision = self._in_range(self._served(self.source.policy.decide(info), problem), parameter, full[0])
         if decision.scheme is not None and decision.scheme.static:
             self._load_scale(parameter, full)
         return SiteDecision(decision.scheme, decision.reason, full[0], decision.refused)
@@ -312,6 +314,15 @@ class Decider:
             return decision
         reason = f"{decision.reason}; {other.spec} by the policy's fallback: no kernel here multiplies {scheme.spec}"
         return replace(decision, scheme=other, reason=reason)
+
+    def _in_range(self, decision: Decision, parameter: Parameter, name: str) -> Decision:
+        """The decision, or why the weight's values cannot have its scheme, with a warning."""
+        refusal = None if decision.scheme is None else STORE.refusal(parameter, decision.scheme)
+        if refusal is None:
+            return decision
+        text = f"{name} stays {dtype_name(parameter.dtype)}: {refusal.reason}"
+        warnings.warn(f"{self.source.policy.source or self.source.policy.name}: {text}", PolicyWarning, stacklevel=2)
+        return replace(decision, scheme=None, reason=refusal.reason, refused=True)
 
     def _record_reads(
         self, owners: Owners, parameters: Mapping[int, Parameter], names: Mapping[int, Names]

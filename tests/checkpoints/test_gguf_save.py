@@ -14,7 +14,7 @@ import quant_compile  # noqa: E402
 from quant_compile import cli  # noqa: E402
 from quant_compile.checkpoints.errors import SaveError  # noqa: E402
 from quant_compile.checkpoints.gguf import writer as gguf_writer  # noqa: E402
-from quant_compile.ir.errors import OptionError  # noqa: E402
+from quant_compile.ir.errors import OptionError, PolicyWarning  # noqa: E402
 from quant_compile.saving import convert  # noqa: E402
 from tests.checkpoints.gguf_files import CASES, VOCAB, make, mixed, write  # noqa: E402
 from tests.checkpoints.support import distance  # noqa: E402
@@ -128,6 +128,32 @@ def test_convert_quantizes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert distance(truth, model.get_parameter("model.layers.0.mlp.up_proj.weight").detach()) < 0.01
     loaded = load(tmp_path / "out.gguf", dtype=torch.float32)
     assert distance(logits(loaded), logits(model)) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["folder", "f32 file"])
+def test_values_beyond_f16_are_kept_as_they_are_loaded(kind: str, tmp_path: Path) -> None:
+    """A linear alone, both weights of a block, of which the first was quantized already."""
+    case = CASES["qwen3moe"]
+    model = make(case)
+    large = {"model.layers.0.self_attn.v_proj.weight": "v", "model.layers.0.mlp.experts.down_proj": "down"}
+    for name in large:
+        model.get_parameter(name).data.view(-1)[-3] = 2e6
+    if kind == "folder":
+        source = write_folder(tmp_path / "source", model, dict(model.state_dict()), None)
+    else:
+        source = write(tmp_path / "source.gguf", case, model, lambda name: "f32")
+    found = load(source, "GGUF_Q4_0", dtype=torch.float32)
+    with pytest.warns(PolicyWarning, match="stays float32: it has a value of 2e\\+06, beyond the f16"):
+        assert logits(found).isfinite().all()
+    kept = {line.names[0] for line in quant_compile.report(found).lines if "proj" in line.names[0] and not line.scheme}
+    assert kept == {*large, "model.layers.0.mlp.experts.gate_up_proj"}
+    for name in large:
+        assert torch.equal(found.get_parameter(name), model.get_parameter(name))
+    saved = quant_compile.save(found, tmp_path / "out.gguf")
+    assert (
+        saved.schemes["GGUF_Q4_0"]
+        and distance(logits(load(tmp_path / "out.gguf", dtype=torch.float32)), logits(found)) < 1e-3
+    )
 
 
 def test_a_file_becomes_a_folder_with_its_tokenizer(tmp_path: Path) -> None:
