@@ -7,9 +7,11 @@ and only there the activation and the experts of a token are known: estimates ta
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from quant_compile.ir.errors import NoKernelError
 from quant_compile.ir.family import PlaneSpec
 from quant_compile.ir.moe import Activation, MoeProblem, parse_spec
 from quant_compile.ir.scheme import Scheme
-from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_kernels, planes_of
+from quant_compile.lowering.moe import STACKED, MoeDispatch, choose_moe, moe_fits, moe_kernels, planes_of
 from quant_compile.lowering.registry import Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, AnyProblem, Dispatch, Request, choose, fallback_of, fits, name_for
 from quant_compile.lowering.target import FAKE_SM_COUNT, RUN_ON, Target
@@ -67,6 +69,7 @@ class KernelChoice:
         refusals: kernel -> why it does not run, each M range with its reason.
         losers: kernels that could run and were not chosen.
         bytes_packed: bytes of all these weights in that layout.
+        bytes_stored: in row form, as plans count them.
         fix: what would help where nothing can run it.
         asked: the policy's scheme where its ``fallback`` serves another.
     """
@@ -77,6 +80,7 @@ class KernelChoice:
     refusals: Mapping[str, str]
     losers: Mapping[str, Loser]
     bytes_packed: int
+    bytes_stored: int
     fix: str = ""
     asked: Scheme | None = None
 
@@ -90,6 +94,22 @@ class KernelChoice:
         """Sizes for people: ``n x k``, or ``experts x hidden x intermediate``."""
         p = self.problem
         return f"{p.n} x {p.k}" if isinstance(p, Problem) else f"{p.experts} x {p.hidden} x {p.intermediate}"
+
+
+def held(choices: Sequence[KernelChoice], target: Target) -> list[str]:
+    """Where kernels hold more or less than a plan counts, one sentence a scheme and layout."""
+    groups: dict[tuple[str, str], list[KernelChoice]] = {}
+    for choice in choices:
+        if choice.dispatch is not None and choice.bytes_packed != choice.bytes_stored:
+            groups.setdefault((choice.problem.spec, choice.dispatch.layout), []).append(choice)
+    texts: list[str] = []
+    for (spec, layout), found in groups.items():
+        packed, stored = sum(choice.bytes_packed for choice in found), sum(choice.bytes_stored for choice in found)
+        count = sum(prod(entry.shape) for choice in found for entry in choice.entries)
+        bits = f"{8 * packed / count:.2f} bits a weight and not {8 * stored / count:.2f}"
+        size = f"{packed / 1e6:,.2f} MB and not {stored / 1e6:,.2f}"
+        texts.append(f"{spec} takes {bits} on {target.label}, {size}: by estimate kernels there read layout {layout}")
+    return texts
 
 
 def kernel_choices(plan: Plan, target: Target) -> list[KernelChoice]:
@@ -150,11 +170,9 @@ def _moe_choice(problem: MoeProblem, entries: Sequence[PlanEntry], target: Targe
         dispatch, fix = choose_moe(problem, target, request, entries[0].block), ""
     except NoKernelError as error:
         dispatch, fix = None, error.fix
-    planes: Sequence[PlaneSpec] = ()
-    if dispatch is not None:
-        planes = [plane for own in planes_of(dispatch.layout, problem) for plane in own]
+    sizes = [_nbytes(chain(*planes_of(layout, problem))) for layout in _layouts_of(dispatch, STACKED.name)]
     named = {name: kernel.layout for name, kernel in moe_kernels().items()}
-    return _made(problem, entries, answers, dispatch, len(entries) // 2, planes, named, fix)
+    return _made(problem, entries, answers, dispatch, len(entries) // 2, sizes, named, fix)
 
 
 def _choice(problem: Problem, entries: Sequence[PlanEntry], target: Target, request: Request) -> KernelChoice:
@@ -163,9 +181,18 @@ def _choice(problem: Problem, entries: Sequence[PlanEntry], target: Target, requ
         dispatch, fix = choose(problem, target, request, entries[0].names[0]), ""
     except NoKernelError as error:
         dispatch, fix = None, error.fix
-    planes = layouts()[dispatch.layout].planes(problem) if dispatch else ()
+    sizes = [_nbytes(layouts()[layout].planes(problem)) for layout in _layouts_of(dispatch, "rows")]
     named = {name: kernel.layout for name, kernel in kernels().items()}
-    return _made(problem, entries, answers, dispatch, len(entries), planes, named, fix)
+    return _made(problem, entries, answers, dispatch, len(entries), sizes, named, fix)
+
+
+def _layouts_of(dispatch: Dispatch | MoeDispatch | None, rows: str) -> tuple[str, ...]:
+    """The row form, and the layout that kernels read."""
+    return (rows,) if dispatch is None else (rows, dispatch.layout)
+
+
+def _nbytes(planes: Iterable[PlaneSpec]) -> int:
+    return sum(plane.nbytes for plane in planes)
 
 
 def _made(
@@ -174,15 +201,15 @@ def _made(
     answers: Mapping[int, Mapping[str, float | str]],
     dispatch: Dispatch | MoeDispatch | None,
     count: int,
-    planes: Sequence[PlaneSpec],
+    sizes: Sequence[int],
     layout_of: Mapping[str, str],
     fix: str,
 ) -> KernelChoice:
-    """The choice for ``count`` problems alike, each of which packs into ``planes``."""
+    """The choice for ``count`` problems alike, whose bytes are ``sizes``: in row form and, where something runs them, packed."""
     refusals, able = _refusals(answers)
     losers = _losers(answers, able, dispatch, layout_of) if dispatch else {}
-    packed = count * sum(plane.nbytes for plane in planes)
-    return KernelChoice(tuple(entries), problem, dispatch, refusals, losers, packed, fix)
+    packed = count * sizes[1] if dispatch is not None else 0
+    return KernelChoice(tuple(entries), problem, dispatch, refusals, losers, packed, count * sizes[0], fix)
 
 
 def _losers(

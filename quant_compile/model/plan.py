@@ -30,6 +30,8 @@ from quant_compile.model.places import parameters_of
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, one_refuses, scale_key, strict_error
 
+SHOWN = 8  # names in one sentence
+
 
 @dataclass(frozen=True)
 class PlanEntry:
@@ -125,9 +127,8 @@ class Plan:
     @property
     def problems(self) -> tuple[str, ...]:
         """Rules without effect, and weights that cannot have the scheme that the policy names, one sentence each."""
-        refused = _grouped([entry for entry in self.entries if entry.decision.refused])
-        texts = [f"{_label(row)} stays {row[0].dtype}: {row[0].decision.reason}" for row in refused]
-        return (*(rule.text for rule in self.unmatched_rules), *texts)
+        refused = [entry for entry in self.entries if entry.decision.refused]
+        return (*(rule.text for rule in self.unmatched_rules), *_refusals(refused))
 
     @property
     def calibration_note(self) -> str | None:
@@ -315,6 +316,21 @@ def _grouped(entries: Sequence[PlanEntry]) -> list[list[PlanEntry]]:
         pattern = tuple(re.sub(r"\d+", "#", name) for name in e.names)
         groups.setdefault((pattern, e.shape, e.dtype, e.scheme, e.decision.reason), []).append(e)
     return list(groups.values())
+
+
+def _refusals(entries: Sequence[PlanEntry]) -> list[str]:
+    """Which weights stay as they are: a sentence for all whose reasons differ in numbers only."""
+    alike: dict[tuple[str, str], list[PlanEntry]] = {}
+    for entry in entries:
+        alike.setdefault((entry.dtype, re.sub(r"\d+", "#", entry.decision.reason)), []).append(entry)
+    texts: list[str] = []
+    for (dtype, _), found in alike.items():
+        reasons = list(dict.fromkeys(entry.decision.reason for entry in found))
+        more = ", and alike with other numbers" if len(reasons) > 1 else ""
+        labels = label_of(found)
+        named = ", ".join(labels[:SHOWN]) + (f" and {len(labels) - SHOWN} more" if len(labels) > SHOWN else "")
+        texts.append(f"{named} {'stays' if len(found) == 1 else 'stay'} {dtype}: {reasons[0]}{more}")
+    return texts
 
 
 def _cells(row: Sequence[PlanEntry]) -> list[str]:
