@@ -348,7 +348,7 @@ def generate_table(result: Result, name: str, ratio: str) -> str:
         elif row["stack"] != "wrapper" and any("not asked" not in c.get("reason", "") for c in row["cells"].values()):
             missing.append(generate_name(row))
     table = markdown([*(["model"] if len(models) > 1 else []), "stack", *cells], rows)
-    return f"{table}\n\nNot measured: {'; '.join([*missing, *empty])}." if missing or empty else table
+    return f"{table}\n\nNot measured: {'; '.join(dict.fromkeys([*missing, *empty]))}." if missing or empty else table
 
 
 def generate_cell(cell: Result, name: str, ratio: str) -> str:

@@ -15,8 +15,6 @@ import torch
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from quant_compile.generation.blocks import layer_names
 from quant_compile.generation.facts import cache_name, mixin
@@ -24,74 +22,28 @@ from quant_compile.ir.errors import MissingScalesError, OptionError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.kv import HEAD, CacheScheme
 from quant_compile.ir.numerics import SMALLEST_AMAX
-from quant_compile.ir.operands import Operands, called, operands
-from quant_compile.ir.products import PRODUCTS, Product, product
 from quant_compile.ir.scheme import Scheme
-from quant_compile.ir.stored import VIEWS
+from quant_compile.model.follow import Following, Meeting, eagerly, run_batch
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.policy import Policy
 from quant_compile.rules import CACHE_SCHEMES, cache_scale_key, scale_key
 
 _SAMPLE = 1 << 20
-# By name of the op: what grouped products of a block are called; how slices of weights are taken.
-_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
 
-class _Observer(TorchFunctionMode):
-    """Largest magnitude (or a percentile of it) of the inputs that meet the watched weights.
-
-    A weight is known by its address. What is made of expert weights (one expert, those that tokens chose, a transpose) is
-    followed from call to call, since it has an address or a storage of its own.
-    """
+class _Observer(Following):
+    """Largest magnitude (or a percentile of it) of the inputs that meet the watched weights."""
 
     def __init__(self, weights: Mapping[int, str], percentile: float | None) -> None:
-        super().__init__()
-        self.weights, self.percentile = weights, percentile
+        super().__init__(weights)
+        self.percentile = percentile
         self.largest: dict[str, Tensor] = {}
-        self._made_of: Any = WeakTensorKeyDictionary()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = called(func)
-        if name.rpartition(".")[2].rstrip(">") in _GROUPED:
-            self._watch_groups(*args, **kwargs)
-        elif name in PRODUCTS:
-            found = product(name, operands(func, args, kwargs))
-            if isinstance(found, Product):
-                self._watch(found)
-        else:
-            made = func(*args, **kwargs)
-            self._follow(name, operands(func, args, kwargs), made)
-            return made
-        return func(*args, **kwargs)
-
-    def _weight(self, tensor: Tensor) -> str | None:
-        return self._made_of.get(tensor) or self.weights.get(tensor.data_ptr())
-
-    def _follow(self, name: str, given: Operands | None, made: Any) -> None:
-        source = None if given is None else given.get("self")
-        if not isinstance(source, Tensor):
-            return
-        known = self._made_of.get(source)
-        if known is None and isinstance(source, nn.Parameter) and _is_taken_apart(name, source):
-            known = self._weight(source)
-        if known is not None:
-            for part in made if isinstance(made, tuple | list) else (made,):
-                if isinstance(part, Tensor) and part.is_floating_point():
-                    self._made_of[part] = known
-
-    def _watch(self, found: Product) -> None:
-        sides = [(found.left, found.right), (found.right, found.left)]
-        for x, weight in sides[: 1 if found.op == "linear" else 2]:
-            known = self._weight(weight)
-            if known is not None:
-                self._see(known, x)
-
-    def _watch_groups(self, x: Tensor, weight: Tensor, offs: Tensor | None = None, **ignored: Any) -> None:
-        known = self._weight(weight)
-        if known is not None:
+    def meet(self, meetings: list[Meeting]) -> Any:
+        for found in meetings:
             # Rows after the last group belong to no expert here and may hold anything.
-            self._see(known, x if offs is None else x[: int(offs[-1])])
+            self._see(found.made.weight, found.x if found.rows is None else found.x[: int(found.rows[-1])])
+        return meetings[0].call()
 
     def _see(self, name: str, x: Tensor) -> None:
         magnitude = x.detach().abs().float().flatten()
@@ -150,10 +102,10 @@ def calibrate(
     cached: dict[str, Tensor] = {}
     observer = _Observer({weight.pointer: name for name, weight in weights.items()}, percentile)
     seen = 0
-    with torch.compiler.set_stance("force_eager"), torch.inference_mode():
+    with eagerly(), torch.inference_mode():
         for batch in track(list(batches), "calibrating", disable=not progress):
             with observer:
-                _call(model, batch, watching_cache(model, layers, cached) if layers else {})
+                run_batch(model, batch, watching_cache(model, layers, cached) if layers else None)
             seen += 1
     if not seen:
         raise OptionError("no batches were given")
@@ -234,11 +186,6 @@ def _refuse_useless(largest: Mapping[str, Tensor], what: str) -> None:
             )
 
 
-def _is_taken_apart(name: str, parameter: nn.Parameter) -> bool:
-    """Whether an op makes of a weight what has another address: any of one with experts; views of a matrix, but not rows of a table."""
-    return parameter.dim() == 3 or (name in VIEWS and name not in ("getitem", "index_select"))
-
-
 @dataclass(frozen=True)
 class _Watched:
     """A weight with a static scheme: its address; whether it is an error that no batch reached it."""
@@ -260,15 +207,6 @@ def _static_weights(model: nn.Module, policy: Policy) -> dict[str, _Watched]:
             if scheme is not None:
                 out[weight.site.names[0]] = _Watched(weight.parameter.data_ptr(), scheme, required)
     return out
-
-
-def _call(model: nn.Module, batch: Any, more: Mapping[str, Any]) -> None:
-    if isinstance(batch, Mapping):
-        model(**{**batch, **more})
-    elif isinstance(batch, tuple):
-        model(*batch, **more)
-    else:
-        model(batch, **more)
 
 
 def _scale(largest: Tensor, scheme: Scheme) -> Tensor:

@@ -22,6 +22,7 @@ from quant_compile.ir.scheme import parse
 from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.lowering.moe import moe_kernels
 from quant_compile.lowering.registry import kernels as known_kernels
+from quant_compile.lowering.rounding.recipe import Rounding
 from quant_compile.lowering.select import Request
 from quant_compile.policy import ATTENTION, AUTO, KEEP, Policy
 from quant_compile.rules import CACHE_SCHEMES, CacheRules, cache_scale_key, scale_key
@@ -240,6 +241,10 @@ class PolicySource:
                 )
             return value.reshape(1).to(torch.float32)
         return None
+
+    def rounding(self, names: Iterable[str]) -> Rounding:
+        """How the planes of a weight are made of its values."""
+        return Rounding(self.policy.rounding)
 
     def cache_scales(self, layer: str, scheme: CacheScheme) -> tuple[Tensor, Tensor] | None:
         """Fixed scales of a decoder layer's K and V under a scheme, f32 [heads] or [1]; None where the scales file has none.

@@ -26,6 +26,7 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.kv import NAMES, CacheScheme, parse_cache
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
 from quant_compile.lowering.guard import NEVER_SLOWER
+from quant_compile.lowering.rounding import recipe
 from quant_compile.lowering.select import FALLBACKS
 from quant_compile.model.plan import Plan
 from quant_compile.rules import (
@@ -53,7 +54,7 @@ SHIPPED = Path(__file__).parent / "policies"
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
 _POLICY_KEYS = (
     "version", "name", "default", "rules", "requantize", "strict", "allow_reference", "fallback", "guard", "fuse",
-    "attention", "kv_cache", "release_weights", "scales",
+    "attention", "kv_cache", "release_weights", "scales", "rounding",
 )  # fmt: skip
 _RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason", "requantize")
 _CACHE_KEYS, _CACHE_RULE_KEYS = ("scheme", "rules"), ("match", "scheme", "reason")
@@ -95,6 +96,8 @@ class Policy:
         attention: ``auto``: kernels that read a cache once serve attention where they are faster; ``keep``: all as the model wrote it.
         kv_cache: how layers keep K and V in ``generate``; None: in 16 bits.
         release_weights: free the original weights after packing; None leaves it to the backend's option.
+        rounding: ``nearest``; ``search``: of each group the scale of least error, where the scheme's scales can be chosen; ``auto``:
+            search, but for weights on a CPU that are so large that it takes long.
         scales: safetensors file of calibrated input scales; in a policy file, relative to that file's folder.
         name: label in reports.
         source: file it came from.
@@ -113,6 +116,7 @@ class Policy:
     kv_cache: CacheRules | None = None
     release_weights: bool | None = None
     scales: Path | None = None
+    rounding: str = field(default_factory=lambda: recipe.DEFAULT)
     name: str = field(default="policy", compare=False)
     source: str | None = field(default=None, compare=False)
     version: int = VERSION
@@ -179,6 +183,8 @@ class Policy:
             out["release_weights"] = self.release_weights
         if self.scales is not None:
             out["scales"] = str(self.scales)
+        if self.rounding != recipe.DEFAULT:
+            out["rounding"] = self.rounding
         return out
 
     @property
@@ -337,6 +343,7 @@ class _Reader:
             kv_cache=self._kv_cache(("kv_cache",), data.get("kv_cache")),
             release_weights=self._optional_boolean(("release_weights",), data.get("release_weights")),
             scales=self._scales(data.get("scales")),
+            rounding=self._rounding(data.get("rounding")),
             name=self._text(("name",), data.get("name")) or self.name,
             source=self.source,
         )
@@ -352,6 +359,11 @@ class _Reader:
         if value != NEVER_SLOWER:
             self.fail(("guard",), f"guard must be {NEVER_SLOWER}, or false for none, got {_shown(value)}")
         return NEVER_SLOWER
+
+    def _rounding(self, value: Any) -> str:
+        if value is not None and value not in recipe.ROUNDINGS:
+            self.fail(("rounding",), f"rounding must be {' or '.join(recipe.ROUNDINGS)}, got {_shown(value)}")
+        return value or recipe.DEFAULT
 
     def _attention(self, value: Any) -> str:
         if value is not None and value not in ATTENTION:

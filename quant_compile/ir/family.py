@@ -9,9 +9,10 @@ Planes of a weight are always in *row form*: every plane's first dimension is n 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +48,35 @@ class PlaneSpec:
         return count * self.dtype.itemsize
 
 
+class Grid(Protocol):
+    """The values that a weight can take under a scheme, for whoever chooses scales and codes otherwise than to nearest.
+
+    ``w`` is f32 [n, g, size]: groups of inputs under one scale each. Scales are tensors [n, g, 1] f32 that the planes hold exactly;
+    the first is positive or negative and multiplies.
+
+    Attributes:
+        size: inputs under one scale.
+    """
+
+    size: int
+
+    def choices(self, w: Tensor) -> Iterator[Planes]:
+        """Scales worth trying, those of ``quantize_weight`` first."""
+        ...
+
+    def scaled(self, scales: Planes, factor: Tensor) -> Planes | None:
+        """The scales nearest to ``scales`` times a positive ``factor`` [n, g, 1]; None where they come in powers of two."""
+        ...
+
+    def values(self, w: Tensor, scales: Planes) -> Tensor:
+        """The nearest value of each number, [n, g, size] or [n, g] under scales without their last dimension."""
+        ...
+
+    def planes(self, values: Tensor, scales: Planes) -> Planes:
+        """Row form of values [n, k] that ``values`` gave."""
+        ...
+
+
 def _largest_code(scheme: Scheme) -> float:
     a = scheme.input_activations
     return FLOAT_MAX[a.format] if a is not None and a.format is not None else 127.0
@@ -68,6 +98,7 @@ class Family:
         takes_size: ``(scheme, n, k) -> None | Reject``: whether a weight [n, k] can have the scheme; one that cannot stays as it is.
         takes_values: ``(scheme, weight of any shape) -> None | Reject``: whether finite numbers can have the scheme; looks at them.
         quantizes: ``scheme -> None | Reject``: whether ``quantize_weight`` can be called; else planes come from a checkpoint alone.
+        grid: ``(w [n, k], scheme) -> Grid | None``: how scales and codes of this weight can be chosen otherwise; None: they cannot.
     """
 
     name: str
@@ -83,6 +114,7 @@ class Family:
     takes_size: Callable[[Scheme, int, int], Reject | None] = lambda scheme, n, k: None
     takes_values: Callable[[Scheme, Tensor], Reject | None] = lambda scheme, weight: None
     quantizes: Callable[[Scheme], Reject | None] = lambda scheme: None
+    grid: Callable[[Tensor, Scheme], Grid | None] = lambda w, scheme: None
 
 
 FAMILIES: list[Family] = []

@@ -28,6 +28,7 @@ from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, is_lent, peek_anchor, signature_of
 from quant_compile.lowering.moe import moe_layouts
 from quant_compile.lowering.registry import Layout, Problem, layouts
+from quant_compile.lowering.rounding.recipe import Rounding, planes_of
 
 # Groups beyond the home that one weight keeps a slab for. Models use one or two; more is a sign of graphs that are gone.
 MOST_FURTHER = 4
@@ -168,6 +169,7 @@ class Entry:
         source: where adopted planes come from.
         adopted: key of adopted planes that another layout has not replaced yet.
         own_input: the linear's input comes in an order, or with factors, that only these planes belong to.
+        rounding: how planes are made of the values.
     """
 
     ref: weakref.ref[Anchor]
@@ -182,6 +184,7 @@ class Entry:
     source: str = ""
     adopted: Key | None = None
     own_input: bool = False
+    rounding: Rounding = Rounding()
 
     def is_as_before(self, parameter: Parameter) -> bool:
         """Whether the values are those that the planes were made of; known once a weight has been moved before."""
@@ -384,7 +387,8 @@ class WeightStore:
                         _check_values(parameter, source, name, key)
                 else:
                     source = entry.packs[other].slab.planes
-                planes = pack_experts(source, key, problem, size, other.layout if other is not None else "")
+                layout = other.layout if other is not None else ""
+                planes = pack_experts(source, key, problem, size, layout, entry.rounding)
                 _wait(planes)
                 slab = Slab((identity_of(parameter),), (experts,), planes, problem)
                 found = entry.packs[key] = Pack(slab, 0, experts)
@@ -405,7 +409,7 @@ class WeightStore:
                 f"{name} was released as {', '.join(sorted({k.spec for k in entry.packs})) or 'nothing'} and cannot become {key.spec}.\n"
                 "Fix: quant_compile.restore(model, source) first."
             )
-        return quantize(parameter, key, name)
+        return quantize(parameter, key, name, entry.rounding)
 
     def _join(
         self, parameters: tuple[Parameter, ...], keys: tuple[Key, ...], packs: list[Pack | None], names: tuple[str, ...]
@@ -519,10 +523,10 @@ class WeightStore:
             entry = self.entry(parameter)
             if not entry.released:
                 if expert is None:
-                    return quantize(parameter, key, name)
+                    return quantize(parameter, key, name, entry.rounding)
                 with _plain_tensors():
                     stored = parameter.detach().reshape(key.shape_of(parameter))[expert]
-                return quantize_expert(stored, key, name)
+                return quantize_expert(stored, key, name, entry.rounding, expert)
             pack = entry.packs[key]
             if expert is not None:
                 return _expert_rows(pack.slab, parameter, key, expert)
@@ -565,6 +569,16 @@ class WeightStore:
         anchor = entry.ref()
         if anchor is not None:
             self._announce(anchor.identity)
+
+    def round_by(self, parameter: Parameter, rounding: Rounding) -> None:
+        """How the planes of a weight are to be made; those made otherwise are forgotten, but for a released weight's."""
+        with self._lock:
+            entry = self.entry(parameter)
+            if entry.rounding == rounding or entry.released:
+                return
+            entry.rounding = rounding
+            if entry.packs:
+                self._drop(entry)
 
     def keep_only(self, parameter: Parameter, spec: str | None) -> None:
         """Forget planes under other schemes (None: all): the policy changed. A released weight keeps all it has."""
@@ -751,7 +765,7 @@ def problem_of(parameter: Parameter, key: Key, n: int | None = None) -> Problem:
     return Problem(parse(key.spec), own if n is None else n, k, key.dtype)
 
 
-def quantize(parameter: Parameter, key: Key, name: str) -> Planes:
+def quantize(parameter: Parameter, key: Key, name: str, rounding: Rounding = Rounding()) -> Planes:
     """Row-form planes of a weight, on its own device, in chunks of rows; cast to the key's dtype first, as autocast does.
 
     Raises:
@@ -764,11 +778,16 @@ def quantize(parameter: Parameter, key: Key, name: str) -> Planes:
         if not parameter.is_meta and parameter.dtype.is_floating_point:
             weight = (weight.t().contiguous() if key.transposed else weight).to(key.dtype)
         _check_values(parameter, weight, name, key)
-        return tuple(plane.contiguous() for plane in family_of(scheme).quantize_weight(weight, scheme))
+        return tuple(plane.contiguous() for plane in planes_of(weight, scheme, rounding))
 
 
 def pack_experts(
-    source: Tensor | Planes, key: Key, problem: MoeProblem | None, size: tuple[int, int], layout: str = ""
+    source: Tensor | Planes,
+    key: Key,
+    problem: MoeProblem | None,
+    size: tuple[int, int],
+    layout: str = "",
+    rounding: Rounding = Rounding(),
 ) -> Planes:
     """Planes [E, ...] of a block's weight, filled expert by expert: besides them one expert's share is held.
 
@@ -782,7 +801,7 @@ def pack_experts(
         experts = source.shape[0] if isinstance(source, Tensor) else source[0].shape[0]
         for expert in range(experts):
             if isinstance(source, Tensor):
-                planes = _quantize_expert(source[expert], key)
+                planes = _quantize_expert(source[expert], key, rounding, expert)
             else:
                 assert problem is not None
                 planes = layouts_[layout].unpack(tuple(plane[expert] for plane in source), problem, *size)
@@ -794,7 +813,9 @@ def pack_experts(
     return tuple(out)
 
 
-def quantize_expert(stored: Tensor, key: Key, name: str) -> Planes:
+def quantize_expert(
+    stored: Tensor, key: Key, name: str, rounding: Rounding = Rounding(), expert: int | None = None
+) -> Planes:
     """Planes of one expert [n, k] as stored, in row form.
 
     Raises:
@@ -802,16 +823,16 @@ def quantize_expert(stored: Tensor, key: Key, name: str) -> Planes:
     """
     with _plain_tensors():
         _check_values(Parameter(stored, requires_grad=False), stored, name, key)
-        return _quantize_expert(stored, key)
+        return _quantize_expert(stored, key, rounding, expert)
 
 
-def _quantize_expert(stored: Tensor, key: Key) -> Planes:
+def _quantize_expert(stored: Tensor, key: Key, rounding: Rounding, expert: int | None) -> Planes:
     weight = stored.t() if key.transposed else stored
     if key.interleaved:
         weight = torch.cat((weight[0::2], weight[1::2]))
     weight = weight.to(key.dtype).contiguous()
     scheme = None if key.spec == NONE else parse(key.spec)
-    return (weight,) if scheme is None else family_of(scheme).quantize_weight(weight, scheme)
+    return (weight,) if scheme is None else planes_of(weight, scheme, rounding, expert)
 
 
 def _check_scheme(scheme: Scheme, name: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from quant_compile.ir.report import AttentionLine, Report, WeightLine
+from quant_compile.ir.scheme import parse
 from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, peek_anchor
 from quant_compile.lowering.weights import STORE, Entry
 from quant_compile.model.names import Names, names_in
@@ -185,6 +186,8 @@ class Ledger:
             copies = [MORE_COPIES] if entry is not None and entry.further else []
             missed = [f"unquantized in some graph: {miss.splitlines()[0]}" for miss in record.misses]
             adopted = [f"planes from {entry.source}"] if entry is not None and entry.source else []
+            if entry is not None and not adopted and (label := entry.rounding.label(parse(record.scheme), parameter)):
+                adopted = [label]
             reason = "; ".join([record.reason, *adopted, *record.guarded, *record.readers, *copies, *missed])
             if record.readers or guarded:
                 after += size

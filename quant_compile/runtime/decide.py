@@ -183,8 +183,7 @@ class Decider:
             decision = self._served(policy.decide(info), partial(_linear_problem, site))
             decision = self._in_range(decision, parameter, full[0])
             decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0], decision.refused)
-            if decision.scheme is not None and decision.scheme.static:
-                self._load_scale(parameter, full)
+            self._prepare(parameter, full, decision.scheme)
         for block in self.found.blocks:
             decisions[block.node.name] = self._decide_block(block, parameters, names)
         for site in self.found.batched:
@@ -300,8 +299,7 @@ class Decider:
             known.rules if known else full, known.module_class if known else module_class, parameter, transposed
         )
         decision = self._in_range(self._served(self.source.policy.decide(info), problem), parameter, full[0])
-        if decision.scheme is not None and decision.scheme.static:
-            self._load_scale(parameter, full)
+        self._prepare(parameter, full, decision.scheme)
         return SiteDecision(decision.scheme, decision.reason, full[0], decision.refused)
 
     def _served(self, decision: Decision, problem: Callable[[Scheme], Problem | MoeProblem]) -> Decision:
@@ -368,6 +366,14 @@ class Decider:
         record.named = decision.scheme is not None or decision.refused
         if decision.scheme is None:
             record.reason = decision.reason
+
+    def _prepare(self, parameter: Parameter, names: tuple[str, ...], scheme: Scheme | None) -> None:
+        """Tell the store what planes of a weight are made by besides its values."""
+        if scheme is None:
+            return
+        if scheme.static:
+            self._load_scale(parameter, names)
+        STORE.round_by(parameter, self.source.rounding(names))
 
     def _load_scale(self, parameter: Parameter, names: tuple[str, ...]) -> None:
         entry = STORE.entry(parameter)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import quant_compile.lowering.schemes  # noqa: F401  registers the presets
 from quant_compile.ir.family import Planes, Reject, family_of
+from quant_compile.ir.ggml.decode import scales_of
 from quant_compile.ir.ggml.types import TYPES
 from quant_compile.lowering.kernels.experts import triton_gguf_moe as moe
 from quant_compile.lowering.kernels.gguf import sgl_gguf, torch_gguf, triton_gguf, triton_gguf_mxfp4
@@ -31,6 +32,8 @@ CASES = (
 )
 KERNELS = (*triton_gguf.KERNELS, *triton_gguf_mxfp4.KERNELS, *torch_gguf.KERNELS, sgl_gguf.KERNELS[0])
 # 16-bit outputs of f32 sums over weights that are rounded once (sgl-kernel's copy: several times, in f16).
+# sgl-kernel multiplies unsigned codes of these types by inputs in Q8_1, and their offset by the sum of the inputs as they were.
+OFFSETS = ("q4_0", "q4_k")
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3, torch.float32: 1e-5}
 
 
@@ -135,16 +138,23 @@ def test_in_a_cuda_graph() -> None:
 
 @pytest.mark.parametrize("name", ["q4_k", "q8_0", "q6_k", "q4_0"])
 def test_products_that_round_inputs(name: str) -> None:
-    """sgl-kernel's own, against a reference that rounds inputs to Q8_1 as it does; sums of inputs are f16 there."""
+    """sgl-kernel's own, against a reference that does the same: codes times inputs in Q8_1, offsets times sums of exact inputs."""
     problem, target = problem_of(name, 1024, 1024, torch.float16), Target.of(DEVICE)
     answer = sgl_gguf.fit_a8(problem, 1, target)
     if isinstance(answer, Reject):
         pytest.skip(answer.reason)
     w = torch.randn(1024, 1024, device=DEVICE) * 0.03
-    own = family_of(problem.scheme).quantize_weight(w, problem.scheme)
+    family = family_of(problem.scheme)
+    own = family.quantize_weight(w, problem.scheme)
+    dense = family.dequantize_weight(own, problem.scheme, 1024)
+    offset = torch.zeros_like(dense)
+    if name in OFFSETS:
+        offset = (
+            scales_of(name, own[0].unflatten(-1, (-1, TYPES[name].nbytes)))[1].flatten(-2).repeat_interleave(32, -1)
+        )
     for m in (1, 5, 64):
         x = torch.randn(m, 1024, device=DEVICE).half()
-        reference = family_of(problem.scheme).linear((rounded_q8_1(x),), own, None, problem.scheme, torch.float16)
+        reference = rounded_q8_1(x) @ (dense - offset).t() + x.float() @ offset.t()
         assert error(sgl_gguf.run_a8((x,), own, None, problem), reference) <= 3e-3, m
 
 

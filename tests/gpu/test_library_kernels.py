@@ -47,7 +47,11 @@ def input_planes(scheme: Scheme, x: Tensor) -> Planes:
 def fitting(problem: Problem, m: int) -> Iterator[Kernel]:
     target = Target.of("cuda")
     for kernel in kernels().values():
-        if not kernel.reference and isinstance(kernel.fit(problem, m, target), Rank):
+        if (
+            kernel.reference or kernel.name == "sgl_gguf_a8"
+        ):  # which rounds inputs of its own accord: tests/gpu/test_gguf.py
+            continue
+        if isinstance(kernel.fit(problem, m, target), Rank):
             yield kernel
 
 
@@ -63,6 +67,10 @@ def relative_error(y: Tensor, reference: Tensor) -> float:
 
 def failures_of(scheme: Scheme, n: int, k: int, rows: tuple[int, ...], dtype: torch.dtype) -> list[str]:
     """One line for each kernel and m that raised or was too far off; all are tried, so that one run shows all."""
+    family = family_of(scheme)
+    refusal = family.quantizes(scheme) or family.takes_size(scheme, n, k)
+    if refusal is not None:
+        pytest.skip(refusal.reason)
     weight = weight_planes(scheme, n, k, dtype)
     bias = torch.randn(n, device="cuda", dtype=dtype)
     packed: dict[str, Planes] = {}

@@ -23,11 +23,14 @@ finite, has a scale of NaN or a global scale that is not finite, and dequantizes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant_compile.ir.family import Family, Planes, PlaneSpec, Reject, register_family
+from quant_compile.ir.family import Family, Grid, Planes, PlaneSpec, Reject, register_family
 from quant_compile.ir.numerics import by_row_chunks, safe_amax, tensor_amax
 from quant_compile.ir.scheme import QuantArgs, Scheme
 
@@ -35,6 +38,7 @@ VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = 6.0
 NV_GROUP, MX_GROUP = 16, 32
 NV_RANGE = 448.0 * LARGEST
+NV_ROOM = 256.0
 SMALLEST_E4M3, LARGEST_E4M3 = 2.0**-9, 448.0
 E8M0_NAN = 255
 
@@ -256,6 +260,89 @@ def mxfp4_linear(x: Planes, w: Planes, bias: Tensor | None, scheme: Scheme, dtyp
     return _product(left, _dequantize_mx(w), bias, dtype)
 
 
+# --- other scales than nearest ones ---
+
+
+def nearest_e2m1(x: Tensor) -> Tensor:
+    """f32 -> the value of ``round_e2m1``'s code, f32: steps of 0.5 up to 2, 1 up to 4, then 2."""
+    size = x.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return torch.copysign(((size / step).round() * step).clamp_max(LARGEST), x)
+
+
+@dataclass(frozen=True)
+class NvGrid:
+    """e2m1 * scale * whole. The global scale is such that a group of the largest value may also have 448 / 256 of its usual scale."""
+
+    whole: Tensor
+    k: int
+    size: int = NV_GROUP
+
+    def choices(self, w: Tensor) -> Iterator[Planes]:
+        """The e4m3 number nearest to a sixth of the largest magnitude, then its neighbours: an octave has eight."""
+        wanted = (w.abs().amax(-1, keepdim=True) / LARGEST / self.whole).clamp(SMALLEST_E4M3, LARGEST_E4M3)
+        nearest = wanted.to(torch.float8_e4m3fn).view(torch.uint8).int()
+        for away in (0, 1, 2, 3, 4, 5, 6, -1, -2, -3):
+            code = (nearest + away).clamp(1, _LAST_E4M3).to(torch.uint8)
+            yield (code.view(torch.float8_e4m3fn).float(),)
+
+    def scaled(self, scales: Planes, factor: Tensor) -> Planes:
+        """As e4m3 holds them."""
+        return ((scales[0] * factor).clamp(SMALLEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn).float(),)
+
+    def values(self, w: Tensor, scales: Planes) -> Tensor:
+        """e2m1 * scale * whole of the nearest code."""
+        scale = scales[0] * self.whole
+        return nearest_e2m1(w / scale) * scale
+
+    def planes(self, values: Tensor, scales: Planes) -> Planes:
+        """Codes of values, scales, and the global one in each row."""
+        codes = round_e2m1(_grouped(values, NV_GROUP) / (scales[0] * self.whole))
+        whole = self.whole.expand(values.shape[0], 1).contiguous()
+        return _pack_groups(codes, NV_GROUP), scales[0].squeeze(-1).to(torch.float8_e4m3fn), whole
+
+
+_LAST_E4M3 = 0x7E  # the byte of 448
+
+
+@dataclass(frozen=True)
+class MxGrid:
+    """e2m1 * 2**exponent."""
+
+    k: int
+    size: int = MX_GROUP
+
+    def choices(self, w: Tensor) -> Iterator[Planes]:
+        """The exponent of the rule of compressed-tensors, half and twice its scale."""
+        scale = decode_e8m0(_quantize_mx(w.flatten(1))[1])
+        for factor in (1.0, 0.5, 2.0):
+            yield ((scale * factor).clamp(2.0**-126, 2.0**127).unsqueeze(-1),)
+
+    def scaled(self, scales: Planes, factor: Tensor) -> None:
+        """Powers of two alone."""
+        return
+
+    def values(self, w: Tensor, scales: Planes) -> Tensor:
+        """e2m1 * scale of the nearest code."""
+        return nearest_e2m1(w / scales[0]) * scales[0]
+
+    def planes(self, values: Tensor, scales: Planes) -> Planes:
+        """Codes of values, and the bits of the scales' exponents."""
+        codes = round_e2m1(_grouped(values, MX_GROUP) / scales[0])
+        exponents = (scales[0].contiguous().view(torch.int32) >> 23).to(torch.uint8)
+        return _pack_groups(codes, MX_GROUP), exponents.squeeze(-1)
+
+
+def nvfp4_grid(w: Tensor, scheme: Scheme) -> Grid:
+    """Its global scale leaves the largest group's scale at 256 of 448."""
+    return NvGrid((tensor_amax(w) / (NV_ROOM * LARGEST)).reshape(1), w.shape[1])
+
+
+def mxfp4_grid(w: Tensor, scheme: Scheme) -> Grid:
+    """Groups of 32."""
+    return MxGrid(w.shape[1])
+
+
 NVFP4 = register_family(
     Family(
         "nvfp4",
@@ -267,8 +354,19 @@ NVFP4 = register_family(
         nvfp4_input,
         nvfp4_linear,
         largest_input=lambda scheme: NV_RANGE,
+        grid=nvfp4_grid,
     )
 )
 MXFP4 = register_family(
-    Family("mxfp4", MX_PRESETS, mxfp4_accepts, mxfp4_planes, mxfp4_weight, mxfp4_dequantize, mxfp4_input, mxfp4_linear)
+    Family(
+        "mxfp4",
+        MX_PRESETS,
+        mxfp4_accepts,
+        mxfp4_planes,
+        mxfp4_weight,
+        mxfp4_dequantize,
+        mxfp4_input,
+        mxfp4_linear,
+        grid=mxfp4_grid,
+    )
 )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Family, Planes, PlaneSpec, Reject, register_family
+from quant_compile.ir.family import Family, Grid, Planes, PlaneSpec, Reject, register_family
 from quant_compile.ir.numerics import by_row_chunks, safe_amax, tensor_amax, to_int8
 from quant_compile.ir.scheme import QuantArgs, Scheme
+from quant_compile.lowering.schemes.weight_only import Int8Grid
 
 PRESETS = {
     "W8A8": Scheme(QuantArgs(8, "int", "channel"), QuantArgs(8, "int", "token", dynamic=True)),
@@ -73,6 +74,11 @@ def linear(x: Planes, w: Planes, bias: Tensor | None, scheme: Scheme, dtype: tor
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
+def grid(w: Tensor, scheme: Scheme) -> Grid | None:
+    """Of weights by row; one scale for a tensor stays that of its largest magnitude."""
+    return Int8Grid(max(w.shape[1], 1)) if scheme.weights.strategy == "channel" else None
+
+
 FAMILY = register_family(
-    Family("int8", PRESETS, accepts, weight_planes, quantize_weight, dequantize_weight, quantize_input, linear)
+    Family("int8", PRESETS, accepts, weight_planes, quantize_weight, dequantize_weight, quantize_input, linear, grid=grid)
 )

@@ -86,6 +86,7 @@ FAMILY = register_family(
         weight_only.dequantize_weight,
         quantize_input,
         linear,
+        grid=weight_only.grid,
     )
 )
 

@@ -9,12 +9,15 @@ Formulas of compressed-tensors: symmetric scale = amax / 7.5, asymmetric scale =
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant_compile.ir.family import Family, Planes, PlaneSpec, Reject, register_family
-from quant_compile.ir.numerics import by_row_chunks, safe_amax, to_int8
+from quant_compile.ir.family import Family, Grid, Planes, PlaneSpec, Reject, register_family
+from quant_compile.ir.numerics import SMALLEST_AMAX, by_row_chunks, safe_amax, to_int8
 from quant_compile.ir.scheme import QuantArgs, Scheme
 
 PRESETS = {
@@ -23,6 +26,10 @@ PRESETS = {
     "W4A16_ASYM": Scheme(QuantArgs(4, "int", "group", group_size=128, symmetric=False)),
 }
 SYMMETRIC_ZERO = 8
+# Shares of a group's range that a search tries; those of both ends where there is a zero point.
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
+ENDS = (1.0, 0.9, 0.8, 0.7)
+SHARES_INT8 = (1.0, 0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8)
 
 
 def accepts(scheme: Scheme) -> Reject | None:
@@ -101,6 +108,88 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.clamp_min(torch.finfo(dtype).tiny).to(dtype).float()
 
 
+@dataclass(frozen=True)
+class Int4Grid:
+    """scale * (code - zero). A symmetric scale may be negative: 16 codes reach from -8 to 7, and a group has its own long side."""
+
+    size: int
+    k: int
+    symmetric: bool
+    dtype: torch.dtype
+
+    def choices(self, w: Tensor) -> Iterator[Planes]:
+        """Shares of the range; symmetric: also with the value of largest magnitude on code -8."""
+        if not self.symmetric:
+            low, high = w.amin(-1, keepdim=True).clamp_max(0), w.amax(-1, keepdim=True).clamp_min(0)
+            for below in ENDS:
+                for above in ENDS:
+                    yield self._range(low * below, high * above)
+            return
+        low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+        amax = torch.maximum(-low, high).clamp_min(SMALLEST_AMAX)
+        toward = torch.where(high > -low, -1.0, 1.0)
+        zero = torch.full_like(amax, SYMMETRIC_ZERO)
+        yield _storable(amax * (1.0 / 7.5), self.dtype), zero
+        for share in SHARES:
+            yield toward * _storable(amax * (share / 8.0), self.dtype), zero
+        for share in SHARES:
+            yield _storable(amax * (share / 7.0), self.dtype), zero
+
+    def _range(self, low: Tensor, high: Tensor) -> Planes:
+        scale = _storable((high - low).clamp_min(SMALLEST_AMAX) * (1.0 / 15.0), self.dtype)
+        return scale, (-low / scale).round().clamp(0, 15)
+
+    def scaled(self, scales: Planes, factor: Tensor) -> Planes:
+        """As the dtype holds them."""
+        return scales[0].sign() * _storable(scales[0].abs() * factor, self.dtype), scales[1]
+
+    def values(self, w: Tensor, scales: Planes) -> Tensor:
+        """scale * (code - zero) of the nearest code."""
+        scale, zero = scales
+        return (((w / scale).round() + zero).clamp(0, 15) - zero) * scale
+
+    def planes(self, values: Tensor, scales: Planes) -> Planes:
+        """Codes of values, and the scales."""
+        scale, zero = (plane.flatten(1) for plane in scales)
+        wide = [plane.repeat_interleave(self.size, 1)[:, : self.k] for plane in (scale, zero)]
+        codes = ((values / wide[0]).round() + wide[1]).clamp(0, 15)
+        planes = (pack_nibbles(codes), scale.to(self.dtype))
+        return planes if self.symmetric else (*planes, pack_nibbles(zero))
+
+
+@dataclass(frozen=True)
+class Int8Grid:
+    """scale * code by row, codes -127 to 127."""
+
+    size: int
+
+    def choices(self, w: Tensor) -> Iterator[Planes]:
+        """Shares of the largest magnitude."""
+        for share in SHARES_INT8:
+            yield (safe_amax(w) * (share / 127.0),)
+
+    def scaled(self, scales: Planes, factor: Tensor) -> Planes:
+        """The product."""
+        return (scales[0] * factor,)
+
+    def values(self, w: Tensor, scales: Planes) -> Tensor:
+        """scale * code of the nearest code."""
+        return (w / scales[0]).round().clamp(-127, 127) * scales[0]
+
+    def planes(self, values: Tensor, scales: Planes) -> Planes:
+        """Codes of values, and the scales."""
+        scale = scales[0].flatten(1)
+        return (values / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def grid(w: Tensor, scheme: Scheme) -> Grid:
+    """Of 4-bit weights by group or row, of 8-bit ones by row."""
+    k = w.shape[1]
+    if scheme.weights.num_bits == 8:
+        return Int8Grid(max(k, 1))
+    return Int4Grid(group_of(scheme, k), k, scheme.weights.symmetric, w.dtype)
+
+
 def dequantize_weight(planes: Planes, scheme: Scheme, k: int) -> Tensor:
     """scale * (code - zero), f32 [n, k]."""
     if scheme.weights.num_bits == 8:
@@ -126,5 +215,15 @@ def linear(x: Planes, w: Planes, bias: Tensor | None, scheme: Scheme, dtype: tor
 
 
 FAMILY = register_family(
-    Family("weight_only", PRESETS, accepts, weight_planes, quantize_weight, dequantize_weight, quantize_input, linear)
+    Family(
+        "weight_only",
+        PRESETS,
+        accepts,
+        weight_planes,
+        quantize_weight,
+        dequantize_weight,
+        quantize_input,
+        linear,
+        grid=grid,
+    )
 )
