@@ -223,9 +223,19 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(plan.to_json())
     else:
-        _console().print(plan.table(arguments.full))
+        _print_plan(plan, arguments.full)
     _warn(plan, arguments.model)
     return 0
+
+
+def _print_plan(plan: Plan, full: bool) -> None:
+    """The plan, whose bytes are those of row form, and where this machine's kernels hold others."""
+    from quant_compile.inspect.kernels import held, kernel_choices
+
+    console, target = _console(), _this_machine()
+    console.print(plan.table(full))
+    for text in held(kernel_choices(plan, target), target):
+        console.print(f"note: {text}", markup=False, soft_wrap=True)
 
 
 def _warn(plan: Plan, source: str) -> None:

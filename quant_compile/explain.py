@@ -14,10 +14,11 @@ import torch
 from torch import fx, nn
 from torch.nn import Parameter
 
+from quant_compile.ir.family import PlaneSpec
 from quant_compile.ir.graph import lines
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.report import Report, WeightLine
-from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_layouts, serves
+from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, planes_of, serves
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import Dispatch, choose, fits
 from quant_compile.lowering.target import Target, default_policy
@@ -103,35 +104,40 @@ class _Collector:
         dispatches = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
         for site in runner.found.linears:
             if site.slot in dispatches:
-                self._plan(inputs[site.slot], dispatches[site.slot], (site.n, site.k))
+                self._plan(inputs[site.slot], dispatches[site.slot], site.n)
         for site in runner.found.batched:
             if site.slot in dispatches:
-                self._plan(inputs[site.slot], dispatches[site.slot], (site.n, site.k), site.experts)
+                self._plan(inputs[site.slot], dispatches[site.slot], site.n, site.experts)
         for block in runner.found.blocks:
-            sizes = ((block.up_rows, block.hidden), (block.hidden, block.intermediate))
-            for slot, size in zip(block.slots, sizes, strict=True):
-                if slot in dispatches:
-                    self._plan(inputs[slot], dispatches[slot], size)
+            dispatch = dispatches.get(block.slots[0])
+            if isinstance(dispatch, MoeDispatch):
+                planes = planes_of(dispatch.layout, dispatch.problem)
+                for slot, half, own in zip(block.slots, dispatch.problem.halves, planes, strict=True):
+                    self._note(inputs[slot], replace(dispatch, problem=half), own)
         return gm.forward
 
     def _pick(self, problem: Problem, name: str, only: str | None = None) -> Dispatch:
         request = self.options.request(self.source.policy)
-        words = f"{problem.scheme.spec} n={problem.n} k={problem.k}"
+        words = f"{problem.spec} n={problem.n} k={problem.k}"
         self.rejections.setdefault(words, fits(problem, self.target, request, 1))
         return choose(problem, self.target, request, name, only=only)
 
     def _pick_moe(self, problem: MoeProblem, name: str) -> MoeDispatch:
         request = self.options.request(self.source.policy)
         sizes = f"{problem.experts} experts, hidden {problem.hidden}, intermediate {problem.intermediate}"
-        self.rejections.setdefault(f"{problem.scheme.spec}, {sizes}", moe_fits(problem, self.target, request, 1))
+        self.rejections.setdefault(f"{problem.spec}, {sizes}", moe_fits(problem, self.target, request, 1))
         return choose_moe(problem, self.target, request, name)
 
-    def _plan(self, parameter: Any, dispatch: Dispatch | MoeDispatch, size: tuple[int, int], times: int = 1) -> None:
+    def _plan(self, parameter: Any, dispatch: Dispatch | MoeDispatch, n: int, times: int = 1) -> None:
+        """Note what would run a linear of n rows, which may be merged with others."""
+        if isinstance(dispatch, Dispatch):
+            planes = layouts()[dispatch.layout].planes(replace(dispatch.problem, n=n))
+            self._note(parameter, dispatch, planes, times)
+
+    def _note(
+        self, parameter: Any, dispatch: Dispatch | MoeDispatch, planes: Sequence[PlaneSpec], times: int = 1
+    ) -> None:
         """Note what would run a weight, and its packed bytes."""
-        if isinstance(dispatch, MoeDispatch):
-            planes = moe_layouts()[dispatch.layout].planes(dispatch.problem, *size)
-        else:
-            planes = layouts()[dispatch.layout].planes(replace(dispatch.problem, n=size[0]))
         if isinstance(parameter, Parameter):
             self.planned[id(parameter)] = (dispatch, times * sum(plane.nbytes for plane in planes))
 

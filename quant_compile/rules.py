@@ -212,7 +212,7 @@ def cache_scale_key(layer: str, side: str) -> str:
     return f"{layer}.{side}_scale"
 
 
-TWO_SCHEMES = "the policy gives its two weights different schemes; an expert block has one"
+TWO_SCHEMES = "the policy gives its two weights different schemes; an expert block has one, or two GGUF types"
 
 
 def one_refuses(name: str, reason: str) -> str:

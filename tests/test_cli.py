@@ -15,6 +15,7 @@ import transformers
 from quant_compile import cli
 from quant_compile.ir.errors import PolicyError
 from quant_compile.ir.scheme import PRESETS
+from quant_compile.lowering.target import Target
 from quant_compile.policy import shipped_policies
 
 TINY = {
@@ -357,3 +358,24 @@ def test_python_m_ends_as_the_command_does() -> None:
         )
         assert module.returncode == wanted.returncode
         assert module.returncode == status if status is not None else module.returncode != 0
+
+
+def test_check_tells_what_kernels_hold(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bf16 models on a CPU q4_0 lies in torch's order, with scales of its own; rows are what the table counts."""
+    monkeypatch.setattr(cli, "_this_machine", lambda: Target.fake("cpu"))
+    for dtype, note in (("bf16", True), ("fp32", False)):
+        assert (
+            cli.main(
+                [
+                    "check",
+                    "GGUF_Q4_0",
+                    "--model",
+                    str(Path(__file__).parents[1] / "examples/tiny_lm/weights/dense"),
+                    "--dtype",
+                    dtype,
+                ]
+            )
+            == 0
+        )
+        shown = capsys.readouterr().out
+        assert ("note: GGUF_Q4_0 takes 5.50 bits a weight and not 4.50 on cpu, 2.70 MB and not 2.21" in shown) == note

@@ -12,10 +12,11 @@ import transformers
 from torch import Tensor
 
 import quant_compile
-from quant_compile.ir.errors import PolicyWarning
+from quant_compile.ir.errors import PolicyWarning, RangeError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.schemes import gguf
+from quant_compile.lowering.weights import Key, quantize
 from tests.runtime_support import CompileCounter, plain_inductor
 
 __all__ = ["plain_inductor"]
@@ -119,3 +120,40 @@ def test_blocks_are_no_form_of_compressed_tensors(ids: Tensor, tmp_path: Path, p
     model(ids)
     with pytest.raises(quant_compile.QuantError, match="the format has no blocks of GGUF"):
         quant_compile.save(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["GGUF_Q8_0", "GGUF_Q4_K"])
+@torch.no_grad()
+def test_values_beyond_f16_keep_their_weight(name: str, ids: Tensor, plain_inductor: CompileCounter) -> None:
+    """A linear alone, of a block of experts both weights: in 16 bits, in the ledger, with a warning, and nothing is NaN."""
+    model = model_of("qwen3_moe")
+    large = ("layers.0.self_attn.v_proj.weight", "layers.1.mlp.experts.down_proj")
+    for end in large:
+        model.model.get_parameter(end).view(-1)[5] = -1e6
+    quant_compile.compile(model, policy=name)
+    reason = f"it has a value of 1e+06, beyond the f16 in which {name} keeps its scales"
+    with pytest.warns(PolicyWarning) as told:
+        got = model(ids).logits
+    texts = [str(warning.message) for warning in told]
+    assert all(any(f"model.{end} stays float32: {reason}" in text for text in texts) for end in large)
+    lines = {line.names[0]: line for line in quant_compile.report(model).lines if "proj" in line.names[0]}
+    kept = {key for key, line in lines.items() if line.scheme is None}
+    assert kept == {f"model.{end}" for end in (*large, "layers.1.mlp.experts.gate_up_proj")}
+    assert all(reason in lines[key].reason and lines[key].named for key in kept)
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ABLE)
+def test_f16_holds_the_scales_of_what_is_quantized(name: str) -> None:
+    """Up to the largest number that is let through; and the store is the last to refuse others."""
+    scheme = parse(name)
+    family, w = family_of(scheme), torch.randn(4, 256).clamp(-1, 1) * gguf.LARGEST
+    w[0], w[1, ::2], w[1, 1::2] = gguf.LARGEST, -gguf.LARGEST, gguf.LARGEST
+    assert family.takes_values(scheme, w) is None
+    assert family.dequantize_weight(family.quantize_weight(w, scheme), scheme, 256).isfinite().all()
+    w[3, 7] = 65520.0
+    if name == "GGUF_MXFP4":
+        assert family.takes_values(scheme, w) is None
+        return
+    with pytest.raises(RangeError, match=f"a weight: it has a value of 6.55e\\+04, beyond the f16 .* {name}"):
+        quantize(torch.nn.Parameter(w), Key(name, "rows", False, torch.float32), "a weight")

@@ -17,8 +17,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quant_compile
+from quant_compile.explain import explain
 from quant_compile.ir.errors import ReleasedWeightError, WeightError
+from quant_compile.ir.family import family_of
 from quant_compile.ir.report import Report
+from quant_compile.ir.scheme import parse
+from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key, pack_experts
 from tests.moe_support import (
     FAMILIES,
@@ -274,6 +278,39 @@ def test_different_schemes_for_the_weights_of_a_block_keep_it(plain_inductor: Co
         assert line.scheme is None and "different schemes" in line.reason
         assert line.named, "the policy asked for it, so coverage counts it"
     assert report.coverage < 0.2
+
+
+def test_two_gguf_types_for_the_weights_of_a_block(plain_inductor: CompileCounter) -> None:
+    """Each weight has its own; where nothing serves the two together the block stays as it is."""
+    model, hidden = Layers(TinyMoe(inner=64)), torch.randn(1, 5, 32)
+    policy: Any = {"default": "keep"}
+    policy["rules"] = [
+        {"match": f"*.{end}", "scheme": spec}
+        for end, spec in (("down_proj", "GGUF_Q8_0"), ("gate_up_proj", "GGUF_Q4_0"))
+    ]
+    wanted = copy.deepcopy(model)
+    for name, parameter in expert_parameters(wanted).items():
+        scheme = parse("GGUF_Q8_0" if name.endswith("down_proj") else "GGUF_Q4_0")
+        family = family_of(scheme)
+        with torch.no_grad():
+            for w in parameter:
+                w.copy_(family.dequantize_weight(family.quantize_weight(w, scheme), scheme, w.shape[1]))
+    assert difference(compiled(model, policy)(hidden), wanted(hidden)) <= CLOSE
+    report = quant_compile.report(model)
+    assert schemes(model) == {"layers.0.experts.gate_up_proj": "GGUF_Q4_0", "layers.0.experts.down_proj": "GGUF_Q8_0"}
+    assert all(end in line_of(report, end).reason for end in ("gate_up_proj", "down_proj")), "the rule of each"
+
+    def explained() -> list[Any]:
+        half = Layers(TinyMoe(inner=64, dtype=torch.bfloat16))
+        lines = explain(half, {"x": hidden.bfloat16()}, policy, Target.fake("sm90")).report.lines
+        return [line for line in lines if "_proj" in line.names[0]]
+
+    assert [(line.scheme, line.bytes_after) for line in explained()] == [
+        ("GGUF_Q4_0", 4 * 2 * 64 * 32 * 18 // 32), ("GGUF_Q8_0", 4 * 32 * 64 * 34 // 32),
+    ]  # fmt: skip
+    policy["rules"][1]["scheme"] = "GGUF_Q5_0"
+    reason = "no kernel here multiplies experts of two types under GGUF_Q5_0/GGUF_Q8_0"
+    assert [(line.scheme, line.reason) for line in explained()] == [(None, reason)] * 2
 
 
 def test_an_unknown_block_is_in_the_ledger(plain_inductor: CompileCounter) -> None:

@@ -7,7 +7,7 @@ the store and, for inputs that a checkpoint permutes or scales, a hook on the li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,8 +22,9 @@ from quant_compile.checkpoints.names import Copy, ExpertBias, Experts, Job, Line
 from quant_compile.checkpoints.staging import staged
 from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Read
 from quant_compile.checkpoints.wishes import Again, Wishes
+from quant_compile.ir.errors import RangeError
 from quant_compile.ir.family import Planes, family_of
-from quant_compile.ir.moe import NONE
+from quant_compile.ir.moe import NONE, may_differ
 from quant_compile.ir.numerics import all_finite, dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.rounding.recipe import Rounding
@@ -79,6 +80,7 @@ class Filler:
     progress: Progress = lambda count: None
     _orders: dict[bytes, Tensor] = field(default_factory=dict)
     _apart: dict[str, str] = field(default_factory=dict)
+    _kept: dict[str, str] = field(default_factory=dict)
 
     def plan(self, mapped: Mapped) -> list[Outcome]:
         """What each job will do; every header is checked, and no tensor is read.
@@ -100,10 +102,30 @@ class Filler:
         steps = [[part.span(self.files.tensors[part.name]) for part in step] for step in self._steps(mapped)]
         with torch.no_grad(), staged(self.files, steps, self.device):
             for job in mapped.jobs:
-                out.append(self._run(job, dry=False))
+                try:
+                    out.append(self._run(job, dry=False))
+                except RangeError as error:
+                    self._keep(job.slot, mapped, error.reason)
+                    done = zip(mapped.jobs, out, strict=False)
+                    out = [self._run(old, False) if old.slot.name in self._kept else made for old, made in done]
+                    out.append(self._run(job, dry=False))
                 self.progress(sum(self.files.tensors[name].nbytes for name in sources_of(job)))
         self.files.close()
         return out
+
+    def _keep(self, slot: Slot, mapped: Mapped, reason: str) -> None:
+        """Leave a weight in 16 bits, of a block's weights both."""
+        slots = [job.slot for job in mapped.jobs if job.slot.owner is slot.owner and job.slot.tensor.dim() == 3]
+        self._kept |= dict.fromkeys([other.name for other in (slots if slot.tensor.dim() == 3 else [slot])], reason)
+
+    def _plain(self, slot: Slot) -> Scheme | None:
+        """As ``Wishes.plain``, but for what is kept."""
+        return None if slot.name in self._kept else self.wishes.plain(slot)
+
+    def _again(self, slot: Slot, scheme: Scheme | None) -> Again | None:
+        """As ``Wishes.again``; values of what is kept."""
+        again = self.wishes.again(slot, scheme)
+        return again if again is None or slot.name not in self._kept else replace(again, scheme=None)
 
     def _steps(self, mapped: Mapped) -> Iterator[list[Part]]:
         """What jobs read together, in their order."""
@@ -125,7 +147,7 @@ class Filler:
         return self._experts(job, dry) if isinstance(job, Experts) else self._bias(job, dry)
 
     def _find_apart(self, mapped: Mapped) -> None:
-        """Weights of blocks whose other weight has no planes, or those of another scheme: kernels take both in one."""
+        """Weights of blocks whose other weight has no planes, or those of a scheme that no kernel takes beside theirs."""
         blocks: dict[int, list[Experts]] = {}
         for job in mapped.jobs:
             if isinstance(job, Experts):
@@ -135,10 +157,22 @@ class Filler:
             kinds = {name: read if isinstance(read, str) else read.scheme.spec for name, read in found.items()}
             if len(set(kinds.values())) < 2 or "" in kinds.values():
                 continue
-            for name, read in found.items():
+            why = self._why_apart(found)
+            for name, read in found.items() if why is not None else ():
                 other = next(other for other in kinds if kinds[other] != kinds[name])
                 if isinstance(read, Quantized):
-                    self._apart[name] = f"{other.rpartition('.')[2]} of its block is not in {kinds[name]}"
+                    self._apart[name] = f"{other.rpartition('.')[2]} of its block is not in {kinds[name]}{why}"
+
+    def _why_apart(self, found: Mapping[str, Quantized | str]) -> str | None:
+        """What is to be said besides of a block whose weights differ and become values; None: they go together as they are."""
+        schemes = {name: read.scheme for name, read in found.items() if isinstance(read, Quantized)}
+        if len(schemes) != 2 or len(found) != 2:
+            return ""
+        up, down = sorted(schemes, key=lambda name: "down" in name.rpartition(".")[2])
+        if not may_differ(schemes[up], schemes[down]):
+            return ""
+        reason = self.wishes.unserved(up, schemes[up], schemes[down])
+        return f", and {reason}" if reason else None
 
     # --- reading ---
 
@@ -182,14 +216,15 @@ class Filler:
         floating = slot.tensor.dtype.is_floating_point
         if floating and info.dtype not in (*REAL, torch.float64):
             raise CheckpointError(f"{info.where} is {info.dtype} without scales.\nFix: write the checkpoint again.")
-        scheme = self.wishes.plain(slot)
+        scheme = self._plain(slot)
         if scheme is not None:
             return self._quantize(slot, scheme, job.source, dry)
         if not dry:
             same = info.dtype == slot.tensor.dtype
             values = self.files.load(Part(job.source), self.device, copy=same)
             place(slot, values.to(slot.tensor.dtype))
-        return Outcome(slot.name, None, _source(self.files, job.source), _nbytes(slot))
+        notes = (self._kept[slot.name],) if slot.name in self._kept else ()
+        return Outcome(slot.name, None, _source(self.files, job.source), _nbytes(slot), notes)
 
     def _quantize(self, slot: Slot, scheme: Scheme, source: str, dry: bool) -> Outcome:
         """A weight in 16 bits, by the user's policy, on its way to the device."""
@@ -214,7 +249,7 @@ class Filler:
     def _linear(self, job: Linear, dry: bool) -> Outcome:
         slot, found = job.slot, self.read(job.stem, dry)
         text, was = self._text(job.stem), self._was(job.stem, found)
-        again = self.wishes.again(slot, found.scheme if isinstance(found, Quantized) else None) if was else None
+        again = self._again(slot, found.scheme if isinstance(found, Quantized) else None) if was else None
         if again is not None and not _same_codes(found, again):
             return self._linear_again(job, again, was, text, dry)
         if isinstance(found, Dense):
@@ -254,7 +289,7 @@ class Filler:
         if isinstance(first, str):
             return self._dense_experts(job, first, text, dry)
         was = first.scheme.spec
-        again = self.wishes.again(slot, first.scheme)
+        again = self._again(slot, first.scheme)
         if again is not None and not _same_codes(first, again):
             return self._experts_again(job, again, was, text, dry)
         if again is None or again.scheme is None:
@@ -299,7 +334,7 @@ class Filler:
         if any(part.factor is not None for part in parts):
             return "the inputs of its experts have factors of their own (pre_quant_scale)"
         if any(part.scheme != parts[0].scheme for part in parts):
-            return "gate and up have different schemes"
+            return f"gate and up are one weight, and the file has them in {' and '.join(p.scheme.spec for p in parts)}"
         block = family_of(parts[0].scheme).row_block(parts[0].scheme)
         rows = parts[0].n // 2 if job.interleaved else parts[0].n
         if block > 1 and (job.interleaved or (len(parts) > 1 and rows % block)):
@@ -314,7 +349,7 @@ class Filler:
     def _dense_experts(self, job: Experts, reason: str, text: str, dry: bool) -> Outcome:
         """Experts in 16 bits; by the user's policy on the way, where it names them."""
         slot = job.slot
-        again = self.wishes.again(slot, None) if reason else None
+        again = self._again(slot, None) if reason else None
         if again is not None:
             return self._experts_again(job, again, self._stored(job.stems[0][0]), text, dry)
         notes = (
@@ -322,7 +357,7 @@ class Filler:
             if not reason
             else (reason if "kept in" in reason else f"{reason}: its values are kept in {dtype_name(self.dtype)}",)
         )
-        scheme = self.wishes.plain(slot) if not reason else None
+        scheme = self._plain(slot) if not reason else None
         if scheme is not None:
             return self._quantize_experts(job, scheme, f"{text}, {AS_READ}", dry)
         self._place_experts(job, dry)

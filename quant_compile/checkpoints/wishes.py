@@ -6,22 +6,22 @@ since it needs other codes; under ``weight_only`` codes stay, and graphs tell wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from torch import nn
 
 from quant_compile.checkpoints.names import Slot
 from quant_compile.ir.errors import NoKernelError
-from quant_compile.ir.moe import Activation, MoeProblem
+from quant_compile.ir.moe import Activation, MoeProblem, spec_of
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.moe import serves
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.rounding.recipe import TO_NEAREST, Rounding
 from quant_compile.lowering.select import FALLBACKS, Request, choose, fallback_of
 from quant_compile.lowering.target import Target
-from quant_compile.model.plan import Plan
+from quant_compile.model.plan import Plan, PlanEntry
 from quant_compile.model.weights import Weight, linear_weights
 from quant_compile.options import PolicySource
 from quant_compile.policy import Policy
@@ -76,7 +76,8 @@ class Wishes:
         entries = Plan.of(given, model).entries if given is not None else ()
         decisions = {n: e.decision for e in entries if e.names not in embedded for n in e.names}
         source = None if given is None else PolicySource(given, "")
-        return Wishes(decisions, _problems(weights), fallback, target, request, source)
+        wishes = Wishes(decisions, _problems(weights), fallback, target, request, source)
+        return replace(wishes, decisions={**decisions, **wishes._kept(entries)})
 
     def rounding(self, slot: Slot) -> Rounding:
         """How planes of a weight are made of its values."""
@@ -123,6 +124,32 @@ class Wishes:
             texts.append("a rule of a policy with `requantize: true` gives it another scheme.")
             raise NoKernelError(error.problem, error.reasons, "; ".join(texts)) from None
         return scheme
+
+    def unserved(self, up: str, first: Scheme, second: Scheme) -> str:
+        """Why the device cannot multiply a block of two schemes, of its first weight, which is called ``up``, and its second; or empty."""
+        make = self.problems.get(up.removesuffix(".weight"))
+        problem = make(first) if make is not None else None
+        if not isinstance(problem, MoeProblem) or self._serves(replace(problem, scheme2=second)):
+            return ""
+        where = self.target.label if self.target is not None else "this device"
+        return f"no kernel on {where} multiplies experts of two types under {spec_of((first, second))}"
+
+    def _kept(self, entries: Iterable[PlanEntry]) -> dict[str, Decision]:
+        """By name, decisions of blocks whose two schemes have no kernel together: their graph will keep them."""
+        blocks: dict[str, list[PlanEntry]] = {}
+        for entry in entries:
+            if entry.block and entry.decision.scheme is not None:
+                blocks.setdefault(entry.block, []).append(entry)
+        out: dict[str, Decision] = {}
+        for pair in blocks.values():
+            up, down = sorted((pair[0], pair[-1]), key=lambda entry: "down" in entry.names[0].rpartition(".")[2])
+            if up.decision.scheme is None or down.decision.scheme is None:
+                continue
+            reason = self.unserved(up.names[0], up.decision.scheme, down.decision.scheme)
+            for entry in pair if reason else ():
+                kept = replace(entry.decision, scheme=None, reason=reason, refused=True)
+                out |= dict.fromkeys(entry.names, kept)
+        return out
 
     def _served(self, slot: Slot, scheme: Scheme) -> Scheme | None:
         """The scheme, or what the fallback makes of its weights where only that has kernels.

@@ -7,9 +7,11 @@ and only there the activation and the experts of a token are known: estimates ta
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
@@ -18,9 +20,9 @@ from rich.table import Table
 
 from quant_compile.ir.errors import NoKernelError
 from quant_compile.ir.family import PlaneSpec
-from quant_compile.ir.moe import Activation, MoeProblem
-from quant_compile.ir.scheme import Scheme, parse
-from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, moe_kernels, moe_layouts
+from quant_compile.ir.moe import Activation, MoeProblem, parse_spec
+from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.moe import STACKED, MoeDispatch, choose_moe, moe_fits, moe_kernels, planes_of
 from quant_compile.lowering.registry import Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, AnyProblem, Dispatch, Request, choose, fallback_of, fits, name_for
 from quant_compile.lowering.target import FAKE_SM_COUNT, RUN_ON, Target
@@ -67,6 +69,7 @@ class KernelChoice:
         refusals: kernel -> why it does not run, each M range with its reason.
         losers: kernels that could run and were not chosen.
         bytes_packed: bytes of all these weights in that layout.
+        bytes_stored: in row form, as plans count them.
         fix: what would help where nothing can run it.
         asked: the policy's scheme where its ``fallback`` serves another.
     """
@@ -77,6 +80,7 @@ class KernelChoice:
     refusals: Mapping[str, str]
     losers: Mapping[str, Loser]
     bytes_packed: int
+    bytes_stored: int
     fix: str = ""
     asked: Scheme | None = None
 
@@ -90,6 +94,22 @@ class KernelChoice:
         """Sizes for people: ``n x k``, or ``experts x hidden x intermediate``."""
         p = self.problem
         return f"{p.n} x {p.k}" if isinstance(p, Problem) else f"{p.experts} x {p.hidden} x {p.intermediate}"
+
+
+def held(choices: Sequence[KernelChoice], target: Target) -> list[str]:
+    """Where kernels hold more or less than a plan counts, one sentence a scheme and layout."""
+    groups: dict[tuple[str, str], list[KernelChoice]] = {}
+    for choice in choices:
+        if choice.dispatch is not None and choice.bytes_packed != choice.bytes_stored:
+            groups.setdefault((choice.problem.spec, choice.dispatch.layout), []).append(choice)
+    texts: list[str] = []
+    for (spec, layout), found in groups.items():
+        packed, stored = sum(choice.bytes_packed for choice in found), sum(choice.bytes_stored for choice in found)
+        count = sum(prod(entry.shape) for choice in found for entry in choice.entries)
+        bits = f"{8 * packed / count:.2f} bits a weight and not {8 * stored / count:.2f}"
+        size = f"{packed / 1e6:,.2f} MB and not {stored / 1e6:,.2f}"
+        texts.append(f"{spec} takes {bits} on {target.label}, {size}: by estimate kernels there read layout {layout}")
+    return texts
 
 
 def kernel_choices(plan: Plan, target: Target) -> list[KernelChoice]:
@@ -131,13 +151,16 @@ def _blocks(plan: Plan) -> dict[MoeProblem, list[PlanEntry]]:
             by_name.setdefault(entry.block, []).append(entry)
     out: dict[MoeProblem, list[PlanEntry]] = {}
     for entries in by_name.values():
-        scheme = entries[0].decision.scheme
-        if len(entries) == 2 and scheme is not None:
-            first, second = entries
-            up = first if first.n == 2 * second.k else second
-            dtype = getattr(torch, up.dtype)
+        if len(entries) != 2:
+            continue
+        first, second = entries
+        up, down = (first, second) if first.n == 2 * second.k else (second, first)
+        scheme, scheme2 = up.decision.scheme, down.decision.scheme
+        if scheme is not None:
             sizes = (up.shape[0], up.k, up.n // 2, min(2, up.shape[0]))
-            out.setdefault(MoeProblem(scheme, *sizes, Activation("silu"), dtype, up.has_bias), []).extend(entries)
+            dtype, act = getattr(torch, up.dtype), Activation("silu")
+            problem = MoeProblem(scheme, *sizes, act, dtype, up.has_bias, scheme2=scheme2)
+            out.setdefault(problem, []).extend(entries)
     return out
 
 
@@ -147,13 +170,9 @@ def _moe_choice(problem: MoeProblem, entries: Sequence[PlanEntry], target: Targe
         dispatch, fix = choose_moe(problem, target, request, entries[0].block), ""
     except NoKernelError as error:
         dispatch, fix = None, error.fix
-    planes: Sequence[PlaneSpec] = ()
-    if dispatch is not None:
-        specs = moe_layouts()[dispatch.layout].planes
-        sizes = ((problem.up_rows, problem.hidden), (problem.hidden, problem.intermediate))
-        planes = [plane for size in sizes for plane in specs(problem, *size)]
+    sizes = [_nbytes(chain(*planes_of(layout, problem))) for layout in _layouts_of(dispatch, STACKED.name)]
     named = {name: kernel.layout for name, kernel in moe_kernels().items()}
-    return _made(problem, entries, answers, dispatch, len(entries) // 2, planes, named, fix)
+    return _made(problem, entries, answers, dispatch, len(entries) // 2, sizes, named, fix)
 
 
 def _choice(problem: Problem, entries: Sequence[PlanEntry], target: Target, request: Request) -> KernelChoice:
@@ -162,9 +181,18 @@ def _choice(problem: Problem, entries: Sequence[PlanEntry], target: Target, requ
         dispatch, fix = choose(problem, target, request, entries[0].names[0]), ""
     except NoKernelError as error:
         dispatch, fix = None, error.fix
-    planes = layouts()[dispatch.layout].planes(problem) if dispatch else ()
+    sizes = [_nbytes(layouts()[layout].planes(problem)) for layout in _layouts_of(dispatch, "rows")]
     named = {name: kernel.layout for name, kernel in kernels().items()}
-    return _made(problem, entries, answers, dispatch, len(entries), planes, named, fix)
+    return _made(problem, entries, answers, dispatch, len(entries), sizes, named, fix)
+
+
+def _layouts_of(dispatch: Dispatch | MoeDispatch | None, rows: str) -> tuple[str, ...]:
+    """The row form, and the layout that kernels read."""
+    return (rows,) if dispatch is None else (rows, dispatch.layout)
+
+
+def _nbytes(planes: Iterable[PlaneSpec]) -> int:
+    return sum(plane.nbytes for plane in planes)
 
 
 def _made(
@@ -173,15 +201,15 @@ def _made(
     answers: Mapping[int, Mapping[str, float | str]],
     dispatch: Dispatch | MoeDispatch | None,
     count: int,
-    planes: Sequence[PlaneSpec],
+    sizes: Sequence[int],
     layout_of: Mapping[str, str],
     fix: str,
 ) -> KernelChoice:
-    """The choice for ``count`` problems alike, each of which packs into ``planes``."""
+    """The choice for ``count`` problems alike, whose bytes are ``sizes``: in row form and, where something runs them, packed."""
     refusals, able = _refusals(answers)
     losers = _losers(answers, able, dispatch, layout_of) if dispatch else {}
-    packed = count * sum(plane.nbytes for plane in planes)
-    return KernelChoice(tuple(entries), problem, dispatch, refusals, losers, packed, fix)
+    packed = count * sizes[1] if dispatch is not None else 0
+    return KernelChoice(tuple(entries), problem, dispatch, refusals, losers, packed, count * sizes[0], fix)
 
 
 def _losers(
@@ -256,7 +284,7 @@ def kernels_table(choices: Sequence[KernelChoice], target: Target) -> Table:
         by = f"\n(fallback of {choice.asked.spec})" if choice.asked else ""
         cells = [
             "\n".join(label_of(choice.entries)),
-            problem.scheme.spec + by,
+            problem.spec + by,
             choice.size,
             dispatch.layout if dispatch else "none",
             f"{choice.bytes_packed / 1e6:,.2f}",
@@ -269,12 +297,12 @@ def kernels_table(choices: Sequence[KernelChoice], target: Target) -> Table:
 @lru_cache(maxsize=None)
 def _strangers(spec: str, experts: bool) -> frozenset[str]:
     """Kernels that no device and no size would bring to this scheme."""
-    scheme, targets = parse(spec), [Target("cpu")]
+    (scheme, scheme2), targets = parse_spec(spec), [Target("cpu")]
     targets += [Target("cuda", arch, count, f"any sm{arch}", _Everything()) for arch, count in FAKE_SM_COUNT.items()]
     asked: list[Mapping[str, float | str]] = []
     for dtype in (torch.bfloat16, torch.float32):
         problem: Any = Problem(scheme, 4096, 4096, dtype)
-        block: Any = MoeProblem(scheme, 8, 4096, 4096, 2, Activation("silu"), dtype)
+        block: Any = MoeProblem(scheme, 8, 4096, 4096, 2, Activation("silu"), dtype, scheme2=scheme2)
         asked += [
             moe_fits(block, target, Request(), 1) if experts else fits(problem, target, Request(), 1)
             for target in targets
@@ -286,7 +314,7 @@ def refusals_table(choices: Sequence[KernelChoice]) -> Table:
     """What does not run and why: kernels that give one reason for the same problems share a row; those of other schemes too."""
     shapes: dict[tuple[str, str], set[str]] = {}
     for choice in choices:
-        shapes.setdefault((choice.problem.scheme.spec, choice.kind), set()).add(choice.size)
+        shapes.setdefault((choice.problem.spec, choice.kind), set()).add(choice.size)
     joined: dict[tuple[str, str, str], list[str]] = {}
     for (spec, kind, kernel, reason), where in _reasons(choices).items():
         both = {other for known, other in shapes if known == spec}
@@ -310,7 +338,7 @@ def _reasons(choices: Sequence[KernelChoice]) -> dict[tuple[str, str, str, str],
     rows: dict[tuple[str, str, str, str], set[str]] = {}
     others: dict[tuple[str, str, str, str], set[str]] = {}
     for choice in choices:
-        spec, kind = choice.problem.scheme.spec, choice.kind
+        spec, kind = choice.problem.spec, choice.kind
         for kernel, loser in choice.losers.items():
             losers.setdefault((spec, kind, kernel, loser.layout), []).append((loser, choice.size))
         strangers = _strangers(spec, kind == "experts")

@@ -48,6 +48,19 @@ class WeightError(QuantError, ValueError):
     """A weight cannot be quantized: NaN or inf, integer or complex dtype, meta device."""
 
 
+class RangeError(WeightError):
+    """A weight's values are too large for a scheme, whose scales would be inf.
+
+    Args:
+        name: of the weight.
+        reason: a sentence without its end.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}.\nFix: `keep` this weight in the policy, or give it another scheme.")
+        self.reason = reason
+
+
 class ReleasedWeightError(QuantError, RuntimeError):
     """A weight's original values were released and something tried to read them."""
 

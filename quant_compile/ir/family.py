@@ -96,6 +96,7 @@ class Family:
         row_block: rows that share a scale; a row range that is a multiple of it can be cut from the planes.
         largest_input: the magnitude that an input has under a calibrated scale of 1; calibration divides by it.
         takes_size: ``(scheme, n, k) -> None | Reject``: whether a weight [n, k] can have the scheme; one that cannot stays as it is.
+        takes_values: ``(scheme, weight of any shape) -> None | Reject``: whether finite numbers can have the scheme; looks at them.
         quantizes: ``scheme -> None | Reject``: whether ``quantize_weight`` can be called; else planes come from a checkpoint alone.
         grid: ``(w [n, k], scheme) -> Grid | None``: how scales and codes of this weight can be chosen otherwise; None: they cannot.
     """
@@ -111,6 +112,7 @@ class Family:
     row_block: Callable[[Scheme], int] = lambda scheme: 1
     largest_input: Callable[[Scheme], float] = _largest_code
     takes_size: Callable[[Scheme, int, int], Reject | None] = lambda scheme, n, k: None
+    takes_values: Callable[[Scheme, Tensor], Reject | None] = lambda scheme, weight: None
     quantizes: Callable[[Scheme], Reject | None] = lambda scheme: None
     grid: Callable[[Tensor, Scheme], Grid | None] = lambda w, scheme: None
 

@@ -82,7 +82,7 @@ class ExpertRef:
         layout: how the planes lie in memory (a name of ``moe_layouts``).
         dtype: dtype the block computes in.
         index: which plane.
-        problem: the block, for packing into a layout; None while planes are the values themselves.
+        problem: the weight's half of the block, for packing into a layout; None while planes are the values themselves.
         view: the shape [E, ., .] that the Parameter is viewed as first; empty for its own.
     """
 

@@ -10,15 +10,16 @@ parallelism) adds nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quant_compile.ir.errors import SchemeError
-from quant_compile.ir.family import Planes, family_of
-from quant_compile.ir.scheme import Scheme
+from quant_compile.ir.family import Planes, bits_per_weight, family_of
+from quant_compile.ir.scheme import GGUF, Scheme, parse
 
 # A scheme of no quantization: planes are the weights themselves. It shows that a block was understood, to the last bit or so.
 NONE = "none"
@@ -83,6 +84,22 @@ _KINDS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
 UNGATED: Mapping[str, Callable[[Tensor, float], Tensor]] = {**_KINDS, "relu2": lambda up, alpha: F.relu(up).square()}
 
 
+def spec_of(schemes: tuple[Scheme, Scheme]) -> str:
+    """What a block's first and second weight are, as one word: a ``Scheme.spec``, or two: ``GGUF_Q4_K/GGUF_Q6_K``."""
+    return "/".join(dict.fromkeys(scheme.spec for scheme in schemes))
+
+
+def parse_spec(spec: str) -> tuple[Scheme, Scheme]:
+    """Inverse of ``spec_of``."""
+    first, _, second = spec.partition("/")
+    return parse(first), parse(second or first)
+
+
+def may_differ(first: Scheme, second: Scheme) -> bool:
+    """Whether a block may have them as its two weights: one scheme, or two GGUF types, which change nothing but how rows are decoded."""
+    return first == second or first.weights.type == second.weights.type == GGUF
+
+
 @dataclass(frozen=True)
 class MoeProblem:
     """One block as kernels see it, for any number of tokens.
@@ -97,6 +114,7 @@ class MoeProblem:
         dtype: of the tokens, of the hidden layer between the products, and of the result.
         has_bias: b13 [E, 2 I] and b2 [E, H] of ``dtype`` are added.
         has_weights: outputs are multiplied by weights [T, k] (any float dtype); else plainly added.
+        scheme2: what w2 and the hidden layer are where that is not ``scheme``; None: one scheme.
     """
 
     scheme: Scheme
@@ -108,6 +126,34 @@ class MoeProblem:
     dtype: torch.dtype
     has_bias: bool = False
     has_weights: bool = True
+    scheme2: Scheme | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme2 == self.scheme:
+            object.__setattr__(self, "scheme2", None)
+
+    @property
+    def schemes(self) -> tuple[Scheme, Scheme]:
+        """Those of w13 and of w2."""
+        return self.scheme, self.scheme2 or self.scheme
+
+    @property
+    def spec(self) -> str:
+        """``schemes`` as one word."""
+        return spec_of(self.schemes)
+
+    @cached_property
+    def halves(self) -> tuple[MoeProblem, MoeProblem]:
+        """The block as each of its weights is packed and multiplied: with one scheme, that of w13 or of w2."""
+        if self.scheme2 is None:
+            return self, self
+        return replace(self, scheme2=None), replace(self, scheme=self.scheme2, scheme2=None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """As the function of this name, on average over both weights."""
+        first, second = map(bits_per_weight, self.schemes)
+        return first + (second - first) * self.intermediate / (self.up_rows + self.intermediate)
 
     @property
     def up_rows(self) -> int:
@@ -127,6 +173,7 @@ def moe_reference(
     activation: Activation,
     dtype: torch.dtype,
     scale2: Tensor | None = None,
+    scheme2: Scheme | None = None,
 ) -> Tensor:
     """The truth: expert by expert, with the scheme's own linear and input quantization; sums in f32 (f64 for f64).
 
@@ -136,12 +183,14 @@ def moe_reference(
         weights: [T, k] or None.
         w13, w2: planes [E, ...]; for ``scheme`` None one plane [E, n, k] each.
         scale2: calibrated scale [1] of the hidden layer, for static schemes.
+        scheme2: of w2 and the hidden layer; None: as ``scheme``.
 
     Returns:
         [T, H] of ``dtype``.
     """
     tokens, top_k = ids.shape
-    experts, out_features = w13[0].shape[0], _rows(w2, scheme)
+    experts, out_features = w13[0].shape[0], w2[0].shape[1]
+    second = scheme2 or scheme
     total = torch.zeros(
         tokens, out_features, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=ids.device
     )
@@ -154,17 +203,13 @@ def moe_reference(
         rows = chosen // top_k
         hidden = _product(_rows_of(x, rows), w13, b13, expert, scheme, dtype)
         inner: Planes = (activation(hidden),)
-        if scheme is not None and scheme.input_activations is not None:
-            inner = family_of(scheme).quantize_input(inner[0], scheme, scale2)
-        out = _product(inner, w2, b2, expert, scheme, dtype).to(total.dtype)
+        if second is not None and second.input_activations is not None:
+            inner = family_of(second).quantize_input(inner[0], second, scale2)
+        out = _product(inner, w2, b2, expert, second, dtype).to(total.dtype)
         if weights is not None:
             out = out * weights.reshape(-1)[chosen].unsqueeze(-1).to(total.dtype)
         total.index_add_(0, rows, out)
     return total.to(dtype)
-
-
-def _rows(w2: Planes, scheme: Scheme | None) -> int:
-    return w2[0].shape[1]
 
 
 def _rows_of(x: Planes, rows: Tensor) -> Planes:

@@ -11,10 +11,10 @@
     sglq.cache_values(codes, scale, format, dtype) -> [B, H, L, D]: what a quantized KV cache holds (``ir/kv.py``)
 
 ``spec`` is ``Scheme.spec``. A 16-bit input has no quantize node: ``sglq.linear`` then takes ``[x]``.
-``sglq.moe`` is the block of ``ir/moe.py``; without ids its rows are in E equal parts, one expert each; ``none`` is the
-scheme of unquantized weights. ``sglq.attention`` is that of ``ir/attend.py``, with K and V as they are kept: a head for each group;
-with ``codes``, a format of ``ir/kv.py``, they are codes with scales. ``sglq.latent_attention`` is ``attend_latent`` there.
-``sglq.cache_values`` and ``sglq.latent_attention`` decompose into plain torch where they stay.
+``sglq.moe`` is the block of ``ir/moe.py``, whose ``spec`` may name two schemes (``spec_of``); without ids its rows are in E equal
+parts, one expert each; ``none`` is the scheme of unquantized weights. ``sglq.attention`` is that of ``ir/attend.py``, with K and V as
+they are kept: a head for each group; with ``codes``, a format of ``ir/kv.py``, they are codes with scales. ``sglq.latent_attention`` is
+``attend_latent`` there. ``sglq.cache_values`` and ``sglq.latent_attention`` decompose into plain torch where they stay.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from quant_compile.ir.attend import attend, attend_latent
 from quant_compile.ir.family import family_of
 from quant_compile.ir.kv import decode
-from quant_compile.ir.moe import NONE, Activation, moe_reference
+from quant_compile.ir.moe import NONE, Activation, moe_reference, parse_spec
 from quant_compile.ir.scheme import parse
 
 LIBRARY = torch.library.Library("sglq", "DEF")
@@ -79,10 +79,10 @@ def _moe(
     x: list[Tensor], ids: Tensor | None, weights: Tensor | None, w13: list[Tensor], b13: Tensor | None, w2: list[Tensor],
     b2: Tensor | None, scale2: Tensor | None, spec: str, activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    scheme = None if spec == NONE else parse(spec)
+    scheme, scheme2 = (None, None) if spec == NONE else parse_spec(spec)
     ids = dense_ids(x[0], w13[0].shape[0]) if ids is None else ids
     how = Activation.parse(activation)
-    return moe_reference(tuple(x), ids, weights, tuple(w13), b13, tuple(w2), b2, scheme, how, dtype, scale2)
+    return moe_reference(tuple(x), ids, weights, tuple(w13), b13, tuple(w2), b2, scheme, how, dtype, scale2, scheme2)
 
 
 def _batched(x: list[Tensor], w: list[Tensor], spec: str, dtype: torch.dtype) -> Tensor:

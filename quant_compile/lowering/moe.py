@@ -15,9 +15,8 @@ from torch import Tensor
 
 from quant_compile.ir.errors import NoKernelError, SchemeError
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
-from quant_compile.ir.moe import Activation, MoeProblem
+from quant_compile.ir.moe import Activation, MoeProblem, parse_spec
 from quant_compile.ir.numerics import dtype_name
-from quant_compile.ir.scheme import parse
 from quant_compile.lowering.registry import Problem, Rank, _modules
 from quant_compile.lowering.select import (
     BUCKETS,
@@ -50,6 +49,7 @@ class MoeKernel:
         reference: slow and exact; on a GPU only used when the policy or the options allow it.
         only_pinned: as for a kernel of linears.
         ungated: also runs experts without a gate.
+        mixed: also runs blocks whose two weights have different schemes; ``fit`` answers for both.
     """
 
     name: str
@@ -61,11 +61,18 @@ class MoeKernel:
     reference: bool = False
     only_pinned: str | None = None
     ungated: bool = False
+    mixed: bool = False
+
+    def refuses(self, problem: MoeProblem) -> str | None:
+        """Why it runs no block of this form, whatever its sizes and schemes."""
+        if not problem.activation.gated and not self.ungated:
+            return "multiplies experts with a gate only"
+        return None if problem.scheme2 is None or self.mixed else "multiplies weights of one scheme only"
 
 
 @dataclass(frozen=True)
 class MoeLayout:
-    """How the stacked planes of one of a block's two weights lie in memory.
+    """How the stacked planes of one of a block's two weights lie in memory; ``problem`` is that weight's half of the block.
 
     Attributes:
         planes: ``(problem, n, k) -> specs`` of the packed planes, with the leading E.
@@ -134,17 +141,27 @@ def parse_moe_dispatch(text: str) -> MoeDispatch:
 def moe_problem_text(problem: MoeProblem) -> str:
     """A block as one word."""
     p = problem
-    fields = (p.scheme.spec, p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text)
+    fields = (p.spec, p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text)
     return "|".join(map(str, (*fields, dtype_name(p.dtype), int(p.has_bias), int(p.has_weights))))
 
 
 def parse_moe_problem(text: str) -> MoeProblem:
     """Inverse of ``moe_problem_text``."""
     spec, experts, hidden, inner, top_k, activation, dtype, bias, weights = text.split("|")
+    scheme, scheme2 = parse_spec(spec)
     return MoeProblem(
-        parse(spec), int(experts), int(hidden), int(inner), int(top_k), Activation.parse(activation),
-        getattr(torch, dtype), bias == "1", weights == "1",
+        scheme, int(experts), int(hidden), int(inner), int(top_k), Activation.parse(activation),
+        getattr(torch, dtype), bias == "1", weights == "1", scheme2,
     )  # fmt: skip
+
+
+def planes_of(layout: str, problem: MoeProblem) -> tuple[tuple[PlaneSpec, ...], tuple[PlaneSpec, ...]]:
+    """The packed planes of a block's two weights."""
+    specs, (first, second) = moe_layouts()[layout].planes, problem.halves
+    return (
+        specs(first, problem.up_rows, problem.hidden),
+        specs(second, problem.hidden, problem.intermediate),
+    )
 
 
 CostOf = Callable[[MoeKernel, MoeProblem, int], float]
@@ -153,10 +170,11 @@ CostOf = Callable[[MoeKernel, MoeProblem, int], float]
 def moe_fits(problem: MoeProblem, target: Target, request: Request, tokens: int) -> dict[str, float | str]:
     """Kernel name -> its estimated cost for this many tokens, or its reason why not."""
     names = moe_kernels()
-    pin = request.pin_for(problem.scheme.spec, names, "reference_moe")
-    able = {name: kernel for name, kernel in names.items() if problem.activation.gated or kernel.ungated}
-    answers = answers_of(able, pin, problem, target, request, tokens)
-    return answers | {name: "multiplies experts with a gate only" for name in names if name not in able}
+    pins = (request.pin_for(scheme.spec, names, "reference_moe") for scheme in problem.schemes)
+    pin = next((pin for pin in pins if pin is not None), None)
+    unable = {name: reason for name, kernel in names.items() if (reason := kernel.refuses(problem)) is not None}
+    able = {name: kernel for name, kernel in names.items() if name not in unable}
+    return {**answers_of(able, pin, problem, target, request, tokens), **unable}
 
 
 def choose_moe(
@@ -175,7 +193,7 @@ def choose_moe(
     )
     if best is None:
         words = (
-            f"{site or 'a MoE block'} ({problem.scheme.spec}, {problem.experts} experts, hidden {problem.hidden}, "
+            f"{site or 'a MoE block'} ({problem.spec}, {problem.experts} experts, hidden {problem.hidden}, "
             f"intermediate {problem.intermediate}, {problem.dtype}, {target.label})"
         )
         fix = "map this block to another scheme in the policy, or to `keep`."

@@ -43,6 +43,11 @@ class Problem:
     has_bias: bool = False
     siblings: int = 1
 
+    @property
+    def spec(self) -> str:
+        """The scheme's."""
+        return self.scheme.spec
+
     def __hash__(self) -> int:
         """Computed once: a problem is looked up at every call of some kernels."""
         known = self.__dict__.get("_hash")

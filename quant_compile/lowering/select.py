@@ -150,7 +150,7 @@ def answers_of(
     out: dict[str, float | str] = {}
     for name, kernel in named.items():
         if pin is not None and name != pin:
-            out[name] = f"the options pin {problem.scheme.spec} to {pin}"
+            out[name] = f"the options pin {problem.spec} to {pin}"
         elif kernel.reference and pin is None and target.device != "cpu" and not request.allow_reference:
             out[name] = "the torch reference on a GPU needs allow_reference: true"
         elif kernel.only_pinned is not None and pin is None:

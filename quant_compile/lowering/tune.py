@@ -101,7 +101,7 @@ def problem_key(problem: Measured) -> str:
         return p.key
     if isinstance(p, MoeProblem):
         sizes = (p.experts, p.hidden, p.intermediate, p.top_k, p.activation.text, int(p.has_bias), int(p.has_weights))
-        return "|".join(map(str, ("moe", p.scheme.spec, *sizes, dtype_name(p.dtype))))
+        return "|".join(map(str, ("moe", p.spec, *sizes, dtype_name(p.dtype))))
     return f"{p.scheme.spec}|{p.n}/{p.siblings}|{p.k}|{str(p.dtype).removeprefix('torch.')}|{int(p.has_bias)}"
 
 

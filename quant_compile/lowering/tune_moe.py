@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quant_compile.ir.family import Planes, PlaneSpec, family_of
 from quant_compile.ir.moe import MoeProblem
-from quant_compile.lowering.moe import CostOf, MoeKernel, moe_kernels, moe_layouts
+from quant_compile.lowering.moe import CostOf, MoeKernel, moe_kernels, planes_of
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.tune import RAISED, Timings, graph_time, measured_by, missing_jobs, take_times
 
@@ -38,10 +38,8 @@ def _measure_layout(
 
 def random_planes(layout: str, problem: MoeProblem) -> tuple[Planes, Planes]:
     """Random planes of w13 and w2 in a layout, on the GPU: small scales, codes of any value that is a number."""
-    sizes = ((problem.up_rows, problem.hidden), (problem.hidden, problem.intermediate))
-    return tuple(  # type: ignore[return-value]
-        tuple(_random(spec) for spec in moe_layouts()[layout].planes(problem, *size)) for size in sizes
-    )
+    first, second = planes_of(layout, problem)
+    return tuple(map(_random, first)), tuple(map(_random, second))
 
 
 def _random(spec: PlaneSpec) -> Tensor:

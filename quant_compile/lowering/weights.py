@@ -20,8 +20,8 @@ from torch import Tensor
 from torch._guards import CompileContext
 from torch.nn import Parameter
 
-from quant_compile.ir.errors import MissingScalesError, ReleasedWeightError, StaleWeightError, WeightError
-from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.errors import MissingScalesError, RangeError, ReleasedWeightError, StaleWeightError, WeightError
+from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import NONE, MoeProblem
 from quant_compile.ir.numerics import all_finite
 from quant_compile.ir.scheme import Scheme, parse
@@ -384,7 +384,7 @@ class WeightStore:
                         _check_scheme(parse(key.spec), name)
                     with _plain_tensors():
                         source: Tensor | Planes = parameter.detach().reshape(key.shape_of(parameter))
-                        _check_values(parameter, source, name)
+                        _check_values(parameter, source, name, key)
                 else:
                     source = entry.packs[other].slab.planes
                 layout = other.layout if other is not None else ""
@@ -488,6 +488,16 @@ class WeightStore:
         if result is None:
             raise WeightError("merged siblings do not end at a block of rows; this is a defect of merge_siblings")
         return result
+
+    def refusal(self, parameter: Parameter, scheme: Scheme) -> Reject | None:
+        """Why a weight's values cannot have a scheme; not asked of one that has planes under it, or has no values."""
+        entry = self.peek(parameter)
+        if parameter.is_meta or (entry is not None and entry.released) or not parameter.dtype.is_floating_point:
+            return None
+        if entry is not None and any(key.spec == scheme.spec for key in entry.packs):
+            return None
+        with _plain_tensors():
+            return family_of(scheme).takes_values(scheme, parameter.detach())
 
     def held(self, parameter: Parameter, spec: str | None = None) -> Key | None:
         """The key of a weight's planes, those under ``spec`` first; None where it has none, or only its values."""
@@ -767,7 +777,7 @@ def quantize(parameter: Parameter, key: Key, name: str, rounding: Rounding = TO_
         weight = parameter.detach().reshape(key.shape_of(parameter))
         if not parameter.is_meta and parameter.dtype.is_floating_point:
             weight = (weight.t().contiguous() if key.transposed else weight).to(key.dtype)
-        _check_values(parameter, weight, name)
+        _check_values(parameter, weight, name, key)
         return tuple(plane.contiguous() for plane in planes_of(weight, scheme, rounding))
 
 
@@ -812,7 +822,7 @@ def quantize_expert(
         WeightError: it has NaN or inf, or is not floating point.
     """
     with _plain_tensors():
-        _check_values(Parameter(stored, requires_grad=False), stored, name)
+        _check_values(Parameter(stored, requires_grad=False), stored, name, key)
         return _quantize_expert(stored, key, rounding, expert)
 
 
@@ -836,11 +846,11 @@ def _check_scheme(scheme: Scheme, name: str) -> None:
         raise WeightError(f"{name} cannot be quantized to {scheme.spec}: {refusal.reason}")
 
 
-def _check_values(parameter: Parameter, weight: Tensor, name: str) -> None:
+def _check_values(parameter: Parameter, weight: Tensor, name: str, key: Key) -> None:
     """Refuse what cannot be quantized.
 
     Raises:
-        WeightError: the weight has NaN or inf, is on the meta device, or is not floating point.
+        WeightError: the weight has NaN or inf, values too large for the scheme, is on the meta device, or is not floating point.
     """
     if parameter.is_meta:
         raise WeightError(
@@ -856,6 +866,10 @@ def _check_values(parameter: Parameter, weight: Tensor, name: str) -> None:
         raise WeightError(
             f"{name} has NaN or inf values{where}. Fix: repair the checkpoint, or `keep` this weight in the policy."
         )
+    scheme = None if key.spec == NONE else parse(key.spec)
+    refusal = None if scheme is None else family_of(scheme).takes_values(scheme, weight)
+    if refusal is not None:
+        raise RangeError(name, refusal.reason)
 
 
 def fingerprint(parameter: Parameter) -> int:

@@ -23,10 +23,14 @@ from torch import nn
 
 from quant_compile.ir.errors import PolicyError, PolicyWarning
 from quant_compile.ir.family import family_of
+from quant_compile.ir.moe import may_differ
 from quant_compile.ir.numerics import dtype_name
+from quant_compile.ir.scheme import Scheme
 from quant_compile.model.places import parameters_of
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.rules import TWO_SCHEMES, Decides, Decision, Rule, one_refuses, scale_key, strict_error
+
+SHOWN = 8  # names in one sentence
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,8 @@ class Plan:
     @property
     def problems(self) -> tuple[str, ...]:
         """Rules without effect, and weights that cannot have the scheme that the policy names, one sentence each."""
-        refused = _grouped([entry for entry in self.entries if entry.decision.refused])
-        texts = [f"{_label(row)} stays {row[0].dtype}: {row[0].decision.reason}" for row in refused]
-        return (*(rule.text for rule in self.unmatched_rules), *texts)
+        refused = [entry for entry in self.entries if entry.decision.refused]
+        return (*(rule.text for rule in self.unmatched_rules), *_refusals(refused))
 
     @property
     def calibration_note(self) -> str | None:
@@ -234,11 +237,11 @@ def _entry(policy: Decides, weight: Weight) -> PlanEntry:
 
 
 def _one_scheme_a_block(entries: Sequence[PlanEntry]) -> tuple[PlanEntry, ...]:
-    """Entries, those of expert blocks whose weights would have different schemes kept, as the runtime keeps them."""
-    schemes: dict[str, set[str]] = {}
+    """Entries, those of expert blocks whose weights would have schemes that may not differ kept, as the runtime keeps them."""
+    schemes: dict[str, list[Scheme | None]] = {}
     refusals: dict[str, str] = {}
     for entry in entries:
-        schemes.setdefault(entry.block, set()).add(entry.scheme)
+        schemes.setdefault(entry.block, []).append(entry.decision.scheme)
         if entry.decision.refused:
             refusals.setdefault(entry.block, one_refuses(entry.names[0], entry.decision.reason))
 
@@ -247,7 +250,13 @@ def _one_scheme_a_block(entries: Sequence[PlanEntry]) -> tuple[PlanEntry, ...]:
         decision = replace(entry.decision, scheme=None, reason=reason, refused=True)
         return replace(entry, decision=decision, bytes_after=entry.bytes_before)
 
-    return tuple(kept(entry) if entry.block and len(schemes[entry.block]) > 1 else entry for entry in entries)
+    apart = {block for block, found in schemes.items() if block and not _go_together(found)}
+    return tuple(kept(entry) if entry.block in apart else entry for entry in entries)
+
+
+def _go_together(schemes: Sequence[Scheme | None]) -> bool:
+    first = schemes[0]
+    return all(other == first or (first and other and may_differ(first, other)) for other in schemes)
 
 
 def _without_scales(static: Sequence[PlanEntry], path: Path | None) -> str | None:
@@ -307,6 +316,21 @@ def _grouped(entries: Sequence[PlanEntry]) -> list[list[PlanEntry]]:
         pattern = tuple(re.sub(r"\d+", "#", name) for name in e.names)
         groups.setdefault((pattern, e.shape, e.dtype, e.scheme, e.decision.reason), []).append(e)
     return list(groups.values())
+
+
+def _refusals(entries: Sequence[PlanEntry]) -> list[str]:
+    """Which weights stay as they are: a sentence for all whose reasons differ in numbers only."""
+    alike: dict[tuple[str, str], list[PlanEntry]] = {}
+    for entry in entries:
+        alike.setdefault((entry.dtype, re.sub(r"\d+", "#", entry.decision.reason)), []).append(entry)
+    texts: list[str] = []
+    for (dtype, _), found in alike.items():
+        reasons = list(dict.fromkeys(entry.decision.reason for entry in found))
+        more = ", and alike with other numbers" if len(reasons) > 1 else ""
+        labels = label_of(found)
+        named = ", ".join(labels[:SHOWN]) + (f" and {len(labels) - SHOWN} more" if len(labels) > SHOWN else "")
+        texts.append(f"{named} {'stays' if len(found) == 1 else 'stay'} {dtype}: {reasons[0]}{more}")
+    return texts
 
 
 def _cells(row: Sequence[PlanEntry]) -> list[str]:

@@ -18,7 +18,7 @@ from quant_compile.ir import ops
 from quant_compile.ir.experts import MoeSite, leading_sizes
 from quant_compile.ir.family import PlaneSpec, family_of
 from quant_compile.ir.graph import ExpertBiasRef, ExpertRef, add_expert_planes, add_input_scale, add_named_plane, verify
-from quant_compile.ir.moe import NONE
+from quant_compile.ir.moe import NONE, spec_of
 from quant_compile.ir.scheme import Scheme
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 
@@ -28,10 +28,10 @@ def insert_moe(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRepo
     report = PassReport("insert_moe")
     for block in plan.blocks:
         decision = plan.decisions[block.node.name]
-        if decision.scheme is None:
+        if decision.schemes is None:
             report.refused.append(f"{decision.name}: {decision.reason}")
             continue
-        plan.replaced[block.node] = replace_block(gm.graph, after(plan.replaced, block), decision, decision.scheme)
+        plan.replaced[block.node] = replace_block(gm.graph, after(plan.replaced, block), decision)
         report.rewrote.append(decision.name)
     return verify(gm, "quantized"), report
 
@@ -42,23 +42,25 @@ def after(replaced: Mapping[fx.Node, fx.Node], block: MoeSite) -> MoeSite:
     return replace(block, **now)
 
 
-def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision, scheme: Scheme | None) -> fx.Node:
-    """One block becomes one node, whose (reshaped) result is returned; ``scheme`` None keeps the weights' own values."""
+def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision) -> fx.Node:
+    """One block becomes one node, whose (reshaped) result is returned; a decision without schemes keeps the weights' own values."""
     names = weight_names(decision.name, block)
-    spec = NONE if scheme is None else scheme.spec
+    schemes = decision.schemes
+    first, second = schemes or (None, None)
+    spec = NONE if schemes is None else spec_of(schemes)
     value = block.node.meta["example_value"]
     dtype = block.x.meta["example_value"].dtype
-    w13 = _weight_planes(graph, block, 0, scheme, dtype, names[0])
-    w2 = _weight_planes(graph, block, 1, scheme, dtype, names[1])
+    w13 = _weight_planes(graph, block, 0, first, dtype, names[0])
+    w2 = _weight_planes(graph, block, 1, second, dtype, names[1])
     b13, b2 = _bias(graph, block, 0, dtype, names[0]), _bias(graph, block, 1, dtype, names[1])
-    static = scheme is not None and scheme.static
+    static = first is not None and first.static
     weights = zip(block.slots, (block.w13, block.w2), names, strict=True)
     scales = [add_input_scale(graph, *weight) for weight in weights] if static else []
     with graph.inserting_before(block.node):
         x = _rows(graph, block.x, block.hidden)
         planes: Any = [x]
-        if scheme is not None and scheme.input_activations is not None:
-            planes = graph.call_function(ops.quantize, (x, spec, *scales[:1]))
+        if first is not None and first.input_activations is not None:
+            planes = graph.call_function(ops.quantize, (x, first.spec, *scales[:1]))
             planes.meta["site"] = f"input of {decision.name}"
         scale2 = scales[1] if scales else None
         arguments = (planes, block.ids, block.weights, w13, b13, w2, b2, scale2, spec, block.activation.text, dtype)

@@ -28,13 +28,13 @@ from quant_compile.ir.graph import (
     trace,
     verify,
 )
-from quant_compile.ir.moe import Activation, MoeProblem
+from quant_compile.ir.moe import Activation, MoeProblem, parse_spec
 from quant_compile.ir.scheme import parse
 from quant_compile.ir.writes import Writes
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.attention import GROUPED, AttentionChoice
 from quant_compile.lowering.latent import AbsorbedDispatch, latent_forms
-from quant_compile.lowering.moe import MoeDispatch, moe_layouts
+from quant_compile.lowering.moe import MoeDispatch, planes_of
 from quant_compile.lowering.registry import Problem, layouts
 from quant_compile.lowering.select import Dispatch
 from quant_compile.lowering.target import Target
@@ -149,11 +149,11 @@ def _lower_moe(graph: fx.Graph, node: fx.Node, plan: Plan) -> MoeDispatch:
     block: MoeSite = node.meta["block"]
     how, has_bias = Activation.parse(str(activation)), b13 is not None or b2 is not None
     sizes = (block.experts, block.hidden, block.intermediate, block.top_k)
-    problem = MoeProblem(parse(str(spec)), *sizes, how, dtype, has_bias, weights is not None)  # type: ignore[arg-type]
+    scheme, scheme2 = parse_spec(str(spec))
+    problem = MoeProblem(scheme, *sizes, how, dtype, has_bias, weights is not None, scheme2)  # type: ignore[arg-type]
     assert plan.choose_moe is not None
     dispatch = plan.choose_moe(problem, " + ".join(node.meta["names"]))
-    shapes = ((block.up_rows, block.hidden), (block.hidden, block.intermediate))
-    w13, w2 = (_moved(graph, w, dispatch, shape) for w, shape in zip((w13, w2), shapes, strict=True))
+    w13, w2 = _moved(graph, w13, dispatch, 0), _moved(graph, w2, dispatch, 1)
     with graph.inserting_before(node):
         y = graph.call_function(kernel_ops.moe, (x, ids, weights, w13, b13, w2, b2, scale2, dispatch.text))
     y.meta = {key: node.meta[key] for key in ("site", "names", "example_value")}
@@ -207,15 +207,15 @@ def _lower_latent(graph: fx.Graph, node: fx.Node) -> str:
     return form
 
 
-def _moved(graph: fx.Graph, planes: Any, dispatch: MoeDispatch, shape: tuple[int, int]) -> list[fx.Node]:
-    """The planes of a block's weight in the layout of its dispatch."""
-    ref: ExpertRef = replace(planes[0].meta["plane"], problem=dispatch.problem)
+def _moved(graph: fx.Graph, planes: Any, dispatch: MoeDispatch, which: int) -> list[fx.Node]:
+    """The planes of a block's first or second weight in the layout of its dispatch."""
+    ref: ExpertRef = replace(planes[0].meta["plane"], problem=dispatch.problem.halves[which])
     if ref.layout == dispatch.layout:
         for i, plane in enumerate(planes):
             plane.meta["plane"] = replace(ref, index=i)
         return planes
     out: list[fx.Node] = []
-    for i, spec in enumerate(moe_layouts()[dispatch.layout].planes(dispatch.problem, *shape)):
+    for i, spec in enumerate(planes_of(dispatch.layout, dispatch.problem)[which]):
         moved, label = replace(ref, layout=dispatch.layout, index=i), f"{dispatch.layout}_{spec.name}"
         out.append(add_named_plane(graph, moved, spec, planes[0], planes[0].meta["parameter"], label))
     return out

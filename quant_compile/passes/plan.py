@@ -28,6 +28,7 @@ class SiteDecision:
 
     ``refused``: it is kept although the policy names a scheme, so coverage counts it as asked for.
     ``guard``: why it is kept in this graph although it can have the scheme ``instead``: 16 bits are faster at its m.
+    ``second``: of an expert block's second weight; None: the same.
     """
 
     scheme: Scheme | None
@@ -36,6 +37,18 @@ class SiteDecision:
     refused: bool = False
     guard: str = ""
     instead: Scheme | None = None
+    second: SiteDecision | None = None
+
+    @property
+    def parts(self) -> tuple[SiteDecision, SiteDecision]:
+        """Of an expert block's first and second weight."""
+        return self, self.second or self
+
+    @property
+    def schemes(self) -> tuple[Scheme, Scheme] | None:
+        """Those of an expert block's weights; None: it is kept."""
+        first, second = (part.scheme for part in self.parts)
+        return None if first is None or second is None else (first, second)
 
     @property
     def asked(self) -> Scheme | None:

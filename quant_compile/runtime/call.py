@@ -204,7 +204,7 @@ class GraphRunner:
         parameters: Mapping[int, Parameter],
         decisions: Mapping[str, SiteDecision],
     ) -> tuple[Tensor, ...]:
-        names = {slot: decisions[name].name for name, slot in self.found.readers}  # for errors
+        names = {slot: decision.name for slot, decision in self.found.decided(decisions)}  # for errors
         for block in self.found.blocks:
             names |= dict(zip(block.slots, weight_names(decisions[block.node.name].name, block), strict=True))
         return tuple(_resolve(ref, parameters, names) for ref in variant.refs)

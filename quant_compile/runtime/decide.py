@@ -21,7 +21,8 @@ from quant_compile.ir.attention import AttentionMiss, AttentionSite, find_attent
 from quant_compile.ir.batched import BatchedSite, find_batched
 from quant_compile.ir.errors import MissingScalesError, PolicyError, PolicyWarning
 from quant_compile.ir.experts import MoeMiss, MoeSite, Verdicts, find_experts
-from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.moe import MoeProblem, may_differ
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.routers import routers
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite, Miss, find_sites
@@ -118,11 +119,17 @@ class Found:
             ),
         )
 
+    def decided(self, decisions: Mapping[str, SiteDecision]) -> list[tuple[int, SiteDecision]]:
+        """(slot, decision) of every weight that a site multiplies by."""
+        single = [(site.slot, decisions[site.node.name]) for site in (*self.linears, *self.batched)]
+        blocks = [zip(block.slots, decisions[block.node.name].parts, strict=True) for block in self.blocks]
+        return single + [part for parts in blocks for part in parts]
+
     @property
-    def readers(self) -> list[tuple[str, int]]:
-        """(node name, slot) of every weight that a site multiplies by."""
-        single = [(site.node.name, site.slot) for site in (*self.linears, *self.batched)]
-        return single + [(block.node.name, slot) for block in self.blocks for slot in block.slots]
+    def read(self) -> list[int]:
+        """The slot of every weight that a site multiplies by."""
+        single = [site.slot for site in (*self.linears, *self.batched)]
+        return single + [slot for block in self.blocks for slot in block.slots]
 
 
 def _reason_in(nodes: Collection[fx.Node], reasons: Mapping[fx.Node, str]) -> str:
@@ -157,7 +164,7 @@ class Decider:
         names = {id(p): known for p in parameters.values() if (known := owners.names(p)) is not None}
         if self.source.is_default:
             sessions.note(f"no policy was given: {policy.name} is the default on this device")
-        if any(id(parameters[slot]) not in names for _, slot in self.found.readers):
+        if any(id(parameters[slot]) not in names for slot in self.found.read):
             self._no_owner()
         decisions: dict[str, SiteDecision] = {}
         for site in self.found.linears:
@@ -174,6 +181,7 @@ class Decider:
                 role=self._role(site.slot, known),
             )
             decision = self._served(policy.decide(info), partial(_linear_problem, site))
+            decision = self._in_range(decision, parameter, full[0])
             decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0], decision.refused)
             self._prepare(parameter, full, decision.scheme)
         for block in self.found.blocks:
@@ -254,7 +262,7 @@ class Decider:
     def _decide_block(
         self, block: MoeSite, parameters: Mapping[int, Parameter], names: Mapping[int, Names]
     ) -> SiteDecision:
-        """One scheme for both weights of a block, each of which rules may name."""
+        """Both weights of a block, each of which rules may name: one scheme, or two that may differ and have kernels together."""
         parts = zip((block.w13, block.w2), block.slots, block.transposed, strict=True)
         found = [
             self._decide_experts(
@@ -267,17 +275,14 @@ class Decider:
         refused = next((part for part in found if part.refused), None)
         if refused is not None:
             return SiteDecision(None, one_refuses(refused.name, refused.reason), name, refused=True)
-        if first.scheme != second.scheme:
+        if first.scheme is not None and second.scheme is not None and may_differ(first.scheme, second.scheme):
+            problem = _block_problem(block, first.scheme, second.scheme)
+            needs = _unusual(problem)
+            if needs and not self._choosers.serves(problem):
+                return SiteDecision(None, f"no kernel here multiplies {needs} under {problem.spec}", name, refused=True)
+        elif first.scheme != second.scheme:
             return SiteDecision(None, TWO_SCHEMES, name, refused=True)
-        if (
-            first.scheme is not None
-            and not block.activation.gated
-            and not self._choosers.serves(_block_problem(block, first.scheme))
-        ):
-            return SiteDecision(
-                None, f"no kernel here multiplies experts without a gate under {first.scheme.spec}", name, refused=True
-            )
-        return SiteDecision(first.scheme, first.reason, name)
+        return SiteDecision(first.scheme, first.reason, name, second=replace(second, name=name))
 
     def _decide_experts(
         self,
@@ -293,7 +298,7 @@ class Decider:
         info = expert_site(
             known.rules if known else full, known.module_class if known else module_class, parameter, transposed
         )
-        decision = self._served(self.source.policy.decide(info), problem)
+        decision = self._in_range(self._served(self.source.policy.decide(info), problem), parameter, full[0])
         self._prepare(parameter, full, decision.scheme)
         return SiteDecision(decision.scheme, decision.reason, full[0], decision.refused)
 
@@ -307,6 +312,15 @@ class Decider:
             return decision
         reason = f"{decision.reason}; {other.spec} by the policy's fallback: no kernel here multiplies {scheme.spec}"
         return replace(decision, scheme=other, reason=reason)
+
+    def _in_range(self, decision: Decision, parameter: Parameter, name: str) -> Decision:
+        """The decision, or why the weight's values cannot have its scheme, with a warning."""
+        refusal = None if decision.scheme is None else STORE.refusal(parameter, decision.scheme)
+        if refusal is None:
+            return decision
+        text = f"{name} stays {dtype_name(parameter.dtype)}: {refusal.reason}"
+        warnings.warn(f"{self.source.policy.source or self.source.policy.name}: {text}", PolicyWarning, stacklevel=2)
+        return replace(decision, scheme=None, reason=refusal.reason, refused=True)
 
     def _record_reads(
         self, owners: Owners, parameters: Mapping[int, Parameter], names: Mapping[int, Names]
@@ -391,15 +405,22 @@ def _linear_problem(site: LinearSite, scheme: Scheme) -> Problem:
     return Problem(scheme, site.n, site.k, site.dtype, site.bias is not None)
 
 
+def _unusual(problem: MoeProblem) -> str:
+    """What of a block only some kernels multiply; empty: nothing."""
+    if not problem.activation.gated:
+        return "experts without a gate"
+    return "" if problem.scheme2 is None else "experts of two types"
+
+
 def _rows_problem(site: BatchedSite, scheme: Scheme) -> Problem:
     return Problem(scheme, site.n, site.k, site.weight.meta["example_value"].dtype)
 
 
-def _block_problem(block: MoeSite, scheme: Scheme) -> MoeProblem:
+def _block_problem(block: MoeSite, scheme: Scheme, scheme2: Scheme | None = None) -> MoeProblem:
     sizes = (block.experts, block.hidden, block.intermediate, block.top_k)
     has_bias = block.b13 is not None or block.b2 is not None
     dtype = block.x.meta["example_value"].dtype
-    return MoeProblem(scheme, *sizes, block.activation, dtype, has_bias, block.weights is not None)
+    return MoeProblem(scheme, *sizes, block.activation, dtype, has_bias, block.weights is not None, scheme2)
 
 
 def add_time(sessions: Sessions, key: str, seconds: float) -> None:

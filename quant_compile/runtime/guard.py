@@ -101,9 +101,9 @@ class Guard:
                 for site in group.sites:
                     out[site.node.name] = _decided(decisions[site.node.name], verdict, sessions)
         for site in self.experts:
-            decision = decisions[site.node.name]
-            if decision.scheme is not None:
-                out[site.node.name] = replace(decision, reason=f"{decision.reason}; {NOT_EXPERTS}")
+            first, second = (replace(d, reason=f"{d.reason}; {NOT_EXPERTS}") for d in decisions[site.node.name].parts)
+            if first.scheme is not None:
+                out[site.node.name] = replace(first, second=second)
         return out
 
     def products(

@@ -40,8 +40,7 @@ def record(
     """
     dispatch_of = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
     kept = set[int]()
-    for name, slot in found.readers:
-        decision = decisions[name]
+    for slot, decision in found.decided(decisions):
         parameter = parameters[slot]
         record = LEDGER.record(parameter)
         _begin(record, parameter, decision, guards)
@@ -89,7 +88,7 @@ def claim_weights(found: Found, policy: Decides, parameters: Mapping[int, Parame
         for weight in linear_weights(model):
             if not weight.in_embedding and policy.decide(weight.site).scheme is not None:
                 claim(weight.parameter)
-    for _, slot in found.readers:
+    for slot in found.read:
         claim(parameters[slot])
 
 

@@ -82,7 +82,7 @@ class Variants:
         late: bool,
     ) -> Variant:
         """The variant for these decisions; ``late``: compiled at a call, not while Dynamo traces."""
-        specs = tuple(d.scheme.spec if d.scheme else None for d in decisions.values())
+        specs = tuple(tuple(p.scheme.spec if p.scheme else None for p in d.parts) for d in decisions.values())
         classes = self._scale_classes(parameters, decisions)
         fuse, request = self.source.policy.fuse, self.options.request(self.source.policy)
         key = (specs, tuple(sorted(classes.items())), fuse, request, self.options.attends(self.source.policy))
@@ -98,8 +98,8 @@ class Variants:
         """Slots of static sites -> the first slot with the same scale: only those may share a quantization."""
         first: dict[float, int] = {}
         classes: dict[int, int] = {}
-        for name, slot in self.found.readers:
-            scheme = decisions[name].scheme
+        for slot, decision in self.found.decided(decisions):
+            scheme = decision.scheme
             if scheme is not None and scheme.static:
                 scale = STORE.entry(parameters[slot]).input_scale
                 classes[slot] = first.setdefault(float(scale) if scale is not None else 0.0, slot)

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ import quant_compile  # noqa: E402
 from quant_compile import cli  # noqa: E402
 from quant_compile.checkpoints.errors import CheckpointError  # noqa: E402
 from quant_compile.ir.errors import PolicyError  # noqa: E402
+from quant_compile.lowering.target import Target  # noqa: E402
 from quant_compile.lowering.weights import STORE  # noqa: E402
 from quant_compile.pretrained import plan_of  # noqa: E402
 from tests.checkpoints.gguf_files import CASES, VOCAB, make, mixed, write  # noqa: E402
@@ -118,8 +121,71 @@ def test_gate_and_up_of_two_types_become_values_with_a_reason(name: str, tmp_pat
     assert distance(logits(found), logits(model)) < CLOSE
     lines = {line.names[0]: line for line in quant_compile.report(found).lines}
     assert lines["model.layers.0.mlp.experts.gate_up_proj"].scheme is None
-    assert "gate and up have different schemes" in lines["model.layers.0.mlp.experts.gate_up_proj"].reason
+    reason = "gate and up are one weight, and the file has them in GGUF_Q4_K and GGUF_Q8_0"
+    assert reason in lines["model.layers.0.mlp.experts.gate_up_proj"].reason
+    assert "gate_up_proj of its block is not in GGUF_Q4_K" in lines["model.layers.0.mlp.experts.down_proj"].reason
     assert lines["model.layers.1.mlp.experts.gate_up_proj"].scheme == "GGUF_Q4_K"
+
+
+# What Q4_K_M and its like make of experts: the first layers' ffn_down in more bits.
+MIXES = (("q4_k", "q6_k"), ("q5_k", "q6_k"), ("q4_0", "q8_0"), ("q6_k", "mxfp4"))
+
+
+def of_two_types(first: str, second: str, layer: int = 0) -> Callable[[str], str]:
+    """Experts' gate and up in one type, and one layer's down in another."""
+
+    def of(name: str) -> str:
+        if "exps.weight" not in name:
+            return mixed(name)
+        return second if f"blk.{layer}.ffn_down" in name else first
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("name", "mix"),
+    [
+        *(("qwen3moe", mix) for mix in MIXES),
+        *((name, MIXES[0]) for name in ("mixtral", "gpt-oss")),
+        *(pytest.param(name, MIXES[0], marks=pytest.mark.slow) for name in ("qwen2moe", "deepseek2", "deepseek3")),
+    ],
+    ids=str,
+)
+def test_experts_of_two_types_stay_in_their_blocks(name: str, mix: tuple[str, str], tmp_path: Path) -> None:
+    """Bit for bit, each with its scheme in the ledger; the layers, of which some have one type, share a graph."""
+    first = 1 if name.startswith("deepseek") else 0  # whose first layer is dense
+    path, model = written(tmp_path, name, of_two_types(*mix, first))
+    found = load(path)
+    assert distance(logits(found), logits(model)) < CLOSE
+    report = quant_compile.report(found).require(coverage=1.0)
+    lines = {line.names[0]: line for line in report.lines}
+    specs = [f"GGUF_{kind.upper()}" for kind in mix]
+    raw = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+    for layer in range(first, 2):
+        block = f"model.layers.{layer}.mlp.experts"
+        up, down = lines[f"{block}.gate_up_proj"], lines[f"{block}.down_proj"]
+        assert (up.scheme, down.scheme) == (specs[0], specs[layer == first])
+        assert up.released and down.released and "as the checkpoint has it" in down.reason
+        files = [raw[f"blk.{layer}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")]
+        assert (up.bytes_after, down.bytes_after) == (2 * files[0].n_bytes, files[2].n_bytes)
+        gate_up = torch.from_numpy(np.concatenate([files[0].data, files[1].data], 1))
+        assert torch.equal(planes(found.get_parameter(f"{block}.gate_up_proj"))[0], gate_up)
+        assert torch.equal(planes(found.get_parameter(f"{block}.down_proj"))[0], torch.tensor(files[2].data))
+
+
+def test_experts_of_two_types_that_a_gpu_does_not_serve_become_values(tmp_path: Path) -> None:
+    """Under Q2_K and Q3_K no kernel for GPUs multiplies experts."""
+    weights = [f"model.layers.0.mlp.experts.{end}" for end in ("gate_up_proj", "down_proj")]
+    for mix, served in ((("q4_k", "q6_k"), True), (("q2_k", "q3_k"), False)):
+        path, _ = written(tmp_path, "qwen3moe", of_two_types(*mix))
+        for policy in (None, "W8A16"):
+            outcomes = {o.name: o for o in plan_of(path, policy, target=Target.fake("sm90")).outcomes}
+            own = [outcomes[weight] for weight in weights]
+            if served:
+                assert [o.scheme.spec for o in own if o.scheme] == [f"GGUF_{kind.upper()}" for kind in mix]
+                continue
+            reason = "no kernel on sm90 multiplies experts of two types under GGUF_Q2_K/GGUF_Q3_K"
+            assert all(o.scheme is None and reason in " ".join(o.notes) for o in own)
 
 
 def test_mxfp4_experts_of_gpt_oss(tmp_path: Path) -> None:
@@ -251,7 +317,17 @@ def test_inspect_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "cut off" in capsys.readouterr().err
 
 
-def test_memory_is_the_file_and_one_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "of", "sizes", "largest"),
+    [
+        ("llama", "q4_0", dict(intermediate_size=4096), 4096 * 1024 * 18 // 32),
+        ("qwen3moe", "q4_k", dict(moe_intermediate_size=1024), 4 * 1024 * 1024 * 210 // 256),
+    ],
+    ids=["linears", "experts of two types"],
+)
+def test_memory_is_the_file_and_one_tensor(
+    name: str, of: str, sizes: dict[str, int], largest: int, tmp_path: Path
+) -> None:
     """No float copy: of a file whose matrices would take 230 MB in f32, all in a process of its own."""
     code = f"""
         import os, resource, quant_compile
@@ -262,9 +338,11 @@ def test_memory_is_the_file_and_one_tensor(tmp_path: Path) -> None:
         def written(name, layers):  # in a process of its own, whose memory is not counted
             if os.fork() == 0:
                 more = dict(num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16)
-                SIZES.update(hidden_size=1024, intermediate_size=4096, **more)
-                case = CASES["llama"]
-                write(folder / name, case, make(case), lambda name: "f32" if "norm" in name else "q4_0")
+                SIZES.update(hidden_size=1024, **more)
+                case = CASES[{name!r}]
+                case.sizes.update({sizes!r})
+                experts = lambda tensor: "q6_k" if "ffn_down_exps" in tensor else {of!r}
+                write(folder / name, case, make(case), lambda n: "f32" if "norm" in n or "inp" in n else experts(n))
                 os._exit(0)
             assert os.wait()[1] == 0
             return folder / name
@@ -280,7 +358,6 @@ def test_memory_is_the_file_and_one_tensor(tmp_path: Path) -> None:
     made = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
     assert made.returncode == 0, made.stderr[-2000:]
     size, peak = map(int, made.stdout.split()[-2:])
-    largest = 4096 * 1024 * 18 // 32
     assert 30e6 < size < 50e6
     assert peak < size + largest + 16e6  # far below the 0.3 GiB that a load may take besides
 

@@ -16,7 +16,7 @@ from quant_compile.lowering.moe import moe_kernels
 from quant_compile.lowering.registry import Kernel, Problem, layouts
 from quant_compile.lowering.target import Target
 from tests.lowering.test_gguf_kernels import blocks, problem_of, rounded_q8_1
-from tests.lowering.test_triton_gguf_moe import SPECS, packed
+from tests.lowering.test_triton_gguf_moe import MIXES, SPECS, packed
 from tests.lowering.test_triton_moe import Case, relative
 
 pytestmark = pytest.mark.gpu
@@ -160,10 +160,13 @@ def test_products_that_round_inputs(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "dtype"),
-    [*((spec, torch.bfloat16) for spec in SPECS), ("GGUF_Q4_K", torch.float16), ("GGUF_Q8_0", torch.float16)],
+    [
+        *((spec, torch.bfloat16) for spec in (*SPECS, *MIXES)),
+        *((s, torch.float16) for s in ("GGUF_Q4_K", "GGUF_Q8_0", MIXES[0])),
+    ],
 )
 def test_experts(spec: str, dtype: torch.dtype) -> None:
-    """Both forms; one and many tokens for each expert, illegal ids."""
+    """Both forms; one and many tokens for each expert, illegal ids; down of another type as well."""
     for tokens, sizes in (
         (1, (8, 4, 512, 256)),
         (3, (8, 4, 512, 768)),

@@ -58,7 +58,7 @@ class Seen:
         done: dict[fx.Node, fx.Node] = {}
         for block in find_experts(replaced, parameters, verdicts)[0]:
             decision = SiteDecision(None, "", block.node.name)
-            done[block.node] = replace_block(replaced.graph, after(done, block), decision, None)
+            done[block.node] = replace_block(replaced.graph, after(done, block), decision)
         replaced.graph.lint()
         replaced.recompile()
         self.graphs.append(replaced)

@@ -189,6 +189,20 @@ def tame(name: str, blocks: torch.Tensor) -> torch.Tensor:
 # --- policies ---
 
 
+def test_weights_of_sizes_that_no_block_divides_share_a_warning() -> None:
+    """Whatever they are called, and however many sizes there are."""
+    model = nn.ModuleDict(
+        {name: nn.ModuleList([nn.Linear(k, 64) for _ in range(3)]) for name, k in (("q", 96), ("k", 96), ("o", 160))}
+    )
+    with pytest.warns(PolicyWarning) as told:
+        Policy.load("gguf_q6_k").resolve(model)
+    texts = [str(warning.message) for warning in told]
+    assert texts == [
+        "GGUF_Q6_K: q.{0-2} (3x), k.{0-2} (3x), o.{0-2} (3x) stay float32: k must be a multiple of 256, the block of GGUF_Q6_K, "
+        "got 96; GGUF_Q8_0, Q5_0, Q4_0 and IQ4_NL have blocks of 32, and alike with other numbers"
+    ]
+
+
 def test_a_row_that_is_no_whole_blocks_stays_with_its_reason(plain_inductor: CompileCounter) -> None:
     model = nn.Sequential(nn.Linear(256, 96), nn.Linear(96, 40)).bfloat16()
     reason = "k must be a multiple of 256, the block of GGUF_Q4_K, got 96; GGUF_Q8_0, Q5_0, Q4_0 and IQ4_NL have blocks of 32"

@@ -12,11 +12,10 @@ from torch import Tensor
 
 import quant_compile.lowering.schemes  # noqa: F401
 from quant_compile.ir.family import Planes, Reject, family_of
-from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
-from quant_compile.ir.scheme import parse
+from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, parse_spec, stack_planes
 from quant_compile.lowering.kernels.experts import _frame, triton_moe4
 from quant_compile.lowering.kernels.experts import triton_moe as kernel
-from quant_compile.lowering.moe import STACKED, MoeLayout, choose_moe
+from quant_compile.lowering.moe import STACKED, choose_moe, planes_of
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import FAKE_OPS, Target
 from tests.lowering.triton_support import compile_cubin, needs_triton, run_interpreted
@@ -66,11 +65,11 @@ class Case:
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, generator=g, device=device) * scale).to(dtype)
 
-        scheme = parse(spec)
-        family = family_of(scheme)
+        scheme, scheme2 = parse_spec(spec)
+        family, family2 = family_of(scheme), family_of(scheme2)
         quantized = scheme.input_activations is not None
         self.problem = MoeProblem(
-            scheme, experts, hidden, inner, top_k, Activation.parse(activation), dtype, bias, weights
+            scheme, experts, hidden, inner, top_k, Activation.parse(activation), dtype, bias, weights, scheme2
         )
         self.scale2 = torch.tensor([0.01], device=device) if scheme.static else None
         x = draw(tokens, hidden)
@@ -80,7 +79,7 @@ class Case:
             [family.quantize_weight(draw(2 * inner, hidden, scale=hidden**-0.5), scheme) for _ in range(experts)]
         )
         self.w2 = stack_planes(
-            [family.quantize_weight(draw(hidden, inner, scale=inner**-0.5), scheme) for _ in range(experts)]
+            [family2.quantize_weight(draw(hidden, inner, scale=inner**-0.5), scheme2) for _ in range(experts)]
         )
         self.b13 = draw(experts, 2 * inner, scale=0.1) if bias else None
         self.b2 = draw(experts, hidden, scale=0.1) if bias else None
@@ -98,7 +97,7 @@ class Case:
         p = self.problem
         return moe_reference(
             self.x, self.ids, self.weights, self.w13, self.b13, self.w2, self.b2, p.scheme, p.activation, p.dtype,
-            self.scale2,
+            self.scale2, p.scheme2,
         )  # fmt: skip
 
 
@@ -315,7 +314,7 @@ def launches(
     plan: Any,
     monkeypatch: pytest.MonkeyPatch,
     module: Any = kernel,
-    layout: MoeLayout = STACKED,
+    layout: str = STACKED.name,
 ) -> list[tuple[Any, dict[str, Any]]]:
     """(kernel, arguments) of everything that a block of ``module`` launches, from tensors without data."""
     found: list[tuple[Any, dict[str, Any]]] = []
@@ -329,10 +328,7 @@ def launches(
         def empty(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        w13, w2 = (
-            tuple(empty(*plane.shape, dtype=plane.dtype) for plane in layout.planes(p, n, k))
-            for n, k in ((2 * p.intermediate, p.hidden), (p.hidden, p.intermediate))
-        )
+        w13, w2 = (tuple(empty(*plane.shape, dtype=plane.dtype) for plane in own) for own in planes_of(layout, p))
         x: Planes = (empty(tokens, p.hidden),)
         a = scheme.input_activations
         if a is not None:
@@ -366,7 +362,9 @@ def build(function: Any, arguments: dict[str, Any], arch: int) -> Any:
 
 
 def problem_of(spec: str, experts: int = 128, hidden: int = 2048, inner: int = 768, top_k: int = 8) -> MoeProblem:
-    return MoeProblem(parse(spec), experts, hidden, inner, top_k, Activation("silu"), torch.bfloat16, True)
+    scheme, scheme2 = parse_spec(spec)
+    sizes = (experts, hidden, inner, top_k)
+    return MoeProblem(scheme, *sizes, Activation("silu"), torch.bfloat16, True, scheme2=scheme2)
 
 
 @needs_triton

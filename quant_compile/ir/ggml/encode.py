@@ -3,7 +3,7 @@
 Reads finite f32 [b, size]; writes uint8 [b, bytes]. Of q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0 and mxfp4 the bytes are those that the
 ``gguf`` package gives, which are llama.cpp's, with three exceptions where both leave the result to the machine: a zero that is a minimum
 has the sign of the first one, mxfp4 has an exponent of 0 at least, and its exponent is that of the number, not of its logarithm.
-Scales beyond f16 are inf, as there.
+Scales beyond f16 are inf, as there; the family lets no weight come so far.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def run_moe(
 ) -> Tensor:  # fmt: skip
     """``ir.moe.moe_reference`` over planes in row form. Source: the scheme file."""
     p = problem
-    return moe_reference(x, ids, weights, w13, b13, w2, b2, p.scheme, p.activation, p.dtype, scale2)
+    return moe_reference(x, ids, weights, w13, b13, w2, b2, p.scheme, p.activation, p.dtype, scale2, p.scheme2)
 
 
-MOE_KERNELS = (MoeKernel("reference_moe", "experts", fit_moe, run_moe, reference=True, ungated=True),)
+MOE_KERNELS = (MoeKernel("reference_moe", "experts", fit_moe, run_moe, reference=True, ungated=True, mixed=True),)
 KERNELS = (Kernel("reference", "rows", fit, run, reference=True),)

@@ -12,10 +12,11 @@ from torch import Tensor
 from quant_compile.ir.family import Family, Planes, PlaneSpec, Reject, register_family
 from quant_compile.ir.ggml.decode import decode
 from quant_compile.ir.ggml.encode import encode
-from quant_compile.ir.ggml.types import TYPES, BlockType
+from quant_compile.ir.ggml.types import HALVES, TYPES, BlockType
 from quant_compile.ir.numerics import CHUNK_ELEMENTS
 from quant_compile.ir.scheme import GGUF, QuantArgs, Scheme
 
+LARGEST = torch.finfo(torch.float16).max
 PRESETS = {f"GGUF_{name.upper()}": Scheme(QuantArgs.of_blocks(name)) for name in TYPES}
 
 
@@ -39,6 +40,17 @@ def takes_size(scheme: Scheme, n: int, k: int) -> Reject | None:
         return None
     smaller = "" if block.size == 32 else "; GGUF_Q8_0, Q5_0, Q4_0 and IQ4_NL have blocks of 32"
     return Reject(f"k must be a multiple of {block.size}, the block of {scheme.spec}, got {k}{smaller}")
+
+
+def takes_values(scheme: Scheme, weight: Tensor) -> Reject | None:
+    """No number beyond f16, in which most types keep their scales: some would be inf, and what they scale NaN."""
+    if block_of(scheme).name not in HALVES or weight.dtype == torch.float16 or weight.numel() == 0:
+        return None
+    low, high = torch.aminmax(weight)
+    largest = max(-float(low), float(high))
+    if not LARGEST < largest < float("inf"):
+        return None
+    return Reject(f"it has a value of {largest:.3g}, beyond the f16 in which {scheme.spec} keeps its scales")
 
 
 def quantizes(scheme: Scheme) -> Reject | None:
@@ -102,6 +114,7 @@ FAMILY = register_family(
         quantize_input,
         linear,
         takes_size=takes_size,
+        takes_values=takes_values,
         quantizes=quantizes,
     )
 )

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
+from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.numerics import FLOAT_DTYPES, FLOAT_MAX
 from quant_compile.ir.scheme import Scheme
@@ -340,7 +340,7 @@ def grouped_rank(
     limits, p = roof(target), problem
     pairs, cells = tokens * p.top_k, 3.0 * p.hidden * p.intermediate
     active = active_experts(p, tokens)
-    weights = active * cells * bits_per_weight(p.scheme) / 8
+    weights = active * cells * p.bits_per_weight / 8
     peak = limits.math8 if p.scheme.input_activations is not None else limits.math16
     rows = max(pairs + active * block_m / 2, active * block_m)
     math = 2.0 * rows * cells / (peak * efficiency)
@@ -360,4 +360,4 @@ def decode_bytes(problem: MoeProblem, tokens: int) -> float:
     """Bytes of weights that the decode form reads. Pairs that share an expert read it anew: measured, 16 tokens on 8 experts take
     as long as 32 experts would."""
     cells = 3.0 * problem.hidden * problem.intermediate
-    return tokens * problem.top_k * cells * bits_per_weight(problem.scheme) / 8
+    return tokens * problem.top_k * cells * problem.bits_per_weight / 8

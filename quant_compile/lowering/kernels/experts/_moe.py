@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import bits_per_weight
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.kernels._roofline import roof
 from quant_compile.lowering.target import Target
@@ -85,7 +84,7 @@ def estimate_moe(
     chosen, pairs = chosen_experts(problem, tokens), tokens * problem.top_k
     elements = 3.0 * problem.hidden * problem.intermediate
     activations = tokens * problem.hidden * 4 + pairs * (2 * problem.intermediate * 2 + problem.hidden * 2)
-    moved = chosen * elements * bits_per_weight(problem.scheme) / 8 + activations + extra_bytes
+    moved = chosen * elements * problem.bits_per_weight / 8 + activations + extra_bytes
     tiles = max(1.0, pairs / chosen / tile_m)
     rows = chosen * tile_m * (tiles if tiles > 8 else -(-tiles // 1))
     peak = limits.math8 if math_bits <= 8 else limits.math16

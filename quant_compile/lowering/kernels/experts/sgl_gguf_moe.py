@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, Reject, bits_per_weight, family_of
+from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.kernels._library import arch_from
 from quant_compile.lowering.kernels._roofline import roof
@@ -32,10 +32,11 @@ def _op() -> Any:
 
 def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     """Any number of tokens, bf16 or f16."""
-    if family_of(problem.scheme).name != "gguf":
-        return Reject("serves weights in GGUF blocks")
-    if block_of(problem.scheme).name not in MULTIPLIES:
-        return Reject(f"sgl-kernel's ggml_moe_a8_vec does not know {problem.scheme.spec}")
+    for scheme in problem.schemes:
+        if family_of(scheme).name != "gguf":
+            return Reject("serves weights in GGUF blocks")
+        if block_of(scheme).name not in MULTIPLIES:
+            return Reject(f"sgl-kernel's ggml_moe_a8_vec does not know {scheme.spec}")
     refusal = arch_from(target, 80)
     if refusal is not None:
         return refusal
@@ -44,7 +45,7 @@ def fit(problem: MoeProblem, tokens: int, target: Target) -> Rank | Reject:
     if not target.has("sgl_kernel::ggml_moe_a8_vec"):
         return Reject("sgl-kernel has no ggml_moe_a8_vec here")
     limits, cells = roof(target), 3.0 * problem.hidden * problem.intermediate
-    weights = tokens * problem.top_k * cells * bits_per_weight(problem.scheme) / 8
+    weights = tokens * problem.top_k * cells * problem.bits_per_weight / 8
     return Rank(limits.launch * 8 + weights / (limits.bandwidth * 0.4))
 
 
@@ -54,17 +55,17 @@ def run(
 ) -> Tensor:  # fmt: skip
     """The block for tokens [T, H] -> [T, H]; arguments as for ``MoeKernel.run``. Source: sgl-kernel's op, once for each product."""
     p, (tokens, top_k) = problem, ids.shape
-    kind, pairs = block_of(p.scheme).number, tokens * top_k
+    (first, second), pairs = (block_of(scheme).number for scheme in p.schemes), tokens * top_k
     legal = (ids >= 0) & (ids < p.experts)
     chosen = ids.clamp(0, p.experts - 1).to(torch.int32)  # an illegal id is multiplied, and dropped
     flat = chosen.flatten().long()
-    hidden = _op()(x[0], w13[0], chosen, top_k, kind, 2 * p.intermediate, tokens).view(pairs, -1)
+    hidden = _op()(x[0], w13[0], chosen, top_k, first, 2 * p.intermediate, tokens).view(pairs, -1)
     hidden = p.activation(hidden if b13 is None else hidden + b13[flat]).contiguous()
-    parts = _op()(hidden, w2[0], chosen, 1, kind, p.hidden, pairs).view(pairs, -1)
+    parts = _op()(hidden, w2[0], chosen, 1, second, p.hidden, pairs).view(pairs, -1)
     parts = (parts if b2 is None else parts + b2[flat]).view(tokens, top_k, -1).float()
     if weights is not None:
         parts = parts * weights.float().unsqueeze(-1)
     return torch.where(legal.unsqueeze(-1), parts, 0.0).sum(1).to(p.dtype)
 
 
-MOE_KERNELS = (MoeKernel("sgl_gguf_a8_moe", "experts", fit, run, only_pinned=ROUNDS),)
+MOE_KERNELS = (MoeKernel("sgl_gguf_a8_moe", "experts", fit, run, only_pinned=ROUNDS, mixed=True),)

@@ -26,10 +26,10 @@ LINEARS = {"experts": "rows", "experts_cpu_int4": "cpu_int4"}
 
 def _products(problem: MoeProblem) -> tuple[Problem, Problem]:
     """The two linears of an expert."""
-    p = problem
+    p, (first, second) = problem, problem.schemes
     return (
-        Problem(p.scheme, p.up_rows, p.hidden, p.dtype, p.has_bias),
-        Problem(p.scheme, p.hidden, p.intermediate, p.dtype, p.has_bias),
+        Problem(first, p.up_rows, p.hidden, p.dtype, p.has_bias),
+        Problem(second, p.hidden, p.intermediate, p.dtype, p.has_bias),
     )
 
 
@@ -89,8 +89,8 @@ def _run(
         picked = tuple(plane if plane.dim() == 1 else plane[tokens] for plane in x)
         inner = problem.activation(_linear(picked, w13, b13, expert, first, LINEARS[layout], target))
         planes = (inner,)
-        if problem.scheme.input_activations is not None:
-            planes = family_of(problem.scheme).quantize_input(inner, problem.scheme, scale2)
+        if second.scheme.input_activations is not None:
+            planes = family_of(second.scheme).quantize_input(inner, second.scheme, scale2)
         out = _linear(planes, w2, b2, expert, second, LINEARS[layout], target).float()
         total.index_add_(0, tokens, out if factors is None else out.mul_(factors[start:stop]))
         start = stop
@@ -142,6 +142,6 @@ MOE_LAYOUTS = (
     ),
 )
 MOE_KERNELS = (
-    MoeKernel("torch_cpu_moe", "experts", fit, run, ungated=True),
+    MoeKernel("torch_cpu_moe", "experts", fit, run, ungated=True, mixed=True),
     MoeKernel("torch_cpu_moe_int4", "experts_cpu_int4", fit_int4, run_int4, ungated=True),
 )

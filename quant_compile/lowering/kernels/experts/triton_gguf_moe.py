@@ -1,8 +1,9 @@
 """Fused mixture-of-experts blocks with GGUF weights (Q8_0, Q4_0, Q4_K, Q5_K, Q6_K) under 16-bit inputs in Triton.
 
 ``triton_gguf_moe_decode`` for few (token, expert) pairs and ``triton_gguf_moe`` for any number of tokens, from the layout
-``experts_gguf_planes``: ``gguf_planes`` of each expert, one after the other. The frame is ``_frame``, the Triton source
-``_triton_gguf_moe``. MXFP4 blocks are multiplied by ``triton_moe4`` as MXFP4A16 (``experts_gguf_mxfp4``).
+``experts_gguf_planes``: ``gguf_planes`` of each expert, one after the other. Each of the two products has a type of its own. The
+frame is ``_frame``, the Triton source ``_triton_gguf_moe``. MXFP4 blocks are multiplied by ``triton_moe4`` as MXFP4A16
+(``experts_gguf_mxfp4``).
 """
 
 from __future__ import annotations
@@ -79,11 +80,12 @@ MOE_LAYOUTS = (
 
 
 def _form(problem: MoeProblem) -> Form:
+    """How the codes of a block of one scheme lie, or of the weight whose half it is."""
     return FORMS[block_of(problem.scheme).name]
 
 
 def _constants(problem: MoeProblem) -> dict[str, Any]:
-    """What both forms take: how codes and scales lie, the activation, and the dtype."""
+    """What both forms take of a half: how codes and scales lie, the activation, and the dtype."""
     activation = activation_constants(problem.activation)
     activation["ACT"] = activation.pop("KIND")
     return {**_form(problem).constants, **activation, "OUT": triton_type(problem.dtype)}
@@ -97,8 +99,9 @@ def products(
     problem: MoeProblem, chosen: Plan,
 ) -> Tensor:  # fmt: skip
     """All steps between ``align`` and ``add``."""
-    hidden = product(x[0], pairs, w13, b13, problem, chosen.first, gated=True)
-    return product(hidden, pairs, w2, b2, problem, chosen.second, gated=False)
+    first, second = problem.halves
+    hidden = product(x[0], pairs, w13, b13, first, chosen.first, gated=True)
+    return product(hidden, pairs, w2, b2, second, chosen.second, gated=False)
 
 
 def product(
@@ -123,7 +126,7 @@ def gated_rows(
     x: Planes, ids: Tensor, w13: Planes, b13: Tensor | None, problem: MoeProblem, rows: Rows, early: bool = False
 ) -> Planes:
     """Hidden layer of each pair, unsorted: ([T k, I],)."""
-    return (_rows(x[0], ids, w13, b13, problem, rows, gated=True),)
+    return (_rows(x[0], ids, w13, b13, problem.halves[0], rows, gated=True),)
 
 
 def down_rows(
@@ -131,7 +134,7 @@ def down_rows(
     problem: MoeProblem, rows: Rows, early: bool = False,
 ) -> Tensor:  # fmt: skip
     """Multiplies the result of ``gated_rows``, weights and adds it -> [T, H] of the problem's dtype."""
-    return add(_rows(hidden[0], ids, w2, b2, problem, rows, gated=False), ids, weights, problem)
+    return add(_rows(hidden[0], ids, w2, b2, problem.halves[1], rows, gated=False), ids, weights, problem)
 
 
 def _rows(
@@ -157,21 +160,22 @@ def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
     # Eight matrices of weights beside a wide product: only wgmma and tcgen05 leave the registers for it.
     most = 64 if 90 <= target.arch < 120 else 32
     block_m = min(most, max(16, pow2(int(tokens * problem.top_k / problem.experts))))
-    tiles = Tiles(block_m, 64, 64 if _form(problem).bits == 8 else 128, 4, 3)
-    return Plan(tiles, tiles)
+    first, second = (Tiles(block_m, 64, 64 if _form(half).bits == 8 else 128, 4, 3) for half in problem.halves)
+    return Plan(first, second)
 
 
 def decode_plan(problem: MoeProblem, target: Target) -> DecodePlan:
     """How ``triton_gguf_moe_decode`` runs: one warp, whose threads read a group of eight rows (of 5 and 6 bits four) at a time."""
-    rows = 4 if _form(problem).bits in (5, 6) else 8
-    return DecodePlan(Rows(rows // 2, 32 * GROUP, 1), Rows(rows // 2, 32 * GROUP, 1))
+    first, second = (4 if _form(half).bits in (5, 6) else 8 for half in problem.halves)
+    return DecodePlan(Rows(first // 2, 32 * GROUP, 1), Rows(second // 2, 32 * GROUP, 1))
 
 
 def _reject(problem: MoeProblem, target: Target) -> Reject | None:
-    if family_of(problem.scheme).name != "gguf":
-        return Reject("serves weights in GGUF blocks")
-    if block_of(problem.scheme).name not in FORMS:
-        return Reject(f"takes apart {', '.join(name.upper() for name in FORMS)}, not {problem.scheme.spec}")
+    for scheme in problem.schemes:
+        if family_of(scheme).name != "gguf":
+            return Reject("serves weights in GGUF blocks")
+        if block_of(scheme).name not in FORMS:
+            return Reject(f"takes apart {', '.join(name.upper() for name in FORMS)}, not {scheme.spec}")
     return reject_block(problem, target, 80)
 
 
@@ -225,8 +229,8 @@ def _mxfp4(name: str, fits: Callable[..., Rank | Reject], runs: Callable[..., Te
 
 
 MOE_KERNELS = (
-    MoeKernel("triton_gguf_moe_decode", STACKED_PLANES, fit_decode, run_decode),
-    MoeKernel("triton_gguf_moe", STACKED_PLANES, fit, run),
+    MoeKernel("triton_gguf_moe_decode", STACKED_PLANES, fit_decode, run_decode, mixed=True),
+    MoeKernel("triton_gguf_moe", STACKED_PLANES, fit, run, mixed=True),
     _mxfp4("triton_gguf_mxfp4_moe_decode", triton_moe4.fit_decode, triton_moe4.run_decode),
     _mxfp4("triton_gguf_mxfp4_moe", triton_moe4.fit, triton_moe4.run),
 )
