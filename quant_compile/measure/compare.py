@@ -201,7 +201,11 @@ def _saying(progress: bool, count: int) -> Generator[Any]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("", total=count, completed=-1)
-        yield lambda doing: bar.update(task, advance=1, description=doing)
+
+        def say(doing: str) -> None:
+            bar.update(task, advance=1, description=doing)
+
+        yield say
 
 
 def _reference(model: nn.Module, setting: _Setting) -> tuple[list[Tensor] | None, Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -137,46 +138,60 @@ class Comparison:
         Raises:
             MissingLibraryError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise MissingLibraryError('plots need matplotlib. Fix: pip install "quant-compile[plot]"') from None
-        figure = Figure(figsize=(13, 4.5), layout="constrained")
+        figure = drawing().Figure(figsize=(13, 4.5), layout="constrained")
         axes = figure.subplots(1, 3)
         figure.suptitle(self._title())
-        points = [row for row in self.rows if row.bytes is not None]
-        _scatter(axes[0], points, [row.perplexity for row in points], "perplexity", "linear")
-        _scatter(axes[1], points, [row.kl for row in points], "mean KL divergence to the eager model, nats", "log")
-        _bars(axes[2], [row for row in self.rows if row.tokens_per_second is not None])
+        colors = {row.label: f"C{index % 10}" for index, row in enumerate(self.rows)}
+        eager, *others = self.rows
+        points = [row for row in others if row.bytes is not None]
+        _scatter(axes[0], points, [row.perplexity for row in points], colors, "perplexity", "linear")
+        if eager.perplexity is not None:
+            axes[0].axhline(eager.perplexity, ls="--", lw=1, color="0.5")
+            axes[0].annotate(
+                eager.label, (0.01, eager.perplexity), xycoords=("axes fraction", "data"), va="bottom", fontsize=8
+            )
+        _scatter(
+            axes[1], points, [row.kl for row in points], colors, "mean KL divergence to the eager model, nats", "log"
+        )
+        _bars(axes[2], [row for row in self.rows if row.tokens_per_second is not None], colors)
         figure.savefig(path, dpi=150)
         return Path(path)
 
 
-def _scatter(axis: Any, rows: Sequence[Row], values: Sequence[float | None], what: str, scale: str) -> None:
-    shown = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None and (value > 0)]
-    unit, name = _unit(max((row.bytes or 0 for row, _ in shown), default=0))
+def drawing() -> Any:
+    """matplotlib's module of figures.
+
+    Raises:
+        MissingLibraryError: matplotlib is not installed.
+    """
+    try:
+        return importlib.import_module("matplotlib.figure")
+    except ImportError:
+        raise MissingLibraryError('plots need matplotlib. Fix: pip install "quant-compile[plot]"') from None
+
+
+def _scatter(
+    axis: Any, rows: Sequence[Row], values: Sequence[float | None], colors: Mapping[str, str], what: str, scale: str
+) -> None:
+    shown = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None and value > 0]
+    unit, name = (1e9, "GB") if max((row.bytes or 0 for row, _ in shown), default=0) >= 1e9 else (1e6, "MB")
     axis.set_yscale(scale if shown else "linear")
     axis.set_xlabel(f"weights held, {name}")
     axis.set_ylabel(what)
     axis.margins(x=0.25, y=0.15)
     for index, (row, value) in enumerate(shown):
-        axis.plot([(row.bytes or 0) / unit], [value], "o", color=f"C{rows.index(row) % 10}")
-        above = 7 if index % 2 == 0 else -13
-        axis.annotate(
-            row.label, ((row.bytes or 0) / unit, value), (0, above), textcoords="offset points", ha="center", fontsize=8
-        )
+        at = ((row.bytes or 0) / unit, value)
+        axis.plot(*at, "o", color=colors[row.label])
+        axis.annotate(row.label, at, (0, 7 if index % 2 else -13), textcoords="offset points", ha="center", fontsize=8)
     axis.grid(alpha=0.3)
 
 
-def _bars(axis: Any, rows: Sequence[Row]) -> None:
-    axis.barh([row.label for row in rows], [row.tokens_per_second for row in rows], color="C0")
+def _bars(axis: Any, rows: Sequence[Row], colors: Mapping[str, str]) -> None:
+    labels = [row.label for row in rows]
+    axis.barh(labels, [row.tokens_per_second for row in rows], color=[colors[label] for label in labels])
     axis.invert_yaxis()
     axis.set_xlabel("tokens per second")
     axis.grid(axis="x", alpha=0.3)
-
-
-def _unit(size: int) -> tuple[float, str]:
-    return (1e9, "GB") if size >= 1e9 else (1e6, "MB")
 
 
 def size_text(size: float) -> str:

@@ -140,7 +140,7 @@ class Cache:
         """Of a model, on any device."""
         known = mixin(model) is not None and hasattr(model, "_get_static_cache_init_shape")
         layers = cache_shape(model) if known else None
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         heads = getattr(config, "num_attention_heads", None) or 0
         size = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // heads if heads else 0)

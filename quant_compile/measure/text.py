@@ -134,7 +134,7 @@ def _check_vocabulary(model: Any, ids: Tensor) -> None:
 
 
 def _cut(model: Any, ids: Tensor, length: int | None, count: int, text: Any) -> Tensor:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(config, "max_position_embeddings", None)
     if length is not None and positions is not None and length > positions:
