@@ -22,7 +22,8 @@ class Goal:
         schemes: the ones it prefers, first to last.
         on_cpu: the same on a CPU, where no kernel multiplies 8-bit inputs at more than the rate of 16 bits.
         rows: numbers of tokens at which kernels' estimates are compared.
-        slack: a scheme is passed over if the best of them is estimated to be so many times as fast; inf: never.
+        lesser: schemes that are taken only where none of these has kernels: they round more, or gain less.
+        slack: a scheme is passed over if the best of those that it prefers is estimated to be so many times as fast; inf: never.
         fixed: the same schemes with calibrated input scales, to mention.
         speed: say what is faster than the scheme that is taken.
         cpu_why: the first reason on a CPU, where it is another.
@@ -35,6 +36,7 @@ class Goal:
     on_cpu: tuple[str, ...]
     rows: tuple[int, ...]
     slack: float
+    lesser: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     cpu_why: str = ""
     speed: bool = False
@@ -58,24 +60,26 @@ GOALS = (
         "throughput",
         ("computebound", "batch", "batchthroughput", "highthroughput", "prefill"),
         "Many tokens at once are bound by arithmetic: 8-bit weights and inputs are multiplied at twice the rate of 16 bits.",
-        ("FP8_DYNAMIC", "W8A8", "NVFP4", "W4A8", "W8A16", "W4A16"),
+        ("FP8_DYNAMIC", "W8A8", "NVFP4"),
         ("W8A16", "W4A16"),
         (16, 128, 2048),
         1.25,
         cpu_why="On a CPU no kernel gains from inputs in 8 bits: weights in 8 bits are read in half the time.",
         speed=True,
+        lesser=("W8A16", "W4A8", "W4A16"),
     ),
     Goal(
         "long-context",
-        ("longcontext", "context", "longtext", "kv", "kvcache", "largebatch"),
+        ("context", "longtext", "kv", "kvcache", "largebatch"),
         "Long contexts and large batches fill the memory with K and V: these are kept in 8 bits, and weights leave them room.",
-        ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16"),
+        ("FP8_DYNAMIC", "W8A8"),
         ("W8A16", "W4A16"),
         (16, 128, 2048),
         1.25,
         kv_cache=True,
         release=True,
         speed=True,
+        lesser=("W8A16", "W4A16"),
     ),
     Goal(
         "latency",

@@ -103,15 +103,20 @@ class _Search:
         self.goal, self.device, self.target, self.model = goal, device, target, model
         self.top_k = top_k_of(getattr(model, "config", None))
         self.cache = Cache.of(model)
-        self.order = goal.schemes if device.arch else goal.on_cpu
+        self.preferred = goal.schemes if device.arch else goal.on_cpu
+        self.order = (*self.preferred, *(goal.lesser if device.arch else ()))
         self.candidates = {name: self._candidate(name) for name in self.order}
 
     def _candidate(self, name: str) -> _Candidate:
         """The scheme's policy, mended until every weight that it names has kernels here."""
-        policy, patches = Policy(parse(name), name=name), list[str]()
+        policy = Policy(parse(name), name=name)
         plan, choices = self._plan(policy)
         share = _share(plan, choices)
         refusal = next((_reason(choice) for choice in choices if not _runs(choice)), "")
+        rules, texts = (
+            dict[str, Rule](),
+            dict[str, str](),
+        )  # by what a rule matches: the second takes the place of the first
         for last in (False, True):
             bad: list[tuple[Sequence[PlanEntry], Scheme | None]] = [
                 (choice.entries, None if last else self._other(choice.problem, name))
@@ -121,12 +126,14 @@ class _Search:
             bad += [((entry,), None) for entry in plan.entries if entry.decision.refused]
             for entries, other in bad:
                 rule, text = _patch(entries, other, name, self.target)
-                policy = replace(policy, rules=(*((rule,) if last else ()), *policy.rules, *(() if last else (rule,))))
-                patches.append(text)
+                rules, texts[rule.match] = {rule.match: rule} | rules | {rule.match: rule}, text
             if bad:
+                policy = replace(policy, rules=tuple(rules.values()))
+                policy = replace(policy, rules=_with_effect(Plan.of(policy, self.model), policy))
                 plan, choices = self._plan(policy)
+        patches = tuple(texts[rule.match] for rule in policy.rules)
         times = tuple(self._time(plan, choices, m) for m in self.goal.rows)
-        return _Candidate(name, policy, plan, tuple(choices), share, times, tuple(patches), refusal)
+        return _Candidate(name, policy, plan, tuple(choices), share, times, patches, refusal)
 
     def _plan(self, policy: Policy) -> tuple[Plan, list[KernelChoice]]:
         plan = Plan.of(policy, self.model)
@@ -156,7 +163,8 @@ class _Search:
     def chosen(self) -> tuple[_Candidate | None, dict[str, str]]:
         """The first that serves and is not clearly slower than another; why not those before it."""
         slack = self.goal.slack if self.device.arch else max(self.goal.slack, CPU_SLACK)
-        able = [found for found in self.candidates.values() if found.share >= FEWEST]
+        served = [found for found in self.candidates.values() if found.share >= FEWEST]
+        able = [found for found in served if found.name in self.preferred] or served
         fastest = min((_mean(found.times) for found in able), default=math.inf)
         why: dict[str, str] = {}
         for found in self.candidates.values():
@@ -306,6 +314,11 @@ class _Search:
         if len(costs) > 1:
             out.append("What it costs in quality, quant_compile.compare(model, policies, text) measures.")
         return out
+
+
+def _with_effect(plan: Plan, policy: Policy) -> tuple[Rule, ...]:
+    useless = {unused.index for unused in plan.unmatched_rules}
+    return tuple(rule for index, rule in enumerate(policy.rules) if index not in useless)
 
 
 def _runs(choice: KernelChoice) -> bool:

@@ -5,6 +5,7 @@ Reads a string, a file or token ids, and the tokenizer that is given or lies bes
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def windows_for(model: Any, text: Any, tokenizer: Any = None, length: int | None
 def _content(text: str | Path) -> str:
     """The text itself, or what the file holds that it names."""
     path = Path(text)
-    if isinstance(text, Path) or ("\n" not in text and len(text) < 4096 and path.is_file()):
+    if isinstance(text, Path) or os.path.isfile(text):
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
@@ -134,6 +135,8 @@ def _check_vocabulary(model: Any, ids: Tensor) -> None:
 
 
 def _cut(model: Any, ids: Tensor, length: int | None, count: int, text: Any) -> Tensor:
+    if ids.numel() <= FEWEST:
+        raise OptionError(_too_short(max(0, ids.numel() - 1), text))
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(config, "max_position_embeddings", None)
@@ -143,8 +146,6 @@ def _cut(model: Any, ids: Tensor, length: int | None, count: int, text: Any) -> 
         raise OptionError(
             f"the text has {ids.numel()} tokens, and one window needs {length + 1}. Fix: a longer text, or a smaller length."
         )
-    if ids.numel() <= FEWEST:
-        raise OptionError(_too_short(max(0, ids.numel() - 1), text))
     return windows_of(ids, length or min(LENGTH, positions or LENGTH, ids.numel() - 1), count)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from quant_compile import cli
 from quant_compile.explain import explain
 from quant_compile.inspect.models import construct, example_inputs
 from quant_compile.ir.errors import OptionError, QuantError
+from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels import _roofline
 from quant_compile.lowering.target import FAKE_SM_COUNT, Target
+from quant_compile.measure import recommend as search
 from quant_compile.measure.devices import CPU_BANDWIDTH, CPU_MATH, DEVICES, OF_ARCH, device_of
 from quant_compile.measure.goals import GOALS, goal_of
 from quant_compile.measure.recommend import recommend
@@ -65,18 +68,17 @@ def found(name: str, target: str, goal: str) -> Recommendation:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_goal_has_a_policy_that_the_target_serves(name: str, target: str) -> None:
     """Traced as compiling would: every weight that the policy names has a scheme and kernels, none of which is the reference."""
-    traced: set[str] = set()
+    traced: set[Any] = set()
     for goal in NAMES:
         got = found(name, target, goal)
         assert got.policy.default is not None and got.reasons and got.kernels, goal
         assert all("reference" not in served.kernels for served in got.kernels)
         assert not Plan.of(got.policy, model_of(name)).problems
-        key = got.policy.content_hash
-        if key in traced:
-            continue
-        traced.add(key)
-        report = explain(model_of(name), example_inputs(model_of(name), 8), got.policy, got.target).report
-        assert report.coverage == 1.0 and not report.skips, goal
+        key = (got.policy.default, got.policy.rules)
+        if key not in traced and name != "odd":  # which has problems of other sizes, and the same graph
+            traced.add(key)
+            report = explain(model_of(name), example_inputs(model_of(name), 8), got.policy, got.target).report
+            assert report.coverage == 1.0 and not report.skips, goal
 
 
 @pytest.mark.parametrize(
@@ -108,12 +110,43 @@ def test_large_models_get_four_bit_inputs_where_these_are_multiplied() -> None:
     assert recommend(config, "h100", "throughput").policy.to_dict()["default"] == "FP8_DYNAMIC"
 
 
+def test_a_block_of_experts_is_bound_by_reading_and_still_gets_eight_bits_for_throughput() -> None:
+    """Weights in 4 bits are estimated to be faster there, and are named beside."""
+    sizes = SIZES | {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128}
+    config = transformers.Qwen3MoeConfig(**sizes, num_experts_per_tok=8, architectures=["Qwen3MoeForCausalLM"])
+    got = recommend(config, "h100", "throughput")
+    assert got.policy.to_dict()["default"] == "FP8_DYNAMIC"
+    assert any("W4A16 is estimated to take" in text for text in got.reasons)
+
+
 def test_a_scheme_without_kernels_is_refused_with_the_kernels_reason() -> None:
     reasons = found("dense", "sm80", "throughput").reasons
     assert any(
         "FP8_DYNAMIC has no kernel here" in text and "needs sm89 or newer, this is sm80" in text for text in reasons
     )
     assert not any("FP8" in cost.name for cost in found("dense", "sm80", "throughput").costs)
+
+
+def test_weights_without_kernels_get_another_scheme_or_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no kernel took W4A16 at k = 512, and nothing at all at n = 128: the rules name the weights, and nothing else."""
+    real = search.kernel_choices
+
+    def without(plan: Any, target: Target) -> Any:
+        choices = real(plan, target)
+        refused = [(c.problem.k == 512 and c.problem.scheme == parse("W4A16")) or c.problem.n == 128 for c in choices]
+        return [replace(c, dispatch=None) if bad else c for c, bad in zip(choices, refused, strict=True)]
+
+    monkeypatch.setattr(search, "kernel_choices", without)
+    got = recommend(model_of("dense"), "sm90", "memory")
+    plan = Plan.of(got.policy, model_of("dense"))
+    schemes = {entry.names[0].rpartition(".")[2]: entry.scheme for entry in plan.entries}
+    assert (
+        schemes.pop("down_proj") == "NVFP4A16"
+        and schemes["k_proj"] == schemes["v_proj"] == schemes["lm_head"] == "keep"
+    )
+    assert {schemes[name] for name in ("q_proj", "o_proj", "gate_proj", "up_proj")} == {"W4A16"}
+    assert any("down_proj get NVFP4A16: no kernel of sm90 takes W4A16 at n=256, k=512" in text for text in got.reasons)
+    assert any("stay in 16 bits" in text for text in got.reasons) and not plan.problems
 
 
 def test_a_device_without_libraries_gets_what_is_left() -> None:
@@ -153,7 +186,8 @@ def test_costs_are_bytes_and_operations_over_the_roofs() -> None:
     assert plain.ms_token == pytest.approx(1e3 * read, rel=1e-6)
     assert plain.ms_step == pytest.approx(1e3 * (2 * (linears + head) + BATCH * CONTEXT * 512) / 3350e9, rel=1e-6)
     assert plain.step_bound == "memory" and plain.room == int((72e9 - plain.bytes) / 512)
-    assert linears * 0.5 < chosen.bytes - 2 * (2 * head + 3 * 256) < linears * 0.6
+    # 4.12 bits a weight at least; tiles of small weights are padded.
+    assert linears * 4.12 / 8 < chosen.bytes - 2 * (2 * head + 3 * 256) < linears * 5 / 8
 
 
 def test_of_experts_those_are_read_that_tokens_choose() -> None:
@@ -246,7 +280,8 @@ def test_roofs_are_those_of_the_kernels_estimates() -> None:
         assert device.math8 == pytest.approx(roof.math8 / 1e6, rel=0.01)
         assert device.bandwidth * 0.85 < roof.bandwidth / 1e3 < device.bandwidth * 0.95
         assert device.sm_count == FAKE_SM_COUNT[arch] or arch == 120
-    assert (_roofline.CPU_CORE.bandwidth / 1e3, _roofline.CPU_CORE.math16) == (CPU_BANDWIDTH, CPU_MATH)
+    core = _roofline.CPU_CORE
+    assert (core.bandwidth / 1e3, core.math16 / 1e6) == (CPU_BANDWIDTH, CPU_MATH)
 
 
 # Bad input.
