@@ -40,6 +40,7 @@ from quant_compile import demo
 from quant_compile.generation.blocks import layer_names
 from quant_compile.generation.quantized import Scales, types
 from quant_compile.ir.kv import NAMES, parse_cache
+from quant_compile.measure.windows import windows_of
 from quant_compile.rules import cache_scale_key
 
 SOURCE = source_hash()
@@ -128,7 +129,7 @@ class Setting:
 def setting(name: str, device: torch.device, sizes: Sizes) -> Setting:
     """Load the model and cut its held-out text."""
     lm = demo.load(name, device=device)
-    windows = demo.windows_of(lm.heldout, sizes.length, sizes.windows + sizes.calibration)
+    windows = windows_of(lm.heldout, sizes.length, sizes.windows + sizes.calibration)
     batches = [window[None, :-1] for window in windows[-sizes.calibration :]]
     measured = windows[: -sizes.calibration]
     text = lm.heldout[: measured.shape[0] * sizes.length + 1]

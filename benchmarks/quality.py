@@ -34,6 +34,7 @@ from torch import Tensor
 import quant_compile
 from quant_compile import demo
 from quant_compile.ir.family import bits_per_weight
+from quant_compile.measure.windows import perplexity, windows_of
 from tests import textbook
 from tests import textbook_gguf as _textbook_gguf  # noqa: F401  adds GGUF types whose scales are searched for
 
@@ -106,13 +107,13 @@ class Row:
 
 def forward_perplexity(model: Any, windows: Tensor) -> float:
     """Perplexity without a KV cache, one window a call."""
-    return demo.perplexity(lambda ids: model(input_ids=ids, use_cache=False).logits, windows)
+    return perplexity(lambda ids: model(input_ids=ids, use_cache=False).logits, windows)
 
 
 def setting(name: str, device: torch.device, count: int) -> Setting:
     """Load the model once, measure bf16, and watch its inputs on windows that are not measured."""
     lm = demo.load(name, device=device)
-    windows = demo.windows_of(lm.heldout, LENGTH, count + CALIBRATION)
+    windows = windows_of(lm.heldout, LENGTH, count + CALIBRATION)
     batches = [window[None, :-1] for window in windows[-CALIBRATION:]]
     windows = windows[:-CALIBRATION]
     return Setting(

@@ -28,6 +28,8 @@ from quant_compile.ir.errors import (
 )
 from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
+from quant_compile.measure.compare import compare
+from quant_compile.measure.recommend import recommend
 from quant_compile.on_import import enter as _enter
 from quant_compile.policy import Policy, Rule
 from quant_compile.pretrained import load
@@ -61,8 +63,10 @@ __all__ = [
     "StaleWeightError",
     "WeightError",
     "calibrate",
+    "compare",
     "compile",
     "load",
+    "recommend",
     "refresh",
     "release",
     "report",

@@ -1,7 +1,7 @@
-"""The command line ``sglquant``: presets and policies, a policy checked against a model, rewritten graphs, checkpoints, a demo.
+"""The command line ``sglquant``: policies, what they decide and cost, rewritten graphs, checkpoints, comparisons, a demo.
 
-Models are built from their configuration; no command but ``convert`` needs weights. Exit codes: 0 fine, 1 an error of the policy or the
-model (one text on stderr), 2 wrong usage.
+Models are built from their configuration; no command but ``convert`` and ``compare`` needs weights. Exit codes: 0 fine, 1 an error of
+the policy or the model (one text on stderr), 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of what is not quantized (default: the config's)"
     )
+    _measure_commands(command)
     demo = command("demo", _demo, "quantize bundled small models with several policies and compare them")
     demo.add_argument("--full", action="store_true", default=None, help="show the ledger of each policy too")
     demo.add_argument("--policies", nargs="+", metavar="P", help="presets or policy files for the dense model")
@@ -126,6 +127,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU if there is one)")
     return parser
+
+
+def _measure_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    recommend = command("recommend", _recommend, "which policy for which purpose, why, and its costs; needs no weights")
+    recommend.add_argument("model", metavar="MODEL", help="folder with config.json, GGUF file, or Hugging Face id")
+    recommend.add_argument(
+        "--goal", required=True, metavar="G", help="memory, throughput, long-context, latency or sensitive"
+    )
+    recommend.add_argument(
+        "--gpu", "--target", metavar="D", help="h100, rtx4090, sm90, cpu, ... (default: this machine's)"
+    )
+    recommend.add_argument("--out", metavar="FILE", help="write the policy here")
+    recommend.add_argument("--json", action="store_true", help="print everything as JSON")
+    _model_arguments(recommend)
+    compare = command("compare", _compare, "policies side by side on your text: bits, perplexity, divergence, speed")
+    compare.add_argument("model", metavar="MODEL", help="folder with weights in 16 bits, or Hugging Face id")
+    compare.add_argument("text", metavar="TEXT", help="a text file, or the text itself")
+    compare.add_argument("--policies", nargs="+", required=True, metavar="P", help="presets, policy files, or keep")
+    compare.add_argument("--tokenizer", metavar="T", help="folder, id or tokenizer.json (default: the model's)")
+    compare.add_argument("--length", type=_positive, metavar="N", help="tokens predicted in a window (default: 512)")
+    compare.add_argument("--windows", type=_positive, default=16, metavar="N", help="windows at most (default: 16)")
+    compare.add_argument(
+        "--batch", type=_positive, default=1, metavar="B", help="sequences that generate is timed with"
+    )
+    compare.add_argument(
+        "--new-tokens", type=int, default=64, metavar="N", help="that generate makes; 0: speed is not measured"
+    )
+    compare.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU if there is one)")
+    compare.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the model (default: the config's)")
+    compare.add_argument("--json", metavar="FILE", help="write the rows here")
+    compare.add_argument("--plot", metavar="FILE", help="draw them here (PNG, SVG or PDF); needs matplotlib")
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -340,6 +372,74 @@ def _convert(arguments: argparse.Namespace) -> int:
     source, target = arguments.source, arguments.target
     print(convert(source, target, arguments.policy, dtype=arguments.dtype, device=arguments.device, **given))
     return 0
+
+
+def _recommend(arguments: argparse.Namespace) -> int:
+    from quant_compile.measure.goals import goal_of
+    from quant_compile.measure.recommend import recommend
+
+    goal_of(arguments.goal)  # first, since a mistake in it needs no model
+    _quiet_transformers()
+    from quant_compile.inspect.models import build_model
+
+    found = recommend(build_model(_model_spec(arguments, arguments.model)), arguments.gpu, arguments.goal)
+    if arguments.json:
+        print(found.to_json(), end="")
+    else:
+        print(found.yaml)
+        for table in found.tables():
+            _console().print(table)
+    if arguments.out:
+        found.save(arguments.out)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from quant_compile.measure.compare import compare, labelled
+    from quant_compile.measure.comparison import drawing
+
+    labelled(arguments.policies)  # first, since a mistake in one needs no model
+    if arguments.plot:
+        drawing()
+    _quiet_transformers()
+    model: Any = _loaded_model(arguments)
+    result = compare(
+        model,
+        arguments.policies,
+        arguments.text,
+        tokenizer=arguments.tokenizer or arguments.model,
+        length=arguments.length,
+        windows=arguments.windows,
+        batch=arguments.batch,
+        new_tokens=arguments.new_tokens,
+    )
+    _console().print(result.table())
+    if arguments.json:
+        result.to_json(arguments.json)
+    if arguments.plot:
+        result.plot(arguments.plot)
+    return 0
+
+
+def _loaded_model(arguments: argparse.Namespace) -> Any:
+    """A causal language model with its weights, on the device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from quant_compile.inspect.models import DTYPES, ModelError, load_config
+
+    load_config(arguments.model)  # whose errors name the fix
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else "auto"
+    read: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model = read(arguments.model, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"no causal language model in {arguments.model}: {reason}\nFix: a folder with config.json and its weights."
+        ) from None
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval()
 
 
 def _demo(arguments: argparse.Namespace) -> int:

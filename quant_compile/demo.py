@@ -28,6 +28,7 @@ from torch import Tensor
 
 import quant_compile
 from quant_compile.ir.errors import PolicyWarning, QuantError, RecompileLimitWarning
+from quant_compile.measure.windows import windows_of
 
 POLICIES = ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16")
 MOE_POLICIES = ("FP8_DYNAMIC",)
@@ -116,33 +117,6 @@ def load(name: str = "dense", folder: str | Path | None = None, device: str | to
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     model.eval().requires_grad_(False)
     return TinyLM(model.to(device), tokenizer, ids.to(device))
-
-
-def windows_of(ids: Tensor, length: int, count: int) -> Tensor:
-    """The first ``count`` windows [count, length + 1] of ``ids``; neighbours share one token, so each is predicted.
-
-    Raises:
-        ValueError: the text has not even one window.
-    """
-    count = min(count, (ids.numel() - 1) // length)
-    if count < 1:
-        raise ValueError(f"{ids.numel()} tokens are fewer than one window of {length + 1}")
-    return torch.stack([ids[i * length : (i + 1) * length + 1] for i in range(count)])
-
-
-@torch.inference_mode()
-def perplexity(forward: Callable[[Tensor], Tensor], windows: Tensor) -> float:
-    """exp of the mean negative log-likelihood over ``windows`` [count, length + 1], one window a call.
-
-    Args:
-        forward: token ids [1, length] -> logits [1, length, vocabulary].
-        windows: token ids.
-    """
-    total = 0.0
-    for window in windows:
-        logits = forward(window[None, :-1])[0].float()
-        total += float(torch.nn.functional.cross_entropy(logits, window[1:]))
-    return math.exp(total / len(windows))
 
 
 class Runner:

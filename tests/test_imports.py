@@ -27,6 +27,7 @@ ORDER = (
     ("backend",),
     ("generation",),
     ("inspect", "calibrate", "explain", "api"),
+    ("measure",),
     ("building",),
     ("pretrained", "_transformers"),
     ("saving", "on_import"),

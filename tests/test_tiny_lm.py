@@ -23,6 +23,7 @@ import quant_compile
 from quant_compile import demo
 from quant_compile.ir.errors import PolicyWarning
 from quant_compile.ir.family import family_of
+from quant_compile.measure.windows import perplexity, windows_of
 from tests import textbook
 from tests import textbook_gguf as _textbook_gguf  # noqa: F401  adds GGUF types whose scales are searched for
 from tests.runtime_support import CompileCounter, plain_inductor
@@ -66,7 +67,7 @@ def forward_of(model: Any) -> Callable[[Tensor], Tensor]:
 
 @pytest.fixture(scope="module")
 def heldout() -> Tensor:
-    return demo.windows_of(demo.load().heldout, LENGTH, WINDOWS + CALIBRATION)
+    return windows_of(demo.load().heldout, LENGTH, WINDOWS + CALIBRATION)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def batches(heldout: Tensor) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def bf16(heldout: Tensor) -> float:
-    return demo.perplexity(forward_of(demo.load().model), heldout[:WINDOWS])
+    return perplexity(forward_of(demo.load().model), heldout[:WINDOWS])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def policy_of(name: str, model: Any, batches: list[Tensor], folder: Path) -> Any
 
 
 def textbook_perplexity(name: str, heldout: Tensor, amax: dict[str, Tensor]) -> float:
-    return demo.perplexity(forward_of(textbook.fake_quant_model(demo.load().model, name, amax=amax)), heldout[:WINDOWS])
+    return perplexity(forward_of(textbook.fake_quant_model(demo.load().model, name, amax=amax)), heldout[:WINDOWS])
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -103,7 +104,7 @@ def test_whole_model_has_the_textbook_perplexity(
 ) -> None:
     model = demo.load().model
     quant_compile.compile(model, policy=policy_of(name, model, batches, tmp_path))
-    measured = demo.perplexity(forward_of(model), heldout[:WINDOWS])
+    measured = perplexity(forward_of(model), heldout[:WINDOWS])
     quant_compile.report(model).require(coverage=1.0)
     assert measured == pytest.approx(textbook_perplexity(name, heldout, amax), rel=same(name))
     assert measured != bf16  # not a single scheme is exact: equality would mean that nothing was quantized
@@ -119,7 +120,7 @@ def test_layers_have_the_textbook_perplexity(
     policy = policy_of(name, model, batches, tmp_path)
     for layer in model.model.layers:
         layer.compile(backend="sglquant", options={"policy": policy})
-    measured = demo.perplexity(forward_of(model), heldout[:WINDOWS])
+    measured = perplexity(forward_of(model), heldout[:WINDOWS])
     report = quant_compile.report(model)
     layers = sum(p.numel() * p.element_size() for p in model.model.layers.parameters() if p.dim() == 2)
     assert sum(line.bytes_before for line in report.lines if line.scheme) == layers
@@ -138,13 +139,13 @@ class Moe:
     def textbook(self, name: str) -> float:
         """Perplexity of the textbook scheme, linears and experts."""
         fake = textbook.fake_quant_model(demo.load("moe").model, name, amax=self.amax)
-        return demo.perplexity(forward_of(fake), self.windows)
+        return perplexity(forward_of(fake), self.windows)
 
 
 @pytest.fixture(scope="module")
 def moe(heldout: Tensor, batches: list[Tensor]) -> Moe:
     model, windows = demo.load("moe").model, heldout[:WINDOWS]
-    return Moe(windows, demo.perplexity(forward_of(model), windows), batches, textbook.input_amax(model, batches))
+    return Moe(windows, perplexity(forward_of(model), windows), batches, textbook.input_amax(model, batches))
 
 
 def check_moe_report(model: Any) -> None:
@@ -163,7 +164,7 @@ def test_moe_has_the_textbook_perplexity(name: str, moe: Moe, tmp_path: Path, pl
     policy = policy_of(name, model, moe.batches, tmp_path)
     for layer in model.model.layers:
         layer.compile(backend="sglquant", options={"policy": policy})
-    measured = demo.perplexity(forward_of(model), moe.windows)
+    measured = perplexity(forward_of(model), moe.windows)
     check_moe_report(model)
     assert len(plain_inductor) > 0
     assert measured == pytest.approx(moe.textbook(name), rel=same(name))
@@ -174,7 +175,7 @@ def test_moe_has_the_textbook_perplexity(name: str, moe: Moe, tmp_path: Path, pl
 def test_whole_moe_is_close_to_bf16(name: str, moe: Moe) -> None:
     model = demo.load("moe").model
     quant_compile.compile(model, policy=name)
-    measured = demo.perplexity(forward_of(model), moe.windows)
+    measured = perplexity(forward_of(model), moe.windows)
     check_moe_report(model)
     assert measured == pytest.approx(moe.textbook(name), rel=same(name))
     assert measured == pytest.approx(moe.bf16, rel=0.01)
@@ -196,7 +197,7 @@ def test_moe_perplexity_shows_a_wrong_block(defect: Callable[[Any], None], moe: 
     """The tolerance is below what such a mistake does in one layer of four; smaller ones are for the tests of single blocks."""
     fake: Any = textbook.fake_quant_model(demo.load("moe").model, "W8A8")
     defect(fake.model.layers[1].mlp.experts)
-    wrong = demo.perplexity(forward_of(fake), moe.windows)
+    wrong = perplexity(forward_of(fake), moe.windows)
     assert wrong != pytest.approx(moe.textbook("W8A8"), rel=2 * SAME)
 
 
@@ -238,7 +239,7 @@ def test_schemes_are_ordered_by_their_bits(heldout: Tensor, bf16: float, amax: d
 
 def test_both_models_have_learned(heldout: Tensor, bf16: float) -> None:
     """Real perplexities: far from the 2048 of guessing. The MoE runs through transformers' own experts."""
-    moe = demo.perplexity(forward_of(demo.load("moe").model), heldout[:WINDOWS])
+    moe = perplexity(forward_of(demo.load("moe").model), heldout[:WINDOWS])
     assert 2 < bf16 < 20
     assert 2 < moe < 20
 
@@ -272,7 +273,7 @@ def test_textbook_imports_nothing_of_the_product() -> None:
 def test_demo_reads_and_decodes_like_generate() -> None:
     """The demo's own loop over a static cache, eager: logits as without a cache, tokens as by transformers."""
     lm = demo.load()
-    windows = demo.windows_of(lm.heldout, 48, 2)
+    windows = windows_of(lm.heldout, 48, 2)
     prompt = windows[:, :-1]
     runner = demo.Runner(lm, 2, 48 + 8)
     with torch.inference_mode():
@@ -280,7 +281,7 @@ def test_demo_reads_and_decodes_like_generate() -> None:
         read = torch.stack(list(runner.read(prompt)), dim=1)
         assert (read.float() - whole.float()).norm() < 0.02 * whole.float().norm()
         ppl, logits = runner.perplexity(windows)
-        assert ppl == pytest.approx(demo.perplexity(forward_of(lm.model), windows), rel=0.01)
+        assert ppl == pytest.approx(perplexity(forward_of(lm.model), windows), rel=0.01)
         tokens, seconds = runner.decode(logits, 8)
         theirs = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
     assert tokens.tolist() == theirs[:, 48:].tolist()
@@ -290,8 +291,8 @@ def test_demo_reads_and_decodes_like_generate() -> None:
 def test_the_experts_of_the_demo(plain_inductor: CompileCounter) -> None:
     """One graph serves perplexity, speed and text; the ledger is of that graph."""
     lm = demo.load("moe")
-    windows = demo.windows_of(lm.heldout, 24, 4)
-    bf16 = demo.perplexity(forward_of(lm.model), windows)
+    windows = windows_of(lm.heldout, 24, 4)
+    bf16 = perplexity(forward_of(lm.model), windows)
     sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in lm.model.named_parameters()}
     w8a8, report = demo.measure("moe", lm, "W8A8", windows)
     assert len(plain_inductor) == 1
