@@ -16,6 +16,7 @@ from quant_compile.checkpoints.gguf.tokenizer import tokenizer
 from quant_compile.ir.errors import (
     CoverageError,
     GradModeError,
+    MeasureError,
     MissingScalesError,
     NoKernelError,
     OptionError,
@@ -28,6 +29,8 @@ from quant_compile.ir.errors import (
 )
 from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
+from quant_compile.measure.attribute import attribute
+from quant_compile.measure.search import search
 from quant_compile.on_import import enter as _enter
 from quant_compile.policy import Policy, Rule
 from quant_compile.pretrained import load
@@ -45,6 +48,7 @@ __all__ = [
     "CheckpointError",
     "CoverageError",
     "GradModeError",
+    "MeasureError",
     "MissingScalesError",
     "NoKernelError",
     "OptionError",
@@ -60,6 +64,7 @@ __all__ = [
     "SchemeError",
     "StaleWeightError",
     "WeightError",
+    "attribute",
     "calibrate",
     "compile",
     "load",
@@ -68,6 +73,7 @@ __all__ = [
     "report",
     "restore",
     "save",
+    "search",
     "tokenizer",
     "uncompile",
     "watch",

@@ -27,6 +27,7 @@ ORDER = (
     ("backend",),
     ("generation",),
     ("inspect", "calibrate", "explain", "api"),
+    ("measure",),
     ("building",),
     ("pretrained", "_transformers"),
     ("saving", "on_import"),
@@ -35,7 +36,7 @@ ORDER = (
     ("__main__",),
 )
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-LIBRARIES = {"sgl_kernel", "humming", "deep_gemm", "triton", "transformers", "torchao", "gguf", "matplotlib"}
+LIBRARIES = {"sgl_kernel", "humming", "deep_gemm", "triton", "transformers", "torchao", "gguf", "matplotlib", "scipy"}
 
 
 @dataclass(frozen=True)
