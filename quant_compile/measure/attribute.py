@@ -172,7 +172,8 @@ def attribute(
     """For each weight that a policy quantizes: its own error, what it adds to the final divergence, and its line in the model's code.
 
     Args:
-        model: the model, with its weights in 16 bits or f32; it is run eagerly and not changed.
+        model: the model, with its weights in 16 bits or f32; it is run eagerly and not changed. Where it is compiled, the planes that
+            its linears run with under the same scheme are measured, whatever made them.
         batches: each a mapping (keyword arguments), a tuple (positional arguments) or one tensor.
         policy: preset name, YAML path, dict or Policy.
         reference: what is compared with, and whose code is run: a model of the same architecture, e.g. from before an edit that is
@@ -199,7 +200,7 @@ def attribute(
             f"policy {loaded.name} quantizes no weight of this model. Fix: `sglquant check` says why; another policy."
         )
     wanted = Reference(running, given)
-    values = Values()
+    values = Values(served=reference is None)
     errors = _own_errors(running, given, list(chosen.values()), values, progress)
     if not errors:
         raise MeasureError("no batch reached a weight that the policy quantizes. Fix: batches that run every layer.")

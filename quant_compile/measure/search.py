@@ -168,7 +168,7 @@ def search(
         MeasureError: the budget cannot be met, no weight is reached, or the logits are NaN.
         MissingLibraryError: SciPy is not installed.
     """
-    _check_options(budget, sensitivity, m, points)
+    check_options(budget, sensitivity, m, points)
     candidates = _candidates(schemes)
     given = listed(batches)
     file = Path(path)
@@ -390,7 +390,12 @@ def _written(file: Path, text: str, model: nn.Module, decided: Sequence[Decided]
     return policy
 
 
-def _check_options(budget: Any, sensitivity: str, m: Any, points: int) -> None:
+def check_options(budget: Any, sensitivity: str, m: Any, points: int) -> None:
+    """Refuse what no search can have, before a model is loaded.
+
+    Raises:
+        OptionError: a budget, the sensitivity, or how many points.
+    """
     if not isinstance(budget, Mapping) or not budget:
         raise OptionError(f"budget must be a mapping such as {{'bits': 4.5}}, got {budget!r}.")
     for what, value in budget.items():

@@ -18,6 +18,7 @@ from quant_compile.ir.errors import MeasureError, ReleasedWeightError, WeightErr
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.numerics import all_finite
 from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.weights import STORE
 from quant_compile.model.follow import Following, Made, Meeting, weights_by_address
 from quant_compile.model.weights import Weight
 
@@ -106,10 +107,15 @@ class Chosen:
 
 
 class Values:
-    """Quantized values of weights, as they are stored, made when they are asked for; few are kept."""
+    """Quantized values of weights, as they are stored, made when they are asked for; few are kept.
 
-    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
-        self.kept_bytes = kept_bytes
+    Args:
+        kept_bytes: values in f32 that are kept.
+        served: where a compiled model has planes of a linear under the scheme, these are what is measured.
+    """
+
+    def __init__(self, kept_bytes: int = KEPT_BYTES, served: bool = False) -> None:
+        self.kept_bytes, self.served = kept_bytes, served
         self._kept: OrderedDict[tuple[int, Scheme, bool], Tensor] = OrderedDict()
 
     def of(self, chosen: Chosen, transposed: bool) -> Tensor:
@@ -130,10 +136,20 @@ class Values:
             raise WeightError(
                 f"{chosen.name} has NaN or inf values. Fix: repair the checkpoint, or `keep` this weight in the policy."
             )
-        values = quantized_values(stored.mT if transposed else stored, chosen.scheme)
+        values = self._of_planes(chosen, transposed) if self.served else None
+        if values is None:
+            values = quantized_values(stored.mT if transposed else stored, chosen.scheme)
         made = self._kept[key] = (values.mT if transposed else values).contiguous()
         self._make_room()
         return made
+
+    def _of_planes(self, chosen: Chosen, transposed: bool) -> Tensor | None:
+        found = STORE.served(chosen.source, chosen.scheme.spec)
+        if found is None or found[0].transposed != transposed:
+            return None
+        key, planes = found
+        rows, columns = key.shape_of(chosen.source)
+        return family_of(chosen.scheme).dequantize_weight(planes, chosen.scheme, rows if transposed else columns)
 
     def _make_room(self) -> None:
         total = sum(values.nbytes for values in self._kept.values())

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 import quant_compile
 from quant_compile import MeasureError, MissingScalesError, OptionError
 from quant_compile.measure import simulate
+from tests.runtime_support import CompileCounter, plain_inductor
 from tests.test_calibrate_experts import tiny_moe
+
+__all__ = ["plain_inductor"]
 
 DAMAGED = "model.layers.1.mlp.up_proj"
 
 
-def tiny(layers: int = 3) -> Any:
+def tiny(layers: int = 2) -> Any:
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=2,
@@ -70,6 +73,20 @@ def test_a_copy_with_one_projection_times_1_3() -> None:
     found = attribute(broken, reference=model)
     assert both_first(found, DAMAGED)
     assert 0.25 < found.rows[0].own_error < 0.4
+
+
+def test_planes_that_serve_a_compiled_model(plain_inductor: CompileCounter) -> None:
+    """An edit that torch does not record leaves planes of other values: what runs is measured."""
+    model = tiny(2)
+    quant_compile.compile(model, "W8A16")
+    with torch.no_grad():
+        model(batches()[0], use_cache=False)
+    before = attribute(model, "W8A16")
+    assert all(row.unusual < 2 for row in before.rows)
+    model.get_submodule(DAMAGED).weight.data.mul_(1.3)
+    assert both_first(attribute(model, "W8A16"), DAMAGED)
+    quant_compile.refresh(model)
+    assert all(row.unusual < 2 for row in attribute(model, "W8A16").rows)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.self_attn.v_proj"])
