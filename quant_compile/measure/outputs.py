@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from quant_compile.ir.errors import MeasureError, OptionError
 from quant_compile.model.follow import eagerly, run_batch
 
-# Numbers of logits that are in f32 at a time.
-_CHUNK = 1 << 24
+# Numbers of logits that are in f32 at a time; bytes of reference logits that may stay on the device that made them.
+_CHUNK, _ON_DEVICE = 1 << 24, 1 << 30
 
 
 def listed(batches: Any) -> list[Any]:
@@ -93,7 +93,7 @@ def still(model: nn.Module) -> Generator[None]:
 
 
 class Reference:
-    """Logits of the model as it is, on the positions that count; held in main memory in the model's dtype."""
+    """Logits of the model as it is, on the positions that count, in the model's dtype; many are held in main memory."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
         """Run the model once over all batches.
@@ -103,11 +103,13 @@ class Reference:
         """
         self.model, self.batches = model, batches
         self._logits: list[Tensor] = []
+        held = 0
         with still(model):
             for index, batch in enumerate(batches):
                 logits = kept_rows(logits_of(run_batch(model, batch)), batch)
                 _check(logits, index)
-                self._logits.append(logits.cpu())
+                held += logits.nbytes
+                self._logits.append(logits.clone() if held <= _ON_DEVICE else logits.cpu())
         self.positions = sum(logits.shape[0] for logits in self._logits)
         if not self.positions:
             raise MeasureError("no position of any batch counts. Fix: an attention_mask that is not all 0.")
