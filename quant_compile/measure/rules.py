@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quant_compile.ir.scheme import PRESETS, Scheme
+from quant_compile.rules import matcher
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$|^\d+$")
 
@@ -51,12 +52,41 @@ class Ruled:
     members: tuple[Decided, ...]
 
 
-def rules_of(decided: Sequence[Decided]) -> list[Ruled]:
+def rules_of(decided: Sequence[Decided], others: Iterable[str] = ()) -> list[Ruled]:
     """The default, then rules in their order; the first that matches decides.
 
     Args:
         decided: all weights that a rule or the default may decide.
+        others: names that no rule may match.
     """
+    names = list(others)
+    made: list[Ruled] = []
+    for style in (_easy, _exact):
+        made = _rules(decided, style)
+        if _is_right(made, decided, names):
+            break
+    return made
+
+
+def _is_right(rules: Sequence[Ruled], decided: Iterable[Decided], others: Iterable[str]) -> bool:
+    """Whether each weight gets its scheme, and nothing else is matched."""
+    default, *matching = rules
+    tests = [(matcher(rule.match), rule.scheme) for rule in matching]
+
+    def found(names: Sequence[str]) -> list[Scheme | None]:
+        return [scheme for hits, scheme in tests if any(map(hits, names))]
+
+    for weight in decided:
+        names = [weight.name, weight.block] if weight.block else [weight.name]
+        if [*found(names), default.scheme][0] != weight.scheme:
+            return False
+    return not any(found([name]) for name in others)
+
+
+Style = Callable[["_Unit", "Sequence[str] | None"], str]
+
+
+def _rules(decided: Sequence[Decided], pattern: Style) -> list[Ruled]:
     counts: Counter[Scheme | None] = Counter()
     for weight in decided:
         counts[weight.scheme] += weight.elements
@@ -73,9 +103,9 @@ def rules_of(decided: Sequence[Decided]) -> list[Ruled]:
             if scheme == usual == default:
                 plain += members
             elif scheme == usual:
-                general.append(Ruled(_pattern(unit, None), scheme, members))
+                general.append(Ruled(pattern(unit, None), scheme, members))
             else:
-                exceptions.append(Ruled(_pattern(unit, layers), scheme, members))
+                exceptions.append(Ruled(pattern(unit, layers), scheme, members))
     return [Ruled("", default, tuple(plain)), *exceptions, *general]
 
 
@@ -86,11 +116,15 @@ def _spec(scheme: Scheme | None) -> str:
 def _units(decided: Iterable[Decided]) -> list[_Unit]:
     """Weights by their names around the first number, those of one module with the same choices together."""
     by_name: dict[tuple[str, str], _Unit] = {}
-    for weight in _by_blocks(decided):
-        found = _NUMBER.search(weight.name)
-        layer = found[0] if found else ""
-        before, after = (weight.name[: found.start()], weight.name[found.end() :]) if found else (weight.name, "")
-        after = _NUMBER.sub("#", after)
+    named = [(_around(weight.name), weight) for weight in _by_blocks(decided)]
+    # Further numbers are one, where weights that differ in them alone agree.
+    schemes: dict[tuple[str, str, str], set[Scheme | None]] = {}
+    for (before, layer, after), weight in named:
+        schemes.setdefault((before, layer, _NUMBER.sub("#", after)), set()).add(weight.scheme)
+    apart = {(before, after) for (before, _, after), found in schemes.items() if len(found) > 1}
+    for (before, layer, after), weight in named:
+        folded = _NUMBER.sub("#", after)
+        after = after if (before, folded) in apart else folded
         unit = by_name.setdefault((before, after), _Unit(before, [after], {}))
         unit.schemes[layer] = weight.scheme
         unit.members.setdefault(layer, []).extend(weight.of)
@@ -108,6 +142,12 @@ def _units(decided: Iterable[Decided]) -> list[_Unit]:
     return list(joined.values())
 
 
+def _around(name: str) -> tuple[str, str, str]:
+    """A name before its first number, the number, and the rest; without a number the whole name comes before."""
+    found = _NUMBER.search(name)
+    return (name[: found.start()], found[0], name[found.end() :]) if found else (name, "", "")
+
+
 @dataclass(frozen=True)
 class _Named:
     name: str
@@ -123,8 +163,8 @@ def _by_blocks(decided: Iterable[Decided]) -> list[_Named]:
     return [_Named(name, members[0].scheme, tuple(members)) for name, members in out.items()]
 
 
-def _pattern(unit: _Unit, layers: Sequence[str] | None) -> str:
-    """What matches some layers of a unit, or all of them for None."""
+def _easy(unit: _Unit, layers: Sequence[str] | None) -> str:
+    """What matches some layers of a unit, or all of them for None; as it is easy to read."""
     if "" in unit.schemes:
         return unit.before
     if len(unit.after) == 1 and "#" not in unit.after[0]:
@@ -132,6 +172,13 @@ def _pattern(unit: _Unit, layers: Sequence[str] | None) -> str:
             return f"{unit.before}*{unit.after[0]}"
         if len(layers) == 1:
             return f"{unit.before}{layers[0]}{unit.after[0]}"
+    return _exact(unit, layers)
+
+
+def _exact(unit: _Unit, layers: Sequence[str] | None) -> str:
+    """The same as a regular expression of the whole name: names that end alike, and stars that go too far, do not matter."""
+    if "" in unit.schemes:
+        return f"re:{re.escape(unit.before)}"
     number = r"\d+" if layers is None else layers[0] if len(layers) == 1 else f"({'|'.join(layers)})"
     return f"re:{re.escape(unit.before)}{number}{_ends(unit.after)}"
 

@@ -372,7 +372,11 @@ class _Search:
             ms = f", {took:.3g} ms" if self.latency else ""
             return f"KL {error:.3g}, {8 * size / count:.3g} bits, {size / 1e6:,.2f} MB{ms}"
 
-        return text_of(rules_of(self.decided(chosen)), name, head, cost)
+        decided = self.decided(chosen)
+        known = {each.name for each in decided}
+        others = [weight.site.names for weight in all_weights(self.reference.model)]
+        kept = [name for names in others if names[0] not in known for name in names]
+        return text_of(rules_of(decided, kept), name, head, cost)
 
 
 def _written(file: Path, text: str, model: nn.Module, decided: Sequence[Decided]) -> Policy:

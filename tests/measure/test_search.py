@@ -206,7 +206,11 @@ def test_the_front_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def decided(names: dict[str, str | None]) -> list[Decided]:
-    return [Decided(name, "", parse(spec) if spec else None) for name, spec in names.items()]
+    """An MLP's weights are four times as large."""
+    return [
+        Decided(name, "", parse(spec) if spec else None, elements=4 if "mlp" in name else 1)
+        for name, spec in names.items()
+    ]
 
 
 def policy_text(names: dict[str, str | None]) -> str:
