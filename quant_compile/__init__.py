@@ -16,6 +16,7 @@ from quant_compile.checkpoints.gguf.tokenizer import tokenizer
 from quant_compile.ir.errors import (
     CoverageError,
     GradModeError,
+    MeasureError,
     MissingScalesError,
     NoKernelError,
     OptionError,
@@ -30,6 +31,8 @@ from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
 from quant_compile.measure.compare import compare
 from quant_compile.measure.recommend import recommend
+from quant_compile.measure.attribute import attribute
+from quant_compile.measure.search import search
 from quant_compile.on_import import enter as _enter
 from quant_compile.policy import Policy, Rule
 from quant_compile.pretrained import load
@@ -47,6 +50,7 @@ __all__ = [
     "CheckpointError",
     "CoverageError",
     "GradModeError",
+    "MeasureError",
     "MissingScalesError",
     "NoKernelError",
     "OptionError",
@@ -62,6 +66,7 @@ __all__ = [
     "SchemeError",
     "StaleWeightError",
     "WeightError",
+    "attribute",
     "calibrate",
     "compare",
     "compile",
@@ -72,6 +77,7 @@ __all__ = [
     "report",
     "restore",
     "save",
+    "search",
     "tokenizer",
     "uncompile",
     "watch",

@@ -1,7 +1,7 @@
 """The command line ``sglquant``: policies, what they decide and cost, rewritten graphs, checkpoints, comparisons, a demo.
 
-Models are built from their configuration; no command but ``convert`` and ``compare`` needs weights. Exit codes: 0 fine, 1 an error of
-the policy or the model (one text on stderr), 2 wrong usage.
+Models are built from their configuration; no command but ``convert``, ``compare``, ``attribute`` and ``search`` needs weights. Exit codes:
+0 fine, 1 an error of the policy or the model (one text on stderr), 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of what is not quantized (default: the config's)"
     )
     _measure_commands(command)
+    _add_measuring(command)
     demo = command("demo", _demo, "quantize bundled small models with several policies and compare them")
     demo.add_argument("--full", action="store_true", default=None, help="show the ledger of each policy too")
     demo.add_argument("--policies", nargs="+", metavar="P", help="presets or policy files for the dense model")
@@ -158,6 +159,50 @@ def _measure_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     compare.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the model (default: the config's)")
     compare.add_argument("--json", metavar="FILE", help="write the rows here")
     compare.add_argument("--plot", metavar="FILE", help="draw them here (PNG, SVG or PDF); needs matplotlib")
+
+
+def _add_measuring(command: Callable[..., argparse.ArgumentParser]) -> None:
+    attribute = command("attribute", _attribute, "what each quantized weight costs, the worst first")
+    search = command("search", _search, "find a scheme for every weight under a budget, and write the policy")
+    for parser in (attribute, search):
+        parser.add_argument("model", metavar="MODEL", help="folder with config.json and weights, or Hugging Face id")
+        parser.add_argument("--text", required=True, metavar="FILE", help="text to measure with")
+        parser.add_argument("--tokenizer", metavar="T", help="folder, tokenizer.json or id (default: the model's)")
+        parser.add_argument(
+            "--length", type=_positive, default=512, metavar="N", help="tokens of a window (default: 512)"
+        )
+        parser.add_argument("--count", type=_positive, default=8, metavar="N", help="windows (default: 8)")
+        parser.add_argument(
+            "--dtype", choices=("bf16", "fp16", "fp32"), help="of the model (default: the checkpoint's)"
+        )
+        parser.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
+        parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
+        parser.add_argument("--plot", metavar="FILE", help="draw them: .png; of a search .html and .svg too")
+    attribute.add_argument("--policy", required=True, metavar="P", help="preset, shipped policy or YAML file")
+    attribute.add_argument("--top", type=_positive, metavar="N", help="divergences of the N with the largest own error")
+    for what, text in (
+        ("bits", "of a decided weight, on average"),
+        ("bytes", "of the whole model"),
+        ("ms", "of linears and experts over --m"),
+        ("error", "KL divergence in nats"),
+    ):
+        search.add_argument(f"--{what}", type=float, metavar="X", help=f"budget: {text}")
+    search.add_argument("--out", default="search.yaml", metavar="FILE", help="the policy (default: search.yaml)")
+    search.add_argument("--schemes", nargs="+", metavar="S", help="presets, specs such as int4.group32+16, and keep")
+    search.add_argument("--sensitivity", choices=("kl", "fisher"), default="kl", help="how choices are measured")
+    search.add_argument(
+        "--m", type=_profile, metavar="M:COUNT,...", help="how often each number of rows is run: 1:128,512:1"
+    )
+    search.add_argument("--target", choices=TARGETS, help="times of this device, by estimates")
+    search.add_argument("--points", type=int, default=8, metavar="N", help="other budgets to show (default: 8)")
+
+
+def _profile(text: str) -> dict[int, float]:
+    try:
+        pairs = [part.partition(":") for part in text.split(",")]
+        return {int(m): float(count or 1) for m, _, count in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no profile such as 1:128,512:1") from None
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -440,6 +485,56 @@ def _loaded_model(arguments: argparse.Namespace) -> Any:
         ) from None
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval()
+
+
+def _measured_with(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """The model, and batches of the text on its device."""
+    _quiet_transformers()
+    from quant_compile.measure.texts import load_model, windows
+
+    tokenizer = arguments.tokenizer or arguments.model
+    batches = windows(tokenizer, arguments.text, arguments.length, arguments.count)
+    model = load_model(arguments.model, arguments.dtype, arguments.device)
+    return model, [batch.to(arguments.device) for batch in batches]
+
+
+def _attribute(arguments: argparse.Namespace) -> int:
+    from quant_compile.measure.attribute import attribute
+    from quant_compile.policy import Policy
+
+    policy = Policy.load(arguments.policy)  # first, since a mistake in it needs no model
+    model, batches = _measured_with(arguments)
+    return _shown(attribute(model, batches, policy, top=arguments.top, progress=sys.stderr.isatty()), arguments)
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    from quant_compile.measure.search import check_options, search
+
+    budget = {what: getattr(arguments, what) for what in ("bits", "bytes", "ms", "error") if getattr(arguments, what)}
+    check_options(budget, arguments.sensitivity, arguments.m, arguments.points)
+    model, batches = _measured_with(arguments)
+    found = search(
+        model,
+        batches,
+        budget=budget,
+        schemes=arguments.schemes,
+        path=arguments.out,
+        sensitivity=arguments.sensitivity,
+        m=arguments.m,
+        target=arguments.target,
+        points=arguments.points,
+        progress=sys.stderr.isatty(),
+    )
+    return _shown(found, arguments)
+
+
+def _shown(found: Any, arguments: argparse.Namespace) -> int:
+    print(found)
+    if arguments.json:
+        found.to_json(arguments.json)
+    if arguments.plot:
+        found.plot(arguments.plot)
+    return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -36,7 +36,7 @@ ORDER = (
     ("__main__",),
 )
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-LIBRARIES = {"sgl_kernel", "humming", "deep_gemm", "triton", "transformers", "torchao", "gguf", "matplotlib"}
+LIBRARIES = {"sgl_kernel", "humming", "deep_gemm", "triton", "transformers", "torchao", "gguf", "matplotlib", "scipy"}
 
 
 @dataclass(frozen=True)

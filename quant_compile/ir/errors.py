@@ -69,6 +69,10 @@ class MissingScalesError(QuantError, ValueError):
     """A static scheme has no calibrated activation scale for a weight."""
 
 
+class MeasureError(QuantError, ValueError):
+    """What quantization costs a model cannot be measured, or nothing meets a budget: what was found, and the fix."""
+
+
 class CoverageError(QuantError, AssertionError):
     """``Report.require`` found less coverage than asked for."""
 

@@ -537,6 +537,20 @@ class WeightStore:
                 )
             return tuple(plane.contiguous() for plane in self._rows(pack, parameter, key))
 
+    def served(self, parameter: Parameter, spec: str) -> tuple[Key, Planes] | None:
+        """Row-form planes with which graphs run a linear's weight under a scheme, whatever made them; in another layout, unpacked.
+
+        None where the next call would pack anew, where there are none, and of experts.
+        """
+        with self._lock:
+            entry = self.peek(parameter)
+            if entry is None or (not entry.released and signature_of(parameter) != entry.signature):
+                return None
+            for key, pack in entry.packs.items():
+                if key.spec == spec and not key.view and parameter.dim() == 2 and not entry.own_input:
+                    return key, self._rows(pack, parameter, key)
+            return None
+
     @staticmethod
     def _cut(pack: Pack, problem: Problem, layout: Layout) -> Planes | None:
         """Rows start..stop of a slab's planes as views, or None where the layout does not allow it."""

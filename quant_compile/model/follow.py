@@ -105,7 +105,12 @@ class Following(TorchFunctionMode):
         name = self.weights.get(tensor.data_ptr())
         return None if name is None else Made(name)
 
+    def _may_be_known(self, value: Any) -> bool:
+        return isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value in self._made_of)
+
     def _follow(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if not any(map(self._may_be_known, (*args, *kwargs.values()))):
+            return  # most calls; to bind their operands takes longer
         given: Operands | None = operands(func, args, kwargs)
         source = None if given is None else given.get("self")
         if not isinstance(source, Tensor):

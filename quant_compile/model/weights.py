@@ -26,6 +26,7 @@ class Weight:
         in_embedding: an Embedding looks rows up in it, so the original stays whatever the linear does.
         has_bias: the module that holds it adds a bias.
         certain: its module is a linear; else only names and sizes say so.
+        transposed: it is stored [k, n], or [E, k, n].
     """
 
     site: SiteInfo
@@ -33,6 +34,7 @@ class Weight:
     in_embedding: bool
     has_bias: bool
     certain: bool = False
+    transposed: bool = False
 
 
 def linear_weights(model: nn.Module) -> list[Weight]:
@@ -113,11 +115,12 @@ def _weight(held: list[Place], heads: frozenset[int]) -> Weight | None:
         n, k = k, n
     if kind == "moe":
         site = expert_site(names, place.module_class, parameter, transposed)
-        return Weight(site, parameter, False, any("bias" in name for name in place.module._parameters))
+        has_bias = any("bias" in name for name in place.module._parameters)
+        return Weight(site, parameter, False, has_bias, transposed=transposed)
     site = SiteInfo(names, kind, place.module_class, n, k, id(parameter) in heads, role=place.role)
     has_bias = isinstance(getattr(place.module, "bias", None), nn.Parameter)
     certain = any(isinstance(p.module, nn.Linear) or type(p.module).__name__ == "Conv1D" for p in held)
-    return Weight(site, parameter, any(_is_embedding(p.module) for p in held), has_bias, certain)
+    return Weight(site, parameter, any(_is_embedding(p.module) for p in held), has_bias, certain, transposed)
 
 
 def _role(place: Place) -> tuple[str, bool] | None:
