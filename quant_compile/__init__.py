@@ -29,9 +29,9 @@ from quant_compile.ir.errors import (
 )
 from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
+from quant_compile.measure.attribute import attribute
 from quant_compile.measure.compare import compare
 from quant_compile.measure.recommend import recommend
-from quant_compile.measure.attribute import attribute
 from quant_compile.measure.search import search
 from quant_compile.on_import import enter as _enter
 from quant_compile.policy import Policy, Rule

@@ -2,7 +2,8 @@
 
 ``packing_format`` ``auto_round`` and ``auto_round:auto_gptq`` are GPTQ version 1 (symmetric), ``auto_round:auto_awq`` is AWQ (all with zero
 points), and the FP4 and FP8 forms have compressed-tensors' names or FineGrainedFP8's. ``extra_config`` overrides single modules, 16 bits
-there meaning that a module stays as it is.
+there meaning that a module stays as it is. ``static_kv_dtype``, or ``static_attention_dtype`` for attention's products too, says that
+K and V have scales, of a layer or of each head (``static_kv_granularity``).
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from quant_compile.checkpoints import awq, gptq
-from quant_compile.checkpoints.description import Description, Keys, Stored, Target, check_pattern, shown
+from quant_compile.checkpoints import awq, fp8_block, gptq
+from quant_compile.checkpoints.cache import static_of
+from quant_compile.checkpoints.description import CacheStored, Description, Keys, Stored, Target, check_pattern, shown
 from quant_compile.checkpoints.errors import cut
+from quant_compile.ir.kv import HEAD, TENSOR
 from quant_compile.ir.scheme import QuantArgs
 
 _HARMLESS = (
     "quant_method", "autoround_version", "iters", "low_gpu_mem_usage", "nsamples", "seqlen", "batch_size", "enable_quanted_input",
     "block_name_to_quantize", "to_quant_block_names", "provider", "amp", "lr", "minmax_lr", "gradient_accumulate_steps", "backend",
     "dataset", "enable_norm_bias_tuning", "scale_dtype", "super_bits", "super_group_size", "act_sym", "act_group_size", "act_data_type",
-    "enable_minmax_tuning", "quant_nontext_module", "static_kv_dtype", "format", "enable_alg_ext", "enable_torch_compile",
+    "enable_minmax_tuning", "quant_nontext_module", "format", "enable_alg_ext", "enable_torch_compile",
     "supported_types", "quant_lm_head", "optimizer", "rotation_config", "transform_config",
+    "activation_scheme", "fmt",
 )  # fmt: skip
+_GRANULARITIES = {"tensor": TENSOR, "head": HEAD}
 _BITS = {gptq.FORMAT: (2, 3, 4, 8), awq.FORMAT: (4,)}
 
 
@@ -46,7 +51,20 @@ def describe(keys: Keys) -> Description:
         made = replace(stored, bits=bits, group=group, symmetric=own.get("sym", bool, stored.symmetric))
         targets.append(Target(made, (pattern,)))
     targets.append(Target(stored))
-    return Description("auto-round", keys.where, tuple(targets), tuple(ignored), notes=keys.ignored(_HARMLESS))
+    return Description("auto-round", keys.where, tuple(targets), tuple(ignored), _cache(keys), keys.ignored(_HARMLESS))
+
+
+def _cache(keys: Keys) -> CacheStored | None:
+    # Where attention's products are quantized, K and V are so in the same way, whatever is said of them alone.
+    found = [_cache_of(keys, of) for of in ("static_attention", "static_kv")]
+    return found[0] or found[1]
+
+
+def _cache_of(keys: Keys, of: str) -> CacheStored | None:
+    dtype, granularity = keys.get(f"{of}_dtype", str, ""), keys.get(f"{of}_granularity", str, "tensor")
+    if granularity not in _GRANULARITIES:
+        keys.fail(f"{of}_granularity must be one of {', '.join(_GRANULARITIES)}, got {shown(granularity)}")
+    return static_of(f"{of}_dtype {dtype}", keys.where, _GRANULARITIES[granularity]) if dtype else None
 
 
 def _stored(keys: Keys, packing: str, data_type: str) -> Stored:
@@ -83,7 +101,7 @@ def _fp8(keys: Keys, act_bits: int, act_dynamic: bool, blocks: bool) -> Stored:
     block = keys.block("weight_block_size" if "weight_block_size" in keys.data else "group_size") if blocks else None
     if block is not None:
         inputs = QuantArgs(8, "float", "group", dynamic=True, group_size=block[1]) if act_bits == 8 else None
-        return Stored("float-quantized", 8, inputs=inputs, variant=f"{block[0]}x{block[1]}")
+        return Stored(fp8_block.FORMAT, 8, inputs=inputs, variant=f"{block[0]}x{block[1]}")
     if act_bits != 8:
         return Stored("float-quantized", 8)
     inputs = QuantArgs(8, "float", "token", dynamic=True) if act_dynamic else QuantArgs(8, "float", "tensor")

@@ -2,10 +2,12 @@
 
     K or V = codes * scale          k_scale, v_scale of an attention (compressed-tensors) or of its projections (modelopt); output_scale
                                     of k_proj and v_proj (compressed-tensors before 0.12)
+                                    kv_scale of an attention, for both (AutoFP8 before July 2024)
     scale = amax / largest code     {k,v}_bmm_quantizer._amax, what modelopt exports k_scale from
 
 One number for a layer, or one for each head of K and V. Reads headers, and the scales themselves in ``read`` alone; writes nothing.
-Source: compressed-tensors 0.20 (``initialize_attn_qparams``), modelopt 0.47 (``postprocess_state_dict``).
+Source: compressed-tensors 0.20 (``initialize_attn_qparams``), modelopt 0.47 (``postprocess_state_dict``), AutoFP8
+(``quantize_activations``), auto-round 0.16 (``experimental/kv_cache.py``).
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from quant_compile.rules import CacheRule, CacheRules
 Side = Literal["k", "v"]
 FORMATS = {("float", 8): "e4m3", ("int", 8): "int8"}
 STRATEGIES = {"tensor": TENSOR, "attn_head": HEAD}
+_E4M3 = ("static", "fp8", "float8_e4m3fn", "torch.float8_e4m3fn")
 ALGORITHMS = {"FP8": CacheScheme("e4m3", TENSOR), "INT8": CacheScheme("int8", TENSOR)}
-_SCALE = re.compile(r"\.(?:([kv])_scale|([kv])_proj\.output_scale|([kv])_bmm_quantizer\.(_amax))$")
+_SCALE = re.compile(r"\.(?:(kv?|v)_scale|([kv])_proj\.output_scale|([kv])_bmm_quantizer\.(_amax))$")
 # Other tensors of quantized attention -> why they are not used.
 _OTHERS = (
     (re.compile(r"\.[kvq]_zero_point$"), "zero point of attention, whose symmetric schemes have none"),
@@ -39,6 +42,7 @@ _OTHERS = (
         "scale of attention's own products, whose queries and probabilities keep 16 bits here",
     ),
     (re.compile(r"\.[kv]_bmm_quantizer\S*$"), "of a quantizer of the KV cache, and no scale"),
+    (re.compile(r"\.[kvq]_global_scale$"), "global scale of a cache in NVFP4, which no scheme has"),
 )
 _REAL = (torch.bfloat16, torch.float16, torch.float32)
 _SMALLEST = torch.finfo(torch.float32).tiny  # below it a reciprocal is inf
@@ -70,6 +74,14 @@ def stored_of(keys: Keys) -> CacheStored:
     return CacheStored(text, keys.where, CacheScheme(format, STRATEGIES[strategy]))
 
 
+def static_of(words: str, where: str, scale: str = TENSOR) -> CacheStored:
+    """Of a config that says in a word or two that K and V have fixed scales: AutoFP8's ``static``, and auto-round's keys."""
+    kind = words.rpartition(" ")[2]
+    if kind in _E4M3:
+        return CacheStored(words, where, CacheScheme("e4m3", scale))
+    return CacheStored(words[:60], where, reason=f"{', '.join(_E4M3)} are kept, and nothing else")
+
+
 def algorithm_of(name: str, where: str) -> CacheStored | None:
     """Of modelopt's ``kv_cache_quant_algo``."""
     if name.upper() in ("", "NONE"):
@@ -82,12 +94,14 @@ def algorithm_of(name: str, where: str) -> CacheStored | None:
 # --- tensors ---
 
 
-def side_of(name: str) -> tuple[Side, bool] | None:
+def sides_of(name: str) -> tuple[tuple[Side, ...], bool] | None:
     """What a tensor of this name scales, and whether it holds largest magnitudes; None for other tensors."""
     found = _SCALE.search(name)
     if found is None:
         return None
-    return ("k" if "k" in found.groups()[:3] else "v"), found[4] is not None
+    own = found[1] or found[2] or found[3]
+    sides: tuple[Side, ...] = ("k", "v")
+    return tuple(side for side in sides if side in own), found[4] is not None
 
 
 def unused(name: str) -> str | None:
@@ -217,11 +231,12 @@ def _pairs(
     why: dict[str, str] = {}
     for name, spellings in found.items():
         layer = next((x for x in decoder.layers if any(key.startswith(f"{x}.") for key in spellings)), None)
-        kind = side_of(name)
+        kind = sides_of(name)
         if layer is None or kind is None:
             why[name] = "scale of a KV cache, of no layer of the decoder"
         else:
-            sides.setdefault((layer, kind[0]), []).append(Scale(files.tensors[name], kind[1]))
+            for side in kind[0]:
+                sides.setdefault((layer, side), []).append(Scale(files.tensors[name], kind[1]))
     out: dict[str, tuple[Scale, Scale]] = {}
     for layer in decoder.layers:
         k, v = sides.get((layer, "k"), []), sides.get((layer, "v"), [])

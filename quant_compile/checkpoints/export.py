@@ -32,6 +32,10 @@ from quant_compile.model.weights import _stores_columns, linear_weights
 
 KeyOf = Callable[[nn.Parameter], Key | None]
 SHOWN = 8
+# What the format ``packed`` refuses as well.
+TIED = "it is the table of an embedding too, and weights that are tied are stored once, as they are"
+UNSCALED = "the scale of its input is not known: call the model once"
+PACKED_FIX = 'quant_compile.save(model, folder, "packed") writes them as they are, for this package alone'
 NO_CACHE = CacheForm()
 
 
@@ -92,7 +96,7 @@ def _check(model: nn.Module, export: Export, wanted: Mapping[str, Scheme], dtype
     items = [item for job in export.jobs for item in job.items]
     infos = {i.name: TensorInfo(i.name, Path("model.safetensors"), i.dtype, i.shape, 0, i.nbytes) for i in items}
     files = Files(Path("the saved folder"), infos)
-    fix = "Fix: `keep` this weight in the policy, and report this model."
+    fix = f"Fix: {PACKED_FIX}; or `keep` this weight in the policy. Report this model."
     if len(infos) < len(items):
         names = [item.name for item in items]
         twice = next(name for name in names if names.count(name) > 1)
@@ -194,9 +198,9 @@ class _Exporter:
         if entry.own_input:
             return "its input is reordered or scaled for its codes, which has no place in a checkpoint of this format"
         if id(parameter) in self._embedded:
-            return "it is the table of an embedding too, and weights that are tied are stored once, as they are"
+            return TIED
         if scheme.static and entry.input_scale is None:
-            return "the scale of its input is not known: call the model once"
+            return UNSCALED
         if key.view and key.view != tuple(parameter.shape):
             return f"it is multiplied as {'x'.join(map(str, key.view))}, and is no matrix of a linear"
         if parameter.dim() == 3:
@@ -289,9 +293,9 @@ class _Exporter:
         for (spec, reason), names in self.refusals.items():
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             lines.append(f"  {spec}: {reason}: {', '.join(names[:SHOWN])}{more}")
-        lines.append(
-            "Fix: give these weights another scheme by a rule of the policy, or `keep` them, and call the model once."
-        )
+        other = "give these weights another scheme by a rule of the policy, or `keep` them, and call the model once"
+        packable = not any(reason in (TIED, UNSCALED) for _, reason in self.refusals)
+        lines.append(f"Fix: {PACKED_FIX}; or {other}." if packable else f"Fix: {other}.")
         raise SaveError("\n".join(lines))
 
 

@@ -1,9 +1,10 @@
-"""FP8 with a scale for each block of 128 x 128, as DeepSeek-V3 and transformers' FineGrainedFP8 store it, and FP8 per tensor beside it.
+"""FP8 with a scale for each block of 128 x 128, as DeepSeek-V3 and transformers' FineGrainedFP8 store it, and FP8 per tensor, as AutoFP8.
 
     W = weight * weight_scale_inv        (the name notwithstanding, it multiplies)
 
 ``weight`` e4m3 [n, k]; ``weight_scale_inv`` [ceil(n/bn), ceil(k/bk)] f32 (or bf16, or the exponents of ue8m0), one number without
-``weight_block_size``. Inputs are quantized in groups of bk when the model runs, or by a scale in the file (``static``).
+``weight_block_size`` (AutoFP8's ``weight_scale``). Inputs are quantized in groups of bk when the model runs, or by a scale in the
+file (``static``): ``input_scale``, which AutoFP8 called ``act_scale`` before June 2024. Its ``kv_cache_scheme`` is a word, ``static``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_compile.checkpoints.description import Description, Keys, Stored, Target
+from quant_compile.checkpoints.cache import static_of, stored_of
+from quant_compile.checkpoints.description import CacheStored, Description, Keys, Stored, Target
 from quant_compile.checkpoints.weight import REAL, Module, Read, check_e8m0, check_fp8, fp8_blocks, fp8_weight
 from quant_compile.ir.scheme import QuantArgs
 
-SUFFIXES = ("weight", "weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
+_INPUT_SCALES = ("input_scale", "activation_scale", "act_scale")
+SUFFIXES = ("weight", "weight_scale_inv", "weight_scale", *_INPUT_SCALES)
 FORMAT = "fp8-block"
 _HARMLESS = ("quant_method", "fmt", "scale_fmt", "dequantize", "use_kernels", "provider", "autoround_version")
 _EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)
@@ -34,7 +37,17 @@ def describe(keys: Keys) -> Description:
     variant = "x".join(map(str, block)) if block else ""
     stored = Stored(FORMAT, 8, inputs=inputs, variant=variant)
     ignored = (*keys.texts("modules_to_not_convert"), *keys.texts("ignored_layers"))
-    return Description("fp8", keys.where, (Target(stored),), ignored, notes=keys.ignored(_HARMLESS))
+    return Description("fp8", keys.where, (Target(stored),), ignored, _cache(keys), keys.ignored(_HARMLESS))
+
+
+def _cache(keys: Keys) -> CacheStored | None:
+    """``kv_cache_scheme``: AutoFP8's word, or an object as compressed-tensors has it."""
+    scheme = keys.get("kv_cache_scheme", (str, dict))
+    if not scheme:
+        return None
+    if isinstance(scheme, str):
+        return static_of(scheme, f"{keys.where}.kv_cache_scheme")
+    return stored_of(Keys(scheme, f"{keys.where}.kv_cache_scheme"))
 
 
 def read(module: Module, stored: Stored) -> Read:
@@ -43,7 +56,7 @@ def read(module: Module, stored: Stored) -> Read:
     codes = check_fp8(module, "weight", codes)
     name = "weight_scale_inv" if module.has("weight_scale_inv") else "weight_scale"
     if not stored.variant:
-        given = next((suffix for suffix in ("input_scale", "activation_scale") if module.has(suffix)), None)
+        given = next((suffix for suffix in _INPUT_SCALES if module.has(suffix)), None)
         scale = module.scale(name, REAL, (), (1,), (1, 1), (module.n,), (module.n, 1))
         return fp8_weight(module, codes, scale, stored.inputs, module.one(given) if given else None)
     bn, bk = map(int, stored.variant.split("x"))

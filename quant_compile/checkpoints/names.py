@@ -198,7 +198,7 @@ class Resolver:
             reason = self._harmless(name)
             if reason is not None:
                 ignored[name] = reason
-            elif cache.side_of(name) is not None:
+            elif cache.sides_of(name) is not None:
                 cached[name] = tuple(self._spellings(name))
             else:
                 left.append(name)
@@ -397,7 +397,7 @@ class Resolver:
         found = _LAYER.search(name)
         if found and isinstance(layers, int) and int(found[1]) >= layers:
             return f"of layer {found[1]}, and the model has {layers}: a layer that predicts further tokens, which transformers does not run"
-        if cache.side_of(name) is None and (reason := cache.unused(name)) is not None:
+        if cache.sides_of(name) is None and (reason := cache.unused(name)) is not None:
             return reason
         if name.endswith("rotary_emb.inv_freq"):
             return "computed from the config"

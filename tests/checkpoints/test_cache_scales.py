@@ -135,6 +135,65 @@ def test_modelopt(says: dict[str, Any], name: str | None, tmp_path: Path) -> Non
         assert "KV cache: in 16 bits" in "\n".join(plan.notes) and "NVFP4" in "\n".join(plan.notes)
 
 
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_gptq"}
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "name"),
+    [
+        ({"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static"}, 1, "FP8_TENSOR"),
+        ({"quant_method": "fp8", "kv_cache_scheme": FP8}, 1, "FP8_TENSOR"),
+        ({"quant_method": "fp8", "kv_cache_scheme": "dynamic"}, 1, None),
+        ({"quant_method": "fp8", "kv_cache_scheme": " "}, 1, None),
+        ({"quant_method": "fp8"}, 1, None),
+        ({**AUTO_ROUND, "static_kv_dtype": "fp8"}, 1, "FP8_TENSOR"),
+        ({**AUTO_ROUND, "static_kv_dtype": "float8_e4m3fn", "static_kv_granularity": "head"}, 2, "FP8_HEAD"),
+        (
+            {**AUTO_ROUND, "static_attention_dtype": "fp8", "static_attention_granularity": "head"}
+            | {"static_kv_dtype": "fp8", "static_kv_granularity": "tensor"},
+            2,
+            "FP8_HEAD",
+        ),
+        ({**AUTO_ROUND, "static_kv_dtype": "nvfp4"}, 1, None),
+        (AUTO_ROUND, 1, None),
+    ],
+)
+def test_autofp8_and_auto_round(config: dict[str, Any], count: int, name: str | None, tmp_path: Path) -> None:
+    """Their configs have a word or two for it."""
+    plan = plan_of(checkpoint(tmp_path, spelled(count=count), None, config))
+    assert (plan.cache.scheme and plan.cache.scheme.name) == name
+    assert len(plan.cache.scales) == (2 if name else 0) and bool(plan.mapped.ignored or plan.cache.unused) != bool(name)
+    said = any(key in config for key in ("kv_cache_scheme", "static_kv_dtype"))
+    assert any(note.startswith("KV cache: ") for note in plan.notes) == (said or name is not None)
+    assert not any("ignored" in note for note in plan.notes)
+
+
+def test_one_scale_for_k_and_v(tmp_path: Path) -> None:
+    """AutoFP8 before July 2024; beside scales of their own it is one too many."""
+    scales = {f"model.layers.{i}.self_attn.kv_scale": scale(i, "k").reshape(()) for i in (0, 1)}
+    config = {"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static"}
+    found = load(checkpoint(tmp_path / "one", scales, None, config))
+    both = [(k, k) for k, _ in wanted()]
+    assert held(found) == [("FP8_TENSOR", pair) for pair in both]
+    scales["model.layers.1.self_attn.k_scale"] = scale(1, "k")
+    plan = plan_of(checkpoint(tmp_path / "more", scales, None, config))
+    assert list(plan.cache.scales) == ["model.layers.0"]
+    assert "has 2 of K and 1 of V" in plan.cache.unused["model.layers.1.self_attn.kv_scale"]
+
+
+def test_global_scales_of_a_cache_in_nvfp4_are_named(tmp_path: Path) -> None:
+    plan = plan_of(
+        checkpoint(tmp_path, spelled("self_attn.{}_global_scale"), None, {**AUTO_ROUND, "static_kv_dtype": "nvfp4"})
+    )
+    assert len(plan.mapped.ignored) == 4 and all("NVFP4" in why for why in plan.mapped.ignored.values())
+
+
+def test_a_granularity_that_is_not_known(tmp_path: Path) -> None:
+    config = {**AUTO_ROUND, "static_kv_dtype": "fp8", "static_kv_granularity": "row"}
+    with pytest.raises(CheckpointError, match="static_kv_granularity must be one of tensor, head"):
+        plan_of(checkpoint(tmp_path, spelled(), None, config))
+
+
 def test_quantized_weights_beside_it(tmp_path: Path) -> None:
     """And other tensors of quantized attention are named with their reasons."""
     case, model = CASES["ct packed 4 sym"], tiny_llama()

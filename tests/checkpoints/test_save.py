@@ -410,25 +410,47 @@ def test_what_the_format_cannot_express(name: str, tmp_path: Path) -> None:
         )
         return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
-    model, _ = compiled(make, policy)
+    model, wanted = compiled(make, policy)
     with pytest.raises(SaveError, match=why) as caught:
         quant_compile.save(model, tmp_path / "saved")
-    assert "model.layers.0.mlp.down_proj.weight" in str(caught.value) and "Fix:" in str(caught.value)
+    assert "model.layers.0.mlp.down_proj.weight" in str(caught.value)
     assert not list(tmp_path.iterdir())
+    _, _, fix = str(caught.value).partition("Fix: ")
+    assert fix.startswith('quant_compile.save(model, folder, "packed")')
+    quant_compile.save(model, tmp_path / "saved", "packed")
+    assert torch.equal(logits(load(tmp_path / "saved")), wanted)
 
 
 def test_a_head_that_is_tied_and_quantized(tmp_path: Path) -> None:
     policy = {"version": 1, "default": "W8A8", "rules": [{"match": "lm_head", "scheme": "W8A16"}]}
     model, _ = compiled(partial(tiny_llama, 1, tied=True), policy)
-    with pytest.raises(SaveError, match="table of an embedding"):
+    with pytest.raises(SaveError, match="table of an embedding") as caught:
         quant_compile.save(model, tmp_path / "saved")
+    assert "packed" not in str(caught.value)  # refuses it as well
 
 
 def test_an_input_in_another_order(tmp_path: Path) -> None:
     case = CASES["gptq desc_act"]
     model = load(quantized(tmp_path / "gptq", tiny_llama(layers=1), case.pack, case.config))
-    with pytest.raises(SaveError, match="reordered"):
+    with pytest.raises(SaveError, match=r'reordered(.|\n)*Fix: .*"packed"'):
         quant_compile.save(model, tmp_path / "saved")
+    quant_compile.save(model, tmp_path / "saved", "packed")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
+def test_linears_that_store_columns(tmp_path: Path) -> None:
+    """GPT-2's Conv1D has no place in compressed-tensors; ``packed`` keeps it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make() -> nn.Module:
+        config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=128, dtype="bfloat16")
+        return GPT2LMHeadModel._from_config(config, dtype=torch.bfloat16).eval()
+
+    model, wanted = compiled(make, "W8A8")
+    with pytest.raises(SaveError, match=r'Conv1D(.|\n)*Fix: .*"packed"'):
+        quant_compile.save(model, tmp_path / "saved")
+    quant_compile.save(model, tmp_path / "saved", "packed")
+    assert torch.equal(logits(load(tmp_path / "saved")), wanted)
 
 
 def test_models_that_are_not_compiled_or_were_never_called(tmp_path: Path) -> None:
@@ -800,7 +822,7 @@ def test_convert_dequantizes_a_checkpoint(tmp_path: Path) -> None:
     for name, value in truth.state_dict().items():
         assert torch.equal(found[name], loaded[name])
         assert distance(found[name].float(), value.float()) < 4e-3  # the truth's scales are rounded to bf16
-    with pytest.raises(SaveError, match="factors of its inputs"):
+    with pytest.raises(SaveError, match=r'factors of its inputs(.|\n)*Fix: .*"packed"'):
         model = quant_compile.compile(tiny_llama(layers=1), {"default": "keep"})
         scale_input(model.model.layers[0].mlp.up_proj, None, torch.ones(256))  # type: ignore[union-attr, index]
         quant_compile.save(model, tmp_path / "other")
