@@ -1,1 +1,1 @@
-"""What schemes do to a model, measured and estimated: comparison on a text, and which scheme for which purpose."""
+"""What schemes do to a model: comparison on a text, each weight's share, schemes under a budget, and which scheme for which purpose."""

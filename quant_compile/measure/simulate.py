@@ -18,6 +18,8 @@ from quant_compile.ir.errors import MeasureError, ReleasedWeightError, WeightErr
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.numerics import all_finite
 from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.rounding import recipe
+from quant_compile.lowering.rounding.recipe import Rounding, planes_of
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.follow import Following, Made, Meeting, weights_by_address
 from quant_compile.model.weights import Weight
@@ -43,8 +45,8 @@ def quantized_values(weight: Tensor, scheme: Scheme) -> Tensor:
         for index, expert in enumerate(weight):
             out[index] = quantized_values(expert, scheme)
         return out
-    family = family_of(scheme)
-    return family.dequantize_weight(family.quantize_weight(weight.contiguous(), scheme), scheme, weight.shape[-1])
+    planes = planes_of(weight.contiguous(), scheme, Rounding(recipe.DEFAULT))
+    return family_of(scheme).dequantize_weight(planes, scheme, weight.shape[-1])
 
 
 def quantized_input(x: Tensor, scheme: Scheme, scale: Tensor | None = None) -> Tensor:
