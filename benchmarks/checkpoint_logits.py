@@ -37,12 +37,12 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-def dequantized(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """transformers' model in ``dtype`` with the checkpoint's values, each rounded to bf16."""
+def dequantized(folder: Path, dtype: torch.dtype, rounded: torch.dtype = torch.bfloat16) -> nn.Module:
+    """transformers' model in ``dtype`` with the checkpoint's values, each ``rounded``."""
     plan = plan_of(folder, {"default": "keep"}, torch.device("cpu"), dtype)
     quantized = [job for job in plan.mapped.jobs if isinstance(job, Linear | Experts)]
     rest = [job for job in plan.mapped.jobs if not isinstance(job, Linear | Experts)]
-    filler = Filler(plan.files, plan.description, torch.bfloat16, torch.device("cpu"))
+    filler = Filler(plan.files, plan.description, rounded, torch.device("cpu"))
     for job in quantized:
         if isinstance(job, Linear):
             values = filler.read(job.stem, False).dequantized()
@@ -53,7 +53,7 @@ def dequantized(folder: Path, dtype: torch.dtype) -> nn.Module:
             if job.interleaved != job.alternates:
                 values = torch.stack(values.chunk(2, 1), 2).flatten(1, 2)
             values = values.transpose(1, 2) if job.transposed else values
-        place(job.slot, values.to(torch.bfloat16).to(dtype).contiguous())
+        place(job.slot, values.to(rounded).to(dtype).contiguous())
     Filler(plan.files, plan.description, dtype, torch.device("cpu")).fill(replace(plan.mapped, jobs=tuple(rest)))
     return plan.model.eval()
 

@@ -304,13 +304,24 @@ def test_speed_is_that_of_generate_and_the_command_prints_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, tokenizer = demo.WEIGHTS / "dense", demo.WEIGHTS / "tokenizer.json"
-    given = ["compare", str(folder), str(demo.WEIGHTS / "heldout.txt"), "--policies", "W8A16", "--new-tokens", "8"]
+    given = ["compare", str(folder), str(demo.WEIGHTS / "heldout.txt"), "--policies", "W8A16", "--new-tokens", "32"]
     given += ["--tokenizer", str(tokenizer), "--length", "32", "--windows", "2", "--device", "cpu"]
     assert cli.main([*given, "--json", str(tmp_path / "r.json")]) == 0
     assert "W8A16" in capsys.readouterr().out
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["label"] for row in rows] == ["eager", "keep", "W8A16"]
-    assert all(row["tokens_per_second"] > 0 and row["error"] is None for row in rows)
+    for row in rows:  # on a busy machine one token may take as long as 32, which is said
+        assert (row["tokens_per_second"] or 0) > 0 or "took no longer than one; raise new_tokens" in row["error"]
+
+
+def test_the_first_token_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cut = small().eval(), windows_of(text(), LENGTH, 3)
+    setting = module._Setting(cut, batch=2, new_tokens=8, options={}, keep=0)
+    monkeypatch.setattr(module, "_seconds", lambda model, ids, count: {1: 0.5, 8: 1.2}[count])
+    assert module._speed(model, setting) == (pytest.approx(2 * 7 / 0.7), None)
+    monkeypatch.setattr(module, "_seconds", lambda model, ids, count: 0.5)
+    assert module._speed(model, setting) == (None, "generate: 8 tokens took no longer than one; raise new_tokens")
+    assert module._speed(nn.Linear(2, 2), setting) == (None, "Linear does not generate")
 
 
 def test_the_command_reports_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
