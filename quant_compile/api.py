@@ -64,6 +64,7 @@ def compile(
     device = offload.execution_device(model)
     target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu" if device is None else device))
     source = PolicySource(parsed.policy, default_policy(target))
+    source.check_planes()
     source, loaded = _with_loaded(unwrap(model), source, policy is not None)
     problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)

@@ -251,18 +251,28 @@ class PolicySource:
         Raises:
             PolicyError: the policy's method needs planes that are not there, or the file is not readable.
         """
-        policy = self.policy
-        if policy.planes is None:
-            if policy.method is not None:
-                raise PolicyError(
-                    f"{policy.source or policy.name}: method {policy.method} needs planes that example batches make.\n"
-                    "Fix: policy = quant_compile.calibrate(model, batches, policy), or leave `method` out."
-                )
-            return Rounding(policy.rounding)
-        for name in names:
+        policy = self.check_planes()
+        for name in names if policy.planes is not None else ():
+            name = name.removesuffix(".weight")
             if (told := self._planes_of.get(name)) is not None:
                 return Rounding(told["method"], f"{self._token}.{name}", _Stored(policy.planes, name, told["weights"]))
         return Rounding(policy.rounding)
+
+    def check_planes(self) -> Policy:
+        """The policy, whose planes are there if it needs any.
+
+        Raises:
+            PolicyError: they are not, or are not readable.
+        """
+        policy = self.policy
+        if policy.planes is not None:
+            _ = self._planes_of
+        elif policy.method is not None:
+            raise PolicyError(
+                f"{policy.source or policy.name}: method {policy.method} needs planes that example batches make.\n"
+                "Fix: policy = quant_compile.calibrate(model, batches, policy), or leave `method` out."
+            )
+        return policy
 
     @cached_property
     def _token(self) -> str:

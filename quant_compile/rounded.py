@@ -95,12 +95,11 @@ def round_weights(
             for batch in track(batches, f"reading inputs{part}"):
                 with moments:
                     run_batch(model, batch)
-        with torch.no_grad():
+        with torch.inference_mode():  # as the sums were made
             for job in track(group, f"rounding{part}"):
                 made = _round(job, moments)
                 if made is not None:
                     out[job.name] = made
-                moments.sums.pop(job.name, None)
     return out
 
 
@@ -137,7 +136,7 @@ def _groups(jobs: Iterable[_Job], whole: bool) -> Iterable[list[_Job]]:
 
 
 def _round(job: _Job, moments: Moments) -> Rounded | None:
-    sums = moments.sums.get(job.name)
+    sums = moments.sums.pop(job.name, None)
     if sums is None:
         if job.required and not job.size.experts:
             raise MissingScalesError(
@@ -151,7 +150,7 @@ def _round(job: _Job, moments: Moments) -> Rounded | None:
         )
     tokens = moments.tokens[job.name]
     if not job.size.experts:
-        planes, method = _matrix(job, None, sums[0] / int(tokens[0]), int(tokens[0]), moments.whole, None)
+        planes, method = _matrix(job, None, sums[0].div_(int(tokens[0])), int(tokens[0]), moments.whole, None)
         return Rounded(tuple(plane.cpu() for plane in planes), job.scheme, method)
     # What the others met stands for an expert that met too little.
     squares = sums.diagonal(dim1=1, dim2=2).sum(0) if moments.whole else sums.sum(0)
@@ -159,7 +158,7 @@ def _round(job: _Job, moments: Moments) -> Rounded | None:
     parts: list[Planes] = []
     methods: dict[str, int] = {}
     for expert, count in enumerate(tokens.tolist()):
-        planes, method = _matrix(job, expert, sums[expert] / max(1, count), count, moments.whole, shared)
+        planes, method = _matrix(job, expert, sums[expert].div_(max(1, count)), count, moments.whole, shared)
         parts.append(tuple(plane.cpu() for plane in planes))
         methods[method] = methods.get(method, 0) + 1
     stacked = tuple(torch.stack([_bytes(p) for p in plane]).view(plane[0].dtype) for plane in zip(*parts, strict=True))

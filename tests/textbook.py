@@ -385,3 +385,40 @@ def fake_quant_model(
             fake = FakeQuantExperts(module, scheme, limits)
         setattr(made.get_submodule(parent), leaf, fake)
     return made
+
+
+def gptq_values(w: Tensor, moments: Tensor, step: Tensor, lowest: float, highest: float, damping: float) -> Tensor:
+    """GPTQ by the book (arXiv 2210.17323, section 3), in f64: after each input its row and column leave the inverse.
+
+    Args:
+        w: [n, k].
+        moments: [k, k], of inputs.
+        step: [n, 1], what codes are multiples of; may be negative.
+        lowest, highest: codes.
+        damping: share of the mean of the diagonal that is added to it.
+
+    Returns:
+        [n, k] f64, the values that codes stand for.
+    """
+    w, step = w.double().clone(), step.double()
+    hessian = moments.double()
+    inverse = torch.linalg.inv(
+        hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    )
+    out = torch.empty_like(w)
+    for j in range(w.shape[1]):
+        out[:, j] = (w[:, j] / step[:, 0]).round().clamp(lowest, highest) * step[:, 0]
+        error = (w[:, j] - out[:, j]) / inverse[j, j]
+        w[:, j:] -= error[:, None] * inverse[j, j:]
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return out
+
+
+def least_int4_error(group: Tensor, importance: Tensor, steps: int = 4000) -> float:
+    """Least weighted square error of one group [size] under any scale, 16 codes from -8: a fine scan, in f64."""
+    group, importance = group.double(), importance.double()
+    amax = float(group.abs().max())
+    scales = torch.linspace(-amax / 4, amax / 4, steps, dtype=torch.float64)
+    scales = scales[scales != 0][:, None]
+    values = (group / scales).round().clamp(-8, 7) * scales
+    return float(((values - group).square() * importance).sum(-1).min())

@@ -24,7 +24,7 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
     """[n, k] -> planes in row form; None where the scheme's codes cannot be chosen, or the moments are of no use.
 
     Args:
-        moments: [k, k] f32, the mean of x x^T over tokens; it is overwritten.
+        moments: [k, k] f32, the mean of x x^T over tokens; its memory is used.
     """
     grid = family_of(scheme).grid(w, scheme)
     if grid is None:
@@ -62,14 +62,14 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
 
 
 def _inverse_factor(moments: Tensor, mean: Tensor) -> Tensor | None:
-    """Upper Cholesky factor of the inverse of damped moments [k, k]."""
+    """Upper Cholesky factor of the inverse of damped moments [k, k]; two such matrices are held, since k may be large."""
     damping = DAMPING
     while damping <= MOST_DAMPING:
         moments.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(moments)
+        factor, failed = torch.linalg.cholesky_ex(moments)
         if not bool(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bool(failed) and bool(torch.isfinite(upper).all()):
-                return upper
+            torch.cholesky_inverse(factor, out=moments)
+            torch.linalg.cholesky_ex(moments, upper=True, out=(factor, failed))
+            return factor if not bool(failed) and bool(torch.isfinite(factor).all()) else None
         damping *= 10
     return None

@@ -1,0 +1,295 @@
+"""What each way of rounding costs the bundled models, beside rounding to nearest; how long it takes, and what it holds.
+
+    python benchmarks/rounding.py                                  # on a GPU if there is one; writes results/rounding_<device>.json
+    python benchmarks/rounding.py --models dense --schemes W4A16 --methods gptq --seeds 1
+    python benchmarks/rounding.py --models --large                 # the Llama-3-8B shape alone: seconds and peak memory
+
+Quantization is simulated in the eager model (``quant_compile/measure/simulate.py``), so that all schemes are measured alike and no
+kernel plays a part. Measured is held-out text; calibrated is with windows of what the models were trained on, drawn anew by each seed.
+Extra perplexity is relative to 16 bits, and a method's ratio is its extra to nearest's. KL to 16 bits is beside it, since a perplexity
+is one draw: of two roundings alike one may happen to please this text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import LLAMA_3_8B, RESULTS, Deadline, build_llama, machine, source_hash, table, write_result
+from torch import Tensor
+
+import quant_compile
+from quant_compile import demo
+from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.scheme import Scheme, parse
+from quant_compile.lowering.rounding.recipe import METHODS, NEAREST, SEARCH, Rounding, planes_of
+from quant_compile.measure.simulate import Chosen, Simulation, Values
+from quant_compile.measure.windows import divergence, losses, windows_of
+from quant_compile.model.weights import linear_weights
+from quant_compile.options import PolicySource
+from quant_compile.policy import Policy
+
+SOURCE = source_hash()
+LENGTH, WINDOWS, CALIBRATION = 448, 32, 128
+SCHEMES = ("W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16", "W4A8", "NVFP4", "MXFP4", "W8A8")
+TRAINED_ON = 6_000_000
+"""Bytes of the standard library that calibration windows are drawn from."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rounding.
+
+    Attributes:
+        method: nearest, search (no data), ``search, data`` or gptq.
+        extra: perplexity to that of 16 bits, less one.
+        kl: mean divergence of the logits from 16 bits', nats.
+        to_nearest: ``extra`` over nearest's.
+        kl_to_nearest: ``kl`` over nearest's.
+        seconds: of the rounding, calibration included.
+    """
+
+    model: str
+    scheme: str
+    method: str
+    seed: int
+    extra: float
+    kl: float
+    to_nearest: float
+    kl_to_nearest: float
+    seconds: float
+    source: str = SOURCE
+    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d", time.gmtime()))
+
+
+class Rounded(Values):
+    """Values of planes that a policy's roundings make."""
+
+    def __init__(self, source: PolicySource) -> None:
+        super().__init__(kept_bytes=1 << 34)
+        self.source = source
+        self._made: dict[str, Tensor] = {}
+
+    def of(self, chosen: Chosen, transposed: bool) -> Tensor:
+        if chosen.name not in self._made:
+            self._made[chosen.name] = self._values(chosen, transposed)
+        return self._made[chosen.name]
+
+    def _values(self, chosen: Chosen, transposed: bool) -> Tensor:
+        stored = chosen.weight.parameter.detach()
+        weight = (stored.mT if transposed else stored).contiguous()
+        how = self.source.rounding((chosen.name,))
+        if weight.dim() == 2:
+            made = _values(planes_of(weight, chosen.scheme, how), chosen.scheme, weight)
+        else:
+            parts = [
+                _values(planes_of(each, chosen.scheme, how, e), chosen.scheme, each) for e, each in enumerate(weight)
+            ]
+            made = torch.stack(parts)
+        return made.mT.contiguous() if transposed else made
+
+
+def _values(planes: Planes, scheme: Scheme, weight: Tensor) -> Tensor:
+    return family_of(scheme).dequantize_weight(planes, scheme, weight.shape[1])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, what it is measured on, its logits in 16 bits, and where calibration windows come from."""
+
+    name: str
+    model: Any
+    windows: Tensor
+    reference: list[Tensor]
+    loss: float
+    trained_on: Tensor
+
+
+@torch.inference_mode()
+def logits_of(model: Any, window: Tensor) -> Tensor:
+    """[length, vocabulary]."""
+    return model(input_ids=window[None, :-1], use_cache=False).logits[0]
+
+
+def setting(name: str, device: torch.device, count: int) -> Setting:
+    """Load the model and its logits."""
+    lm = demo.load(name, device=device)
+    windows = windows_of(lm.heldout, LENGTH, count)
+    reference = [logits_of(lm.model, window) for window in windows]
+    loss = statistics.fmean(float(losses(logits, w[1:]).mean()) for logits, w in zip(reference, windows, strict=True))
+    return Setting(name, lm.model, windows, reference, loss, trained_on(device))
+
+
+def trained_on(device: torch.device) -> Tensor:
+    """Token ids of the standard library's files that are not held out."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "tiny_lm"))
+    import tokenizers
+    from corpus import encode, read_corpus
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(demo.find_weights() / "tokenizer.json"))
+    files = read_corpus(TRAINED_ON).train
+    return torch.tensor(encode(tokenizer, files[:: max(1, len(files) // 300)]), device=device)
+
+
+def batches_of(ids: Tensor, seed: int, count: int) -> list[Tensor]:
+    """Windows drawn at random, eight to a batch."""
+    starts = torch.randint(0, ids.numel() - LENGTH, (count,), generator=torch.Generator().manual_seed(seed))
+    return list(torch.stack([ids[s : s + LENGTH] for s in starts.tolist()]).split(8))
+
+
+def evaluate(at: Setting, policy: Policy) -> tuple[float, float]:
+    """(extra perplexity, KL)."""
+    decided = [(weight, policy.decide(weight.site).scheme) for weight in linear_weights(at.model)]
+    chosen = [Chosen(weight, scheme) for weight, scheme in decided if scheme is not None]
+    values, kl, loss = Rounded(PolicySource(policy, "")), list[float](), list[float]()
+    for window, reference in zip(at.windows, at.reference, strict=True):
+        with torch.inference_mode(), Simulation(chosen, values):
+            logits = logits_of(at.model, window)
+        loss.append(float(losses(logits, window[1:]).mean()))
+        kl.append(float(divergence(logits, reference).kl.mean()))
+    return math.expm1(statistics.fmean(loss) - at.loss), statistics.fmean(kl)
+
+
+def measure(at: Setting, spec: str, methods: Iterable[str], seeds: int, count: int, deadline: Deadline) -> list[Row]:
+    """Rows of one scheme, nearest first."""
+    rows: list[Row] = []
+
+    def add(method: str, seed: int, policy: Policy, seconds: float) -> None:
+        extra, kl = evaluate(at, policy)
+        base = rows[0] if rows else None
+        ratios = (1.0, 1.0) if base is None else (extra / base.extra, kl / base.kl)
+        rows.append(Row(at.name, spec, method, seed, extra, kl, *ratios, seconds))
+        print(
+            f"{at.name} {spec} {method} {seed}: {extra:+.3%} KL {kl:.5f}, of nearest's {ratios[0]:.3f} {ratios[1]:.3f}",
+            flush=True,
+        )
+
+    for method in (NEAREST, SEARCH):
+        start = time.perf_counter()
+        round_all(at.model, spec, Rounding(method))
+        add(method, 0, Policy.load({"default": spec, "rounding": method}), time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        for method in methods:
+            for seed in range(seeds):
+                if deadline.passed:
+                    return rows
+                start, policy = time.perf_counter(), {"default": spec, "method": method}
+                path = Path(folder) / f"{method}{seed}.safetensors"
+                batches = batches_of(at.trained_on, seed, count)
+                made = quant_compile.calibrate(at.model, batches, policy, path=path, progress=False)
+                add(f"{method}, data", seed, made, time.perf_counter() - start)
+    return rows
+
+
+def round_all(model: Any, spec: str, how: Rounding) -> None:
+    """For the time that it takes."""
+    scheme, policy = parse(spec), Policy.load({"default": spec})
+    for weight in linear_weights(model):
+        if policy.decide(weight.site).scheme is None:
+            continue
+        values = weight.parameter.detach()
+        for each in values if values.dim() == 3 else (values,):
+            planes_of(each.contiguous() if each.shape[1] == weight.site.k else each.t().contiguous(), scheme, how)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def large(device: torch.device, methods: Iterable[str], count: int) -> list[dict[str, Any]]:
+    """The Llama-3-8B shape, 16 layers of random weights, random tokens: seconds and peak memory."""
+    model: Any = build_llama(LLAMA_3_8B, 16, device)
+    held = torch.cuda.memory_allocated()
+    rows: list[dict[str, Any]] = []
+    ids = torch.randint(0, model.config.vocab_size, (count, LENGTH), generator=torch.Generator().manual_seed(0))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    torch.cuda.reset_peak_memory_stats()
+    round_all(model, "W4A16", Rounding(SEARCH))
+    rows.append(_large_row("W4A16", SEARCH, start, held))
+    with tempfile.TemporaryDirectory() as folder:
+        for method in methods:
+            torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            path = Path(folder) / "planes.safetensors"
+            batches = [{"input_ids": part.to(device), "use_cache": False, "logits_to_keep": 1} for part in ids.split(8)]
+            quant_compile.calibrate(model, batches, {"default": "W4A16", "method": method}, path=path, progress=False)
+            rows.append(_large_row("W4A16", f"{method}, data", start, held))
+    return rows
+
+
+def _large_row(scheme: str, method: str, start: float, held: int) -> dict[str, Any]:
+    torch.cuda.synchronize()
+    row = {
+        "scheme": scheme,
+        "method": method,
+        "seconds": time.perf_counter() - start,
+        "held_gib": held / 2**30,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+    print(row, flush=True)
+    return row
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Means over seeds."""
+    cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["scheme"], row["method"]), []).append(row)
+    lines = [
+        [
+            *key,
+            len(found),
+            *(
+                f"{statistics.fmean(r[name] for r in found):.4f}"
+                for name in ("extra", "kl", "to_nearest", "kl_to_nearest", "seconds")
+            ),
+        ]
+        for key, found in cells.items()
+    ]
+    print(table(("model", "scheme", "method", "seeds", "extra", "kl", "to nearest", "kl to nearest", "s"), lines))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="*", default=["dense", "moe"], choices=("dense", "moe"))
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"held-out windows of {LENGTH} tokens")
+    parser.add_argument("--calibration", type=int, default=CALIBRATION, help=f"windows of {LENGTH} tokens")
+    parser.add_argument("--large", action="store_true", help="the Llama-3-8B shape too; needs a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=1800.0, help="begin nothing after this")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args(argv)
+    device, deadline = torch.device(args.device), Deadline(args.seconds)
+    out = args.out or RESULTS / f"rounding_{device.type}.json"
+    meta: dict[str, Any] = {"benchmark": "rounding", "machine": machine(device) | {"source": SOURCE}}
+    meta["settings"] = {"length": LENGTH, "windows": args.windows, "calibration": args.calibration}
+    rows: list[dict[str, Any]] = []
+    if args.large:
+        meta["large"] = large(device, args.methods, args.calibration)
+        write_result(out, rows, meta)
+    for name in args.models:
+        at = setting(name, device, args.windows)
+        for spec in args.schemes:
+            if deadline.passed:
+                print(f"{name} {spec}: not run, the time was up")
+                continue
+            rows += map(asdict, measure(at, spec, args.methods, args.seeds, args.calibration, deadline))
+            write_result(out, rows, meta)
+    print_rows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

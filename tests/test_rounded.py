@@ -1,0 +1,208 @@
+"""Weights rounded by example batches: what calibrate writes, what compile takes, what it says where it cannot."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import quant_compile
+from quant_compile import MissingScalesError, OptionError, Policy, PolicyError, WeightError
+from quant_compile.ir.family import family_of
+from quant_compile.ir.scheme import parse
+from quant_compile.lowering.rounding.gptq import gptq
+from quant_compile.lowering.rounding.recipe import plane_key
+from quant_compile.lowering.weights import STORE
+from quant_compile.rounded import FEWEST_TOKENS
+from tests.moe_support import FAMILIES
+from tests.runtime_support import CompileCounter, Stack, plain_inductor
+
+__all__ = ["plain_inductor"]
+
+REFERENCE = {"kernels": "reference"}
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    with torch.no_grad():
+        yield
+
+
+def data(count: int = 4, rows: int = 100, k: int = 32, seed: int = 0) -> list[Tensor]:
+    """Inputs that hang together, some columns larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=generator) * 0.5 + torch.eye(k)
+    size = torch.logspace(-1, 1, k)
+    return [((torch.randn(rows, k, generator=generator) @ mix) * size).bfloat16() for _ in range(count)]
+
+
+def made(method: str, spec: str = "int4.group16+16", **more: Any) -> tuple[nn.Module, Policy]:
+    torch.manual_seed(0)
+    model = Stack(2).bfloat16()
+    custom = parse(spec).to_fields() if "." in spec else spec
+    return model, quant_compile.calibrate(model, data(), {"default": custom, "method": method, **more}, progress=False)
+
+
+@pytest.mark.parametrize("spec", ["int4.group16+16", "W4A16", "NVFP4A16", "MXFP4A16", "W8A8", "W4A8"])
+def test_gptq_end_to_end(spec: str, plain_inductor: CompileCounter) -> None:
+    """The planes are GPTQ's over the inputs that the weight met, the compiled model computes with them, and nothing else changes."""
+    model, policy = made("gptq", spec)
+    scheme, before = parse(spec), copy.deepcopy(model.state_dict())
+    name, x = "layers.0.gate_proj", torch.cat(data()).float()
+    weight = before[f"{name}.weight"]
+    expected = gptq(weight, scheme, x.t() @ x / len(x))
+    assert expected is not None and policy.planes is not None
+    with safe_open(str(policy.planes), "pt") as file:
+        found = tuple(file.get_tensor(plane_key(name, i)) for i in range(len(expected)))
+    ours, theirs = (family_of(scheme).dequantize_weight(planes, scheme, 32) for planes in (found, expected))
+    # Sums in another order move a code now and then.
+    assert float(torch.isclose(ours, theirs, rtol=1e-4, atol=1e-6).double().mean()) > 0.95
+    input_of = data(1, seed=9)[0]
+    plain = model(input_of).float()
+    quant_compile.compile(model, policy=policy, **REFERENCE)
+    assert 0 < float((model(input_of).float() - plain).norm() / plain.norm()) < 0.2
+    served = STORE.served(model.get_parameter(f"{name}.weight"), scheme.spec)
+    assert served is not None and all(torch.equal(a, b) for a, b in zip(served[1], found, strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    lines = [line for line in quant_compile.report(model).lines if line.scheme]
+    assert lines and all("rounding: gptq" in line.reason for line in lines)
+
+
+def test_a_file_names_what_it_holds() -> None:
+    model, policy = made("gptq")
+    assert policy.planes is not None and policy.scales is None
+    with safe_open(str(policy.planes), "pt") as file:
+        name = next(n for n, _ in model.named_parameters() if n.endswith("weight")).removesuffix(".weight")
+        assert file.get_tensor(plane_key(name, 0)).dtype == torch.uint8
+        assert file.metadata()["method"] == "gptq"
+
+
+def test_a_policy_file_gets_its_planes(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("version: 1\ndefault: W4A16\nmethod: search  # by inputs\n")
+    model = Stack(2).bfloat16()
+    with pytest.raises(PolicyError, match="needs planes that example batches make"):
+        quant_compile.compile(copy.deepcopy(model), policy=path, **REFERENCE)(data(1)[0])
+    policy = quant_compile.calibrate(model, data(), path, progress=False)
+    assert path.read_text().endswith("planes: mine.planes.safetensors\n") and "# by inputs" in path.read_text()
+    again = Policy.load(path)
+    assert again == policy and again.content_hash == policy.content_hash
+    quant_compile.compile(model, policy=path, **REFERENCE)
+    model(data(1)[0])
+    assert "rounding: search by inputs" in quant_compile.report(model).lines[0].reason
+    saved = policy.save(tmp_path / "other.yaml")
+    assert Policy.load(saved).planes == policy.planes
+
+
+def test_static_scales_and_planes_together(plain_inductor: CompileCounter) -> None:
+    model, policy = made("gptq", "W8A8_STATIC")
+    assert policy.scales is not None and policy.planes is not None and policy.scales != policy.planes
+    quant_compile.compile(model, policy=policy, **REFERENCE)
+    assert torch.isfinite(model(data(1)[0])).all()
+
+
+def test_other_weights_or_schemes_are_refused() -> None:
+    model, policy = made("gptq")
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.copy_(torch.randn_like(parameter))
+    with pytest.raises(WeightError, match="not those of this weight"):
+        quant_compile.compile(other, policy=policy, **REFERENCE)(data(1)[0])
+    changed = Policy.load({"default": "W4A16", "planes": str(policy.planes)})
+    with pytest.raises(PolicyError, match=r"the policy says int4\.group128"):
+        quant_compile.compile(copy.deepcopy(model), policy=changed, **REFERENCE)(data(1)[0])
+    gone = Policy.load({"default": "W4A16", "planes": "nowhere.safetensors"})
+    with pytest.raises(PolicyError, match="not readable"):
+        quant_compile.compile(copy.deepcopy(model), policy=gone, **REFERENCE)(data(1)[0])
+
+
+def test_a_shape_that_changed_is_refused() -> None:
+    _, policy = made("gptq")
+    with pytest.raises(WeightError, match="of another size"):
+        quant_compile.compile(Stack(2, 64).bfloat16(), policy=policy, **REFERENCE)(data(1, k=64)[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_are_no_numbers(bad: float) -> None:
+    batches = data()
+    batches[1][3, 5] = bad
+    with pytest.raises(MissingScalesError, match="NaN or inf"):
+        quant_compile.calibrate(Stack(2).bfloat16(), batches, {"default": "W4A16", "method": "gptq"}, progress=False)
+    assert not list(Path().glob("*.safetensors*"))
+
+
+def test_nothing_to_do() -> None:
+    model = Stack(2).bfloat16()
+    with pytest.raises(OptionError, match="no batches"):
+        quant_compile.calibrate(model, [], {"default": "W4A16", "method": "gptq"}, progress=False)
+    with pytest.raises(OptionError, match="no weight of this model has a scheme whose codes can be chosen"):
+        quant_compile.calibrate(model, data(), {"default": "FP8_DYNAMIC", "method": "gptq"}, progress=False)
+    with pytest.raises(PolicyError, match="method must be search or gptq"):
+        Policy.load({"default": "W4A16", "method": "magic"})
+    with pytest.raises(PolicyError, match="rounding must be auto or nearest or search"):
+        Policy.load({"default": "W4A16", "rounding": "up"})
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts(implementation: str, plain_inductor: CompileCounter) -> None:
+    """Each expert by its own tokens, whatever computes them; one that met few has its scales searched for, and is named."""
+    model = FAMILIES["mixtral"].make(implementation)
+    ids = torch.randint(0, model.config.vocab_size, (4, 96), generator=torch.Generator().manual_seed(2))
+    policy = quant_compile.calibrate(
+        model,
+        [{"input_ids": ids, "use_cache": False}],
+        {"default": "int4.group16+16", "method": "gptq"},
+        progress=False,
+    )
+    assert policy.planes is not None
+    with safe_open(str(policy.planes), "pt") as file:
+        told = [name for name in file.keys() if "experts" in name]  # noqa: SIM118  a safetensors file is no dict
+        assert told and all(file.get_tensor(name).shape[0] == model.config.num_local_experts for name in told)
+    plain = model(input_ids=ids, use_cache=False).logits
+    model.set_experts_implementation("grouped_mm")  # what graphs are matched for
+    other = copy.deepcopy(model)
+    quant_compile.compile(model, policy=policy, **REFERENCE)
+    quant_compile.compile(other, policy={"default": "int4.group16+16"}, **REFERENCE)
+    ours, nearest = (m(input_ids=ids, use_cache=False).logits - plain for m in (model, other))
+    assert ours.norm() < nearest.norm()
+    reasons = [line.reason for line in quant_compile.report(model).lines if "experts" in line.names[0]]
+    assert all("rounding: gptq" in reason for reason in reasons)
+
+
+def test_an_expert_that_met_few_tokens() -> None:
+    model = FAMILIES["mixtral"].make("eager")
+    ids = torch.randint(0, model.config.vocab_size, (1, 8))
+    assert ids.numel() * model.config.num_experts_per_tok < FEWEST_TOKENS * 2
+    policy = quant_compile.calibrate(
+        model,
+        [{"input_ids": ids, "use_cache": False}],
+        {"default": "int4.group16+16", "method": "gptq"},
+        progress=False,
+    )
+    model.set_experts_implementation("grouped_mm")
+    quant_compile.compile(model, policy=policy, **REFERENCE)
+    assert torch.isfinite(model(input_ids=ids, use_cache=False).logits).all()
+    reasons = [line.reason for line in quant_compile.report(model).lines if "experts" in line.names[0]]
+    assert reasons and all(f"fewer than {FEWEST_TOKENS} tokens" in reason for reason in reasons)
+
+
+def test_search_without_data_is_a_policys_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant_compile.lowering.rounding.recipe.DEFAULT", "auto")
+    torch.manual_seed(0)
+    model, scheme = Stack(2).bfloat16(), parse("W4A16")
+    quant_compile.compile(model, policy="w4a16", **REFERENCE)
+    x = data(1)[0]
+    first = model(x)
+    assert "rounding: search" in quant_compile.report(model).lines[0].reason
+    quant_compile.uncompile(model)
+    quant_compile.compile(model, policy={"default": "W4A16", "rounding": "nearest"}, **REFERENCE)
+    second = model(x)
+    assert not torch.equal(first, second)
+    assert "rounding" not in quant_compile.report(model).lines[0].reason
+    assert family_of(scheme).grid(torch.zeros(1, 32), scheme) is not None
