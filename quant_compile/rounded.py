@@ -28,7 +28,7 @@ from quant_compile.model.moments import Moments, Size
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.policy import Policy
 
-MOMENTS_BYTES = 2 << 30
+MOMENTS_BYTES = 1 << 30
 # An expert that met fewer has moments of too low a rank for GPTQ: its scales are searched for.
 FEWEST_TOKENS = 64
 

@@ -26,6 +26,7 @@ ORDER = (
     ("runtime",),
     ("backend",),
     ("generation",),
+    ("rounded",),
     ("inspect", "calibrate", "explain", "api"),
     ("measure",),
     ("building",),

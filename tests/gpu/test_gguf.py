@@ -138,7 +138,7 @@ def test_in_a_cuda_graph() -> None:
 
 @pytest.mark.parametrize("name", ["q4_k", "q8_0", "q6_k", "q4_0"])
 def test_products_that_round_inputs(name: str) -> None:
-    """sgl-kernel's own, against a reference that does the same: codes times inputs in Q8_1, offsets times sums of exact inputs."""
+    """sgl-kernel's own, against a reference that does the same: codes times inputs in Q8_1, offsets times exact sums (f16 there)."""
     problem, target = problem_of(name, 1024, 1024, torch.float16), Target.of(DEVICE)
     answer = sgl_gguf.fit_a8(problem, 1, target)
     if isinstance(answer, Reject):
@@ -155,7 +155,7 @@ def test_products_that_round_inputs(name: str) -> None:
     for m in (1, 5, 64):
         x = torch.randn(m, 1024, device=DEVICE).half()
         reference = rounded_q8_1(x) @ (dense - offset).t() + x.float() @ offset.t()
-        assert error(sgl_gguf.run_a8((x,), own, None, problem), reference.half()) <= 3e-3, m
+        assert error(sgl_gguf.run_a8((x,), own, None, problem), reference.half()) <= TOLERANCE[torch.bfloat16], m
 
 
 @pytest.mark.parametrize(
