@@ -589,6 +589,57 @@ def quality_row(found: Sequence[Result], model: str, scheme: str) -> list[str]:
 # --- the KV cache ----------------------------------------------------------------------------------------------------
 
 
+def rounding(results: Path) -> str:
+    """Extra perplexity and KL of each rounding beside nearest's; then what a large model takes."""
+    result = read("rounding_cuda", results)
+    if result is None:
+        return ""
+    settings, cells = result["settings"], dict[tuple[str, str, str], list[Result]]()
+    for row in result["rows"]:
+        cells.setdefault((row["model"], row["scheme"], row["method"]), []).append(row)
+    lines = [
+        [
+            f"{model} {scheme}, {method}",
+            str(len(found)),
+            spread([row["extra"] for row in found], percent),
+            spread([row["to_nearest"] for row in found]),
+            spread([row["kl"] for row in found], lambda x: number(x, 4)),
+            spread([row["kl_to_nearest"] for row in found]),
+            number(max(row["seconds"] for row in found), 1),
+        ]
+        for (model, scheme, method), found in cells.items()
+    ]
+    text = (
+        f"**Roundings**: bundled models, eager, quantization simulated, {settings['windows']} held-out windows of {settings['length']} tokens. "
+        f"Data: {settings['calibration']} windows of {settings['length']} tokens of what the models were trained on, drawn anew by each seed. "
+        "Extra perplexity is relative to 16 bits; ratios are to rounding to nearest; with seeds mean, least and most. "
+        f"{place(result, 'transformers')}.\n"
+    )
+    large = [
+        [
+            f"{row['scheme']}, {row['method']}",
+            number(row["seconds"], 1),
+            number(row["held_gib"]),
+            number(row["peak_gib"]),
+        ]
+        for row in result.get("large", [])
+    ]
+    header = ["model, scheme, rounding", "seeds", "extra perplexity", "of nearest's", "KL", "of nearest's", "s"]
+    out = [text, markdown(header, lines)]
+    if large:
+        out += [
+            "\nThe Llama-3-8B shape, 16 layers of random weights, the same number of tokens; memory of the device.\n",
+            markdown(["scheme, rounding", "s", "GiB of the model", "GiB at the peak"], large),
+        ]
+    return "\n".join(out)
+
+
+def spread(values: Sequence[float], shown: Callable[[float], str] = lambda x: number(x)) -> str:
+    """The mean, and where there are several the least and the most."""
+    mean = shown(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({shown(min(values))} to {shown(max(values))})"
+
+
 def kv_quality(results: Path) -> str:
     """Schemes of the KV cache beside 16 bits: perplexity and copying, then the needle, then compiled against eager."""
     result = read("kv_quality", results)
@@ -1036,6 +1087,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "moe": moe,
     "quality": quality,
     "kv_quality": kv_quality,
+    "rounding": rounding,
     "compile_time": compile_time,
     "cpu_decode": cpu_decode,
     "mla": mla,

@@ -26,7 +26,7 @@ METHODS = (SEARCH, GPTQ)
 PLANES_OF, TOKEN = "planes_of", "token"
 # What a policy that says nothing gets.
 DEFAULT = AUTO
-# Of a weight on a CPU, above which ``auto`` is nearest: a search takes about fifteen times as long, there a second for each.
+# Of a weight on a CPU, above which ``auto`` is nearest: a search takes several times as long as nearest.
 AUTO_LARGEST_ON_CPU = 1 << 24
 # Rows that are compared with a weight's, and how far they may be from it: 4 bits are about a tenth away, other weights further than all.
 LOOKED_AT, UNLIKE = 256, 0.6
