@@ -610,8 +610,9 @@ def rounding(results: Path) -> str:
         for (model, scheme, method), found in cells.items()
     ]
     text = (
-        f"**Roundings**: bundled models, eager, quantization simulated, {settings['windows']} held-out windows of {settings['length']} tokens. "
-        f"Data: {settings['calibration']} windows of {settings['length']} tokens of what the models were trained on, drawn anew by each seed. "
+        f"**Roundings**: bundled models, eager, quantization simulated, {settings['windows']} held-out windows of {settings['length']} "
+        f"tokens. Data: {settings['calibration']} windows of {settings['length']} tokens of what the models were trained on, drawn anew by "
+        "each seed. "
         "Extra perplexity is relative to 16 bits; ratios are to rounding to nearest; with seeds mean, least and most. "
         f"{place(result, 'transformers')}.\n"
     )

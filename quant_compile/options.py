@@ -252,10 +252,11 @@ class PolicySource:
             PolicyError: the policy's method needs planes that are not there, or the file is not readable.
         """
         policy = self.check_planes()
-        for name in names if policy.planes is not None else ():
-            name = name.removesuffix(".weight")
-            if (told := self._planes_of.get(name)) is not None:
-                return Rounding(told["method"], f"{self._token}.{name}", _Stored(policy.planes, name, told["weights"]))
+        if policy.planes is not None:
+            for name in (name.removesuffix(".weight") for name in names):
+                if (told := self._planes_of.get(name)) is not None:
+                    stored = _Stored(policy.planes, name, told["weights"])
+                    return Rounding(told["method"], f"{self._token}.{name}", stored)
         return Rounding(policy.rounding)
 
     def check_planes(self) -> Policy:

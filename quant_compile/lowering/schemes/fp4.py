@@ -313,9 +313,7 @@ class MxGrid:
     size: int = MX_GROUP
 
     def choices(self, w: Tensor) -> Iterator[Planes]:
-        """The exponent of the rule of compressed-tensors: half and twice its scale lower the error of weights by a hundredth, and not what it
-        does to logits.
-        """
+        """The rule of compressed-tensors alone: half and twice its scale lower the error of weights a little, that of logits not at all."""
         yield (decode_e8m0(_quantize_mx(w.flatten(1))[1]).clamp(2.0**-126, 2.0**127).unsqueeze(-1),)
 
     def scaled(self, scales: Planes, factor: Tensor) -> None:
