@@ -7,6 +7,8 @@ error, than the scale of nearest rounding, which is among the choices.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -57,31 +59,33 @@ def best(grid: Grid, w: Tensor, importance: Tensor | None) -> tuple[Planes, Tens
         w: [n, g, size] f32.
         importance: [1 or n, g, size] f32.
     """
-    kept: tuple[Tensor, Planes, Tensor] | None = None
+    kept: _Kept | None = None
     for scales in grid.choices(w):
         kept = _better(grid, w, importance, scales, kept)
     assert kept is not None
     for _ in range(FITS):
-        _, scales, values = kept
+        values = grid.values(w, kept.scales)
         weighted = values if importance is None else values * importance
         size = (weighted * values).sum(-1, keepdim=True)
         factor = (weighted * w).sum(-1, keepdim=True) / size
-        fitted = grid.scaled(scales, torch.where((size > 0) & (factor > 0), factor, 1.0))
+        fitted = grid.scaled(kept.scales, torch.where((size > 0) & (factor > 0), factor, 1.0))
         if fitted is None:
             break
         kept = _better(grid, w, importance, fitted, kept)
-    return kept[1], kept[2]
+    return kept.scales, grid.values(w, kept.scales)
 
 
-def _better(
-    grid: Grid, w: Tensor, importance: Tensor | None, scales: Planes, kept: tuple[Tensor, Planes, Tensor] | None
-) -> tuple[Tensor, Planes, Tensor]:
-    """Error, scales and values, of each group the better of two."""
-    values = grid.values(w, scales)
-    difference = (values - w).square_()
+class _Kept(NamedTuple):
+    error: Tensor
+    scales: Planes
+
+
+def _better(grid: Grid, w: Tensor, importance: Tensor | None, scales: Planes, kept: _Kept | None) -> _Kept:
+    """Of each group the better of two scales."""
+    difference = grid.values(w, scales).sub_(w).square_()
     error = (difference if importance is None else difference.mul_(importance)).sum(-1, keepdim=True)
     if kept is None:
-        return error, scales, values
-    better = error < kept[0]
-    chosen = tuple(torch.where(better, new, old) for new, old in zip(scales, kept[1], strict=True))
-    return torch.where(better, error, kept[0]), chosen, torch.where(better, values, kept[2])
+        return _Kept(error, scales)
+    better = error < kept.error
+    chosen = tuple(torch.where(better, new, old) for new, old in zip(scales, kept.scales, strict=True))
+    return _Kept(torch.where(better, error, kept.error), chosen)

@@ -27,7 +27,7 @@ PRESETS = {
 }
 SYMMETRIC_ZERO = 8
 # Shares of a group's range that a search tries; those of both ends where there is a zero point.
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
+SHARES = (1.0, 0.92, 0.84, 0.76, 0.68)
 ENDS = (1.0, 0.9, 0.8, 0.7)
 SHARES_INT8 = (1.0, 0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8)
 
@@ -118,7 +118,7 @@ class Int4Grid:
     dtype: torch.dtype
 
     def choices(self, w: Tensor) -> Iterator[Planes]:
-        """Shares of the range; symmetric: also with the value of largest magnitude on code -8."""
+        """Shares of the range, which symmetric codes have with the value of largest magnitude on -8."""
         if not self.symmetric:
             low, high = w.amin(-1, keepdim=True).clamp_max(0), w.amax(-1, keepdim=True).clamp_min(0)
             for below in ENDS:
@@ -132,8 +132,6 @@ class Int4Grid:
         yield _storable(amax * (1.0 / 7.5), self.dtype), zero
         for share in SHARES:
             yield toward * _storable(amax * (share / 8.0), self.dtype), zero
-        for share in SHARES:
-            yield _storable(amax * (share / 7.0), self.dtype), zero
 
     def _range(self, low: Tensor, high: Tensor) -> Planes:
         scale = _storable((high - low).clamp_min(SMALLEST_AMAX) * (1.0 / 15.0), self.dtype)
@@ -146,7 +144,7 @@ class Int4Grid:
     def values(self, w: Tensor, scales: Planes) -> Tensor:
         """scale * (code - zero) of the nearest code."""
         scale, zero = scales
-        return (((w / scale).round() + zero).clamp(0, 15) - zero) * scale
+        return (w / scale).round_().add_(zero).clamp_(0, 15).sub_(zero).mul_(scale)
 
     def planes(self, values: Tensor, scales: Planes) -> Planes:
         """Codes of values, and the scales."""
@@ -174,7 +172,7 @@ class Int8Grid:
 
     def values(self, w: Tensor, scales: Planes) -> Tensor:
         """scale * code of the nearest code."""
-        return (w / scales[0]).round().clamp(-127, 127) * scales[0]
+        return (w / scales[0]).round_().clamp_(-127, 127).mul_(scales[0])
 
     def planes(self, values: Tensor, scales: Planes) -> Planes:
         """Codes of values, and the scales."""
