@@ -442,12 +442,13 @@ def _recommend(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from quant_compile.measure.compare import compare, labelled
     from quant_compile.measure.comparison import drawing
+    from quant_compile.measure.texts import load_model
 
     labelled(arguments.policies)  # first, since a mistake in one needs no model
     if arguments.plot:
         drawing()
     _quiet_transformers()
-    model: Any = _loaded_model(arguments)
+    model = load_model(arguments.model, arguments.dtype, arguments.device)
     result = compare(
         model,
         arguments.policies,
@@ -464,27 +465,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         result.plot(arguments.plot)
     return 0
-
-
-def _loaded_model(arguments: argparse.Namespace) -> Any:
-    """A causal language model with its weights, on the device."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from quant_compile.inspect.models import DTYPES, ModelError, load_config
-
-    load_config(arguments.model)  # whose errors name the fix
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else "auto"
-    read: Any = AutoModelForCausalLM.from_pretrained
-    try:
-        model = read(arguments.model, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"no causal language model in {arguments.model}: {reason}\nFix: a folder with config.json and its weights."
-        ) from None
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval()
 
 
 def _measured_with(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:

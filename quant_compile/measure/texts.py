@@ -8,24 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_compile.inspect.models import DTYPES, ModelError, load_config
 from quant_compile.ir.errors import OptionError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-
-def load_model(source: str, dtype: str | None, device: str) -> Any:
+def load_model(source: str, dtype: str | None, device: str | None) -> Any:
     """A causal language model from a folder or a Hugging Face id, in eval mode.
 
+    Args:
+        dtype: key of ``DTYPES``; None: the checkpoint's.
+        device: None: a GPU if there is one.
+
     Raises:
-        OptionError: it cannot be loaded.
+        ModelError: there is none, or it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
+    load_config(source)  # whose errors name the fix
+    read: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype] if dtype else "auto")
+        model = read(source, dtype=DTYPES[dtype] if dtype else "auto", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise OptionError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return model.eval().to(device)
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"no causal language model in {source}: {reason}\nFix: a folder with config.json and its weights."
+        ) from None
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 def windows(tokenizer: str, text: str, length: int, count: int) -> list[Tensor]:
