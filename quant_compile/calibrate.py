@@ -6,6 +6,8 @@ The model is not changed and its compiled code is not used while it is watched.
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from quant_compile.generation.blocks import layer_names
 from quant_compile.generation.facts import cache_name, mixin
-from quant_compile.ir.errors import MissingScalesError, OptionError
+from quant_compile.ir.errors import MissingScalesError, OptionError, PolicyError, PolicyWarning
 from quant_compile.ir.family import family_of
 from quant_compile.ir.kv import HEAD, CacheScheme
 from quant_compile.ir.numerics import SMALLEST_AMAX
@@ -79,9 +81,10 @@ def calibrate(
         batches: each a mapping (keyword arguments), a tuple (positional arguments) or one tensor.
         policy: preset name, YAML path, dict or Policy.
         percentile: of the magnitudes, e.g. 99.9; None: the largest.
-        path: the safetensors file; default: beside the policy's file, else ``<policy>.scales.safetensors`` here, with a number
-            where that exists, since another model may be using it. A policy file without a ``scales`` key gets one, so that
-            loading it again finds them.
+        path: the safetensors file of scales; planes go beside it, with ``.planes`` before the ending. Default: beside the policy's
+            file, else ``<policy>.scales.safetensors`` and ``<policy>.planes.safetensors`` here, with a number where that exists,
+            since another model may be using it. A policy file without the key ``scales`` or ``planes`` gets it, so that loading it
+            again finds them.
         progress: show a progress bar.
 
     Returns:
@@ -93,7 +96,7 @@ def calibrate(
     """
     if percentile is not None and not 0 < percentile <= 100:
         raise OptionError(f"percentile must lie in (0, 100], got {percentile}")
-    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(batches, Mapping | str | Tensor) or not isinstance(batches, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         kind = type(batches).__name__  # pyright: ignore[reportUnknownArgumentType]
         raise OptionError(f"batches must be an iterable of batches, got {kind}. Fix: [batch] for a single one.")
     loaded = Policy.load(policy)
@@ -143,13 +146,15 @@ def _planes(model: nn.Module, batches: list[Any], policy: Policy, path: str | Pa
     def shown(items: Iterable[Any], text: str) -> Iterable[Any]:
         return track(items, text, disable=not progress)
 
+    target = Path(os.path.abspath(_file_of(policy, path, "planes")))
+    if not target.parent.is_dir():
+        raise OptionError(f"{target.parent} is no folder, so planes cannot be written there. Fix: make it first.")
     made = round_weights(model, batches, policy, shown)
     if not made:
         raise OptionError(
             f"policy {policy.name} has method {policy.method}, and no weight of this model has a scheme whose codes can be chosen.\n"
             "Fix: W4A16, W4A8, W8A8, NVFP4, MXFP4 or another scheme of integers or FP4, or leave `method` out."
         )
-    target = _file_of(policy, path, "planes")
     write_planes(target, made, policy)
     _mention(policy, "planes", target)
     return replace(policy, planes=target)
@@ -248,7 +253,7 @@ def _file_of(policy: Policy, path: str | Path | None, kind: str) -> Path:
     if path is not None:
         given = Path(path)
         return given if kind == "scales" or policy.method is None else given.with_suffix(f".planes{given.suffix}")
-    if policy.source is not None:
+    if policy.source is not None and not _is_shipped(policy):
         return Path(policy.source).with_suffix(f".{kind}.safetensors")
     name, number = policy.name.lower(), 1
     file = Path(f"{name}.{kind}.safetensors")
@@ -259,11 +264,38 @@ def _file_of(policy: Policy, path: str | Path | None, kind: str) -> Path:
 
 
 def _mention(policy: Policy, key: str, path: Path) -> None:
-    """Add ``scales:`` or ``planes:`` to a policy file that has none, leaving the rest of its text alone."""
-    if policy.source is None or getattr(policy, key) is not None:
+    """Add ``scales:`` or ``planes:`` to a policy file that has none, leaving the rest of its text alone.
+
+    Warns:
+        PolicyWarning: the file names another one, or is written in a way that a line cannot be added to.
+    """
+    if policy.source is None or _is_shipped(policy):
         return
     file = Path(policy.source)
-    if file.is_file() and file.suffix in (".yaml", ".yml") and not str(file).startswith(str(Path(__file__).parent)):
-        name = path.name if path.parent.resolve() == file.parent.resolve() else str(path.resolve())
-        text = file.read_text(encoding="utf-8")
-        file.write_text(f"{text.rstrip()}\n{key}: {name}\n", encoding="utf-8")
+    if not file.is_file() or file.suffix not in (".yaml", ".yml"):
+        return
+    name = path.name if path.parent.resolve() == file.parent.resolve() else str(path.resolve())
+    text = file.read_text(encoding="utf-8")
+    if getattr(policy, key) is None:
+        partial = file.with_name(f"{file.stem}.part{file.suffix}")
+        partial.write_text(f"{text.rstrip()}\n{key}: {json.dumps(name, ensure_ascii=False)}\n", encoding="utf-8")
+        try:
+            found = getattr(Policy.load(partial), key)
+        except PolicyError:
+            found = None
+        if found is not None and found.resolve() == path.resolve():
+            partial.replace(file)
+            return
+        partial.unlink()
+    elif getattr(policy, key).resolve() == path.resolve():
+        return
+    warnings.warn(
+        f"{file} was left as it is; the policy that calibrate returns has the new file.\nFix: `{key}: {name}` in {file.name}, by hand.",
+        PolicyWarning,
+        stacklevel=4,
+    )
+
+
+def _is_shipped(policy: Policy) -> bool:
+    """It came with the package, whose folder is no place for a user's files."""
+    return policy.source is not None and Path(policy.source).resolve().is_relative_to(Path(__file__).resolve().parent)

@@ -256,7 +256,7 @@ class PolicySource:
             for name in (name.removesuffix(".weight") for name in names):
                 if (told := self._planes_of.get(name)) is not None:
                     stored = _Stored(policy.planes, name, told["weights"])
-                    return Rounding(told["method"], f"{self._token}.{name}", stored)
+                    return Rounding(told["method"], f"{self._token}.{name}", stored, tuple(told["checksums"]))
         return Rounding(policy.rounding)
 
     def check_planes(self) -> Policy:
@@ -280,8 +280,8 @@ class PolicySource:
         return token_of(Path(self.policy.planes or ""))
 
     @cached_property
-    def _planes_of(self) -> dict[str, dict[str, str]]:
-        """Of each weight in the policy's file of planes their scheme and their method."""
+    def _planes_of(self) -> dict[str, dict[str, Any]]:
+        """Of each weight in the policy's file of planes their scheme, their method, and checksums of its values."""
         path = self.policy.planes
         try:
             with safe_open(str(path), "pt") as file:

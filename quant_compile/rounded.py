@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant_compile.ir.errors import MissingScalesError
-from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.family import Planes
+from quant_compile.ir.numerics import checksum
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.rounding.gptq import gptq
-from quant_compile.lowering.rounding.recipe import GPTQ, METHODS, PLANES_OF, TOKEN, plane_key
+from quant_compile.lowering.rounding.recipe import GPTQ, METHODS, PLANES_OF, TOKEN, plane_key, searchable
 from quant_compile.lowering.rounding.search import searched
 from quant_compile.model.follow import eagerly, run_batch, weights_by_address
 from quant_compile.model.moments import Moments, Size
@@ -29,8 +30,8 @@ from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.policy import Policy
 
 MOMENTS_BYTES = 1 << 30
-# An expert that met fewer has moments of too low a rank for GPTQ: its scales are searched for.
-FEWEST_TOKENS = 64
+# Moments of fewer tokens than inputs have too low a rank for GPTQ, which then does harm: scales are searched for.
+FEWER = "fewer tokens than inputs"
 
 __all__ = ["METHODS", "Rounded", "round_weights", "write_planes"]
 
@@ -43,11 +44,13 @@ class Rounded:
         planes: row form, [E, ...] for experts, on the CPU.
         scheme: their scheme.
         method: what made them, for ledgers.
+        checksums: of the matrices that they were made of.
     """
 
     planes: Planes
     scheme: Scheme
     method: str
+    checksums: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,7 @@ class _Job:
         """[n, k] as linears multiply by it."""
         values = self.weight.parameter.detach()
         values = values if expert is None else values[expert]
-        return values if values.shape[-1] == self.size.k and not self.transposed else values.t().contiguous()
-
-    @property
-    def transposed(self) -> bool:
-        """The Parameter is stored [.., k, n]."""
-        return tuple(self.weight.parameter.shape[-2:]) != (self.weight.site.n, self.weight.site.k)
+        return values.t().contiguous() if self.weight.transposed else values
 
 
 def round_weights(
@@ -109,11 +107,7 @@ def _jobs(model: nn.Module, policy: Policy) -> list[_Job]:
         for weight in weights:
             site, parameter = weight.site, weight.parameter
             scheme = policy.decide(site).scheme
-            if (
-                scheme is None
-                or parameter.is_meta
-                or family_of(scheme).grid(parameter.new_empty(1, site.k), scheme) is None
-            ):
+            if scheme is None or parameter.is_meta or not searchable(scheme):
                 continue
             experts = parameter.shape[0] if parameter.dim() == 3 else 0
             jobs.append(_Job(site.names[0], weight, scheme, Size(experts, site.k, tuple(parameter.shape)), required))
@@ -151,7 +145,7 @@ def _round(job: _Job, moments: Moments) -> Rounded | None:
     tokens = moments.tokens[job.name]
     if not job.size.experts:
         planes, method = _matrix(job, None, sums[0].div_(int(tokens[0])), int(tokens[0]), moments.whole, None)
-        return Rounded(tuple(plane.cpu() for plane in planes), job.scheme, method)
+        return Rounded(tuple(plane.cpu() for plane in planes), job.scheme, method, (checksum(job.matrix(None)),))
     # What the others met stands for an expert that met too little.
     squares = sums.diagonal(dim1=1, dim2=2).sum(0) if moments.whole else sums.sum(0)
     shared = squares / max(1, int(tokens.sum()))
@@ -163,7 +157,8 @@ def _round(job: _Job, moments: Moments) -> Rounded | None:
         methods[method] = methods.get(method, 0) + 1
     stacked = tuple(torch.stack([_bytes(p) for p in plane]).view(plane[0].dtype) for plane in zip(*parts, strict=True))
     told = next(iter(methods)) if len(methods) == 1 else ", ".join(f"{text} of {n}" for text, n in methods.items())
-    return Rounded(stacked, job.scheme, told)
+    values = tuple(checksum(job.matrix(expert)) for expert in range(len(tokens)))
+    return Rounded(stacked, job.scheme, told, values)
 
 
 def _bytes(plane: Tensor) -> Tensor:
@@ -174,24 +169,27 @@ def _bytes(plane: Tensor) -> Tensor:
 def _matrix(
     job: _Job, expert: int | None, sums: Tensor, tokens: int, whole: bool, shared: Tensor | None
 ) -> tuple[Planes, str]:
-    w = job.matrix(expert)
-    if whole and (tokens >= FEWEST_TOKENS or shared is None):
+    w, few = job.matrix(expert), tokens < job.size.k
+    squares = sums.diagonal().clone() if whole else sums
+    if whole and not few:
         planes = gptq(w, job.scheme, sums)
         if planes is not None:
             return planes, GPTQ
-    squares = sums.diagonal() if whole else sums
-    few = shared is not None and tokens < FEWEST_TOKENS
-    text = f"search by inputs (fewer than {FEWEST_TOKENS} tokens)" if few else "search by inputs"
-    return searched(w, job.scheme, shared if few else squares), text
+    text = f"search by inputs ({FEWER})" if few and whole else "search by inputs"
+    return searched(w, job.scheme, shared if few and shared is not None else squares), text
 
 
 def write_planes(path: Path, made: Mapping[str, Rounded], policy: Policy) -> None:
     """One file; it is replaced as a whole."""
     tensors: dict[str, Tensor] = {}
     digest = hashlib.sha256()
-    told: dict[str, dict[str, str]] = {}
+    told: dict[str, dict[str, Any]] = {}
     for name, weight in sorted(made.items()):
-        told[name] = {"weights": weight.scheme.weights.spec, "method": weight.method}
+        told[name] = {
+            "weights": weight.scheme.weights.spec,
+            "method": weight.method,
+            "checksums": weight.checksums,
+        }
         for i, plane in enumerate(weight.planes):
             tensors[plane_key(name, i)] = plane.contiguous()
             digest.update(_bytes(plane).contiguous().view(torch.uint8).numpy().tobytes())

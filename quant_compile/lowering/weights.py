@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from quant_compile.ir.errors import MissingScalesError, RangeError, ReleasedWeightError, StaleWeightError, WeightError
 from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import NONE, MoeProblem
-from quant_compile.ir.numerics import all_finite
+from quant_compile.ir.numerics import all_finite, checksum
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, is_lent, peek_anchor, signature_of
 from quant_compile.lowering.moe import moe_layouts
@@ -889,15 +889,7 @@ def _check_values(parameter: Parameter, weight: Tensor, name: str, key: Key) -> 
 def fingerprint(parameter: Parameter) -> int:
     """A checksum of the values' bytes, to tell whether restored values are the released ones."""
     with _plain_tensors():
-        flat = parameter.detach().contiguous().view(-1)
-        codes = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-        total = 0
-        step = 1 << 22
-        for start in range(0, codes.numel(), step):
-            part = codes[start : start + step].to(torch.int64)
-            weights = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
-            total = (total * 1_000_003 + int((part * weights).sum())) & (2**63 - 1)
-        return total
+        return checksum(parameter.detach())
 
 
 STORE = WeightStore()

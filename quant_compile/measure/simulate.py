@@ -30,22 +30,25 @@ KEPT_BYTES, FEW = 1 << 30, 4
 _EYE_ROWS = 1024
 
 
-def quantized_values(weight: Tensor, scheme: Scheme) -> Tensor:
+def quantized_values(
+    weight: Tensor, scheme: Scheme, rounding: Rounding | None = None, expert: int | None = None
+) -> Tensor:
     """What a weight is once it is quantized; the one place where measuring quantizes a weight.
 
     Args:
         weight: [n, k], or [experts, n, k], each of which is quantized by itself.
         scheme: of the weight and its input; inputs play no part here.
+        rounding: as a policy has it; None: as one that says nothing.
 
     Returns:
         Of the same shape, f32.
     """
     if weight.dim() == 3:
         out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-        for index, expert in enumerate(weight):
-            out[index] = quantized_values(expert, scheme)
+        for index, part in enumerate(weight):
+            out[index] = quantized_values(part, scheme, rounding, index)
         return out
-    planes = planes_of(weight.contiguous(), scheme, Rounding(recipe.DEFAULT))
+    planes = planes_of(weight.contiguous(), scheme, rounding or Rounding(recipe.DEFAULT), expert)
     return family_of(scheme).dequantize_weight(planes, scheme, weight.shape[-1])
 
 
@@ -90,12 +93,14 @@ class Chosen:
     Attributes:
         scale: calibrated scale [1] of its input, of a static scheme.
         values: the Parameter whose values are quantized; that of ``weight`` unless the model is compared with another.
+        rounding: as the policy has it.
     """
 
     weight: Weight
     scheme: Scheme
     scale: Tensor | None = None
     values: nn.Parameter | None = None
+    rounding: Rounding | None = None
 
     @property
     def name(self) -> str:
@@ -140,7 +145,7 @@ class Values:
             )
         values = self._of_planes(chosen, transposed) if self.served else None
         if values is None:
-            values = quantized_values(stored.mT if transposed else stored, chosen.scheme)
+            values = quantized_values(stored.mT if transposed else stored, chosen.scheme, chosen.rounding)
         made = self._kept[key] = (values.mT if transposed else values).contiguous()
         self._make_room()
         return made

@@ -13,6 +13,7 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import Scheme
 from quant_compile.measure.simulate import Chosen
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
+from quant_compile.options import PolicySource
 from quant_compile.policy import Policy
 from quant_compile.rules import scale_key
 
@@ -32,7 +33,7 @@ def chosen_by(policy: Policy, model: nn.Module, values_of: nn.Module | None = No
         MissingScalesError: a static scheme has no calibrated scale.
         MeasureError: the other model lacks a weight, or has it in another shape.
     """
-    out: list[Chosen] = []
+    out, source = list[Chosen](), PolicySource(policy, "")
     others = {name: weight for weight in all_weights(values_of) for name in weight.site.names} if values_of else {}
     for weight in all_weights(model):
         scheme = scheme_of(policy, weight)
@@ -46,7 +47,8 @@ def chosen_by(policy: Policy, model: nn.Module, values_of: nn.Module | None = No
                     f"{weight.site.names[0]} of the reference is not in the model in this shape. Fix: a reference of the same architecture."
                 )
             values = other.parameter
-        out.append(Chosen(weight, scheme, values=values))
+        rounding = source.rounding((weight.site.names[0],))
+        out.append(Chosen(weight, scheme, values=values, rounding=rounding))
     return _with_scales(out, policy)
 
 

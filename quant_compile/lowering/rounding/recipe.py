@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quant_compile.ir.errors import WeightError
 from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.numerics import checksum
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.rounding.search import searched
 
@@ -28,8 +31,6 @@ PLANES_OF, TOKEN = "planes_of", "token"
 DEFAULT = AUTO
 # Of a weight on a CPU, above which ``auto`` is nearest: a search takes several times as long as nearest.
 AUTO_LARGEST_ON_CPU = 1 << 24
-# Rows that are compared with a weight's, and how far they may be from it: 4 bits are about a tenth away, other weights further than all.
-LOOKED_AT, UNLIKE = 256, 0.6
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,29 @@ class Rounding:
         method: one of ``ROUNDINGS``, or the name of what made ``planes``.
         token: of the planes' file, so that others are not taken for these.
         planes: ``(scheme, expert or None) -> planes`` in row form on the CPU; None: by ``method``.
+        checksums: of the values that these planes were made of, one for each expert.
     """
 
     method: str = NEAREST
     token: str = ""
     planes: Callable[[Scheme, int | None], Planes] | None = field(default=None, compare=False)
+    checksums: tuple[int, ...] = ()
 
     def label(self, scheme: Scheme, w: Tensor) -> str:
         """What a ledger says; empty for nearest."""
-        if self.planes is None and (family_of(scheme).grid(w[:1] if w.dim() == 2 else w[0, :1], scheme) is None):
+        if self.planes is None and not searchable(scheme):
             return ""
         found = self.method if self.method != AUTO else _auto(w.numel() // (w.shape[0] if w.dim() == 3 else 1), w)
         return "" if found == NEAREST else f"rounding: {found}"
 
 
 TO_NEAREST = Rounding()
+
+
+@lru_cache(maxsize=None)
+def searchable(scheme: Scheme) -> bool:
+    """Whether a weight's scales and codes can be chosen otherwise than to nearest."""
+    return family_of(scheme).grid(torch.zeros(1, 256, dtype=torch.bfloat16), scheme) is not None
 
 
 def plane_key(name: str, index: int) -> str:
@@ -75,29 +84,19 @@ def _auto(numel: int, w: Tensor) -> str:
     return NEAREST if w.device.type == "cpu" and numel > AUTO_LARGEST_ON_CPU else SEARCH
 
 
-def _check_likeness(w: Tensor, planes: Planes, scheme: Scheme, rounding: Rounding) -> None:
-    """Planes of other values than the weight's would be taken in silence.
-
-    Raises:
-        WeightError: they are further from the weight than rounding could bring them.
-    """
-    rows = w[:LOOKED_AT].float()
-    near = family_of(scheme).dequantize_weight(tuple(plane[:LOOKED_AT] for plane in planes), scheme, w.shape[1])
-    if not float((near - rows).norm()) <= UNLIKE * float(rows.norm()):
-        raise WeightError(
-            f"planes by {rounding.method} are not those of this weight: their values differ from it by more than half.\n"
-            "Fix: quant_compile.calibrate(model, batches, policy) with the model as it is now, or a policy without `planes`."
-        )
-
-
 def planes_of(w: Tensor, scheme: Scheme, rounding: Rounding, expert: int | None = None) -> Planes:
     """[n, k] -> planes in row form, on its device.
 
     Raises:
-        WeightError: planes that were made for another size.
+        WeightError: planes that were made of other values, or for another size.
     """
     family = family_of(scheme)
     if rounding.planes is not None:
+        if checksum(w) != rounding.checksums[expert or 0]:
+            raise WeightError(
+                f"planes by {rounding.method} are not those of this weight: its values, or their dtype, were others when they were made.\n"
+                "Fix: quant_compile.calibrate(model, batches, policy) with the model as it is now, or a policy without `planes`."
+            )
         planes = tuple(plane.to(w.device) for plane in rounding.planes(scheme, expert))
         n, k = w.shape
         wanted = [(spec.shape, spec.dtype) for spec in family.weight_planes(scheme, n, k, w.dtype)]
@@ -106,7 +105,6 @@ def planes_of(w: Tensor, scheme: Scheme, rounding: Rounding, expert: int | None 
                 f"planes by {rounding.method} are of another size, dtype or scheme than a weight {tuple(w.shape)} {w.dtype}.\n"
                 "Fix: quant_compile.calibrate(model, batches, policy) makes them for this model."
             )
-        _check_likeness(w, planes, scheme, rounding)
         return planes
     method = rounding.method if rounding.method != AUTO else _auto(w.numel(), w)
     return searched(w, scheme) if method == SEARCH else family.quantize_weight(w, scheme)
