@@ -28,6 +28,7 @@ from quant_compile.model import names as naming
 from quant_compile.model import offload
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.places import parameters_of, places, unwrap, without_reserved, wrapped_by_peft
+from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options, PolicySource
 from quant_compile.policy import Policy
 
@@ -64,7 +65,7 @@ def compile(
     device = offload.execution_device(model)
     target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu" if device is None else device))
     source = PolicySource(parsed.policy, default_policy(target))
-    source.check_planes()
+    source.check_planes(name for weight in linear_weights(unwrap(model)) for name in weight.site.names)
     source, loaded = _with_loaded(unwrap(model), source, policy is not None)
     problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)

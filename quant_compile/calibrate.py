@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,10 +26,10 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.kv import HEAD, CacheScheme
 from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import Scheme
-from quant_compile.model.follow import Following, Meeting, eagerly, run_batch
+from quant_compile.model.follow import Following, Meeting, eagerly, listed, run_batch
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.policy import Policy
-from quant_compile.rounded import round_weights, write_planes
+from quant_compile.rounded import Rounded, round_weights, write_planes
 from quant_compile.rules import CACHE_SCHEMES, cache_scale_key, scale_key
 
 _SAMPLE = 1 << 20
@@ -96,9 +97,6 @@ def calibrate(
     """
     if percentile is not None and not 0 < percentile <= 100:
         raise OptionError(f"percentile must lie in (0, 100], got {percentile}")
-    if isinstance(batches, Mapping | str | Tensor) or not isinstance(batches, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        kind = type(batches).__name__  # pyright: ignore[reportUnknownArgumentType]
-        raise OptionError(f"batches must be an iterable of batches, got {kind}. Fix: [batch] for a single one.")
     loaded = Policy.load(policy)
     weights = _static_weights(model, loaded)
     layers = _fixed_layers(model, loaded)
@@ -107,21 +105,44 @@ def calibrate(
             f"policy {loaded.name} has no static scheme for this model and no method; dynamic schemes need no calibration.\n"
             "Fix: `method: gptq` in the policy, to round weights by these batches."
         )
-    given = list(batches)
-    if not given:
-        raise OptionError("no batches were given")
-    planes = _planes(model, given, loaded, path, progress) if loaded.method is not None else None
-    if not weights and not layers:
-        return planes or loaded
-    loaded = planes or loaded
+    given = listed(batches)
+    targets = {
+        kind: _file_of(loaded, path, kind)
+        for kind, wanted in (("scales", weights or layers), ("planes", loaded.method))
+        if wanted
+    }
+    rounded = _rounded(model, given, loaded, progress) if loaded.method is not None else {}
+    scales = _scales(model, given, weights, layers, percentile, progress) if weights or layers else {}
+    # All is measured before anything is written, so that what fails leaves nothing behind.
+    if "planes" in targets:
+        write_planes(targets["planes"], rounded, loaded)
+        _mention(loaded, "planes", targets["planes"])
+        loaded = replace(loaded, planes=targets["planes"])
+    if "scales" in targets:
+        metadata = {"format": "pt", "percentile": str(percentile or "amax"), "batches": str(len(given))}
+        if layers:
+            metadata[CACHE_SCHEMES] = json.dumps({name: scheme.name for name, scheme in layers.items()})
+        save_file(scales, str(targets["scales"]), metadata=metadata)
+        _mention(loaded, "scales", targets["scales"])
+        loaded = replace(loaded, scales=targets["scales"])
+    return loaded
+
+
+def _scales(
+    model: nn.Module,
+    batches: list[Any],
+    weights: Mapping[str, _Watched],
+    layers: Mapping[str, CacheScheme],
+    percentile: float | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Of the inputs of static weights, and of K and V of the layers that fix them."""
     cached: dict[str, Tensor] = {}
     observer = _Observer({weight.pointer: name for name, weight in weights.items()}, percentile)
-    seen = 0
     with eagerly(), torch.inference_mode():
-        for batch in track(given, "calibrating", disable=not progress):
+        for batch in track(batches, "calibrating", disable=not progress):
             with observer:
                 run_batch(model, batch, watching_cache(model, layers, cached) if layers else None)
-            seen += 1
     missing = [name for name, weight in weights.items() if weight.required and name not in observer.largest]
     if missing:
         raise MissingScalesError(
@@ -130,34 +151,22 @@ def calibrate(
     _refuse_useless(observer.largest, "inputs")
     _refuse_useless({name: amax.max() for name, amax in cached.items()}, "keys or values")
     scales = {scale_key(name): _scale(amax, weights[name].scheme) for name, amax in sorted(observer.largest.items())}
-    scales |= _cache_scales(layers, cached)
-    target = _file_of(loaded, path, "scales")
-    metadata = {"format": "pt", "percentile": str(percentile or "amax"), "batches": str(seen)}
-    if layers:
-        metadata[CACHE_SCHEMES] = json.dumps({name: scheme.name for name, scheme in layers.items()})
-    save_file(scales, str(target), metadata=metadata)
-    _mention(loaded, "scales", target)
-    return replace(loaded, scales=target)
+    return scales | _cache_scales(layers, cached)
 
 
-def _planes(model: nn.Module, batches: list[Any], policy: Policy, path: str | Path | None, progress: bool) -> Policy:
-    """Round weights by the policy's method, write the planes, and return the policy with them."""
+def _rounded(model: nn.Module, batches: list[Any], policy: Policy, progress: bool) -> dict[str, Rounded]:
+    """Planes of weights, by the policy's method."""
 
     def shown(items: Iterable[Any], text: str) -> Iterable[Any]:
         return track(items, text, disable=not progress)
 
-    target = Path(os.path.abspath(_file_of(policy, path, "planes")))
-    if not target.parent.is_dir():
-        raise OptionError(f"{target.parent} is no folder, so planes cannot be written there. Fix: make it first.")
     made = round_weights(model, batches, policy, shown)
     if not made:
         raise OptionError(
             f"policy {policy.name} has method {policy.method}, and no weight of this model has a scheme whose codes can be chosen.\n"
             "Fix: W4A16, W4A8, W8A8, NVFP4, MXFP4 or another scheme of integers or FP4, or leave `method` out."
         )
-    write_planes(target, made, policy)
-    _mention(policy, "planes", target)
-    return replace(policy, planes=target)
+    return made
 
 
 def _fixed_layers(model: Any, policy: Policy) -> dict[str, CacheScheme]:
@@ -249,7 +258,19 @@ def _scale(largest: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _file_of(policy: Policy, path: str | Path | None, kind: str) -> Path:
-    """Where scales or planes go; with both, planes stand beside the scales that ``path`` names."""
+    """Where scales or planes go, as a whole path, since the policy may be used from another folder.
+
+    Raises:
+        OptionError: its folder is not there.
+    """
+    file = Path(os.path.abspath(_named(policy, path, kind)))
+    if not file.parent.is_dir():
+        raise OptionError(f"{file.parent} is no folder, so {kind} cannot be written there. Fix: make it first.")
+    return file
+
+
+def _named(policy: Policy, path: str | Path | None, kind: str) -> Path:
+    """With both, planes stand beside the scales that ``path`` names."""
     if path is not None:
         given = Path(path)
         return given if kind == "scales" or policy.method is None else given.with_suffix(f".planes{given.suffix}")
@@ -278,7 +299,8 @@ def _mention(policy: Policy, key: str, path: Path) -> None:
     text = file.read_text(encoding="utf-8")
     if getattr(policy, key) is None:
         partial = file.with_name(f"{file.stem}.part{file.suffix}")
-        partial.write_text(f"{text.rstrip()}\n{key}: {json.dumps(name, ensure_ascii=False)}\n", encoding="utf-8")
+        line = yaml.safe_dump({key: name}, allow_unicode=True, width=1 << 20)
+        partial.write_text(f"{text.rstrip()}\n{line}", encoding="utf-8")
         try:
             found = getattr(Policy.load(partial), key)
         except PolicyError:

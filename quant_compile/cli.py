@@ -441,12 +441,13 @@ def _recommend(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from quant_compile.measure.compare import compare, labelled
-    from quant_compile.measure.comparison import drawing
+    from quant_compile.measure.comparison import PLOTS
+    from quant_compile.measure.figures import figure_class
     from quant_compile.measure.texts import load_model
 
     labelled(arguments.policies)  # first, since a mistake in one needs no model
     if arguments.plot:
-        drawing()
+        figure_class(PLOTS)  # first, since measuring takes long
     _quiet_transformers()
     model = load_model(arguments.model, arguments.dtype, arguments.device)
     result = compare(

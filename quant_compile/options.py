@@ -259,15 +259,23 @@ class PolicySource:
                     return Rounding(told["method"], f"{self._token}.{name}", stored, tuple(told["checksums"]))
         return Rounding(policy.rounding)
 
-    def check_planes(self) -> Policy:
+    def check_planes(self, names: Iterable[str] = ()) -> Policy:
         """The policy, whose planes are there if it needs any.
 
+        Args:
+            names: of a model's weights; some of them must have planes. None: any model will do.
+
         Raises:
-            PolicyError: they are not, or are not readable.
+            PolicyError: they are not, are not readable, or are of another model.
         """
         policy = self.policy
         if policy.planes is not None:
-            _ = self._planes_of
+            known, named = self._planes_of, [name.removesuffix(".weight") for name in names]
+            if named and known.keys().isdisjoint(named):
+                raise PolicyError(
+                    f"the policy's planes {policy.planes} are of no weight of this model: {next(iter(known), 'none')}, ...\n"
+                    "Fix: quant_compile.calibrate(model, batches, policy) with this model, or leave `planes` out."
+                )
         elif policy.method is not None:
             raise PolicyError(
                 f"{policy.source or policy.name}: method {policy.method} needs planes that example batches make.\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_a_policy_file_gets_its_planes(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="needs planes that example batches make"):
         quant_compile.compile(copy.deepcopy(model), policy=path, **REFERENCE)(data(1)[0])
     policy = quant_compile.calibrate(model, data(), path, progress=False)
-    assert path.read_text().endswith('planes: "mine.planes.safetensors"\n') and "# by inputs" in path.read_text()
+    assert path.read_text().endswith("planes: mine.planes.safetensors\n") and "# by inputs" in path.read_text()
     again = Policy.load(path)
     assert again == policy and again.content_hash == policy.content_hash
     quant_compile.compile(model, policy=path, **REFERENCE)
@@ -269,6 +270,26 @@ def test_where_planes_go(tmp_path: Path) -> None:
         )
     with pytest.raises(OptionError, match="must be an iterable of batches"):
         quant_compile.calibrate(model, data(1)[0], {"default": "W4A16", "method": "gptq"}, progress=False)
+
+
+def test_planes_of_another_model_are_no_silent_search() -> None:
+    _, policy = made("gptq")
+    with pytest.raises(PolicyError, match="are of no weight of this model"):
+        quant_compile.compile(nn.Sequential(nn.Linear(32, 32)).bfloat16(), policy=policy)
+
+
+def test_what_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales are measured after weights are rounded; where they cannot be, there are no planes either."""
+    path = tmp_path / "both.yaml"
+    path.write_text("default: W8A8_STATIC\nmethod: search\n")
+
+    def useless(*given: Any) -> None:
+        raise MissingScalesError("no scale follows")
+
+    monkeypatch.setattr(sys.modules["quant_compile.calibrate"], "_refuse_useless", useless)
+    with pytest.raises(MissingScalesError):
+        quant_compile.calibrate(Stack(2).bfloat16(), data(), path, progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["both.yaml"] and "planes" not in path.read_text()
 
 
 def test_attribute_measures_the_policys_rounding() -> None:

@@ -24,8 +24,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from quant_compile.ir.errors import MeasureError, MissingLibraryError, OptionError
-from quant_compile.measure.outputs import Reference, listed, still
+from quant_compile.ir.errors import MeasureError, OptionError
+from quant_compile.measure.figures import figure_class
+from quant_compile.measure.outputs import Reference, checked, still
 from quant_compile.measure.simulate import Chosen, Simulation, Values, Watching
 from quant_compile.measure.weights import chosen_by
 from quant_compile.model.follow import Meeting, run_batch
@@ -135,12 +136,8 @@ class Attribution:
         Raises:
             MissingLibraryError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise MissingLibraryError("plot needs matplotlib. Fix: pip install matplotlib.") from None
         rows = sorted(self.rows, key=lambda row: row.depth)
-        figure: Any = Figure(figsize=(max(6.0, 0.18 * len(rows)), 7.0), layout="constrained")
+        figure: Any = figure_class()(figsize=(max(6.0, 0.18 * len(rows)), 7.0), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         kinds = sorted({_kind(row.name) for row in rows})
         for kind in kinds:
@@ -191,7 +188,7 @@ def attribute(
     """
     if top is not None and top < 1:
         raise OptionError(f"top must be 1 or more, got {top}. Fix: leave it out to measure all weights.")
-    given = listed(batches)
+    given = checked(batches)
     loaded = Policy.load(policy)
     running, values_of = (model, None) if reference is None else (reference, model)
     chosen = {each.name: each for each in chosen_by(loaded, running, values_of)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from quant_compile.ir.errors import MissingLibraryError
+from quant_compile.measure.figures import figure_class
 
 WIDTH = 150
+PLOTS = 'pip install "quant-compile[plot]"'
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Comparison:
         Raises:
             MissingLibraryError: matplotlib is not installed.
         """
-        figure = drawing().Figure(figsize=(13, 4.5), layout="constrained")
+        figure = figure_class(PLOTS)(figsize=(13, 4.5), layout="constrained")
         axes = figure.subplots(1, 3)
         figure.suptitle(self._title())
         colors = {row.label: f"C{index % 10}" for index, row in enumerate(self.rows)}
@@ -156,18 +156,6 @@ class Comparison:
         _bars(axes[2], [row for row in self.rows if row.tokens_per_second is not None], colors)
         figure.savefig(path, dpi=150)
         return Path(path)
-
-
-def drawing() -> Any:
-    """matplotlib's module of figures.
-
-    Raises:
-        MissingLibraryError: matplotlib is not installed.
-    """
-    try:
-        return importlib.import_module("matplotlib.figure")
-    except ImportError:
-        raise MissingLibraryError('plots need matplotlib. Fix: pip install "quant-compile[plot]"') from None
 
 
 def _scatter(

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from quant_compile.ir.errors import MissingLibraryError
+from quant_compile.measure.figures import figure_class
 
 # Of the drawing, in its own units.
 _WIDTH, _HEIGHT, _LEFT, _BELOW, _ABOVE = 720, 440, 80, 56, 24
@@ -78,13 +78,9 @@ def plot(points: Sequence[Point], path: str | Path, by_ms: bool = False) -> Path
         drawn = svg(points, by_ms)
         path.write_text(page(points, drawn) if path.suffix == ".html" else drawn, encoding="utf-8")
         return path
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise MissingLibraryError(
-            "a picture needs matplotlib. Fix: pip install matplotlib, or a path that ends in .html or .svg."
-        ) from None
-    figure: Any = Figure(figsize=(7.5, 5.0), layout="constrained")
+    figure: Any = figure_class("pip install matplotlib, or a path that ends in .html or .svg")(
+        figsize=(7.5, 5.0), layout="constrained"
+    )
     axes = figure.subplots()
     front, others = _split(points, by_ms)
     axes.plot([point.at(by_ms) for point in front], [point.error for point in front], "o-", label="search")

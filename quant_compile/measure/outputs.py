@@ -14,24 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from quant_compile.ir.errors import MeasureError, OptionError
-from quant_compile.model.follow import eagerly, run_batch
+from quant_compile.measure.windows import kl_of, pieces
+from quant_compile.model.follow import eagerly, listed, run_batch
 
-# Numbers of logits that are in f32 at a time; bytes of reference logits that may stay on the device that made them.
-_CHUNK, _ON_DEVICE = 1 << 24, 1 << 30
+# Bytes of reference logits that may stay on the device that made them.
+_ON_DEVICE = 1 << 30
 
 
-def listed(batches: Any) -> list[Any]:
-    """Batches as a list.
+def checked(batches: Any) -> list[Any]:
+    """Batches as a list, each with something in it.
 
     Raises:
-        OptionError: none, or one batch in place of a list of them.
+        OptionError: as ``listed``, or a tensor without elements.
     """
-    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
-        kind = type(batches).__name__  # pyright: ignore[reportUnknownArgumentType]
-        raise OptionError(f"batches must be an iterable of batches, got {kind}. Fix: [batch] for a single one.")
-    found: list[Any] = list(cast(Iterable[Any], batches))
-    if not found:
-        raise OptionError("no batches were given. Fix: a list of some, e.g. token ids [sequences, tokens].")
+    found = listed(batches)
     for index, batch in enumerate(found):
         if any(tensor.numel() == 0 for tensor in _tensors(batch)):
             raise OptionError(f"batch {index} has a tensor without elements. Fix: leave it out.")
@@ -128,13 +124,7 @@ class Reference:
 
 def divergence(p: Tensor, q: Tensor) -> float:
     """Sum over rows of KL(softmax(p) || softmax(q)), logits [rows, classes], in nats."""
-    total = 0.0
-    step = max(1, _CHUNK // p.shape[-1])
-    for start in range(0, p.shape[0], step):
-        here = q[start : start + step]
-        wanted = p[start : start + step].to(here.device).float().log_softmax(-1)
-        terms = wanted.exp() * (wanted - here.float().log_softmax(-1))
-        total += float(torch.where(wanted == float("-inf"), 0.0, terms).sum(-1).double().sum())
+    total = sum(float(kl_of(a.to(b.device), b).double().sum()) for a, b in zip(pieces(p), pieces(q), strict=True))
     return max(0.0, total) if total == total else total
 
 

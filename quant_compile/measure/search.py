@@ -29,7 +29,7 @@ from quant_compile.measure.front import Point
 from quant_compile.measure.groups import Found, Group, find_groups
 from quant_compile.measure.latency import Latency
 from quant_compile.measure.log import Log, subject_of
-from quant_compile.measure.outputs import Reference, batches_hash, listed
+from quant_compile.measure.outputs import Reference, batches_hash, checked
 from quant_compile.measure.rules import Decided, rules_of, scheme_text, text_of
 from quant_compile.measure.sensitivity import KL, METHODS, measure
 from quant_compile.measure.simulate import Simulation, Values
@@ -170,7 +170,7 @@ def search(
     """
     check_options(budget, sensitivity, m, points)
     candidates = _candidates(schemes)
-    given = listed(batches)
+    given = checked(batches)
     file = Path(path)
     if not file.parent.is_dir():
         raise OptionError(f"the folder {file.parent} of path does not exist. Fix: make it, or another path.")

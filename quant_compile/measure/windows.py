@@ -43,8 +43,8 @@ def perplexity(forward: Callable[[Tensor], Tensor], windows: Tensor) -> float:
 
 def losses(logits: Tensor, following: Tensor) -> Tensor:
     """Negative log-likelihoods f32 [length] of ``following`` [length] under ``logits`` [length, vocabulary]."""
-    pieces = zip(_pieces(logits), _pieces(following, logits.shape[-1]), strict=True)
-    return torch.cat([F.cross_entropy(rows.float(), ids, reduction="none") for rows, ids in pieces])
+    pairs = zip(pieces(logits), pieces(following, logits.shape[-1]), strict=True)
+    return torch.cat([F.cross_entropy(rows.float(), ids, reduction="none") for rows, ids in pairs])
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,20 @@ def divergence(logits: Tensor, reference: Tensor) -> Divergence:
     KL(p || q) = sum p (log p - log q), p of the reference, in f32. It is not negative; what rounding makes so counts as 0.
     """
     kl, same = list[Tensor](), list[Tensor]()
-    for ours, theirs in zip(_pieces(logits), _pieces(reference), strict=True):
+    for ours, theirs in zip(pieces(logits), pieces(reference), strict=True):
         theirs = theirs.to(ours.device)
-        log_p, log_q = F.log_softmax(theirs.float(), -1), F.log_softmax(ours.float(), -1)
-        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).cpu())
+        kl.append(kl_of(theirs, ours).clamp_min(0).cpu())
         same.append((theirs.argmax(-1) == ours.argmax(-1)).cpu())
     return Divergence(torch.cat(kl), torch.cat(same))
 
 
-def _pieces(x: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
+def kl_of(p: Tensor, q: Tensor) -> Tensor:
+    """KL(softmax(p) || softmax(q)) of each row of logits, f32 nats; what p rules out counts nothing."""
+    wanted = p.float().log_softmax(-1)
+    terms = wanted.exp() * (wanted - q.float().log_softmax(-1))
+    return torch.where(wanted == float("-inf"), 0.0, terms).sum(-1)
+
+
+def pieces(x: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
     """``x`` by rows, as many as have CHUNK numbers in f32 at ``width`` numbers a row."""
     return x.split(max(1, CHUNK // (width or x.shape[-1])))

@@ -6,15 +6,16 @@ storage of its own. Reads the calls; what becomes of a product says the class th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from quant_compile.ir.errors import OptionError
 from quant_compile.ir.operands import Operands, called, operands
 from quant_compile.ir.products import PRODUCTS, Product, product
 from quant_compile.ir.stored import CASTS, VIEWS
@@ -166,6 +167,21 @@ def _again(func: Any, args: Any, kwargs: Any, source: Tensor, index: int | None)
 def weights_by_address(parameters: Mapping[str, nn.Parameter]) -> dict[int, str]:
     """Address of each weight -> its name."""
     return {parameter.data_ptr(): name for name, parameter in parameters.items()}
+
+
+def listed(batches: Any) -> list[Any]:
+    """Batches as a list.
+
+    Raises:
+        OptionError: none, or one batch in place of a list of them.
+    """
+    if isinstance(batches, Mapping | str | Tensor) or not isinstance(batches, Iterable):
+        kind = type(batches).__name__  # pyright: ignore[reportUnknownArgumentType]
+        raise OptionError(f"batches must be an iterable of batches, got {kind}. Fix: [batch] for a single one.")
+    found: list[Any] = list(cast(Iterable[Any], batches))
+    if not found:
+        raise OptionError("no batches were given. Fix: a list of some, e.g. token ids [sequences, tokens].")
+    return found
 
 
 def run_batch(model: nn.Module, batch: Any, more: Mapping[str, Any] | None = None) -> Any:

@@ -17,7 +17,7 @@ from quant_compile.explain import explain
 from quant_compile.inspect.models import construct, example_inputs
 from quant_compile.ir.errors import OptionError, QuantError
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.kernels import _roofline
+from quant_compile.lowering import roofs
 from quant_compile.lowering.target import FAKE_SM_COUNT, Target
 from quant_compile.measure import recommend as search
 from quant_compile.measure.devices import CPU_BANDWIDTH, CPU_MATH, DEVICES, OF_ARCH, device_of
@@ -274,13 +274,13 @@ def test_an_unknown_gpu_is_refused_with_those_that_are_known(text: str) -> None:
 
 def test_roofs_are_those_of_the_kernels_estimates() -> None:
     """The same products stand for the archs; kernels take nine tenths of the bandwidth, as a copy does."""
-    for arch, roof in _roofline.ROOFS.items():
+    for arch, roof in roofs.ROOFS.items():
         device = DEVICES[OF_ARCH[arch]]
         assert device.math16 == pytest.approx(roof.math16 / 1e6, rel=0.01)
         assert device.math8 == pytest.approx(roof.math8 / 1e6, rel=0.01)
         assert device.bandwidth * 0.85 < roof.bandwidth / 1e3 < device.bandwidth * 0.95
         assert device.sm_count == FAKE_SM_COUNT[arch] or arch == 120
-    core = _roofline.CPU_CORE
+    core = roofs.CPU_CORE
     assert (core.bandwidth / 1e3, core.math16 / 1e6) == (CPU_BANDWIDTH, CPU_MATH)
 
 
