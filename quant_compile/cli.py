@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant_compile import cli_measure
+from quant_compile.cli_common import TARGETS, console_of, model_arguments, model_spec, positive, quiet_transformers
 from quant_compile.ir.errors import OptionError, QuantError
 from quant_compile.ir.family import bits_per_weight
 
@@ -26,11 +28,8 @@ if TYPE_CHECKING:
     from quant_compile.model.plan import Plan
 
 FALLBACKS = ("weight_only", "fp8")
-TARGETS = ("cpu", "sm80", "sm89", "sm90", "sm100", "sm120")
 # What Dynamo calls a parameter or buffer of a module; "args_0" where forward is wrapped, as by transformers 5.24.
 _DYNAMO_NAME = re.compile(r"\bl_(?:self|args_0)_modules_(\w+?)_(?:parameters|buffers)_(\w+)")
-# Width of tables that are piped or captured, where there is no terminal to fit.
-PIPED_WIDTH = 170
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--full", action="store_true", help="one line for every weight")
     check.add_argument("--json", action="store_true", help="print the plan as JSON")
-    _model_arguments(check)
+    model_arguments(check)
     inspect = command("inspect", _inspect, "show the rewritten graph and the kernels; needs no weights")
     inspect.add_argument("model", metavar="MODEL", help="folder with config.json, GGUF file, or Hugging Face id")
     inspect.add_argument(
@@ -95,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--graph", choices=("before", "after", "diff"), help="which graph to print (default: after)")
     inspect.add_argument("--target", choices=TARGETS, help="show the kernels that this device would get")
-    inspect.add_argument("--tokens", type=_positive, default=16, metavar="N", help="tokens of the traced input")
+    inspect.add_argument("--tokens", type=positive, default=16, metavar="N", help="tokens of the traced input")
     inspect.add_argument("--full", action="store_true", help="one line for every weight in the ledger")
-    _model_arguments(inspect)
+    model_arguments(inspect)
     convert = command(
         "convert", _convert, "quantize a checkpoint by a policy, or write a quantized one in another format"
     )
@@ -117,8 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of what is not quantized (default: the config's)"
     )
-    _measure_commands(command)
-    _add_measuring(command)
+    cli_measure.add(command)
     demo = command("demo", _demo, "quantize bundled small models with several policies and compare them")
     demo.add_argument("--full", action="store_true", default=None, help="show the ledger of each policy too")
     demo.add_argument("--policies", nargs="+", metavar="P", help="presets or policy files for the dense model")
@@ -130,103 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    recommend = command("recommend", _recommend, "which policy for which purpose, why, and its costs; needs no weights")
-    recommend.add_argument("model", metavar="MODEL", help="folder with config.json, GGUF file, or Hugging Face id")
-    recommend.add_argument(
-        "--goal", required=True, metavar="G", help="memory, throughput, long-context, latency or sensitive"
-    )
-    recommend.add_argument(
-        "--gpu", "--target", metavar="D", help="h100, rtx4090, sm90, cpu, ... (default: this machine's)"
-    )
-    recommend.add_argument("--out", metavar="FILE", help="write the policy here")
-    recommend.add_argument("--json", action="store_true", help="print everything as JSON")
-    _model_arguments(recommend)
-    compare = command("compare", _compare, "policies side by side on your text: bits, perplexity, divergence, speed")
-    compare.add_argument("model", metavar="MODEL", help="folder with weights in 16 bits, or Hugging Face id")
-    compare.add_argument("text", metavar="TEXT", help="a text file, or the text itself")
-    compare.add_argument("--policies", nargs="+", required=True, metavar="P", help="presets, policy files, or keep")
-    compare.add_argument("--tokenizer", metavar="T", help="folder, id or tokenizer.json (default: the model's)")
-    compare.add_argument("--length", type=_positive, metavar="N", help="tokens predicted in a window (default: 512)")
-    compare.add_argument("--windows", type=_positive, default=16, metavar="N", help="windows at most (default: 16)")
-    compare.add_argument(
-        "--batch", type=_positive, default=1, metavar="B", help="sequences that generate is timed with"
-    )
-    compare.add_argument(
-        "--new-tokens", type=int, default=64, metavar="N", help="that generate makes; 0: speed is not measured"
-    )
-    compare.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU if there is one)")
-    compare.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the model (default: the config's)")
-    compare.add_argument("--json", metavar="FILE", help="write the rows here")
-    compare.add_argument("--plot", metavar="FILE", help="draw them here (PNG, SVG or PDF); needs matplotlib")
-
-
-def _add_measuring(command: Callable[..., argparse.ArgumentParser]) -> None:
-    attribute = command("attribute", _attribute, "what each quantized weight costs, the worst first")
-    search = command("search", _search, "find a scheme for every weight under a budget, and write the policy")
-    for parser in (attribute, search):
-        parser.add_argument("model", metavar="MODEL", help="folder with config.json and weights, or Hugging Face id")
-        parser.add_argument("--text", required=True, metavar="FILE", help="text to measure with")
-        parser.add_argument("--tokenizer", metavar="T", help="folder, tokenizer.json or id (default: the model's)")
-        parser.add_argument(
-            "--length", type=_positive, default=512, metavar="N", help="tokens of a window (default: 512)"
-        )
-        parser.add_argument("--count", type=_positive, default=8, metavar="N", help="windows (default: 8)")
-        parser.add_argument(
-            "--dtype", choices=("bf16", "fp16", "fp32"), help="of the model (default: the checkpoint's)"
-        )
-        parser.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
-        parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
-        parser.add_argument("--plot", metavar="FILE", help="draw them: .png; of a search .html and .svg too")
-    attribute.add_argument("--policy", required=True, metavar="P", help="preset, shipped policy or YAML file")
-    attribute.add_argument("--top", type=_positive, metavar="N", help="divergences of the N with the largest own error")
-    for what, text in (
-        ("bits", "of a decided weight, on average"),
-        ("bytes", "of the whole model"),
-        ("ms", "of linears and experts over --m"),
-        ("error", "KL divergence in nats"),
-    ):
-        search.add_argument(f"--{what}", type=float, metavar="X", help=f"budget: {text}")
-    search.add_argument("--out", default="search.yaml", metavar="FILE", help="the policy (default: search.yaml)")
-    search.add_argument("--schemes", nargs="+", metavar="S", help="presets, specs such as int4.group32+16, and keep")
-    search.add_argument("--sensitivity", choices=("kl", "fisher"), default="kl", help="how choices are measured")
-    search.add_argument(
-        "--m", type=_profile, metavar="M:COUNT,...", help="how often each number of rows is run: 1:128,512:1"
-    )
-    search.add_argument("--target", choices=TARGETS, help="times of this device, by estimates")
-    search.add_argument("--points", type=int, default=8, metavar="N", help="other budgets to show (default: 8)")
-
-
-def _profile(text: str) -> dict[int, float]:
-    try:
-        pairs = [part.partition(":") for part in text.split(",")]
-        return {int(m): float(count or 1) for m, _, count in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no profile such as 1:128,512:1") from None
-
-
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--class", dest="class_name", metavar="NAME", help="transformers class (default: the config's)")
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the weights (default: the config's)"
-    )
-    parser.add_argument("--layers", type=_positive, metavar="N", help="build this many layers only")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
-
-
 def _policies(arguments: argparse.Namespace) -> int:
-    console = _console()
+    console = console_of()
     console.print(_presets_table())
     console.print(_shipped_table())
     return 0
@@ -276,27 +179,15 @@ def _shipped_table() -> Table:
     return table
 
 
-def _quiet_transformers() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-
-
-def _model_spec(arguments: argparse.Namespace, source: str) -> Any:
-    from quant_compile.inspect.models import ModelSpec
-
-    return ModelSpec(source, arguments.class_name, arguments.dtype, arguments.layers)
-
-
 def _check(arguments: argparse.Namespace) -> int:
     from quant_compile.policy import Policy
 
     policy = Policy.load(arguments.policy)  # first, since a mistake in it needs no model
-    _quiet_transformers()
+    quiet_transformers()
     from quant_compile.inspect.models import build_model
     from quant_compile.model.plan import Plan
 
-    plan = Plan.of(policy, build_model(_model_spec(arguments, arguments.model)))
+    plan = Plan.of(policy, build_model(model_spec(arguments, arguments.model)))
     if arguments.json:
         print(plan.to_json())
     else:
@@ -309,7 +200,7 @@ def _print_plan(plan: Plan, full: bool) -> None:
     """The plan, whose bytes are those of row form, and where this machine's kernels hold others."""
     from quant_compile.inspect.kernels import held, kernel_choices
 
-    console, target = _console(), _this_machine()
+    console, target = console_of(), _this_machine()
     console.print(plan.table(full))
     for text in held(kernel_choices(plan, target), target):
         console.print(f"note: {text}", markup=False, soft_wrap=True)
@@ -330,13 +221,13 @@ def _warn(plan: Plan, source: str) -> None:
 
 
 def _inspect_checkpoint(arguments: argparse.Namespace) -> int:
-    _quiet_transformers()
+    quiet_transformers()
     from quant_compile.lowering.target import Target
     from quant_compile.pretrained import plan_of
 
     target = Target.fake(arguments.target) if arguments.target else None
     plan = plan_of(arguments.model, arguments.policy, fallback=arguments.fallback, target=target)
-    console = _console()
+    console = console_of()
     console.print(plan.table(arguments.full))
     for note in (*plan.notes, *plan.serving()):
         console.print(f"note: {note}", markup=False)
@@ -361,15 +252,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     policy = Policy.load(arguments.policy)
     target = Target.fake(arguments.target) if arguments.target else _this_machine()
-    _quiet_transformers()
+    quiet_transformers()
     from quant_compile.explain import explain
     from quant_compile.inspect.models import build_model, example_inputs
     from quant_compile.model.plan import Plan
 
-    model = build_model(_model_spec(arguments, arguments.model))
+    model = build_model(model_spec(arguments, arguments.model))
     plan = Plan.of(policy, model)
     _warn(plan, arguments.model)
-    console = _console()
+    console = console_of()
     if arguments.target:  # first, because it also shows why nothing can run a weight, which stops the rest
         _print_kernels(console, plan, target)
     explanation = explain(model, example_inputs(model, arguments.tokens), policy, target)
@@ -410,111 +301,12 @@ def _print_kernels(console: Console, plan: Plan, target: Target) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    _quiet_transformers()
+    quiet_transformers()
     from quant_compile.saving import convert
 
     given = {"format": arguments.format} if arguments.format else {}
     source, target = arguments.source, arguments.target
     print(convert(source, target, arguments.policy, dtype=arguments.dtype, device=arguments.device, **given))
-    return 0
-
-
-def _recommend(arguments: argparse.Namespace) -> int:
-    from quant_compile.measure.goals import goal_of
-    from quant_compile.measure.recommend import recommend
-
-    goal_of(arguments.goal)  # first, since a mistake in it needs no model
-    _quiet_transformers()
-    from quant_compile.inspect.models import build_model
-
-    found = recommend(build_model(_model_spec(arguments, arguments.model)), arguments.gpu, arguments.goal)
-    if arguments.json:
-        print(found.to_json(), end="")
-    else:
-        print(found.yaml)
-        for table in found.tables():
-            _console().print(table)
-    if arguments.out:
-        found.save(arguments.out)
-    return 0
-
-
-def _compare(arguments: argparse.Namespace) -> int:
-    from quant_compile.measure.compare import compare, labelled
-    from quant_compile.measure.comparison import PLOTS
-    from quant_compile.measure.figures import figure_class
-    from quant_compile.measure.texts import load_model
-
-    labelled(arguments.policies)  # first, since a mistake in one needs no model
-    if arguments.plot:
-        figure_class(PLOTS)  # first, since measuring takes long
-    _quiet_transformers()
-    model = load_model(arguments.model, arguments.dtype, arguments.device)
-    result = compare(
-        model,
-        arguments.policies,
-        arguments.text,
-        tokenizer=arguments.tokenizer or arguments.model,
-        length=arguments.length,
-        windows=arguments.windows,
-        batch=arguments.batch,
-        new_tokens=arguments.new_tokens,
-    )
-    _console().print(result.table())
-    if arguments.json:
-        result.to_json(arguments.json)
-    if arguments.plot:
-        result.plot(arguments.plot)
-    return 0
-
-
-def _measured_with(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """The model, and batches of the text on its device."""
-    _quiet_transformers()
-    from quant_compile.measure.texts import load_model, windows
-
-    tokenizer = arguments.tokenizer or arguments.model
-    batches = windows(tokenizer, arguments.text, arguments.length, arguments.count)
-    model = load_model(arguments.model, arguments.dtype, arguments.device)
-    return model, [batch.to(arguments.device) for batch in batches]
-
-
-def _attribute(arguments: argparse.Namespace) -> int:
-    from quant_compile.measure.attribute import attribute
-    from quant_compile.policy import Policy
-
-    policy = Policy.load(arguments.policy)  # first, since a mistake in it needs no model
-    model, batches = _measured_with(arguments)
-    return _shown(attribute(model, batches, policy, top=arguments.top, progress=sys.stderr.isatty()), arguments)
-
-
-def _search(arguments: argparse.Namespace) -> int:
-    from quant_compile.measure.search import check_options, search
-
-    budget = {what: getattr(arguments, what) for what in ("bits", "bytes", "ms", "error") if getattr(arguments, what)}
-    check_options(budget, arguments.sensitivity, arguments.m, arguments.points)
-    model, batches = _measured_with(arguments)
-    found = search(
-        model,
-        batches,
-        budget=budget,
-        schemes=arguments.schemes,
-        path=arguments.out,
-        sensitivity=arguments.sensitivity,
-        m=arguments.m,
-        target=arguments.target,
-        points=arguments.points,
-        progress=sys.stderr.isatty(),
-    )
-    return _shown(found, arguments)
-
-
-def _shown(found: Any, arguments: argparse.Namespace) -> int:
-    print(found)
-    if arguments.json:
-        found.to_json(arguments.json)
-    if arguments.plot:
-        found.plot(arguments.plot)
     return 0
 
 

@@ -33,6 +33,8 @@ ORDER = (
     ("pretrained", "_transformers"),
     ("saving", "on_import"),
     ("",),
+    ("cli_common",),
+    ("cli_measure",),
     ("cli", "demo"),
     ("__main__",),
 )

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import nn
 
 from quant_compile.ir.errors import MeasureError, OptionError
-from quant_compile.measure.figures import figure_class
+from quant_compile.measure.figures import drawable, figure_class
 from quant_compile.measure.outputs import Reference, checked, still
 from quant_compile.measure.simulate import Chosen, Simulation, Values, Watching
 from quant_compile.measure.weights import chosen_by
@@ -134,8 +134,10 @@ class Attribution:
         """Own error and divergence of each weight by its depth, as a picture of the kind that the path's ending says.
 
         Raises:
+            OptionError: the path is none that can be drawn to.
             MissingLibraryError: matplotlib is not installed.
         """
+        path = drawable(path)
         rows = sorted(self.rows, key=lambda row: row.depth)
         figure: Any = figure_class()(figsize=(max(6.0, 0.18 * len(rows)), 7.0), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)

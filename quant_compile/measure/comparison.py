@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from quant_compile.measure.figures import figure_class
+from quant_compile.measure.figures import drawable, figure_class
 
 WIDTH = 150
-PLOTS = 'pip install "quant-compile[plot]"'
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,11 @@ class Comparison:
         """Draw perplexity and KL divergence over bytes held, and tokens per second, to a file (PNG, SVG, PDF).
 
         Raises:
+            OptionError: the path is none that can be drawn to.
             MissingLibraryError: matplotlib is not installed.
         """
-        figure = figure_class(PLOTS)(figsize=(13, 4.5), layout="constrained")
+        path = drawable(path)
+        figure = figure_class()(figsize=(13, 4.5), layout="constrained")
         axes = figure.subplots(1, 3)
         figure.suptitle(self._title())
         colors = {row.label: f"C{index % 10}" for index, row in enumerate(self.rows)}

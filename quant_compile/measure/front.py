@@ -11,8 +11,10 @@ from typing import Any
 
 from rich.table import Table
 
-from quant_compile.measure.figures import figure_class
+from quant_compile.measure.figures import drawable, figure_class
 
+# Endings of pictures that are written here.
+ALONE = (".html", ".svg")
 # Of the drawing, in its own units.
 _WIDTH, _HEIGHT, _LEFT, _BELOW, _ABOVE = 720, 440, 80, 56, 24
 
@@ -71,16 +73,15 @@ def plot(points: Sequence[Point], path: str | Path, by_ms: bool = False) -> Path
     """Draw the front: ``.html`` and ``.svg`` by themselves, other endings (``.png``) through matplotlib.
 
     Raises:
+        OptionError: the path is none that can be drawn to.
         MissingLibraryError: matplotlib is needed and not installed.
     """
-    path = Path(path)
-    if path.suffix in (".html", ".svg"):
+    path = drawable(path, ALONE)
+    if path.suffix in ALONE:
         drawn = svg(points, by_ms)
         path.write_text(page(points, drawn) if path.suffix == ".html" else drawn, encoding="utf-8")
         return path
-    figure: Any = figure_class("pip install matplotlib, or a path that ends in .html or .svg")(
-        figsize=(7.5, 5.0), layout="constrained"
-    )
+    figure: Any = figure_class(ALONE)(figsize=(7.5, 5.0), layout="constrained")
     axes = figure.subplots()
     front, others = _split(points, by_ms)
     axes.plot([point.at(by_ms) for point in front], [point.error for point in front], "o-", label="search")

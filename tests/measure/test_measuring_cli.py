@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from quant_compile import cli
+from quant_compile.measure import attribute
 from quant_compile.policy import Policy
 from tests.measure.test_attribute import tiny
 
@@ -58,7 +59,7 @@ def test_search(capsys: Captured, folder: Path) -> None:
     assert code == 0 and "what budgets buy" in out and "estimated on sm90, 10 x m=1, 1 x m=16" in out
     assert Policy.load(path).schemes and "<svg" in page.read_text()
     code, _, err = run(capsys, folder, "search", *more)
-    assert code == 2 and "budget must be a mapping" in err
+    assert code == 2 and "Fix: one or more of --bits, --bytes, --ms, --error" in err
     code, _, err = run(capsys, folder, "search", "--bits", "2", *more)
     assert code == 1 and "cannot be met" in err and "Fix: a budget of 4.125" in err
 
@@ -66,8 +67,26 @@ def test_search(capsys: Captured, folder: Path) -> None:
 def test_text_and_tokenizer(capsys: Captured, folder: Path) -> None:
     policy = ("--policy", "W8A16")
     code, _, err = run(capsys, folder, "attribute", *policy, "--length", "500")
-    assert code == 2 and "has 80 tokens, fewer than one window of 500" in err
+    assert code == 2 and "has 80 tokens, and one window needs 501" in err
     code, _, err = run(capsys, folder, "attribute", *policy, "--tokenizer", str(folder / "model"))
-    assert code == 2 and "Fix: --tokenizer" in err
+    assert code == 2 and "no tokenizer in" in err
     code, _, err = run(capsys, folder, "attribute", *policy, "--text", "none.txt")
     assert code == 2 and "none.txt does not exist" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (("--plot", "a.xyz"), 2, "Fix: a path that ends in .png, .svg, .pdf"),
+        (("--json", "nowhere/a.json"), 2, "nowhere does not exist"),
+        (("--plot", "nowhere/a.png"), 2, "nowhere does not exist"),
+        (("--device", "abacus"), 2, "no device 'abacus' here"),
+    ],
+    ids=["ending", "folder", "plot folder", "device"],
+)
+def test_what_cannot_be_written_or_used_is_said_before_anything_is_measured(
+    capsys: Captured, folder: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], code: int, message: str
+) -> None:
+    monkeypatch.setattr(attribute, "attribute", pytest.fail)
+    got, _, err = run(capsys, folder, "attribute", "--policy", "W8A16", *more)
+    assert got == code and message in err
