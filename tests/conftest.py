@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quant_compile.lowering.rounding import recipe
+from tests import repeats
 
 # What tests compare with is rounded to nearest; those of other roundings name them in their policies.
 recipe.DEFAULT = recipe.NEAREST
@@ -26,7 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", action="store_true", help="test every model family of transformers (an hour)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m reads the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    repeats.mark(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and this machine has none")

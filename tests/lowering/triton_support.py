@@ -69,16 +69,35 @@ def stack_bytes(built: Any, folder: Path) -> int:
 
 
 def mend_interpreter() -> None:
-    """Let Triton 3.6's interpreter loop to a run-time bound under numpy 2.4, which takes [x] for no scalar."""
+    """Let Triton 3.6's interpreter loop to a run-time bound under numpy 2.4, which takes [x] for no scalar; and be quicker.
+
+    Each call of a device function looks through all of triton.language anew for what is to be replaced, a third of the whole time; here
+    once in a launch.
+    """
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch, patch_all, done = interpreter._patch_lang_tensor, interpreter._patch_lang, set[Any]()
 
     def patched(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
+    def patched_once(function: Any) -> Any:
+        if function in done:
+            return None  # a device function, whose scope nobody asks for
+        scope = patch_all(function)
+        done.add(function)
+        restore = scope.restore
+
+        def restored() -> None:
+            done.clear()
+            restore()
+
+        scope.restore = restored
+        return scope
+
     interpreter._patch_lang_tensor = patched
+    interpreter._patch_lang = patched_once
 
 
 # What every interpreted test imports; once, in a process that is forked for each test.
@@ -90,7 +109,7 @@ def _server() -> subprocess.Popen[str]:
     """A process under TRITON_INTERPRET=1, which must be set before Triton is imported."""
     code = "from tests.lowering.triton_support import serve; serve()"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "process_group": 0}
     server = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True, **pipes)
     atexit.register(_kill, server)
     return server
@@ -107,6 +126,7 @@ def serve() -> None:
     mend_interpreter()
     for name in IMPORTS:
         importlib.import_module(name)
+    importlib.import_module("torch").set_num_threads(1)  # tests run beside one another
     for line in sys.stdin:
         module, function, arguments, file = ast.literal_eval(line)
         child = os.fork()
