@@ -32,9 +32,10 @@ bench: $(VENV)/.installed
 	  for script in generate gemm attention e2e moe moe_e2e compile_time; do $(BIN)/python benchmarks/$$script.py || exit; done; \
 	else echo 'no CUDA GPU: generate, gemm, attention, e2e, moe, moe_e2e and compile_time need one'; fi
 
-# Fills the tables of README.md and docs/*.md from benchmarks/results and from the kernels' own answers.
+# Fills the tables of README.md and docs/*.md from benchmarks/results and from the kernels' own answers, and draws the plots.
 docs: $(VENV)/.installed
 	$(BIN)/python benchmarks/render_readme.py
+	@if $(BIN)/python -c 'import matplotlib' 2>/dev/null; then $(BIN)/python benchmarks/plot.py; else echo 'no matplotlib: plots stay as they are'; fi
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
