@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 demo: $(VENV)/.installed
 	@echo 'sglquant demo: importing torch ...'
-	@$(BIN)/sglquant demo
+	@$(BIN)/sglquant demo --html demo.html
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
@@ -50,4 +50,4 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo.html build dist *.egg-info .pytest_cache .ruff_cache

@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--target", choices=TARGETS, help="show the kernels that this device would get")
     inspect.add_argument("--tokens", type=positive, default=16, metavar="N", help="tokens of the traced input")
     inspect.add_argument("--full", action="store_true", help="one line for every weight in the ledger")
+    inspect.add_argument(
+        "--html", metavar="FILE", help="write the report here: one file with the tree, graphs, kernels and totals"
+    )
     model_arguments(inspect)
     convert = command(
         "convert", _convert, "quantize a checkpoint by a policy, or write a quantized one in another format"
@@ -125,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="DIR", help="folder made by examples/tiny_lm/train.py (default: the checkout's)"
     )
     demo.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU if there is one)")
+    demo.add_argument("--html", metavar="FILE", help="write the last model's report here")
     return parser
 
 
@@ -245,13 +249,16 @@ def _is_quantized(source: str) -> bool:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    if arguments.policy is None or (arguments.graph is None and _is_quantized(arguments.model)):
+    quantized = arguments.graph is None and _is_quantized(arguments.model)
+    if arguments.html:
+        _check_html(arguments, quantized)
+    if quantized or (arguments.policy is None and not arguments.html):
         return _inspect_checkpoint(arguments)
-    from quant_compile.lowering.target import Target
+    from quant_compile.lowering.target import Target, default_policy
     from quant_compile.policy import Policy
 
-    policy = Policy.load(arguments.policy)
     target = Target.fake(arguments.target) if arguments.target else _this_machine()
+    policy = Policy.load(arguments.policy or default_policy(target))
     quiet_transformers()
     from quant_compile.explain import explain
     from quant_compile.inspect.models import build_model, example_inputs
@@ -261,13 +268,31 @@ def _inspect(arguments: argparse.Namespace) -> int:
     plan = Plan.of(policy, model)
     _warn(plan, arguments.model)
     console = console_of()
-    if arguments.target:  # first, because it also shows why nothing can run a weight, which stops the rest
+    if arguments.target and not arguments.html:  # first, because it also shows why nothing can run a weight, which stops the rest
         _print_kernels(console, plan, target)
     explanation = explain(model, example_inputs(model, arguments.tokens), policy, target)
-    if arguments.graph or not arguments.target:
+    if arguments.graph or not (arguments.target or arguments.html):
         _print_graph(arguments.graph or "after", explanation.before, explanation.after)
+    if arguments.html:
+        print(f"report: {explanation.report.html(arguments.html)}")
+        return 0
     console.print(explanation.report.table(arguments.full))
     return 0
+
+
+def _check_html(arguments: argparse.Namespace, quantized: bool) -> None:
+    """Refuse what would fail after the model has been traced.
+
+    Raises:
+        OptionError: the folder is not there, or the model's checkpoint is quantized, of which ``load`` makes the graphs.
+    """
+    if quantized:
+        raise OptionError(
+            f"--html draws graphs that a policy makes of a model, and {arguments.model} is quantized already.\n"
+            "Fix: leave --html out, or write quant_compile.report(quant_compile.load(FOLDER)).html(FILE) after a call."
+        )
+    if not Path(arguments.html).absolute().parent.is_dir():
+        raise OptionError(f"--html {arguments.html}: there is no such folder. Fix: make it, or name another file.")
 
 
 def _this_machine() -> Target:
@@ -311,7 +336,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    names = ("full", "policies", "moe_policies", "model", "device")
+    names = ("full", "policies", "moe_policies", "model", "device", "html")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return int(importlib.import_module("quant_compile.demo").main(**given) or 0)
 

@@ -1,6 +1,6 @@
 """The demo: the bundled tiny Llama and the tiny MoE in bf16 and quantized, on text they have never seen.
 
-Reads ``examples/tiny_lm/weights`` of a source checkout (or ``--model DIR``); writes to the terminal only. Each run compiles one
+Reads ``examples/tiny_lm/weights`` of a source checkout (or ``--model DIR``); writes to the terminal, and a report where one is asked for. Each run compiles one
 graph, a step of one token for each of ``SEQUENCES`` texts over a static KV cache. Perplexity, speed and the printed continuation
 all come from this graph, so that compiling, which takes most of the time, is paid once. What torch and transformers have to say
 while they compile is kept back; our own warnings are shown.
@@ -359,6 +359,7 @@ def main(
     full: bool = False,
     model: str | Path | None = None,
     device: str | None = None,
+    html: str | Path | None = None,
 ) -> int:
     """Run the demo; returns the exit status (1: the model is missing).
 
@@ -368,6 +369,7 @@ def main(
         full: print each policy's ledger too.
         model: folder made by ``examples/tiny_lm/train.py``; None: the checkout's.
         device: None: a GPU if there is one.
+        html: write the last model's report here.
     """
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -394,4 +396,6 @@ def main(
     show_texts(console, outcomes, prompt)
     console.print()
     show_ledgers(console, done, full)
+    if html is not None and (last := next((pair for pair in reversed(done) if pair[1] is not None), None)) is not None:
+        console.print(f"{last[0].model} {last[0].policy}, weight by weight: {last[1].html(html)}", highlight=False)
     return 0

@@ -14,6 +14,7 @@ PACKAGE = "quant_compile"
 
 # Each part may import itself and any part before it. The order is that of docs/architecture.md.
 ORDER = (
+    ("page",),
     ("ir",),
     ("lowering",),
     ("passes",),

@@ -23,6 +23,8 @@ from quant_compile.ir.stored import VIEWS
 CACHED = "sglq::cache_values"
 # What decomposes into plain torch, so that lowered graphs may have it.
 PLAIN = {CACHED, "sglq::latent_attention"}
+# Nodes of one inlined template carry the name of the node that it was inlined for.
+INLINED = "inlined_for"
 STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}
 
 
@@ -202,6 +204,11 @@ def planes_of(graph: fx.Graph) -> list[str]:
     return list(dict.fromkeys(node.meta.get("parameter", node.name) for node in found if "plane" in node.meta))
 
 
+def names_reading(node: fx.Node) -> tuple[str, ...]:
+    """Names of the weights that a node's readers multiply by."""
+    return tuple(dict.fromkeys(name for user in node.users for name in user.meta.get("names", ())))
+
+
 def plane_name(parameter: str, plane: str) -> str:
     """Node name of a plane: the weight's qualified name with underscores, and the plane's."""
     stem = "".join(c if c.isalnum() else "_" for c in parameter.removesuffix(".weight"))
@@ -278,7 +285,7 @@ def trace(function: Callable[..., Any], last_size: int, inputs: int) -> fx.Graph
 
 
 def inline(graph: fx.Graph, template: fx.Graph, inputs: Iterable[fx.Node], before: fx.Node) -> tuple[fx.Node, ...]:
-    """Copy a traced template in front of ``before``; returns the nodes of its outputs."""
+    """Copy a traced template in front of ``before``, whose name its nodes carry; returns the nodes of its outputs."""
     mapping = dict(zip(template.find_nodes(op="placeholder"), inputs, strict=False))
     result: Any = ()
     with graph.inserting_before(before):
@@ -287,6 +294,7 @@ def inline(graph: fx.Graph, template: fx.Graph, inputs: Iterable[fx.Node], befor
                 result = node.args[0]
             elif node.op != "placeholder":
                 mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+                mapping[node].meta[INLINED] = before.name
     return tuple(mapping[node] for node in result)
 
 
@@ -336,7 +344,7 @@ def lines(gm: fx.GraphModule) -> list[str]:
 
 def _line(node: fx.Node) -> str:
     value = node.meta.get("example_value")
-    kind = f"{_short(value.dtype)}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    kind = f"{short_dtype(value.dtype)}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
     if node.op == "placeholder":
         ref = node.meta.get("plane")
         origin = node.meta.get("parameter", "")
@@ -344,12 +352,13 @@ def _line(node: fx.Node) -> str:
     if node.op == "output":
         return f"  return {_text(node.args[0])}"
     arguments = ", ".join([*map(_text, node.args), *(f"{key}={_text(value)}" for key, value in node.kwargs.items())])
-    name = node.target if isinstance(node.target, str) else _target_name(node.target)
+    name = node.target if isinstance(node.target, str) else target_name(node.target)
     site = node.meta.get("site", "")
     return f"{'*' if site else ' '} {node.name}{': ' + kind if kind else ''} = {name}({arguments}){'  # ' + site if site else ''}"
 
 
-def _target_name(target: Any) -> str:
+def target_name(target: Any) -> str:
+    """Name of what a node calls: ``linear``, or ``sglq.linear`` of our own."""
     namespace = getattr(target, "namespace", None)
     if namespace:
         return f"{namespace}.{target._schema.name.split('::')[1]}"
@@ -359,10 +368,11 @@ def _target_name(target: Any) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
-    return _short(value) if isinstance(value, torch.dtype) else repr(value) if isinstance(value, str) else str(value)
+    return short_dtype(value) if isinstance(value, torch.dtype) else repr(value) if isinstance(value, str) else str(value)
 
 
-def _short(dtype: torch.dtype) -> str:
+def short_dtype(dtype: torch.dtype) -> str:
+    """``bf16`` for ``torch.bfloat16``."""
     return (
         str(dtype)
         .removeprefix("torch.")

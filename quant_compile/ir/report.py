@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from quant_compile.ir.errors import CoverageError
+from quant_compile.ir.errors import CoverageError, OptionError
+from quant_compile.page.content import Attention, Cell, Side, side_by_side
+from quant_compile.page.files import written_whole
+from quant_compile.page.render import render
+from quant_compile.page.views import SiteView
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class WeightLine:
         missed: some graph reads it unquantized, against the policy; it does not count as covered.
         guarded: both times of the graphs that read it in 16 bits because these are faster there (``guard: never_slower``); it
             counts as covered, and where other graphs quantize it, ``bytes_after`` are its planes' and its own.
+        shape, dtype: of the Parameter.
+        views: positions in ``Report.views`` of what graphs do with it.
     """
 
     names: tuple[str, ...]
@@ -42,11 +49,20 @@ class WeightLine:
     released: bool = False
     missed: bool = False
     guarded: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    views: tuple[int, ...] = ()
 
     @property
     def covered(self) -> bool:
         """Quantized, or kept where 16 bits are measured to be faster, in every graph."""
         return bool(self.scheme or self.guarded) and not self.missed
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What else is true of it, in words: ``named``, ``missed``, ``guarded``, ``released``."""
+        found = {"named": self.named, "missed": self.missed, "guarded": self.guarded, "released": self.released}
+        return tuple(word for word, holds in found.items() if holds)
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,7 @@ class Report:
         misses: linear-like nodes over Parameters that were not quantized: (parameter or node, reason).
         timings: seconds by stage (``passes.*``, ``packing``, ``selection``, ``inductor``).
         attention: one line for each kind of attention in the graphs, and for what looks like some.
+        views: what graphs do at each product; layers alike share one.
     """
 
     policy: str
@@ -89,6 +106,7 @@ class Report:
     misses: tuple[tuple[str, str], ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
     attention: tuple[AttentionLine, ...] = ()
+    views: tuple[SiteView, ...] = ()
 
     @property
     def bytes_total(self) -> int:
@@ -169,15 +187,67 @@ class Report:
         data = asdict(self) | {"coverage": self.coverage, "share": self.share, "bytes_total": self.bytes_total}
         return json.dumps(data, indent=1)
 
+    def html(self, path: str | Path, other: Report | None = None) -> Path:
+        """Write the report as one HTML file that needs no network: the model as a tree, each product before and after, totals.
+
+        Args:
+            path: the file; written whole or not at all.
+            other: a second report, side by side with this one, which comes first; what changed is marked.
+
+        Returns:
+            The path.
+
+        Raises:
+            OptionError: the file cannot be written; what was there is untouched.
+        """
+        reports = [self] if other is None else [self, other]
+        page = side_by_side([report._side() for report in reports], [report.cells() for report in reports])
+        try:
+            return written_whole(Path(path), render(page))
+        except OSError as error:
+            raise OptionError(f"{path} cannot be written: {error.strerror}. Fix: name a file in a folder that is there.") from None
+
+    def cells(self) -> list[Cell]:
+        """What became of each weight, with what graphs do with it."""
+        return [
+            Cell(
+                line.names,
+                line.shape,
+                line.dtype,
+                line.bytes_before,
+                line.bytes_after,
+                line.scheme,
+                line.layout,
+                line.kernels,
+                line.reason,
+                line.marks,
+                tuple(self.views[i] for i in line.views),
+            )
+            for line in self.lines
+        ]
+
+    def _side(self) -> Side:
+        unquantized = [f"{name}: {reason}" for name, reason in self.skips]
+        attention = tuple(Attention(site.what, site.runs, site.reason, site.count) for site in self.attention)
+        sizes = self.bytes_total, self.bytes_after, self.coverage, self.share
+        warnings = (*self.notes, *unquantized)
+        return Side(self.policy, self.target, warnings, *sizes, tuple(self.timings.items()), attention)
+
     @staticmethod
     def from_json(text: str) -> Report:
         """Inverse of ``to_json``."""
         data: dict[str, Any] = json.loads(text)
-        rows: list[dict[str, Any]] = [line | {"names": tuple(line["names"])} for line in data["lines"]]
+        tuples = ("names", "shape", "views")
+        rows: list[dict[str, Any]] = [
+            line | {key: tuple(line.get(key, ())) for key in tuples} for line in data["lines"]
+        ]
         lines = tuple(WeightLine(**row) for row in rows)
         misses = tuple((name, reason) for name, reason in data["misses"])
         attention = tuple(AttentionLine(**site) for site in data.get("attention", ()))
-        return Report(data["policy"], data["target"], lines, tuple(data["notes"]), misses, data["timings"], attention)
+        views = tuple(map(SiteView.of, data.get("views", ())))
+        return Report(
+            data["policy"], data["target"], lines, tuple(data["notes"]), misses, data["timings"], attention, views
+        )
 
     def __str__(self) -> str:
         console = Console(width=150, record=False, file=None)

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.report import AttentionLine, Report, WeightLine
 from quant_compile.ir.scheme import parse
+from quant_compile.page.views import SiteView
 from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, peek_anchor
 from quant_compile.lowering.weights import STORE, Entry
 from quant_compile.model.names import Names, names_in
@@ -34,6 +36,7 @@ class Record:
         misses: products that read it unquantized; readers: other reads beside a quantized one; uses: of a weight that is none of a linear.
         guarded: both times of every graph that reads it in 16 bits since these are faster there; the others have ``kernels``.
         guards: the graphs were compiled with the guard on.
+        views: what graphs do with it, one for each way.
     """
 
     ref: weakref.ref[Anchor]
@@ -47,6 +50,7 @@ class Record:
     uses: dict[str, None] = field(default_factory=dict)
     guarded: dict[str, None] = field(default_factory=dict)
     guards: bool = False
+    views: dict[SiteView, None] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -130,13 +134,16 @@ class Ledger:
         weights = {id(weight.parameter): weight for weight in [*possible, *linear_weights(model)]}
         names = names_in(model)
         lines: list[WeightLine] = []
+        views: dict[SiteView, int] = {}
         misses: list[tuple[str, str]] = []
         for parameter in parameters_of(model):
             record = self.peek(parameter)
             known = names[id(parameter)]
             name = known.full
             line = self._line(known, parameter, record, STORE.peek(parameter), weights.get(id(parameter)), session)
-            lines.append(line)
+            seen = tuple(views.setdefault(view, len(views)) for view in (record.views if record is not None else ()))
+            shape, dtype = tuple(parameter.shape), dtype_name(parameter.dtype)
+            lines.append(replace(line, views=seen, shape=shape, dtype=dtype))
             if record is not None and not line.named:
                 misses += [(name[0], reason) for reason in record.misses]
         notes = [
@@ -147,7 +154,7 @@ class Ledger:
         policy, target = (session.policy.name, session.target) if session else ("none", "none")
         found = session.attention if session else {}
         attention = tuple(replace(line, count=count) for line, count in found.items())
-        return Report(policy, target, tuple(lines), tuple(notes), tuple(misses), timings, attention)
+        return Report(policy, target, tuple(lines), tuple(notes), tuple(misses), timings, attention, tuple(views))
 
     def policy_of(self, model: nn.Module) -> Decides | None:
         """The policy that a model was compiled with last; None: it was not compiled."""

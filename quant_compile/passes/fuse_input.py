@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from quant_compile.ir.graph import names_reading
 from quant_compile.ir.scheme import parse
 from quant_compile.ir.writes import Writes
 from quant_compile.lowering import ops as kernel_ops
@@ -54,7 +55,7 @@ def one_launch(
     terms = residual_terms(norm.x)
     reason = _obstacle(x, norm, node, writes, bool(terms))
     if reason is not None:
-        report.refused.append(f"{label}: {kernel.name} does not take the RMSNorm before it: {reason}")
+        report.miss(label, names_reading(node), f"{kernel.name} does not take the RMSNorm before it: {reason}")
         return None
     report.rewrote.append(f"{label}: {kernel.name}, with the {'residual add and ' if terms else ''}RMSNorm before it")
     return _with_norm(graph, node, norm, terms, kernel, writes)

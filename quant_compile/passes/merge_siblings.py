@@ -33,10 +33,11 @@ def merge_siblings(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pass
     for siblings in groups.values():
         if len(siblings) < 2:
             continue
-        names = " + ".join(name for node in siblings for name in node.meta["names"])
+        each = [name for node in siblings for name in node.meta["names"]]
+        names = " + ".join(each)
         refusal = _refusal(siblings, plan, writes)
         if refusal is not None:
-            report.refused.append(f"{names}: {refusal.reason}")
+            report.miss(names, each, refusal.reason)
             continue
         _merge(gm.graph, siblings)
         report.rewrote.append(names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -100,12 +100,26 @@ class Plan:
     expanded: dict[fx.Node, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class NearMiss:
+    """What a pass nearly did for the weights ``names``, and why not."""
+
+    names: tuple[str, ...]
+    reason: str
+
+
 @dataclass
 class PassReport:
-    """What one pass did: rewritten nodes and refusals, in words."""
+    """What one pass did: rewritten nodes and refusals, in words; near misses are the refusals that concern particular weights."""
 
     name: str
     rewrote: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     dispatches: dict[tuple[int, ...], Dispatch | MoeDispatch] = field(default_factory=dict)
     attention: list[AttentionLine] = field(default_factory=list)
+    near: list[NearMiss] = field(default_factory=list)
+
+    def miss(self, label: str, names: Iterable[str], reason: str) -> None:
+        """Refuse what ``label`` names, which would have helped the weights ``names``."""
+        self.refused.append(f"{label}: {reason}")
+        self.near.append(NearMiss(tuple(names), reason))

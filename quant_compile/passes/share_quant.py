@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from quant_compile.ir import ops
-from quant_compile.ir.graph import ScaleRef, erase_with_inputs, verify
+from quant_compile.ir.graph import ScaleRef, erase_with_inputs, names_reading, verify
 from quant_compile.ir.writes import Writes
 from quant_compile.passes.plan import PassReport, Plan
 
@@ -30,7 +30,7 @@ def share_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRep
         x: Any = node.args[0]
         writer = writes.between(x, first[key], node)
         if writer is not None:
-            report.refused.append(f"{node.meta['site']}: {x} is written by {writer}")
+            report.miss(node.meta["site"], names_reading(node), f"{x} is written by {writer}")
             first[key] = node
             continue
         node.replace_all_uses_with(first[key])

@@ -44,6 +44,8 @@ def record(
         parameter = parameters[slot]
         record = LEDGER.record(parameter)
         _begin(record, parameter, decision, guards)
+        if slot in variant.views:
+            record.views[variant.views[slot]] = None
         if decision.guard:
             record.guarded[decision.guard] = None
             kept.add(slot)
@@ -71,6 +73,7 @@ def _begin(record: Record, parameter: Parameter, decision: SiteDecision, guards:
     record.reason = decision.reason
     spec = decision.asked.spec if decision.asked else None
     if spec != record.scheme:
+        record.views.clear()
         record.kernels.clear()
         record.readers.clear()
         STORE.entry(parameter).plain_readers.clear()

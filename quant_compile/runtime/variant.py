@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from quant_compile.ir.errors import GraphError, OptionError
 from quant_compile.ir.experts import Verdicts
 from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_inductor
+from quant_compile.page.views import SiteView
 from quant_compile.lowering.attention import choose_attention
 from quant_compile.lowering.expand import without_guards
 from quant_compile.lowering.latent import choose_latent
@@ -31,6 +32,7 @@ from quant_compile.passes import PIPELINE
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 from quant_compile.runtime.decide import Choosers, Found, add_time
 from quant_compile.runtime.progress import Choosing
+from quant_compile.runtime.views import site_views
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -44,6 +46,7 @@ class Variant:
     arguments: tuple[int, ...]
     refs: tuple[Ref, ...]
     reports: tuple[PassReport, ...]
+    views: Mapping[int, SiteView]
 
 
 class Variants:
@@ -141,12 +144,19 @@ class Variants:
         placeholders = gm.graph.find_nodes(op="placeholder")
         arguments = tuple(node.meta["argument"] for node in placeholders if "plane" not in node.meta)
         refs = tuple(node.meta["plane"] for node in placeholders if "plane" in node.meta)
+        views = site_views(
+            self.pristine.graph, self.found, decisions, gm.graph, reports, self.target, self._level()
+        )
         started = time.perf_counter()
         scalars = {} if late else self._scalars
         inputs = [scalars.get(node.meta.get("argument"), node.meta["example_value"]) for node in placeholders]
         function = self._compile_late(gm, inputs) if late else self._compile(gm, inputs)
         add_time(sessions, "inductor", time.perf_counter() - started)
-        return Variant(gm, function, arguments, refs, tuple(reports))
+        return Variant(gm, function, arguments, refs, tuple(reports), views)
+
+    def _level(self) -> str:
+        """Of the tuner."""
+        return self.options.request(self.source.policy).tune
 
     def _compile_late(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile at call time, under Dynamo's fake mode, so that dynamic sizes stay dynamic."""
