@@ -31,6 +31,7 @@ from quant_compile.model.places import parameters_of, places, unwrap, without_re
 from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options, PolicySource
 from quant_compile.policy import Policy
+from quant_compile.runtime.locked import begin as begin_lock
 
 
 def compile(
@@ -43,13 +44,14 @@ def compile(
         policy: preset name, shipped policy, YAML path, dict or Policy; None: the device's default.
         dynamic: as in torch.compile.
         fullgraph: as in torch.compile.
-        options: ``mode``, ``release_weights``, ``kernels``, ``tune``, ``inductor``, ``guard``, ``attention``, ``blocks``; see ``Options``.
+        options: ``mode``, ``release_weights``, ``kernels``, ``tune``, ``inductor``, ``guard``, ``attention``, ``blocks``, ``lock``,
+            ``lock_update``; see ``Options``.
 
     Returns:
         The same model.
 
     Raises:
-        OptionError, PolicyError, WeightError: nothing of the model has been changed.
+        OptionError, PolicyError, WeightError, LockError: nothing of the model has been changed.
     """
     parsed = Options.of({**options, "policy": policy})
     lent = set(map(id, offload.lent_parameters(model)))
@@ -67,6 +69,7 @@ def compile(
     source = PolicySource(parsed.policy, default_policy(target))
     source.check_planes(name for weight in linear_weights(unwrap(model)) for name in weight.site.names)
     source, loaded = _with_loaded(unwrap(model), source, policy is not None)
+    begin_lock(parsed)
     problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)
     session = LEDGER.session(unwrap(model), source.policy, target.label)

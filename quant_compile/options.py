@@ -53,6 +53,9 @@ class Options:
             policy says.
         kv_cache: how ``generate`` keeps K and V, ``FP8``, ``FP8_E5M2``, ``INT8`` (with ``_HEAD`` or ``_TENSOR``: fixed scales) or
             ``keep``; None: as the policy says.
+        lock: file that keeps what every weight got; written where it is not there, else enforced: what differs is a warning, and an
+            error under a strict policy.
+        lock_update: write the lock anew.
     """
 
     policy: Any = None
@@ -65,6 +68,8 @@ class Options:
     guard: str | bool | None = None
     attention: str | None = None
     kv_cache: str | None = None
+    lock: str | Path | None = None
+    lock_update: bool = False
 
     @staticmethod
     def of(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -83,9 +88,10 @@ class Options:
         made = Options(**data)
         _one_of("mode", made.mode, MODES)
         _one_of("tune", made.tune, TUNE)
-        for key, value in (("release_weights", made.release_weights), ("blocks", made.blocks)):
-            if value not in (None, True, False):
+        for key in ("release_weights", "blocks", "lock_update"):
+            if (value := getattr(made, key)) not in (None, True, False):
                 raise OptionError(f"{key} must be true or false, got {value!r}")
+        _lock(made.lock, made.lock_update)
         if made.guard is not None and made.guard is not False and made.guard != NEVER_SLOWER:
             raise OptionError(f"guard must be {NEVER_SLOWER}, or false for none, got {made.guard!r}")
         _one_of("attention", AUTO if made.attention is None else made.attention, ATTENTION)
@@ -123,6 +129,13 @@ class Options:
         if self.kv_cache is None:
             return policy.kv_cache
         return None if self.kv_cache.lower() == KEEP else CacheRules(parse_cache(self.kv_cache))
+
+
+def _lock(path: Any, update: bool) -> None:
+    if path is not None and not isinstance(path, str | Path):
+        raise OptionError(f"lock must be the path of a file, got {path!r}")
+    if update and path is None:
+        raise OptionError('lock_update writes a lock anew, and none is named. Fix: lock="model.lock".')
 
 
 def _cache_scheme(name: Any) -> None:

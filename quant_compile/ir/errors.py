@@ -89,5 +89,13 @@ class RecompileLimitWarning(UserWarning):
     """torch.compile is about to stop compiling a function, or its limit was raised to avoid that."""
 
 
+class LockError(QuantError, ValueError):
+    """A lock cannot be read or written, or a strict policy's weights got something else; names the file, the line, the weights."""
+
+
+class LockWarning(UserWarning):
+    """Weights got something else than their lock says; names them."""
+
+
 class PolicyWarning(UserWarning):
     """A rule of a policy matched nothing."""

@@ -72,8 +72,7 @@ class Cell:
     @property
     def fusion(self) -> tuple[str, ...]:
         """What was joined around it, in any graph, with the weights that share its kernel."""
-        joined = (f"one kernel for {' + '.join(view.weights)}" for view in self.views if len(view.weights) > 1)
-        return tuple(sorted({*joined, *(text for view in self.views for text in view.fused)}))
+        return tuple(sorted({text for view in self.views for text in view.joined}))
 
 
 @dataclass(frozen=True)

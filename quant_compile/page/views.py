@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 KINDS = ("input", "op", "module", "weight", "quantize", "kernel", "fused")
@@ -89,6 +90,12 @@ class SiteView:
     fused: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
     source: tuple[str, ...] = ()
+
+    @cached_property
+    def joined(self) -> tuple[str, ...]:
+        """What shares its kernel, and what was fused with it, in words."""
+        shared = (f"one kernel for {' + '.join(self.weights)}",) if len(self.weights) > 1 else ()
+        return (*shared, *self.fused)
 
     @staticmethod
     def of(data: Mapping[str, Any]) -> SiteView:

@@ -35,12 +35,14 @@ from quant_compile.ir.inline import inline
 from quant_compile.lowering.identity import identity_of, peek_anchor
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key
+from quant_compile.model.ledger import Sessions
 from quant_compile.model.names import Owners
 from quant_compile.model.offload import Lent, adopt, adopt_at
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import SiteDecision
 from quant_compile.runtime.decide import Choosers, Decider, Found, add_time, multiplied_slices
+from quant_compile.runtime.locked import keeper_of, sites_of
 from quant_compile.runtime.merges import Merges
 from quant_compile.runtime.profiling import unprofiled
 from quant_compile.runtime.record import claim_weights, record, refuse_released, release_packed
@@ -79,7 +81,7 @@ class GraphRunner:
         choosers: Choosers,
         target: Target,
     ) -> None:
-        self.source, self.options = source, options
+        self.source, self.options, self._target = source, options, target
         self.pristine = inline(copy_graph(gm))
         self._parameters = {i: value for i, value in enumerate(inputs) if isinstance(value, Parameter)}
         self._slots = tuple(self._parameters)
@@ -109,6 +111,7 @@ class GraphRunner:
             claim_weights(self.found, self.source.policy, parameters)
         variant = self._variants.get(parameters, session, decisions, late=False)
         record(self.found, parameters, session, decisions, variant, self._decider.guard.asked)
+        self._keep_lock(parameters, session, decisions, variant)
         self._variants.traced()
         return variant
 
@@ -178,6 +181,7 @@ class GraphRunner:
             if before != STORE.packed:
                 add_time(session, "packing", time.perf_counter() - started)
             record(self.found, parameters, session, decisions, variant, self._decider.guard.asked)
+            self._keep_lock(parameters, session, decisions, variant)
             if self.options.releases(self.source.policy):
                 release_packed(parameters, variant)
             packed = {slot for ref in variant.refs for slot in slots_of(ref)}
@@ -197,6 +201,18 @@ class GraphRunner:
             binding = Binding(frozenset(identities), variant, pick, planes, watched, merges, epoch, generation)
             self._bindings[called] = binding
             return binding
+
+    def _keep_lock(
+        self,
+        parameters: Mapping[int, Parameter],
+        sessions: Sessions,
+        decisions: Mapping[str, SiteDecision],
+        variant: Variant,
+    ) -> None:
+        keeper = keeper_of(self.options)
+        if keeper is not None:
+            sites = sites_of(self.found, parameters, decisions, variant)
+            keeper.keep(self.source.policy, self._target, sites, sessions)
 
     def _planes(
         self,

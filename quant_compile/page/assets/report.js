@@ -560,7 +560,7 @@
         const group = kid.kids.length && w > 22 && h > 16 && w * h > 700;
         if (!group) {
           if (w * h < 0.6) return;
-          const scheme = splitOf(kid), gap = w > 3 && h > 3 ? 0.75 : 0, split = kid.row >= 0 || w < 6 ? [[scheme, 1]] : sorted(kid.split);
+          const scheme = splitOf(kid), gap = w > 3 && h > 3 ? 0.75 : 0, split = kid.row >= 0 || w < 14 ? [[scheme, 1]] : sorted(kid.split);
           const total = split.reduce((sum, [, bytes]) => sum + bytes, 0) || 1, title = `${pathOf(kid)}\n${size(valueOf(kid))}, ${split.map(([one]) => named(one)).join(", ")}`;
           let left = x + gap;
           for (const [one, bytes] of split) {
@@ -722,13 +722,13 @@
     node = modules[0].kids.length < 60 ? modules[0] : modules[modules.length - 1];
     opened.add(node);
   }
-  segmented(TWO ? [0, 1] : [0, 1], (s) => (TWO ? LETTERS[s] : ["Before", "After"][s]), (s) => { drawnSide = s; treemap(); legend(); }, $("bytes-side"));
+  segmented(TWO ? [0, 1] : [0, 1], (s) => (TWO ? LETTERS[s] : ["Before", "After"][s]), (s) => { drawnSide = s; legend(); treemap(); }, $("bytes-side"));
   timePanel();
   if (TWO && D.rows.some((row) => row[1].length)) $("by-change").value = "any";
   filter();
   details();
   $("bytes-side").children[1].click();
   let resized = 0;
-  addEventListener("resize", () => { cancelAnimationFrame(resized); resized = requestAnimationFrame(() => { treemap(); paint(); }); });
+  new ResizeObserver(() => { cancelAnimationFrame(resized); resized = requestAnimationFrame(() => { treemap(); paint(); }); }).observe($("treemap"));
   performance.mark("ready");
 })();
