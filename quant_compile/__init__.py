@@ -16,6 +16,8 @@ from quant_compile.checkpoints.gguf.tokenizer import tokenizer
 from quant_compile.ir.errors import (
     CoverageError,
     GradModeError,
+    LockError,
+    LockWarning,
     MeasureError,
     MissingScalesError,
     NoKernelError,
@@ -50,6 +52,8 @@ __all__ = [
     "CheckpointError",
     "CoverageError",
     "GradModeError",
+    "LockError",
+    "LockWarning",
     "MeasureError",
     "MissingScalesError",
     "NoKernelError",

@@ -1,7 +1,7 @@
 """The command line ``sglquant``: policies, what they decide and cost, rewritten graphs, checkpoints, comparisons, a demo.
 
 Models are built from their configuration; no command but ``convert``, ``compare``, ``attribute`` and ``search`` needs weights. Exit codes:
-0 fine, 1 an error of the policy or the model (one text on stderr), 2 wrong usage.
+0 fine, 1 an error of the policy or the model (one text on stderr), 2 wrong usage; of ``diff`` 1 is a difference, 2 any error.
 """
 
 from __future__ import annotations
@@ -15,9 +15,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant_compile import cli_measure
-from quant_compile.cli_common import TARGETS, console_of, model_arguments, model_spec, positive, quiet_transformers
-from quant_compile.ir.errors import OptionError, QuantError
+from quant_compile import cli_diff, cli_measure
+from quant_compile.cli_common import (
+    TARGETS,
+    console_of,
+    model_arguments,
+    model_spec,
+    output,
+    positive,
+    quiet_transformers,
+    report_error,
+    this_machine,
+)
+from quant_compile.ir.errors import OptionError
 from quant_compile.ir.family import bits_per_weight
 
 if TYPE_CHECKING:
@@ -47,19 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.traceback:
             raise
-        return _report_error(error)
-
-
-def _report_error(error: Exception) -> int:
-    """Print one clear text; returns the exit code."""
-    # Dynamo wraps what a backend raises
-    own = error if isinstance(error, QuantError) else getattr(error, "inner_exception", None)
-    if isinstance(own, QuantError):
-        print(f"sglquant: {own}", file=sys.stderr)
-        return 2 if isinstance(own, OptionError) else 1
-    hint = "Run again with --traceback to see where it comes from."
-    print(f"sglquant: {type(error).__name__}: {error}\n{hint}", file=sys.stderr)
-    return 1
+        return report_error(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,9 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--tokens", type=positive, default=16, metavar="N", help="tokens of the traced input")
     inspect.add_argument("--full", action="store_true", help="one line for every weight in the ledger")
     inspect.add_argument(
-        "--html", metavar="FILE", help="write the report here: one file with the tree, graphs, kernels and totals"
+        "--html",
+        type=output,
+        metavar="FILE",
+        help="write the report here: one file with the tree, graphs, kernels and totals",
     )
     model_arguments(inspect)
+    cli_diff.add(command)
     convert = command(
         "convert", _convert, "quantize a checkpoint by a policy, or write a quantized one in another format"
     )
@@ -128,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="DIR", help="folder made by examples/tiny_lm/train.py (default: the checkout's)"
     )
     demo.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU if there is one)")
-    demo.add_argument("--html", metavar="FILE", help="write the last model's report here")
+    demo.add_argument("--html", type=output, metavar="FILE", help="write the last model's report here")
     return parser
 
 
@@ -204,7 +206,7 @@ def _print_plan(plan: Plan, full: bool) -> None:
     """The plan, whose bytes are those of row form, and where this machine's kernels hold others."""
     from quant_compile.inspect.kernels import held, kernel_choices
 
-    console, target = console_of(), _this_machine()
+    console, target = console_of(), this_machine()
     console.print(plan.table(full))
     for text in held(kernel_choices(plan, target), target):
         console.print(f"note: {text}", markup=False, soft_wrap=True)
@@ -250,14 +252,17 @@ def _is_quantized(source: str) -> bool:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     quantized = arguments.graph is None and _is_quantized(arguments.model)
-    if arguments.html:
-        _check_html(arguments, quantized)
+    if arguments.html and quantized:
+        raise OptionError(
+            f"--html draws graphs that a policy makes of a model, and {arguments.model} is quantized already.\n"
+            "Fix: leave --html out, or write quant_compile.report(quant_compile.load(FOLDER)).html(FILE) after a call."
+        )
     if quantized or (arguments.policy is None and not arguments.html):
         return _inspect_checkpoint(arguments)
     from quant_compile.lowering.target import Target, default_policy
     from quant_compile.policy import Policy
 
-    target = Target.fake(arguments.target) if arguments.target else _this_machine()
+    target = Target.fake(arguments.target) if arguments.target else this_machine()
     policy = Policy.load(arguments.policy or default_policy(target))
     quiet_transformers()
     from quant_compile.explain import explain
@@ -268,7 +273,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     plan = Plan.of(policy, model)
     _warn(plan, arguments.model)
     console = console_of()
-    if arguments.target and not arguments.html:  # first, because it also shows why nothing can run a weight, which stops the rest
+    if (
+        arguments.target and not arguments.html
+    ):  # first, because it also shows why nothing can run a weight, which stops the rest
         _print_kernels(console, plan, target)
     explanation = explain(model, example_inputs(model, arguments.tokens), policy, target)
     if arguments.graph or not (arguments.target or arguments.html):
@@ -278,29 +285,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return 0
     console.print(explanation.report.table(arguments.full))
     return 0
-
-
-def _check_html(arguments: argparse.Namespace, quantized: bool) -> None:
-    """Refuse what would fail after the model has been traced.
-
-    Raises:
-        OptionError: the folder is not there, or the model's checkpoint is quantized, of which ``load`` makes the graphs.
-    """
-    if quantized:
-        raise OptionError(
-            f"--html draws graphs that a policy makes of a model, and {arguments.model} is quantized already.\n"
-            "Fix: leave --html out, or write quant_compile.report(quant_compile.load(FOLDER)).html(FILE) after a call."
-        )
-    if not Path(arguments.html).absolute().parent.is_dir():
-        raise OptionError(f"--html {arguments.html}: there is no such folder. Fix: make it, or name another file.")
-
-
-def _this_machine() -> Target:
-    import torch
-
-    from quant_compile.lowering.target import Target
-
-    return Target.of("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _print_graph(which: str, before: Sequence[str], after: Sequence[str]) -> None:

@@ -1,15 +1,21 @@
-"""What the commands of ``sglquant`` share: arguments, the console, the model they are about."""
+"""What the commands of ``sglquant`` share: arguments, the console, errors, the model and the device they are about."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from quant_compile.ir.errors import OptionError, QuantError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from quant_compile.lowering.target import Target
+
+Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 TARGETS = ("cpu", "sm80", "sm89", "sm90", "sm100", "sm120")
 # Width of tables that are piped or captured, where there is no terminal to fit.
 PIPED_WIDTH = 170
@@ -62,3 +68,23 @@ def model_spec(arguments: argparse.Namespace, source: str) -> Any:
     from quant_compile.inspect.models import ModelSpec
 
     return ModelSpec(source, arguments.class_name, arguments.dtype, arguments.layers)
+
+
+def this_machine() -> Target:
+    import torch
+
+    from quant_compile.lowering.target import Target
+
+    return Target.of("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def report_error(error: Exception) -> int:
+    """Print one clear text; returns the exit code."""
+    # Dynamo wraps what a backend raises
+    own = error if isinstance(error, QuantError) else getattr(error, "inner_exception", None)
+    if isinstance(own, QuantError):
+        print(f"sglquant: {own}", file=sys.stderr)
+        return 2 if isinstance(own, OptionError) else 1
+    hint = "Run again with --traceback to see where it comes from."
+    print(f"sglquant: {type(error).__name__}: {error}\n{hint}", file=sys.stderr)
+    return 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from quant_compile.cli_common import (
     TARGETS,
+    Command,
     console_of,
     existing,
     model_arguments,
@@ -18,8 +18,6 @@ from quant_compile.cli_common import (
     quiet_transformers,
 )
 from quant_compile.ir.errors import OptionError
-
-Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
 
 def add(command: Command) -> None:

@@ -141,7 +141,9 @@ def source_of(node: fx.Node) -> tuple[str, ...]:
     frames: list[str] = []
     for found in _FRAME.finditer(node.meta.get("stack_trace") or ""):
         if not found["file"].startswith(_TORCH) and not _WRAPPER.search(found["code"]):
-            frames.append(f"{_short_path(found['file'])}:{found['line']} in {found['function']}: {found['code'].strip()}")
+            frames.append(
+                f"{_short_path(found['file'])}:{found['line']} in {found['function']}: {found['code'].strip()}"
+            )
     return tuple(frames[-MOST_FRAMES:])
 
 

@@ -368,7 +368,9 @@ def target_name(target: Any) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
-    return short_dtype(value) if isinstance(value, torch.dtype) else repr(value) if isinstance(value, str) else str(value)
+    return (
+        short_dtype(value) if isinstance(value, torch.dtype) else repr(value) if isinstance(value, str) else str(value)
+    )
 
 
 def short_dtype(dtype: torch.dtype) -> str:

@@ -41,7 +41,9 @@ class LockedSite:
     def also(self, other: LockedSite) -> LockedSite:
         """With what another graph does."""
         kernels = tuple(sorted({*self.kernels, *other.kernels}))
-        return LockedSite(other.scheme, other.layout or self.layout, kernels, tuple(sorted({*self.joined, *other.joined})))
+        return LockedSite(
+            other.scheme, other.layout or self.layout, kernels, tuple(sorted({*self.joined, *other.joined}))
+        )
 
     def differs(self, now: LockedSite) -> tuple[str, ...]:
         """What a graph does now that is not in this: ``scheme``, ``kernel``, ``layout``, ``fusion``."""
@@ -98,7 +100,9 @@ class Lock:
         try:
             return written_whole(path, self.text())
         except OSError as error:
-            raise LockError(f"the lock {path} cannot be written: {error.strerror}. Fix: name a file in a folder that is there.") from None
+            raise LockError(
+                f"the lock {path} cannot be written: {error.strerror}. Fix: name a file in a folder that is there."
+            ) from None
 
     @staticmethod
     def load(path: Path) -> Lock:

@@ -205,7 +205,9 @@ class Report:
         try:
             return written_whole(Path(path), render(page))
         except OSError as error:
-            raise OptionError(f"{path} cannot be written: {error.strerror}. Fix: name a file in a folder that is there.") from None
+            raise OptionError(
+                f"{path} cannot be written: {error.strerror}. Fix: name a file in a folder that is there."
+            ) from None
 
     def cells(self) -> list[Cell]:
         """What became of each weight, with what graphs do with it."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.scheme import Scheme
-from quant_compile.page.views import KernelTime
 from quant_compile.lowering.moe import MoeDispatch, moe_kernels, planes_of
 from quant_compile.lowering.registry import Problem, kernels, layouts
 from quant_compile.lowering.roofs import Roof, roof
 from quant_compile.lowering.select import BUCKETS, Dispatch, name_for
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.tune import FAILED, POINTS, Timings, own_estimate, timings
+from quant_compile.page.views import KernelTime
 
 
 def kernel_times(dispatch: Dispatch | MoeDispatch, target: Target, level: str) -> tuple[KernelTime, ...]:

@@ -16,13 +16,13 @@ from torch import nn
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.report import AttentionLine, Report, WeightLine
 from quant_compile.ir.scheme import parse
-from quant_compile.page.views import SiteView
 from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, peek_anchor
 from quant_compile.lowering.weights import STORE, Entry
 from quant_compile.model.names import Names, names_in
 from quant_compile.model.offload import adopt
 from quant_compile.model.places import parameters_of, unwrap
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
+from quant_compile.page.views import SiteView
 from quant_compile.rules import Decides
 
 MORE_COPIES = "packed more than once: graphs join it with different siblings, and its layout cannot be cut"

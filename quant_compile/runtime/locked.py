@@ -43,7 +43,9 @@ class Keeper:
         self._written: Lock | None = None
         self._mutex = RLock()
         if self.locked is None and not path.absolute().parent.is_dir():
-            raise LockError(f"the lock {path} cannot be written: there is no such folder. Fix: make it, or name another file.")
+            raise LockError(
+                f"the lock {path} cannot be written: there is no such folder. Fix: make it, or name another file."
+            )
 
     def keep(self, policy: Policy, target: Target, sites: Mapping[str, LockedSite], sessions: Sessions) -> None:
         """Take in what one graph does with its weights.

@@ -20,7 +20,6 @@ from torch.nn import Parameter
 from quant_compile.ir.errors import GraphError, OptionError
 from quant_compile.ir.experts import Verdicts
 from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_inductor
-from quant_compile.page.views import SiteView
 from quant_compile.lowering.attention import choose_attention
 from quant_compile.lowering.expand import without_guards
 from quant_compile.lowering.latent import choose_latent
@@ -28,6 +27,7 @@ from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.ledger import Sessions
 from quant_compile.options import Options, PolicySource
+from quant_compile.page.views import SiteView
 from quant_compile.passes import PIPELINE
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 from quant_compile.runtime.decide import Choosers, Found, add_time
@@ -144,9 +144,7 @@ class Variants:
         placeholders = gm.graph.find_nodes(op="placeholder")
         arguments = tuple(node.meta["argument"] for node in placeholders if "plane" not in node.meta)
         refs = tuple(node.meta["plane"] for node in placeholders if "plane" in node.meta)
-        views = site_views(
-            self.pristine.graph, self.found, decisions, gm.graph, reports, self.target, self._level()
-        )
+        views = site_views(self.pristine.graph, self.found, decisions, gm.graph, reports, self.target, self._level())
         started = time.perf_counter()
         scalars = {} if late else self._scalars
         inputs = [scalars.get(node.meta.get("argument"), node.meta["example_value"]) for node in placeholders]

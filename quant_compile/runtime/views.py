@@ -13,12 +13,12 @@ from torch import fx
 
 from quant_compile.ir.draw import Scene, Sketch, op_label, shape_of, source_of, whole_value
 from quant_compile.ir.graph import slots_of
-from quant_compile.page.views import Box, Drawing, SiteView, tail
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.kernel_times import kernel_times
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.select import Dispatch
 from quant_compile.lowering.target import Target
+from quant_compile.page.views import Box, Drawing, SiteView, tail
 from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import PassReport, SiteDecision
 from quant_compile.runtime.decide import Found
@@ -135,9 +135,7 @@ def _weight_label(node: fx.Node) -> str:
     return ".".join(stem.split(".")[-2:])
 
 
-def _after(
-    scene: Scene, kernel: fx.Node, names: Sequence[str], dispatch: Dispatch | MoeDispatch | None
-) -> Drawing:
+def _after(scene: Scene, kernel: fx.Node, names: Sequence[str], dispatch: Dispatch | MoeDispatch | None) -> Drawing:
     sketch = Sketch(scene)
     planes = _planes(kernel)
     layout = f"layout {dispatch.layout}" if dispatch is not None else ""

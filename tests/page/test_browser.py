@@ -156,7 +156,14 @@ def test_a_weight_shows_what_became_of_it(browser: Any, files: dict[str, Path]) 
     opened.page.fill("#search", "layers.1.self_attn.q_proj")
     opened.page.locator("#tree .row", has_text="q_proj").click()
     text = opened.page.inner_text("#details")
-    for part in ("FP8_DYNAMIC", "131,072 → 66,560", "default of the policy", "m<=4: triton_gemv", "quantize", "k_proj.weight"):
+    for part in (
+        "FP8_DYNAMIC",
+        "131,072 → 66,560",
+        "default of the policy",
+        "m<=4: triton_gemv",
+        "quantize",
+        "k_proj.weight",
+    ):
         assert part in text or part in opened.page.text_content("#details"), part
     assert "one product of 3 weights that read one input" in text and "the kernels' own estimates" in text
     assert "modeling_qwen3_moe.py" in text and "self.q_proj(" in text
