@@ -1,9 +1,9 @@
 """The demo: the bundled tiny Llama and the tiny MoE in bf16 and quantized, on text they have never seen.
 
-Reads ``examples/tiny_lm/weights`` of a source checkout (or ``--model DIR``); writes to the terminal, and a report where one is asked for. Each run compiles one
-graph, a step of one token for each of ``SEQUENCES`` texts over a static KV cache. Perplexity, speed and the printed continuation
-all come from this graph, so that compiling, which takes most of the time, is paid once. What torch and transformers have to say
-while they compile is kept back; our own warnings are shown.
+Reads ``examples/tiny_lm/weights`` of a source checkout (or ``--model DIR``); writes to the terminal, and a report where
+one is asked for. Each run compiles one graph, a step of one token for each of ``SEQUENCES`` texts over a static KV cache. Perplexity,
+speed and the printed continuation all come from this graph, so that compiling, which takes most of the time, is paid once. What torch
+and transformers have to say while they compile is kept back; our own warnings are shown.
 """
 
 from __future__ import annotations

@@ -44,8 +44,6 @@ def record(
         parameter = parameters[slot]
         record = LEDGER.record(parameter)
         _begin(record, parameter, decision, guards)
-        if slot in variant.views:
-            record.views[variant.views[slot]] = None
         if decision.guard:
             record.guarded[decision.guard] = None
             kept.add(slot)
@@ -53,6 +51,7 @@ def record(
             dispatch = dispatch_of[slot]
             record.layout = dispatch.layout
             record.kernels[dispatch.ranges] = None
+    _show(variant, parameters)
     for slot in variant.arguments:
         parameter = parameters.get(slot)
         if slot in kept:
@@ -65,6 +64,12 @@ def record(
         if report.name == "merge_siblings":
             for refusal in report.refused:
                 sessions.note(f"not merged: {refusal}")
+
+
+def _show(variant: Variant, parameters: Mapping[int, Parameter]) -> None:
+    """What the variant does with each weight, for the report; after ``_begin``, which forgets what another scheme's did."""
+    for slot, view in variant.views.items():
+        LEDGER.record(parameters[slot]).views[view] = None
 
 
 def _begin(record: Record, parameter: Parameter, decision: SiteDecision, guards: bool) -> None:
