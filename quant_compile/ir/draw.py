@@ -49,7 +49,7 @@ class Scene:
         if label is not None:
             return tuple(other for other in around if other.meta.get(INLINED) == label)
         own = _stack(node)
-        if node.op == "placeholder" or len(own) < 2 or "site" in node.meta:
+        if node.op == "placeholder" or not own or "site" in node.meta:
             return (node,)
         inside = [other for other in around if other.op != "placeholder" and _stack(other)[: len(own)] == own]
         is_leaf = all(_stack(other) == own and "site" not in other.meta for other in inside)

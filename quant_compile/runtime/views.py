@@ -54,7 +54,7 @@ def site_views(
     times = lru_cache(maxsize=None)(partial(kernel_times, target=target, level=level))
     for slots, kernel in _groups(sites, lowered):
         own = list(dict.fromkeys(site for slot in slots for site in sites[slot]))
-        known = {name for site in own for name in (decisions[site.node.name].name,)}
+        known = {decisions[site.node.name].name for site in own}
         dispatch = dispatches.get(slots[0]) if kernel is not None else None
         weights = tuple(dict.fromkeys(tail(names[slot]) for slot in slots))
         view = SiteView(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,10 +18,16 @@ KERNELS = "m<=4: triton_gemv, m>4: sgl_fp8"
 
 
 @lru_cache(maxsize=None)
-def moe(policy: str) -> Report:
-    """Of the bundled model on an sm90."""
+def moe() -> Report:
+    """Of the bundled model under FP8_DYNAMIC on an sm90."""
     model = build_model(ModelSpec(str(MOE)))
-    return explain(model, example_inputs(model, 16), policy, Target.fake("sm90")).report
+    return explain(model, example_inputs(model, 16), "FP8_DYNAMIC", Target.fake("sm90")).report
+
+
+def other() -> Report:
+    """As another policy might have it: what is quantized has another scheme."""
+    lines = (replace(line, scheme=line.scheme and "W4A16", layout=line.scheme and "w4_tiles") for line in moe().lines)
+    return replace(moe(), policy="W4A16", lines=tuple(lines))
 
 
 def synthetic(count: int, policy: str = "made up") -> Report:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.page.reports import EVIL, moe, synthetic
+from tests.page.reports import EVIL, moe, other, synthetic
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -43,7 +43,7 @@ def browser() -> Iterator[Any]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The pages that are looked at."""
     folder = tmp_path_factory.mktemp("pages")
-    one, two = moe("FP8_DYNAMIC"), moe("W4A16")
+    one, two = moe(), other()
     return {
         "moe": one.html(folder / "moe.html"),
         "two": one.html(folder / "two.html", other=two),

@@ -13,7 +13,7 @@ from quant_compile.ir.errors import OptionError
 from quant_compile.ir.report import Report
 from quant_compile.page.content import changes, side_by_side
 from quant_compile.page.render import embedded, payload
-from tests.page.reports import EVIL, moe, synthetic
+from tests.page.reports import EVIL, moe, other, synthetic
 
 
 def written(report: Report, folder: Path, other: Report | None = None) -> str:
@@ -50,7 +50,7 @@ def test_the_policy_of_the_page_lets_nothing_be_loaded(tmp_path: Path) -> None:
 
 
 def test_the_data_are_those_of_the_report() -> None:
-    report = moe("FP8_DYNAMIC")
+    report = moe()
     data = payload(side_by_side([report._side()], [report.cells()]))
     assert [row[0] for row in data["rows"]] == [line.names[0] for line in report.lines]
     assert sum(row[2][0] for row in data["rows"]) == report.bytes_total
@@ -60,18 +60,18 @@ def test_the_data_are_those_of_the_report() -> None:
 
 def test_layers_alike_share_a_view() -> None:
     """Four layers; q, k and v, then o, and experts, are drawn once, but for the first layer's input, which is an embedding."""
-    report = moe("FP8_DYNAMIC")
+    report = moe()
     q = [line for line in report.lines if line.names[0].endswith("q_proj.weight")]
     assert len({line.views for line in q}) == 2 and len(report.views) == 6
 
 
 def test_json_keeps_views() -> None:
-    report = moe("FP8_DYNAMIC")
+    report = moe()
     assert Report.from_json(report.to_json()) == report
 
 
 def test_json_of_before_there_were_views_is_read() -> None:
-    data = json.loads(replace(moe("FP8_DYNAMIC"), views=()).to_json())
+    data = json.loads(replace(moe(), views=()).to_json())
     del data["views"]
     for line in data["lines"]:
         for key in ("views", "shape", "dtype"):
@@ -80,7 +80,7 @@ def test_json_of_before_there_were_views_is_read() -> None:
 
 
 def test_two_reports_name_exactly_what_differs(tmp_path: Path) -> None:
-    one, two = moe("FP8_DYNAMIC"), moe("W4A16")
+    one, two = moe(), other()
     page = side_by_side([one._side(), two._side()], [one.cells(), two.cells()])
     changed = {row.name for row in page.rows if row.changed}
     assert changed == {line.names[0] for line in one.lines if line.scheme}
@@ -89,8 +89,8 @@ def test_two_reports_name_exactly_what_differs(tmp_path: Path) -> None:
 
 
 def test_what_is_in_one_report_only() -> None:
-    cells = moe("FP8_DYNAMIC").cells()
-    sides = [moe("FP8_DYNAMIC")._side()] * 2
+    cells = moe().cells()
+    sides = [moe()._side()] * 2
     page = side_by_side(sides, [cells, cells[1:]])
     assert page.rows[0].changed == ("removed",) and page.rows[0].cells[1] is None
     assert side_by_side(sides, [cells[1:], cells]).rows[-1].changed == ("added",)
