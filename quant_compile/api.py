@@ -68,8 +68,8 @@ def compile(
     target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu" if device is None else device))
     source = PolicySource(parsed.policy, default_policy(target))
     source.check_planes(name for weight in linear_weights(unwrap(model)) for name in weight.site.names)
-    source, loaded = _with_loaded(unwrap(model), source, policy is not None)
     begin_lock(parsed)
+    source, loaded = _with_loaded(unwrap(model), source, policy is not None)
     problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)
     session = LEDGER.session(unwrap(model), source.policy, target.label)

@@ -328,6 +328,24 @@ def test_inspect_diff_shows_what_left_and_what_came(capsys: Captured, llama: str
     assert any(line.startswith("+") and "sglq" in line for line in out.splitlines())
 
 
+def test_inspect_writes_a_page(capsys: Captured, llama: str, tmp_path: Path) -> None:
+    """Of a configuration alone; without a policy, of the device's default."""
+    page = tmp_path / "report.html"
+    code, out, err = run(capsys, "inspect", llama, "--html", str(page), "--target", "sm90", "--layers", "1")
+    assert (code, out, err) == (0, f"report: {page}\n", "")
+    text = page.read_text(encoding="utf-8")
+    assert "<h1>FP8_DYNAMIC</h1>" in text and "model.layers.0.mlp.up_proj.weight" in text
+
+
+def test_a_page_that_cannot_be_made_is_refused_before_anything_is_traced(
+    capsys: Captured, llama: str, tmp_path: Path
+) -> None:
+    code, out, err = run(capsys, "inspect", llama, "--html", str(tmp_path / "no" / "x.html"))
+    assert code == 2 and out == "" and "there is no such folder. Fix: make it" in err
+    code, out, err = run(capsys, "inspect", "model.gguf", "--html", str(tmp_path / "x.html"))
+    assert code == 2 and out == "" and "is quantized already" in err and "report(quant_compile.load(" in err
+
+
 @pytest.mark.parametrize("target", cli.TARGETS)
 def test_inspect_target_names_kernels_layouts_and_refusals(capsys: Captured, llama: str, target: str) -> None:
     code, out, _ = run(capsys, "inspect", llama, "--policy", "w4a16", "--target", target, "--layers", "1")

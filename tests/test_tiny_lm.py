@@ -307,9 +307,13 @@ def test_the_experts_of_the_demo(plain_inductor: CompileCounter) -> None:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_what_the_demo_prints(
-    full: bool, capfd: pytest.CaptureFixture[str], plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch
+    full: bool,
+    capfd: pytest.CaptureFixture[str],
+    plain_inductor: CompileCounter,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """One table, one text a run, ledgers with ``--full`` alone, our warnings; nothing of torch's or transformers', nothing left changed."""
+    """One table, one text a run, ledgers and a page where they are asked for, our warnings; nothing of torch's or transformers', nothing left changed."""
     monkeypatch.setattr(demo, "WINDOW", 16)
     monkeypatch.setattr(demo, "SEQUENCES", 2)
     measure, threads = demo.measure, torch.get_num_threads()
@@ -321,7 +325,8 @@ def test_what_the_demo_prints(
 
     monkeypatch.setattr(demo, "measure", noisy)
     filters, verbosity = list(warnings.filters), transformers.logging.get_verbosity()
-    assert demo.main(policies=["W8A8"], moe_policies=[], full=full, device="cpu") == 0
+    page = tmp_path / "demo.html"
+    assert demo.main(policies=["W8A8"], moe_policies=[], full=full, device="cpu", html=page if full else None) == 0
     assert (warnings.filters, transformers.logging.get_verbosity()) == (filters, verbosity)
     assert transformers.logging.is_progress_bar_enabled() and torch.get_num_threads() == threads
     out, err = capfd.readouterr()
@@ -335,6 +340,8 @@ def test_what_the_demo_prints(
     assert abs(float(w8a8[3]) / float(bf16[3]) - 1) < 0.05
     assert out.count(" continues:") == 2 and out.count("Held-out perplexity") == 1
     assert out.count("sglquant ledger: W8A8 on cpu") == full
+    assert out.count("dense W8A8, weight by weight: ") == full and page.exists() == full
+    assert not full or "packing" in page.read_text(encoding="utf-8")
 
 
 def test_missing_weights_are_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import Parameter
 
 from quant_compile.ir.graph import INLINED, short_dtype, target_name
 from quant_compile.ir.sites import module_class
@@ -170,7 +171,8 @@ def whole_value(node: fx.Node) -> fx.Node:
 def _is_weight(node: fx.Node) -> bool:
     """A plane, or a Parameter or buffer of the model."""
     static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
-    return node.op == "placeholder" and ("plane" in node.meta or static is not None or node.name.startswith("l_self_"))
+    is_parameter = isinstance(node.meta.get("example_value"), Parameter)
+    return node.op == "placeholder" and ("plane" in node.meta or static is not None or is_parameter)
 
 
 def _stack(node: fx.Node) -> tuple[str, ...]:

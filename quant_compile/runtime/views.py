@@ -15,6 +15,7 @@ from quant_compile.ir.draw import Scene, Sketch, op_label, shape_of, source_of, 
 from quant_compile.ir.graph import slots_of
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.kernel_times import kernel_times
+from quant_compile.lowering.latent import AbsorbedDispatch
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.select import Dispatch
 from quant_compile.lowering.target import Target
@@ -61,7 +62,7 @@ def site_views(
             weights,
             _before(scenes[0], own),
             None if kernel is None else _after(scenes[1], kernel, weights, dispatch),
-            () if dispatch is None else times(dispatch),
+            () if dispatch is None or isinstance(dispatch, AbsorbedDispatch) else times(dispatch),
             () if kernel is None else _fused(kernel),
             tuple(dict.fromkeys(miss.reason for miss in near if not known.isdisjoint(miss.names))),
             source_of(own[0].node),

@@ -305,7 +305,7 @@
   function crumbs(node) {
     const way = [];
     for (let up = node.parent; up; up = up.parent) way.unshift(up);
-    return el("p", { class: "crumbs" }, way.map((up, i) => [i > 0 && " . ", el("button", { type: "button", on: { click: () => (up === root ? select(root) : reveal(up)) } }, up === root ? "model" : up.name)]));
+    return el("p", { class: "crumbs" }, way.map((up, i) => [i > 0 && " . ", el("button", { type: "button", on: { click: () => (up === root ? select(root) : reveal(up)) } }, up === root ? "all" : up.name)]));
   }
   function rowsBelow(node, out = []) {
     if (node.row >= 0) out.push(D.rows[node.row]);
