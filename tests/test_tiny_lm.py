@@ -313,7 +313,10 @@ def test_what_the_demo_prints(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """One table, one text a run, ledgers and a page where they are asked for, our warnings; nothing of torch's or transformers', nothing left changed."""
+    """One table, one text a run, ledgers and a page where they are asked for, our warnings; nothing of torch's or transformers'.
+
+    Nothing is left changed.
+    """
     monkeypatch.setattr(demo, "WINDOW", 16)
     monkeypatch.setattr(demo, "SEQUENCES", 2)
     measure, threads = demo.measure, torch.get_num_threads()
