@@ -13,7 +13,7 @@ from quant_compile.lowering.target import Target
 from quant_compile.page.views import Box, Drawing, KernelTime, SiteView
 
 MOE = Path(__file__).parents[2] / "examples" / "tiny_lm" / "weights" / "moe"
-EVIL = "<img src=x onerror=document.title='bad'>"
+EVIL = "<img src=x onerror=alert(1)>"
 KERNELS = "m<=4: triton_gemv, m>4: sgl_fp8"
 
 
@@ -26,7 +26,7 @@ def moe() -> Report:
 
 def other() -> Report:
     """As another policy might have it: what is quantized has another scheme."""
-    lines = (replace(line, scheme=line.scheme and "W4A16", layout=line.scheme and "w4_tiles") for line in moe().lines)
+    lines = (replace(line, scheme="W4A16", layout="w4_tiles") if line.scheme else line for line in moe().lines)
     return replace(moe(), policy="W4A16", lines=tuple(lines))
 
 
