@@ -56,6 +56,7 @@ class Opened:
 
     def __init__(self, browser: Any, file: Path, scheme: str = "light") -> None:
         self.page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+        self.page.set_default_timeout(120_000)  # of a machine that others use too
         self.said: list[str] = []
         self.asked: list[str] = []
         self.page.on("console", lambda message: self.said.append(message.text))

@@ -56,12 +56,14 @@
   // --- the tree: modules by the parts of names; a module's only weight stands for it ---
 
   let nodeCount = 0;
-  const makeNode = (name, parent) => ({ id: nodeCount++, name, parent, kids: [], at: new Map(), row: -1, hits: 0, place: 0, of: 0 });
+  const NO_KIDS = Object.freeze([]);  // most nodes are weights: what they share costs nothing
+  const makeNode = (name, parent) => ({ id: nodeCount++, name, parent, kids: NO_KIDS, at: null, row: -1, hits: 0, place: 0, of: 0, line: -1 });
   const root = makeNode("", null);
   D.rows.forEach((row, i) => {
     const parts = row[0].split(".");
     let here = root;
     for (let p = 0; p < parts.length; p++) {
+      if (here.at === null) { here.at = new Map(); here.kids = []; }
       let next = p === parts.length - 1 ? undefined : here.at.get(parts[p]);
       if (next === undefined || next.row >= 0) {
         next = makeNode(parts[p], here);
@@ -91,18 +93,19 @@
       leaves[node.row] = node;
       node.weights = 1;
       node.sizes = cellsOf(row).map((c) => (exists(c) ? [c[0], c[1]] : [0, 0]));
-      node.split = new Map([[schemeOf(cell), cell[1]]]);
       node.changes = row[1].length ? 1 : 0;
       node.missed = marksOf(cell).includes("missed") ? 1 : 0;
       return;
     }
-    Object.assign(node, { weights: 0, sizes: SIDES.map(() => [0, 0]), split: new Map(), changes: 0, missed: 0 });
+    Object.assign(node, { weights: 0, sizes: SIDES.map(() => [0, 0]), changes: 0, missed: 0, split: new Map() });
     for (const kid of node.kids) {
       node.weights += kid.weights;
       node.changes += kid.changes;
       node.missed += kid.missed;
       kid.sizes.forEach((own, s) => { node.sizes[s][0] += own[0]; node.sizes[s][1] += own[1]; });
-      for (const [scheme, bytes] of kid.split) node.split.set(scheme, (node.split.get(scheme) || 0) + bytes);
+      const add = (bytes, scheme) => node.split.set(scheme, (node.split.get(scheme) || 0) + bytes);
+      if (kid.row < 0) kid.split.forEach(add);
+      else add(main(D.rows[kid.row])[1], schemeOf(main(D.rows[kid.row])));
     }
   })(root, 0);
   const pathOf = (node) => (node.parent && node.parent !== root ? `${pathOf(node.parent)}.${node.name}` : node.name);
@@ -560,12 +563,12 @@
         const group = kid.kids.length && w > 22 && h > 16 && w * h > 700;
         if (!group) {
           if (w * h < 0.6) return;
-          const scheme = splitOf(kid), gap = w > 3 && h > 3 ? 0.75 : 0, split = kid.row >= 0 || w < 14 ? [[scheme, 1]] : sorted(kid.split);
+          const scheme = splitOf(kid), gap = w > 3 && h > 3 ? 0.75 : 0, split = kid.row >= 0 || w < 24 ? [[scheme, 1]] : sorted(kid.split);
           const total = split.reduce((sum, [, bytes]) => sum + bytes, 0) || 1, title = `${pathOf(kid)}\n${size(valueOf(kid))}, ${split.map(([one]) => named(one)).join(", ")}`;
           let left = x + gap;
           for (const [one, bytes] of split) {
             const wide = (Math.max(0, w - 2 * gap) * bytes) / total;
-            parts.push(svg("rect", { class: "cell", "data-node": kid.id, x: left, y: y + gap, width: wide, height: Math.max(0, h - 2 * gap), rx: split.length === 1 && w > 12 && h > 12 ? 3 : 0, fill: colour(one) }, svg("title", {}, title)));
+            parts.push(svg("rect", { class: "cell", "data-node": kid.id, x: left, y: y + gap, width: wide, height: Math.max(0, h - 2 * gap), rx: split.length === 1 && w > 12 && h > 12 ? 3 : 0, fill: colour(one) }, w * h > 60 && svg("title", {}, title)));
             left += wide;
           }
           const text = fit(kid.name, w - 10);
