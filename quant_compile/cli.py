@@ -273,9 +273,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     plan = Plan.of(policy, model)
     _warn(plan, arguments.model)
     console = console_of()
-    if (
-        arguments.target and not arguments.html
-    ):  # first, because it also shows why nothing can run a weight, which stops the rest
+    # First, because it also shows why nothing can run a weight, which stops the rest.
+    if arguments.target and not arguments.html:
         _print_kernels(console, plan, target)
     explanation = explain(model, example_inputs(model, arguments.tokens), policy, target)
     if arguments.graph or not (arguments.target or arguments.html):
