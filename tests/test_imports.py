@@ -27,7 +27,7 @@ ORDER = (
     ("backend",),
     ("generation",),
     ("rounded",),
-    ("inspect", "calibrate", "explain", "api"),
+    ("inspect", "calibrate", "explain", "api", "exporting"),
     ("measure",),
     ("building",),
     ("pretrained", "_transformers"),
