@@ -182,7 +182,9 @@ class _Builder:
         for node in self.source.graph.find_nodes(op="placeholder"):
             plane = next(planes) if "plane" in node.meta else None
             if node.users and node not in self.nodes:
-                name = self._held(self.traced.specs[node.meta["argument"]]) if plane is None else self._plane(node, plane)
+                name = (
+                    self._held(self.traced.specs[node.meta["argument"]]) if plane is None else self._plane(node, plane)
+                )
                 self.nodes[node] = self.graph.get_attr(name)
 
     def _plane(self, node: fx.Node, plane: Tensor) -> str:

@@ -113,7 +113,7 @@ def recordable(op: Any, fake: Callable[..., Any]) -> Any:
 
 
 def aligned(x: Tensor, size: int) -> bool:
-    """Whether x begins at a multiple of ``size`` bytes. While a graph is traced, by its offset: Inductor's memory begins at 64 (GPUs: 16)."""
+    """Whether x begins at a multiple of ``size`` bytes. Of a traced one its offset tells: Inductor allocates at 64 (GPUs: 16)."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     if not is_tracing():
