@@ -135,8 +135,8 @@ def require_self_contained(uses: tuple[KernelUse, ...]) -> None:
                 [
                     "these kernels are not self-contained:",
                     *found,
-                    "Fix: self_contained=False, and import quant_compile where the package is run; or give these weights "
-                    "another scheme, or `keep`, in the policy.",
+                    "Fix: self_contained=False, and import quant_compile where the package is run; or pin another kernel "
+                    '(kernels={"W8A16": "torch_cpu_int8pack"}), or give these weights another scheme in the policy.',
                 ]
             )
         )

@@ -202,7 +202,7 @@ class _Builder:
             value = self.model.get_parameter(name)
             holder.register_parameter(last, Parameter(value.detach(), requires_grad=False))
         elif spec.kind is InputKind.BUFFER and spec.persistent:
-            holder.register_buffer(last, self.model.get_buffer(name))
+            holder.register_buffer(last, self.model.get_buffer(name).clone())  # which a program may write to
         else:
             holder.register_buffer(last, self.traced.program.constants[name], persistent=False)
         return name

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,14 @@ from torch.nn import functional as F
 import quant_compile
 from quant_compile.exporting.program import joined
 from quant_compile.ir.errors import ExportError, GradModeError, OptionError, PolicyError, QuantError, WeightError
-from quant_compile.ir.family import family_of
-from quant_compile.ir.scheme import parse
 from quant_compile.lowering.weights import STORE
+from tests.runtime_support import reference_of
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, INNER = 64, 96
 TOKENS = {"x": {0: Dim("b", min=1, max=64), 1: Dim("t", min=1, max=512)}}
-# Sums in bf16 are rounded at other places than in the reference, once for each of three products.
-CLOSE = 0.02
+# Sums are rounded to bf16 elsewhere than in the reference, once for each of three products; an input's code may flip for it.
+CLOSE = 0.01
 
 
 class Mlp(nn.Module):
@@ -46,7 +44,7 @@ class Mlp(nn.Module):
         nn.init.normal_(self.table.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)) + self.table.weight[0] + self.shift
+        return self.down_proj(F.hardtanh(self.gate_proj(x)) * self.up_proj(x)) + self.table.weight[0] + self.shift
 
 
 def model() -> Mlp:
@@ -62,16 +60,6 @@ def inputs(*sizes: int) -> Tensor:
 def exported(policy: str, **options: Any) -> quant_compile.Exported:
     """Of ``model()``; its program is read by several tests."""
     return quant_compile.export(model(), (inputs(2, 8),), policy=policy, dynamic_shapes=TOKENS, **options)
-
-
-def rounded(module: Mlp, spec: str) -> Mlp:
-    """The model with the values that its codes stand for."""
-    copy, scheme = deepcopy(module), parse(spec)
-    for linear in (copy.gate_proj, copy.up_proj, copy.down_proj):
-        family, weight = family_of(scheme), linear.weight.detach()
-        planes = family.quantize_weight(weight, scheme)
-        linear.weight.data = family.dequantize_weight(planes, scheme, weight.shape[1]).to(weight.dtype)
-    return copy
 
 
 def distance(y: Tensor, truth: Tensor) -> float:
@@ -102,12 +90,11 @@ def test_a_program_holds_planes_under_the_names_of_the_weights() -> None:
 def test_programs_compute_what_their_codes_say_for_every_number_of_tokens(policy: str) -> None:
     """33 rows and more have another kernel than 32 under W8A16; one program has both."""
     run = exported(policy).program.module()
-    truth = rounded(model(), policy)
-    close = CLOSE if "A16" in policy else 0.06  # codes of inputs: 8 bits, of which e4m3 has three behind the point
+    truth = reference_of(model(), policy)
     with torch.no_grad():
         for sizes in ((1, 1), (1, 7), (4, 8), (3, 11), (2, 300)):
             x = inputs(*sizes)
-            assert distance(run(x), truth(x)) < close, sizes
+            assert distance(run(x), truth(x)) < CLOSE, sizes
 
 
 def test_kernels_are_chosen_in_the_program() -> None:
@@ -120,7 +107,7 @@ def test_kernels_are_chosen_in_the_program() -> None:
 
 def test_a_damaged_plane_is_seen() -> None:
     run, x = exported("W8A16").program.module(), inputs(2, 8)
-    truth = rounded(model(), "W8A16")
+    truth = reference_of(model(), "W8A16")
     scale = run.get_buffer("down_proj.weight_scale")
     with torch.no_grad():
         scale.mul_(1.05)
