@@ -7,7 +7,7 @@ Kernel ops become what they run where that is operations of torch alone (``Kerne
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from itertools import count
 from operator import attrgetter
@@ -47,18 +47,17 @@ class Linear(nn.Module):
 
     Args:
         dispatch: the op's.
+        places: kernel -> positions of its planes among those that a call gets.
         given: the input may lie in memory of the caller's, which begins anywhere; kernels read with aligned loads.
     """
 
-    def __init__(self, dispatch: Dispatch, given: bool) -> None:
+    def __init__(self, dispatch: Dispatch, places: Mapping[str, tuple[int, ...]], given: bool) -> None:
         super().__init__()
-        self.dispatch, self.given = dispatch, given
+        self.dispatch, self.places, self.given = dispatch, dict(places), given
 
     def forward(self, x: list[Tensor], w: list[Tensor], bias: Tensor | None) -> Tensor:
-        """Planes of the input and of the weight -> [..., n]."""
+        """Planes of the input, and of the weight for all kernels -> [..., n]."""
         m: Any = math.prod(x[0].shape[:-1])
-        if self.given:
-            x = [fresh(x[0]), *x[1:]]
         with tracing(None):
             return self._range(m, self.dispatch.table, x, w, bias)
 
@@ -66,26 +65,29 @@ class Linear(nn.Module):
         self, m: Any, table: Sequence[tuple[int, str]], x: list[Tensor], w: list[Tensor], bias: Tensor | None
     ) -> Tensor:
         (bound, name), *rest = table
-        if rest and isinstance(m, int):
-            return self._range(m, rest, x, w, bias) if m > bound else self._run(name, x, w, bias)
-        if not rest:
+        if not rest or (isinstance(m, int) and m <= bound):
             return self._run(name, x, w, bias)
-        # The op below torch.cond, which would trace this package's code by Dynamo; it takes flat tensors.
-        sizes, tensors = (len(x), len(w)), [*x, *w, *([] if bias is None else [bias])]
+        if isinstance(m, int):
+            return self._range(m, rest, x, w, bias)
+        first, end = len(x), len(x) + len(w)
 
         def split(given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-            end = sum(sizes)
-            return list(given[: sizes[0]]), list(given[sizes[0] : end]), given[end] if len(given) > end else None
+            return list(given[:first]), list(given[first:end]), given[end] if len(given) > end else None
 
-        return torch.ops.higher_order.cond(
+        # The op below torch.cond, which would trace this package's code by Dynamo; it takes and gives flat tuples.
+        (y,) = torch.ops.higher_order.cond(
             m <= bound,
-            lambda *given: self._run(name, *split(given)),
-            lambda *given: self._range(m, rest, *split(given)),
-            tuple(tensors),
+            lambda *given: (self._run(name, *split(given)),),
+            lambda *given: (self._range(m, rest, *split(given)),),
+            (*x, *w, *(() if bias is None else (bias,))),
         )
+        return y
 
     def _run(self, name: str, x: list[Tensor], w: list[Tensor], bias: Tensor | None) -> Tensor:
-        return ops.run_linear(kernels()[name], self.dispatch.problem, x, w, bias)
+        own = [w[i] for i in self.places[name]]
+        if self.given:
+            x = [fresh(x[0]), *x[1:]]
+        return ops.run_linear(kernels()[name], self.dispatch.problem, x, own, bias)
 
 
 def uses_of(graph: fx.Graph) -> tuple[KernelUse, ...]:
@@ -181,19 +183,19 @@ class _Builder:
         planes = iter(self.planes)
         for node in self.source.graph.find_nodes(op="placeholder"):
             plane = next(planes) if "plane" in node.meta else None
-            if node.users and node not in self.nodes:
-                name = (
-                    self._held(self.traced.specs[node.meta["argument"]]) if plane is None else self._plane(node, plane)
-                )
-                self.nodes[node] = self.graph.get_attr(name)
+            if not node.users or node in self.nodes:
+                continue
+            if plane is None:
+                self.nodes[node] = self.graph.get_attr(self._held(self.traced.specs[node.meta["argument"]]))
+            else:
+                weights = tuple(node.meta["parameter"].split(" + "))
+                self.nodes[node] = self._plane(weights, node.name.rpartition("__")[2].removesuffix("_joined"), plane)
 
-    def _plane(self, node: fx.Node, plane: Tensor) -> str:
-        weights = tuple(node.meta["parameter"].split(" + "))
-        label = node.name.rpartition("__")[2].removesuffix("_joined")
+    def _plane(self, weights: tuple[str, ...], label: str, plane: Tensor) -> fx.Node:
         name = _free(self.root, f"{joined(weights)}_{label}")
         _holder(self.root, name).register_buffer(name.rpartition(".")[2], plane.detach())
         self.made[name] = weights
-        return name
+        return self.graph.get_attr(name)
 
     def _held(self, spec: InputSpec) -> str:
         name = str(spec.target)
@@ -215,10 +217,26 @@ class _Builder:
             return self.graph.call_function(ops.dequantized, *fx.map_arg((node.args, dict(node.kwargs)), self._of))
         if node.target is not ops.linear or _use(node)[1]:
             return self.graph.node_copy(node, self._of)
-        name = _free(self.root, f"{joined(node.meta['names'])}_product")
-        dispatch = parse_dispatch(str(node.args[-1]))
-        _holder(self.root, name).add_module(name.rpartition(".")[2], Linear(dispatch, self._is_given(node)))
-        return self.graph.call_module(name, fx.map_arg(node.args[:-1], self._of))
+        return self._linear(node, parse_dispatch(str(node.args[-1])))
+
+    def _linear(self, node: fx.Node, dispatch: Dispatch) -> fx.Node:
+        x, w, bias = fx.map_arg(node.args[:-1], self._of)
+        names: tuple[str, ...] = tuple(node.meta["names"])
+        planes, places = list(w), dict[str, tuple[int, ...]]()
+        for kernel in dict.fromkeys(kernel for _, kernel in dispatch.table):
+            at = list(range(len(w)))
+            keep = kernels()[kernel].kept
+            if keep is not None:
+                before = tuple(attrgetter(plane.target)(self.root) for plane in w)
+                for i, (old, new) in enumerate(zip(before, keep(before), strict=True)):
+                    if new is not old:
+                        at[i] = len(planes)
+                        planes.append(self._plane(names, f"{w[i].target.rpartition('_')[2]}_of_{kernel}", new))
+            places[kernel] = tuple(at)
+        name = _free(self.root, f"{joined(names)}_product")
+        module = Linear(dispatch, places, self._is_given(node))
+        _holder(self.root, name).add_module(name.rpartition(".")[2], module)
+        return self.graph.call_module(name, (x, planes, bias))
 
     def _is_given(self, node: fx.Node) -> bool:
         """Whether a kernel's input may be an argument's memory, as far as calls with one input may return it."""

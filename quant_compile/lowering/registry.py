@@ -86,6 +86,7 @@ class Kernel:
             itself then. A launch for m rows serves fewer, too. A plan of None: not for this m. Without: never.
         portable: ``problem -> None | Reject``: ``run`` is operations of torch alone for every m, so that an exported program
             holds these and needs no code of this package. Without: never.
+        kept: ``w planes -> w planes``: as ``run`` makes them at each call, for a program to keep; ``run`` takes both.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Kernel:
     prepare: Prepare | None = None
     recorded: Callable[[Problem, int, Target], object | None] | None = None
     portable: Callable[[Problem], Reject | None] | None = None
+    kept: Callable[[Planes], Planes] | None = None
 
 
 class Prepare(Protocol):

@@ -122,6 +122,6 @@ def aligned(x: Tensor, size: int) -> bool:
 
 
 def fresh(x: Tensor) -> Tensor:
-    """A copy of x [..., m, k] that a compiler does not leave out, as it does ``clone``: with a row more, which is cut off."""
-    padding = (0, 0, 0, 1) if x.dim() > 1 else (0, 1)
-    return torch.nn.functional.pad(x, padding).narrow(-2 if x.dim() > 1 else -1, 0, x.shape[-2 if x.dim() > 1 else -1])
+    """A copy of x [..., k] that a compiler does not leave out, as it does ``clone``: with a row more, which is cut off."""
+    rows = x.reshape(-1, x.shape[-1])
+    return torch.nn.functional.pad(rows, (0, 0, 0, 1)).narrow(0, 0, rows.shape[0]).view(x.shape)

@@ -75,8 +75,10 @@ def test_a_program_holds_planes_under_the_names_of_the_weights() -> None:
     assert set(held) == {
         "gate_proj_up_proj.weight_data",
         "gate_proj_up_proj.weight_scale",
+        "gate_proj_up_proj.weight_scale_of_torch_cpu_int8pack",
         "down_proj.weight_data",
         "down_proj.weight_scale",
+        "down_proj.weight_scale_of_torch_cpu_int8pack",
         "down_proj.bias",
         "table.weight",
         "shift",
@@ -108,7 +110,7 @@ def test_kernels_are_chosen_in_the_program() -> None:
 def test_a_damaged_plane_is_seen() -> None:
     run, x = exported("W8A16").program.module(), inputs(2, 8)
     truth = reference_of(model(), "W8A16")
-    scale = run.get_buffer("down_proj.weight_scale")
+    scale = run.get_buffer("down_proj.weight_scale_of_torch_cpu_int8pack")
     with torch.no_grad():
         scale.mul_(1.05)
         damaged = distance(run(x), truth(x))
@@ -136,7 +138,14 @@ def test_results_have_plain_classes() -> None:
     """Another process may not have the class of a model's output."""
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(8, 32, 1, 2, 32, max_position_embeddings=16)
+    config = BertConfig(
+        vocab_size=8,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
     bert = BertModel(config).to(torch.bfloat16).eval()
     ids = torch.ones(2, 8, dtype=torch.long)
     sizes = {"input_ids": {0: Dim("b", max=8), 1: Dim("t", max=16)}}
@@ -216,10 +225,9 @@ def test_a_released_model_is_refused() -> None:
         quant_compile.export(module, (inputs(2, 8),), policy="W8A16")
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_exporting_a_compiled_model_by_torch_names_this_function(strict: bool) -> None:
+def test_exporting_a_compiled_model_by_torch_names_this_function() -> None:
     with pytest.raises(Exception, match=r"quant_compile\.export\(model"), torch.no_grad():
-        torch.export.export(_compiled(), (inputs(2, 8),), strict=strict)
+        torch.export.export(_compiled(), (inputs(2, 8),), strict=False)
 
 
 def test_kernels_that_need_this_package_are_named_before_anything_is_packed() -> None:
