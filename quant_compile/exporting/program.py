@@ -74,13 +74,14 @@ class Linear(nn.Module):
         def split(given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
             return list(given[:first]), list(given[first:end]), given[end] if len(given) > end else None
 
+        def small(*given: Tensor) -> tuple[Tensor]:
+            return (self._run(name, *split(given)),)
+
+        def large(*given: Tensor) -> tuple[Tensor]:
+            return (self._range(m, rest, *split(given)),)
+
         # The op below torch.cond, which would trace this package's code by Dynamo; it takes and gives flat tuples.
-        (y,) = torch.ops.higher_order.cond(
-            m <= bound,
-            lambda *given: (self._run(name, *split(given)),),
-            lambda *given: (self._range(m, rest, *split(given)),),
-            (*x, *w, *(() if bias is None else (bias,))),
-        )
+        (y,) = torch.ops.higher_order.cond(m <= bound, small, large, (*x, *w, *(() if bias is None else (bias,))))
         return y
 
     def _run(self, name: str, x: list[Tensor], w: list[Tensor], bias: Tensor | None) -> Tensor:
@@ -206,7 +207,8 @@ class _Builder:
         elif spec.kind is InputKind.BUFFER and spec.persistent:
             holder.register_buffer(last, self.model.get_buffer(name).clone())  # which a program may write to
         else:
-            holder.register_buffer(last, self.traced.program.constants[name], persistent=False)
+            constant: Any = self.traced.program.constants[name]
+            holder.register_buffer(last, constant, persistent=False)
         return name
 
     def _copied(self, node: fx.Node) -> fx.Node:
@@ -220,7 +222,8 @@ class _Builder:
         return self._linear(node, parse_dispatch(str(node.args[-1])))
 
     def _linear(self, node: fx.Node, dispatch: Dispatch) -> fx.Node:
-        x, w, bias = fx.map_arg(node.args[:-1], self._of)
+        given: Any = fx.map_arg(node.args[:-1], self._of)
+        x, w, bias = given
         names: tuple[str, ...] = tuple(node.meta["names"])
         planes, places = list(w), dict[str, tuple[int, ...]]()
         for kernel in dict.fromkeys(kernel for _, kernel in dispatch.table):
@@ -254,9 +257,16 @@ def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:
     children = [_plain(child) for child in spec.children()]
     if spec.type in PLAIN:
         return pytree.TreeSpec(spec.type, spec.context, children)
-    named = isinstance(spec.context, list) and len(spec.context) == len(children)
-    kind, context = (dict, spec.context) if named else (tuple, None)
-    return pytree.TreeSpec(kind, context, children)
+    names = _names(spec.context, len(children))
+    return pytree.TreeSpec(tuple, None, children) if names is None else pytree.TreeSpec(dict, names, children)
+
+
+def _names(context: Any, count: int) -> list[str] | None:
+    """What a class calls its parts, as transformers' outputs and dataclasses tell torch; None where it has no names."""
+    for found in (context, context[0] if isinstance(context, list) and context else None):
+        if isinstance(found, list) and len(found) == count and all(isinstance(name, str) for name in found):
+            return list(found)
+    return None
 
 
 def joined(weights: Sequence[str]) -> str:

@@ -160,10 +160,10 @@ def _as_dynamo(gm: fx.GraphModule, model: nn.Module) -> None:
 def _stack(node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, Any]]:
     """Identity of each module around a node, below the model itself -> its name and class."""
     stack: dict[str, tuple[str, Any]] = {}
-    for name, kind in (node.meta.get("nn_module_stack") or {}).values():
+    for name, _ in (node.meta.get("nn_module_stack") or {}).values():
         module = modules.get(name.partition("@")[0])  # a number follows where a module is called again
         if name and module is not None:
-            stack[f"{id(module)}{name.partition('@')[2]}"] = (name, type(module) if module is not None else kind)
+            stack[f"{id(module)}{name.partition('@')[2]}"] = (name, type(module))
     return stack
 
 
