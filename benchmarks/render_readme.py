@@ -869,6 +869,7 @@ def self_contained(results: Path) -> str:
     """CPU kernel: whether an exported program holds it in operations of torch alone, asked of the kernels themselves."""
     del results
     from quant_compile.exporting.program import INSIDE
+    from quant_compile.ir.family import Reject
     from quant_compile.lowering.moe import moe_kernels
     from quant_compile.lowering.registry import kernels as linear_kernels
 
@@ -876,15 +877,10 @@ def self_contained(results: Path) -> str:
     for name, kernel in sorted(linear_kernels().items()):
         if not (served := cpu_problems(kernel)):
             continue
-        ask = kernel.portable
-        large = None if ask is None else ask(served[-1])
-        if ask is None:
-            rows.append([f"`{name}`", "no", INSIDE])
-        elif large is None:
-            rows.append([f"`{name}`", "yes", ""])
-        else:
-            small = ask(served[0])
-            rows.append([f"`{name}`", "small weights" if small is None else "no", large.reason])
+        answers = [Reject(INSIDE) if kernel.portable is None else kernel.portable(problem) for problem in served]
+        reasons = list(dict.fromkeys(answer.reason for answer in answers if answer is not None))
+        held = "no" if None not in answers else "in part" if reasons else "yes"
+        rows.append([f"`{name}`", held, "; ".join(reasons)])
     rows += [[f"`{name}`", "no", INSIDE] for name in sorted(moe_kernels()) if name.startswith("torch_cpu")]
     return markdown(["kernel", "self-contained", "why not"], rows).replace("---:", "---")
 
