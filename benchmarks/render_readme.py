@@ -865,6 +865,73 @@ def span(found: Sequence[str], targets: Sequence[str]) -> str:
     return found[0] if len(found) == 1 else f"{found[0]}–{found[-1]}"
 
 
+def self_contained(results: Path) -> str:
+    """CPU kernel: whether an exported program holds it in operations of torch alone, asked of the kernels themselves."""
+    del results
+    from quant_compile.exporting.program import INSIDE
+    from quant_compile.ir.family import Reject
+    from quant_compile.lowering.moe import moe_kernels
+    from quant_compile.lowering.registry import kernels as linear_kernels
+
+    rows: list[list[str]] = []
+    for name, kernel in sorted(linear_kernels().items()):
+        if not (served := cpu_problems(kernel)):
+            continue
+        answers = [Reject(INSIDE) if kernel.portable is None else kernel.portable(problem) for problem in served]
+        reasons = list(dict.fromkeys(answer.reason for answer in answers if answer is not None))
+        held = "no" if None not in answers else "in part" if reasons else "yes"
+        rows.append([f"`{name}`", held, "; ".join(reasons)])
+    rows += [[f"`{name}`", "no", INSIDE] for name in sorted(moe_kernels()) if name.startswith("torch_cpu")]
+    return markdown(["kernel", "self-contained", "why not"], rows).replace("---:", "---")
+
+
+def cpu_problems(kernel: Any) -> list[Any]:
+    """A small and a large problem of each preset that a kernel runs on a CPU; all small ones first."""
+    import torch
+
+    from quant_compile.ir.family import Reject
+    from quant_compile.ir.scheme import PRESETS
+    from quant_compile.lowering.registry import Problem
+    from quant_compile.lowering.target import Target
+
+    both = [Problem(scheme, size, size, torch.bfloat16) for size in (256, SIZE) for scheme in PRESETS.values()]
+    return [problem for problem in both if not isinstance(kernel.fit(problem, 1, Target.fake("cpu")), Reject)]
+
+
+def export(results: Path) -> str:
+    """Packages against compiled models."""
+    result = read("export", results)
+    if result is None:
+        return ""
+    rows = [
+        [row["model"], row["policy"], str(row["batch"]), str(row["length"]), "no" if row["self_contained"] else "yes"]
+        + [
+            f"{row['error']:.1e}",
+            number(row["compiled_us"] / 1000),
+            number(row["package_us"] / 1000),
+            times(row["speed"]),
+        ]
+        for row in measured_exports(result)
+    ]
+    header = [
+        "model",
+        "policy",
+        "batch",
+        "length",
+        "needs quant_compile",
+        "error",
+        "compiled ms",
+        "package ms",
+        "speed",
+    ]
+    return f"{place(result)}.\n\n{markdown(header, rows)}"
+
+
+def measured_exports(result: Result) -> list[Result]:
+    """Rows without a problem."""
+    return [row for row in result["rows"] if "problem" not in row]
+
+
 # --- models with experts ---------------------------------------------------------------------------------------------
 
 
@@ -1093,6 +1160,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu_decode": cpu_decode,
     "mla": mla,
     "kernels": kernels,
+    "self_contained": self_contained,
+    "export": export,
     "checkpoint_logits": checkpoint_logits,
     "families": families,
 }

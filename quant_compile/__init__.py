@@ -13,8 +13,11 @@ from quant_compile.api import compile, refresh, release, report, restore, uncomp
 from quant_compile.calibrate import calibrate
 from quant_compile.checkpoints.errors import CheckpointError, SaveError
 from quant_compile.checkpoints.gguf.tokenizer import tokenizer
+from quant_compile.exporting.export import export
+from quant_compile.exporting.exported import Exported
 from quant_compile.ir.errors import (
     CoverageError,
+    ExportError,
     GradModeError,
     LockError,
     LockWarning,
@@ -51,6 +54,8 @@ __all__ = [
     "PRESETS",
     "CheckpointError",
     "CoverageError",
+    "ExportError",
+    "Exported",
     "GradModeError",
     "LockError",
     "LockWarning",
@@ -74,6 +79,7 @@ __all__ = [
     "calibrate",
     "compare",
     "compile",
+    "export",
     "load",
     "recommend",
     "refresh",

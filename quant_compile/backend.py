@@ -59,19 +59,24 @@ def sglquant(
     source = PolicySource(parsed.policy, default_policy(target))
     if target.device == "cuda":  # on a CPU a call's own work is longer
         native.build_ahead()
-    rows: dict[Problem, int | None] = {}
-    choosers = Choosers(
-        _chooser(parsed, source, target, device, None, rows),
-        _moe_chooser(parsed, source, target, device),
-        _chooser(parsed, source, target, device, "rows", rows),
-        _server(parsed, source, target, device),
-        _comparer(parsed, source, target, device),
-        _beginner(parsed, source, target, device, rows),
-    )
+    choosers = choosers_of(parsed, source, target, device)
     runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target)
     runner.prepare()
     recompiles.watch(value for value in example_inputs if isinstance(value, Parameter))
     return runner
+
+
+def choosers_of(options: Options, source: PolicySource, target: Target, device: torch.device) -> Choosers:
+    """How kernels are chosen for graphs that run on a device; what is measured is measured there."""
+    rows: dict[Problem, int | None] = {}
+    return Choosers(
+        _chooser(options, source, target, device, None, rows),
+        _moe_chooser(options, source, target, device),
+        _chooser(options, source, target, device, "rows", rows),
+        _server(options, source, target, device),
+        _comparer(options, source, target, device),
+        _beginner(options, source, target, device, rows),
+    )
 
 
 def _refuse_gradients(inputs: Sequence[Any]) -> None:

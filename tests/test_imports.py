@@ -28,7 +28,7 @@ ORDER = (
     ("backend",),
     ("generation",),
     ("rounded",),
-    ("inspect", "calibrate", "explain", "api"),
+    ("inspect", "calibrate", "explain", "api", "exporting"),
     ("measure", "diff"),
     ("building",),
     ("pretrained", "_transformers"),

@@ -34,7 +34,7 @@ from quant_compile.generation.lease import Names
 from quant_compile.generation.loop import HOOKS, Loop
 from quant_compile.generation.quantized import Scales
 from quant_compile.generation.step import Step
-from quant_compile.ir.errors import PolicyWarning
+from quant_compile.ir.errors import ExportError, PolicyWarning
 from quant_compile.model.cache_scales import scales_of
 from quant_compile.model.places import modules_of
 from quant_compile.model.weights import linear_weights
@@ -46,6 +46,10 @@ from quant_compile.runtime.outside import Outside
 RECORDED = ("auto", "reduce-overhead", "max-autotune")  # modes whose decode steps become CUDA graphs
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 _NOTHING = object()
+BYPASSED = (
+    "torch.export does not see what a compiled model runs: the program would be the model in 16 bits.\n"
+    "Fix: quant_compile.uncompile(model), then quant_compile.export(model, args, kwargs, policy)."
+)
 
 
 @dataclass(eq=False)
@@ -94,6 +98,8 @@ class Call:
         self._plain, self._dynamic, self._active = module._call_impl, dynamic, active
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            raise ExportError(BYPASSED)
         by_blocks = self._active is not None and self._active.depth
         if torch.compiler.is_dynamo_compiling() or by_blocks:  # part of a larger graph, or around smaller ones
             return self._plain(*args, **kwargs)

@@ -65,6 +65,10 @@ class ReleasedWeightError(QuantError, RuntimeError):
     """A weight's original values were released and something tried to read them."""
 
 
+class ExportError(QuantError, ValueError):
+    """A model cannot be exported or packaged: what, where, and the fix; nothing has been changed or written."""
+
+
 class MissingScalesError(QuantError, ValueError):
     """A static scheme has no calibrated activation scale for a weight."""
 

@@ -84,6 +84,9 @@ class Kernel:
         prepare: compile for m rows on a device, where that takes seconds; may run in threads (``lowering.ahead``).
         recorded: ``(problem, m, target) -> plan``: ``run`` may be recorded in Inductor's graph for m rows, which launches it
             itself then. A launch for m rows serves fewer, too. A plan of None: not for this m. Without: never.
+        portable: ``problem -> None | Reject``: ``run`` is operations of torch alone for every m, so that an exported program
+            holds these and needs no code of this package. Without: never.
+        kept: ``w planes -> w planes``: as ``run`` makes them at each call, for a program to keep; ``run`` takes both.
     """
 
     name: str
@@ -95,6 +98,8 @@ class Kernel:
     only_pinned: str | None = None
     prepare: Prepare | None = None
     recorded: Callable[[Problem, int, Target], object | None] | None = None
+    portable: Callable[[Problem], Reject | None] | None = None
+    kept: Callable[[Planes], Planes] | None = None
 
 
 class Prepare(Protocol):
@@ -108,6 +113,10 @@ class Prepare(Protocol):
 def anyhow(problem: Problem, m: int, target: Target) -> object:
     """For ``Kernel.recorded``: one launch serves every m."""
     return ()
+
+
+def always(problem: Problem) -> None:
+    """For ``Kernel.portable``: whatever the problem."""
 
 
 @dataclass(frozen=True)

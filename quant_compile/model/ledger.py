@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -110,6 +111,22 @@ class Ledger:
         made = Record(weakref.ref(anchor, forget))
         self._records[identity] = made
         return made
+
+    @contextmanager
+    def aside(self, model: nn.Module) -> Generator[None]:
+        """Inside, nothing is known of a model; afterwards what was known before, whatever is written meanwhile."""
+        identities = [anchor_of(parameter).identity for parameter in parameters_of(model)]
+        records = {identity: self._records.pop(identity) for identity in identities if identity in self._records}
+        session = self._sessions.pop(model, None)
+        try:
+            yield
+        finally:
+            for identity in identities:
+                self._records.pop(identity, None)
+            self._records |= records
+            self._sessions.pop(model, None)
+            if session is not None:
+                self._sessions[model] = session
 
     def peek(self, parameter: nn.Parameter) -> Record | None:
         """The record of a Parameter if there is one."""

@@ -119,7 +119,7 @@ class GraphRunner:
         binding = self.bound(args)
         if binding is None:
             with unprofiled():  # binding, and what the graph's first call sets up
-                return self._bind(self._pick(args)).run(args)
+                return self.bind(self._pick(args)).run(args)
         return binding.run(args)
 
     def bound(self, args: tuple[Any, ...]) -> Binding | None:
@@ -160,7 +160,8 @@ class GraphRunner:
         self._places.update((anchor.identity, anchor) for anchor in lent)
         return bool(lent)
 
-    def _bind(self, values: tuple[Any, ...]) -> Binding:
+    def bind(self, values: tuple[Any, ...]) -> Binding:
+        """The variant for a graph's Parameters, in the order of its arguments, and their planes, packed now if they are not there."""
         with self._lock:
             lent = self._adopt(values)
             looks = self._looks = self._looks or Looks.best()

@@ -17,7 +17,7 @@ from torch import Tensor
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, bits_per_weight, family_of
 from quant_compile.ir.numerics import by_row_chunks
 from quant_compile.lowering.kernels._roofline import estimate
-from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
+from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank, always
 from quant_compile.lowering.schemes.weight_only import (
     SYMMETRIC_ZERO,
     group_of,
@@ -25,6 +25,7 @@ from quant_compile.lowering.schemes.weight_only import (
     unpack_nibbles,
 )
 from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import aligned, fresh, is_tracing
 
 INT4_GROUPS = (32, 64, 128, 256)
 # Rows that torch packs independently of the rest: a multiple of its block on every instruction set (16, 32 or 64).
@@ -46,7 +47,9 @@ def _cpu_only(target: Target) -> Reject | None:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """``tensor``, copied when its first byte does not lie where aligned vector loads may read it."""
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+    if aligned(tensor, ALIGNMENT):
+        return tensor
+    return fresh(tensor) if is_tracing() else tensor.clone()
 
 
 def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -76,8 +79,14 @@ def run_int8pack(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) ->
     The op wants the scale in bf16; that rounding (at most 2^-9 per output feature) is of the size of the rounding of y.
     Source: ``torch._weight_int8pack_mm``.
     """
-    y = torch._weight_int8pack_mm(_aligned(x[0]), _aligned(w[0]), w[1].reshape(-1).to(torch.bfloat16))
+    data, scale = with_bf16_scale(w)
+    y = torch._weight_int8pack_mm(_aligned(x[0]), _aligned(data), scale)
     return y if bias is None else y.add_(bias)
+
+
+def with_bf16_scale(w: Planes) -> Planes:
+    """The scale as ``_weight_int8pack_mm`` takes it, [n] bf16. Inductor does not lower the op over a scale that it computes."""
+    return w[0], w[1].reshape(-1).to(torch.bfloat16)
 
 
 # ---- int8 weights under bf16 inputs, many tokens
@@ -238,6 +247,18 @@ def fit_dequant(problem: Problem, m: int, target: Target) -> Rank | Reject:
     return Rank(estimate(problem, m, target, 1.9, bits, math_bits=16, input_bits=32) + conversion)
 
 
+def in_one_chunk(problem: Problem) -> Reject | None:
+    """Under 16-bit inputs, a weight of one chunk: a graph would hold the loop over more turn by turn, with a copy of each in f32.
+
+    Codes of inputs must be rounded to where they are multiplied, and Inductor keeps in f32 what it casts to 8 bits and back.
+    """
+    if problem.scheme.input_activations is not None:
+        return Reject("it multiplies codes of inputs as f32, and a compiler would leave out their rounding")
+    if problem.n * problem.k <= CHUNK_ELEMENTS:
+        return None
+    return Reject(f"its loop over more than {CHUNK_ELEMENTS} elements of a weight is Python of this package")
+
+
 def run_dequant(x: Planes, w: Planes, bias: Tensor | None, problem: Problem) -> Tensor:
     """The family's linear, its weight turned into f32 a chunk of rows at a time and multiplied by f32 inputs."""
     scheme = problem.scheme
@@ -361,9 +382,9 @@ def _multiply_ragged(left: Tensor, w: Planes, problem: Problem) -> Tensor:
 LAYOUTS = (Layout("cpu_int4", _pack_int4, _unpack_int4, _int4_planes, row_block=lambda problem: 0),)
 
 KERNELS = (
-    Kernel("torch_cpu_int8pack", "rows", fit_int8pack, run_int8pack),
-    Kernel("torch_cpu_int8_bf16", "rows", fit_int8_bf16, run_int8_bf16),
-    Kernel("torch_cpu_int_mm", "rows", fit_int_mm, run_int_mm),
-    Kernel("torch_cpu_int4pack", "cpu_int4", fit_int4pack, run_int4pack),
-    Kernel("torch_cpu_dequant", "rows", fit_dequant, run_dequant),
+    Kernel("torch_cpu_int8pack", "rows", fit_int8pack, run_int8pack, portable=always, kept=with_bf16_scale),
+    Kernel("torch_cpu_int8_bf16", "rows", fit_int8_bf16, run_int8_bf16, portable=always),
+    Kernel("torch_cpu_int_mm", "rows", fit_int_mm, run_int_mm, portable=always),
+    Kernel("torch_cpu_int4pack", "cpu_int4", fit_int4pack, run_int4pack, portable=always),
+    Kernel("torch_cpu_dequant", "rows", fit_dequant, run_dequant, portable=in_one_chunk),
 )

@@ -17,7 +17,7 @@ from quant_compile.ir.ggml.encode import fields as packed
 from quant_compile.ir.numerics import by_row_chunks
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.kernels.cpu.torch_cpu import INT4_WINDOW, _aligned, _int4_order
-from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank
+from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank, always
 from quant_compile.lowering.schemes.gguf import block_of
 from quant_compile.lowering.schemes.weight_only import unpack_nibbles
 from quant_compile.lowering.target import Target
@@ -132,5 +132,5 @@ def _planes(problem: Problem) -> tuple[PlaneSpec, ...]:
 LAYOUTS = (Layout("cpu_gguf_int4", _pack, _unpack, _planes, row_block=lambda problem: 0),)
 KERNELS = (
     Kernel("torch_cpu_gguf", "rows", fit, run),
-    Kernel("torch_cpu_gguf_int4pack", "cpu_gguf_int4", fit_int4pack, run_int4pack),
+    Kernel("torch_cpu_gguf_int4pack", "cpu_gguf_int4", fit_int4pack, run_int4pack, portable=always),
 )

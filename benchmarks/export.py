@@ -1,0 +1,141 @@
+"""Packages of the bundled models against the compiled models: speed, and logits in a process of their own.
+
+A package is made from one export with dynamic batch and length. It and the compiled model (``dynamic=True``) take turns call by call
+in one process; logits are those of a fresh process that imports neither transformers nor, where the package is self-contained,
+quant_compile.
+
+    python benchmarks/export.py --out benchmarks/results/export.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, ROOT, Timing, last_line, machine, phase, table, time_calls, write_result
+from torch import Tensor
+from torch.export import Dim
+
+import quant_compile
+from quant_compile.demo import load
+
+POLICIES = ("FP8_DYNAMIC", "W8A16", "W4A16")
+MODELS = ("dense", "moe")
+SIZES = ((2, 1), (2, 16), (4, 64))
+# Both are rounded where eager torch rounds: else a value that one of them keeps in f32 flips codes of inputs, and these spread.
+EXACT = {"emulate_precision_casts": True}
+
+ALONE = """
+import sys
+import torch
+
+package, inputs, results, own = sys.argv[1:]
+if own:
+    sys.path.insert(0, own)
+    import quant_compile
+run = torch._inductor.aoti_load_package(package)
+torch.save([run(input_ids=ids, use_cache=False)["logits"] for ids in torch.load(inputs)], results)
+assert "transformers" not in sys.modules
+assert bool(own) == ("quant_compile" in sys.modules)
+"""
+
+
+def measure(model_name: str, policy: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each size."""
+    model = load(model_name).model.eval()
+    ids = [torch.randint(0, model.config.vocab_size, size) for size in SIZES]
+    sizes = {"input_ids": {0: Dim("batch", min=1, max=64), 1: Dim("length", min=1, max=512)}, "use_cache": None}
+    started = time.perf_counter()
+    exported = quant_compile.export(
+        model, (), {"input_ids": ids[1], "use_cache": False}, policy, dynamic_shapes=sizes, inductor=EXACT
+    )
+    export_s = time.perf_counter() - started
+    exported.report.require(coverage=1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = exported.package(Path(folder) / "model.pt2")
+        package_s = time.perf_counter() - started - export_s
+        alone = run_alone(path, ids, exported.self_contained)
+        package = torch._inductor.aoti_load_package(str(path))
+        quant_compile.compile(model, policy, dynamic=True, inductor=EXACT)
+        common = {
+            "model": model_name,
+            "policy": policy,
+            "self_contained": exported.self_contained,
+            "export_s": export_s,
+            "package_s": package_s,
+            "bytes": path.stat().st_size,
+        }
+        return [common | row(model, package, one, logits, args) for one, logits in zip(ids, alone, strict=True)]
+
+
+def run_alone(path: Path, ids: Sequence[Tensor], self_contained: bool) -> list[Tensor]:
+    """Logits of a package in a fresh process."""
+    given, results = path.with_name("inputs.pt"), path.with_name("results.pt")
+    torch.save(list(ids), given)
+    command = [sys.executable, "-c", ALONE, str(path), str(given), str(results), "" if self_contained else str(ROOT)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the package does not run: {done.stderr[-2000:]}")
+    return torch.load(results)
+
+
+def row(
+    model: Callable[..., Any], package: Callable[..., Any], ids: Tensor, logits: Tensor, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Distance of the logits, and times in turns."""
+
+    def compiled(_: int) -> Any:
+        return model(input_ids=ids, use_cache=False)
+
+    def packaged(_: int) -> Any:
+        return package(input_ids=ids, use_cache=False)
+
+    truth = compiled(0).logits.float()
+    timings = time_calls({"compiled": compiled, "package": packaged}, torch.device("cpu"), 1, args.repeats)
+    own, other = timings["package"], timings["compiled"]
+    assert isinstance(own, Timing) and isinstance(other, Timing)
+    return {
+        "batch": ids.shape[0],
+        "length": ids.shape[1],
+        "error": float((logits.float() - truth).norm() / truth.norm()),
+        "compiled_us": other.us,
+        "package_us": own.us,
+        "speed": other.us / own.us,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "export.json")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--policies", nargs="+", default=POLICIES)
+    parser.add_argument("--repeats", type=int, default=50)
+    args = parser.parse_args(argv)
+    rows: list[dict[str, Any]] = []
+    torch.manual_seed(0)
+    for name in args.models:
+        for policy in args.policies:
+            with phase(f"{name} {policy}"), torch.no_grad():
+                try:
+                    rows += measure(name, policy, args)
+                except Exception as error:
+                    rows.append({"model": name, "policy": policy, "problem": last_line(error)})
+            torch._dynamo.reset()
+            settings = {"dtype": "bfloat16", "sizes": SIZES, "repeats": args.repeats, "inductor": EXACT}
+            write_result(args.out, rows, {"benchmark": "export", "machine": machine("cpu"), "settings": settings})
+    header = ("model", "policy", "batch", "length", "self_contained", "error", "compiled_us", "package_us", "speed")
+    print(table(header, [[found.get(key) for key in header] for found in rows]))
+
+
+if __name__ == "__main__":
+    main()
