@@ -54,7 +54,7 @@ class Moments(Following):
         for found in meetings:
             size = self.sizes.get(found.made.weight)
             if size is not None:
-                for expert, x in _rows(found, size):
+                for expert, x in rows_of(found, size):
                     self._add(found.made.weight, size, expert, x.detach())
         return meetings[0].call()
 
@@ -74,7 +74,7 @@ class Moments(Following):
         self.tokens[name][expert] += x.shape[0]
 
 
-def _rows(found: Meeting, size: Size) -> Iterator[tuple[int, Tensor]]:
+def rows_of(found: Meeting, size: Size) -> Iterator[tuple[int, Tensor]]:
     """(expert, its inputs [t, k]); nothing where a product is of another form."""
     x = found.x.mT if found.swapped else found.x
     if x.shape[-1] != size.k:
