@@ -78,7 +78,8 @@ def calibrate(
     """Measure what the policy wants to know of inputs, and save it: scales of static schemes and of a fixed KV cache, rounded weights.
 
     With ``method`` in the policy every weight whose codes can be chosen is rounded by it, and the planes are saved in a file of their
-    own; ``compile`` with the returned policy (or its file) takes them and needs no batches.
+    own; ``compile`` with the returned policy (or its file) takes them and needs no batches. Under ``awq`` and ``smoothquant`` these are for
+    inputs that graphs multiply by factors; the file has those too.
 
     The two weights of an expert block have one scale each: of the block's tokens, and of the hidden layers of all experts.
 

@@ -47,7 +47,7 @@ from quant_compile.lowering.rounding.recipe import (
 )
 from quant_compile.lowering.rounding.search import searched
 from quant_compile.model.follow import eagerly, run_batch, weights_by_address
-from quant_compile.model.inputs import Readers, Samples
+from quant_compile.model.inputs import KEPT, Readers, Samples
 from quant_compile.model.moments import Moments, Size
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.policy import Policy
@@ -101,6 +101,11 @@ class _Job:
     leader: str = ""
     without: str = ""
     factor: Tensor | None = None
+
+    def nbytes(self, whole: bool) -> int:
+        """Of what is kept of its inputs; ``whole``: moments beside the diagonal too."""
+        sampled = KEPT * self.size.k * self.weight.parameter.element_size() if self.leader == self.name else 0
+        return self.size.nbytes(whole) + sampled
 
     def matrix(self, expert: int | None) -> Tensor:
         """[n, k] as linears multiply by it."""
@@ -237,7 +242,7 @@ def _groups(jobs: Iterable[_Job], whole: bool) -> Iterable[list[_Job]]:
     held = 0
     for _, several in groupby(jobs, lambda job: job.leader or job.name):
         more = list(several)
-        size = sum(job.size.nbytes(whole) for job in more)
+        size = sum(job.nbytes(whole) for job in more)
         if group and held + size > MOMENTS_BYTES:
             yield group
             group, held = [], 0
