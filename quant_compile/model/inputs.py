@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quant_compile.model.follow import Following, Meeting
-from quant_compile.model.moments import ROWS, Size, rows_of
+from quant_compile.model.moments import ROWS, Seeing, Size
 
 # Rows of inputs that are kept of each weight.
 KEPT = 512
@@ -54,7 +54,7 @@ class Readers(Following):
         return self.leader.get(name, name) != self.leader.get(first, first)
 
 
-class Samples(Following):
+class Samples(Seeing):
     """Sizes of inputs, and some of their rows.
 
     Attributes:
@@ -64,22 +64,14 @@ class Samples(Following):
     """
 
     def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size], batches: int) -> None:
-        super().__init__(weights)
-        self.sizes, self.quota = sizes, -(-KEPT // max(1, batches))
+        super().__init__(weights, sizes)
+        self.quota = -(-KEPT // max(1, batches))
         self.squares: dict[str, Tensor] = {}
         self.largest: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.rows: dict[tuple[str, int], list[Tensor]] = {}
 
-    def meet(self, meetings: list[Meeting]) -> Any:
-        for found in meetings:
-            size = self.sizes.get(found.made.weight)
-            if size is not None:
-                for expert, x in rows_of(found, size):
-                    self._add(found.made.weight, size, expert, x.detach())
-        return meetings[0].call()
-
-    def _add(self, name: str, size: Size, expert: int, x: Tensor) -> None:
+    def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
         if name not in self.squares:
             self.squares[name] = torch.zeros(size.k, dtype=torch.float32, device=x.device)
             self.largest[name] = torch.zeros(size.k, dtype=torch.float32, device=x.device)
