@@ -590,10 +590,12 @@ def quality_row(found: Sequence[Result], model: str, scheme: str) -> list[str]:
 
 
 def rounding(results: Path) -> str:
-    """Extra perplexity and KL of each rounding beside nearest's; then what a large model takes."""
-    result = read("rounding_cuda", results)
-    if result is None:
-        return ""
+    """Extra perplexity and KL of each rounding beside nearest's, and what a large model takes; for each device."""
+    found = (read(f"rounding_{device}", results) for device in ("cuda", "cpu"))
+    return "\n\n".join(_roundings(result) for result in found if result is not None)
+
+
+def _roundings(result: Result) -> str:
     settings, cells = result["settings"], dict[tuple[str, str, str], list[Result]]()
     for row in result["rows"]:
         cells.setdefault((row["model"], row["scheme"], row["method"]), []).append(row)

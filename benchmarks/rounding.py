@@ -29,13 +29,12 @@ from torch import Tensor
 
 import quant_compile
 from quant_compile import demo
-from quant_compile.ir.family import Planes, family_of
-from quant_compile.ir.scheme import Scheme, parse
+from quant_compile.ir.scheme import parse
 from quant_compile.lowering.rounding.recipe import METHODS, NEAREST, SEARCH, Rounding, planes_of
-from quant_compile.measure.simulate import Chosen, Simulation, Values
+from quant_compile.measure.simulate import Simulation, Values
+from quant_compile.measure.weights import chosen_by
 from quant_compile.measure.windows import divergence, losses, windows_of
 from quant_compile.model.weights import linear_weights
-from quant_compile.options import PolicySource
 from quant_compile.policy import Policy
 
 SOURCE = source_hash()
@@ -50,7 +49,7 @@ class Row:
     """One rounding.
 
     Attributes:
-        method: nearest, search (no data), ``search, data`` or gptq.
+        method: nearest, search (no data), or one of calibrate's, with ``, data`` behind it.
         extra: perplexity to that of 16 bits, less one.
         kl: mean divergence of the logits from 16 bits', nats.
         to_nearest: ``extra`` over nearest's.
@@ -69,37 +68,6 @@ class Row:
     seconds: float
     source: str = SOURCE
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d", time.gmtime()))
-
-
-class Rounded(Values):
-    """Values of planes that a policy's roundings make."""
-
-    def __init__(self, source: PolicySource) -> None:
-        super().__init__(kept_bytes=1 << 34)
-        self.source = source
-        self._made: dict[str, Tensor] = {}
-
-    def of(self, chosen: Chosen, transposed: bool) -> Tensor:
-        if chosen.name not in self._made:
-            self._made[chosen.name] = self._values(chosen, transposed)
-        return self._made[chosen.name]
-
-    def _values(self, chosen: Chosen, transposed: bool) -> Tensor:
-        stored = chosen.weight.parameter.detach()
-        weight = (stored.mT if transposed else stored).contiguous()
-        how = self.source.rounding((chosen.name,))
-        if weight.dim() == 2:
-            made = _values(planes_of(weight, chosen.scheme, how), chosen.scheme, weight)
-        else:
-            parts = [
-                _values(planes_of(each, chosen.scheme, how, e), chosen.scheme, each) for e, each in enumerate(weight)
-            ]
-            made = torch.stack(parts)
-        return made.mT.contiguous() if transposed else made
-
-
-def _values(planes: Planes, scheme: Scheme, weight: Tensor) -> Tensor:
-    return family_of(scheme).dequantize_weight(planes, scheme, weight.shape[1])
 
 
 @dataclass(frozen=True)
@@ -148,9 +116,8 @@ def batches_of(ids: Tensor, seed: int, count: int) -> list[Tensor]:
 
 def evaluate(at: Setting, policy: Policy) -> tuple[float, float]:
     """(extra perplexity, KL)."""
-    decided = [(weight, policy.decide(weight.site).scheme) for weight in linear_weights(at.model)]
-    chosen = [Chosen(weight, scheme) for weight, scheme in decided if scheme is not None]
-    values, kl, loss = Rounded(PolicySource(policy, "")), list[float](), list[float]()
+    chosen = chosen_by(policy, at.model)
+    values, kl, loss = Values(kept_bytes=1 << 34), list[float](), list[float]()
     for window, reference in zip(at.windows, at.reference, strict=True):
         with torch.inference_mode(), Simulation(chosen, values):
             logits = logits_of(at.model, window)

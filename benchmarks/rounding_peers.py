@@ -25,17 +25,16 @@ from typing import Any
 
 import torch
 from common import RESULTS, machine, source_hash, table, write_result
-from rounding import CALIBRATION, LENGTH, WINDOWS, Rounded, Setting, batches_of, logits_of, trained_on
+from rounding import CALIBRATION, LENGTH, WINDOWS, Setting, batches_of, logits_of, trained_on
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quant_compile
 from quant_compile import demo
 from quant_compile.lowering.rounding.recipe import METHODS
-from quant_compile.measure.simulate import Chosen, Simulation
+from quant_compile.measure.simulate import Simulation, Values
+from quant_compile.measure.weights import chosen_by
 from quant_compile.measure.windows import divergence, losses, windows_of
-from quant_compile.model.weights import linear_weights
-from quant_compile.options import PolicySource
 from quant_compile.policy import Policy
 
 PEERS = {"llm-compressor": ("rtn", "gptq", "awq"), "modelopt": ("rtn", "awq"), "auto-round": ("rtn", "light")}
@@ -98,8 +97,7 @@ def ours(at: Setting, method: str, scheme: str, seed: int) -> Row:
             )
         else:
             made = Policy.load({"default": scheme, "rules": [rule], "rounding": method.partition(",")[0]})
-        decided = [(weight, made.decide(weight.site).scheme) for weight in linear_weights(at.model)]
-        chosen, values = [Chosen(weight, s) for weight, s in decided if s is not None], Rounded(PolicySource(made, ""))
+        chosen, values = chosen_by(made, at.model), Values(kept_bytes=1 << 34)
         for each in chosen:
             values.of(each, False)
         seconds = time.perf_counter() - start

@@ -28,6 +28,7 @@ from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import Scheme
 from quant_compile.model.follow import Following, Meeting, eagerly, listed, run_batch
 from quant_compile.model.weights import linear_weights, possible_weights
+from quant_compile.options import PolicySource
 from quant_compile.policy import Policy
 from quant_compile.rounded import Rounded, round_weights, write_planes
 from quant_compile.rules import CACHE_SCHEMES, cache_scale_key, scale_key
@@ -36,17 +37,21 @@ _SAMPLE = 1 << 20
 
 
 class _Observer(Following):
-    """Largest magnitude (or a percentile of it) of the inputs that meet the watched weights."""
+    """Largest magnitude (or a percentile of it) of the inputs that meet the watched weights, times the factors that they have."""
 
-    def __init__(self, weights: Mapping[int, str], percentile: float | None) -> None:
+    def __init__(self, weights: Mapping[int, str], percentile: float | None, factors: Mapping[str, Tensor]) -> None:
         super().__init__(weights)
-        self.percentile = percentile
+        self.percentile, self.factors = percentile, factors
         self.largest: dict[str, Tensor] = {}
 
     def meet(self, meetings: list[Meeting]) -> Any:
         for found in meetings:
             # Rows after the last group belong to no expert here and may hold anything.
-            self._see(found.made.weight, found.x if found.rows is None else found.x[: int(found.rows[-1])])
+            x, factor = (
+                found.x if found.rows is None else found.x[: int(found.rows[-1])],
+                self.factors.get(found.made.weight),
+            )
+            self._see(found.made.weight, x if factor is None else x * factor.to(x))
         return meetings[0].call()
 
     def _see(self, name: str, x: Tensor) -> None:
@@ -73,7 +78,8 @@ def calibrate(
     """Measure what the policy wants to know of inputs, and save it: scales of static schemes and of a fixed KV cache, rounded weights.
 
     With ``method`` in the policy every weight whose codes can be chosen is rounded by it, and the planes are saved in a file of their
-    own; ``compile`` with the returned policy (or its file) takes them and needs no batches.
+    own; ``compile`` with the returned policy (or its file) takes them and needs no batches. Under ``awq`` and ``smoothquant`` these are for
+    inputs that graphs multiply by factors; the file has those too.
 
     The two weights of an expert block have one scale each: of the block's tokens, and of the hidden layers of all experts.
 
@@ -112,7 +118,8 @@ def calibrate(
         if wanted
     }
     rounded = _rounded(model, given, loaded, progress) if loaded.method is not None else {}
-    scales = _scales(model, given, weights, layers, percentile, progress) if weights or layers else {}
+    factors = _factors(loaded, weights, rounded)
+    scales = _scales(model, given, weights, factors, layers, percentile, progress) if weights or layers else {}
     # All is measured before anything is written, so that what fails leaves nothing behind.
     if "planes" in targets:
         write_planes(targets["planes"], rounded, loaded)
@@ -132,13 +139,14 @@ def _scales(
     model: nn.Module,
     batches: list[Any],
     weights: Mapping[str, _Watched],
+    factors: Mapping[str, Tensor],
     layers: Mapping[str, CacheScheme],
     percentile: float | None,
     progress: bool,
 ) -> dict[str, Tensor]:
     """Of the inputs of static weights, and of K and V of the layers that fix them."""
     cached: dict[str, Tensor] = {}
-    observer = _Observer({weight.pointer: name for name, weight in weights.items()}, percentile)
+    observer = _Observer({weight.pointer: name for name, weight in weights.items()}, percentile, factors)
     with eagerly(), torch.inference_mode():
         for batch in track(batches, "calibrating", disable=not progress):
             with observer:
@@ -152,6 +160,15 @@ def _scales(
     _refuse_useless({name: amax.max() for name, amax in cached.items()}, "keys or values")
     scales = {scale_key(name): _scale(amax, weights[name].scheme) for name, amax in sorted(observer.largest.items())}
     return scales | _cache_scales(layers, cached)
+
+
+def _factors(policy: Policy, weights: Iterable[str], rounded: Mapping[str, Rounded]) -> dict[str, Tensor]:
+    """What the inputs of weights are multiplied by: by their planes of today, or those that the policy has."""
+    if policy.method is not None:
+        return {name: made.factor for name, made in rounded.items() if made.factor is not None}
+    source = PolicySource(policy, "")
+    found = {name: source.rounding((name,)).factor for name in weights}
+    return {name: factor.read() for name, factor in found.items() if factor is not None}
 
 
 def _rounded(model: nn.Module, batches: list[Any], policy: Policy, progress: bool) -> dict[str, Rounded]:

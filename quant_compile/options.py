@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.lowering.moe import moe_kernels
 from quant_compile.lowering.registry import kernels as known_kernels
-from quant_compile.lowering.rounding.recipe import PLANES_OF, Rounding, plane_key, token_of
+from quant_compile.lowering.rounding.recipe import FACTOR, PLANES_OF, Factor, Rounding, factor_key, plane_key, token_of
 from quant_compile.lowering.select import Request
 from quant_compile.policy import ATTENTION, AUTO, KEEP, Policy
 from quant_compile.rules import CACHE_SCHEMES, CacheRules, cache_scale_key, scale_key
@@ -269,7 +269,8 @@ class PolicySource:
             for name in (name.removesuffix(".weight") for name in names):
                 if (told := self._planes_of.get(name)) is not None:
                     stored = _Stored(policy.planes, name, told["weights"])
-                    return Rounding(told["method"], f"{self._token}.{name}", stored, tuple(told["checksums"]))
+                    factor = Factor(told[FACTOR], partial(stored.factor, told[FACTOR])) if FACTOR in told else None
+                    return Rounding(told["method"], f"{self._token}.{name}", stored, tuple(told["checksums"]), factor)
         return Rounding(policy.rounding)
 
     def check_planes(self, names: Iterable[str] = ()) -> Policy:
@@ -398,6 +399,11 @@ class _Stored:
         with safe_open(str(self.path), "pt") as file:
             parts = [file.get_slice(plane_key(self.name, i)) for i in range(count)]
             return tuple(part[:] if expert is None else part[expert : expert + 1].squeeze(0) for part in parts)
+
+    def factor(self, name: str) -> Tensor:
+        """[k]: what the weight's input is multiplied by."""
+        with safe_open(str(self.path), "pt") as file:
+            return file.get_tensor(factor_key(name))
 
 
 def _snapshot(given: Any) -> dict[str, Any] | None:

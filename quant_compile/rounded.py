@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,31 @@ from quant_compile.ir.errors import MissingScalesError
 from quant_compile.ir.family import Planes
 from quant_compile.ir.numerics import checksum
 from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.rounding.factors import (
+    Inputs,
+    Member,
+    awq_factors,
+    fitted,
+    multiplied,
+    smoothquant_factors,
+)
 from quant_compile.lowering.rounding.gptq import gptq
-from quant_compile.lowering.rounding.recipe import GPTQ, METHODS, PLANES_OF, TOKEN, plane_key, searchable
+from quant_compile.lowering.rounding.recipe import (
+    AWQ,
+    FACTOR,
+    GPTQ,
+    METHODS,
+    PLANES_OF,
+    SMOOTHQUANT,
+    TOKEN,
+    factor_key,
+    plane_key,
+    searchable,
+    uses,
+)
 from quant_compile.lowering.rounding.search import searched
 from quant_compile.model.follow import eagerly, run_batch, weights_by_address
+from quant_compile.model.inputs import KEPT, Readers, Samples
 from quant_compile.model.moments import Moments, Size
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.policy import Policy
@@ -32,6 +55,11 @@ from quant_compile.policy import Policy
 MOMENTS_BYTES = 1 << 30
 # Moments of fewer tokens than inputs have too low a rank for GPTQ, which then does harm: scales are searched for.
 FEWER = "fewer tokens than inputs"
+# Why a weight's inputs have no factors.
+NO_GAIN = "no factors: none lowers the error"
+INSIDE = "no factors: its inputs are made inside of the experts' kernels"
+NOT_QUANTIZED = "no factors: its inputs are not quantized"
+SEEN = {AWQ: awq_factors, SMOOTHQUANT: smoothquant_factors}
 
 __all__ = ["METHODS", "Rounded", "round_weights", "write_planes"]
 
@@ -45,27 +73,55 @@ class Rounded:
         scheme: their scheme.
         method: what made them, for ledgers.
         checksums: of the matrices that they were made of.
+        factor: [k] in the weight's dtype, what its input is multiplied by; None: it is not.
     """
 
     planes: Planes
     scheme: Scheme
     method: str
     checksums: tuple[int, ...]
+    factor: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Job:
+    """One weight to round.
+
+    Attributes:
+        leader: the first weight that reads what this one reads; they have their factors together.
+        without: why its inputs cannot have factors; empty: they can.
+        factor: of its inputs.
+    """
+
     name: str
     weight: Weight
     scheme: Scheme
     size: Size
     required: bool
+    leader: str = ""
+    without: str = ""
+    factor: Tensor | None = None
+
+    def nbytes(self, whole: bool) -> int:
+        """Of what is kept of its inputs; ``whole``: moments beside the diagonal too."""
+        sampled = KEPT * self.size.k * self.weight.parameter.element_size() if self.leader == self.name else 0
+        return self.size.nbytes(whole) + sampled
 
     def matrix(self, expert: int | None) -> Tensor:
         """[n, k] as linears multiply by it."""
         values = self.weight.parameter.detach()
         values = values if expert is None else values[expert]
         return values.t().contiguous() if self.weight.transposed else values
+
+    def scaled(self, expert: int | None) -> Tensor:
+        """[n, k] that is rounded: over the factors of the weight's inputs."""
+        return multiplied(self.matrix(expert), self.factor)
+
+    def label(self, text: str, method: str | None) -> str:
+        """What a ledger says of planes that ``text`` made, under the policy's ``method``."""
+        if self.factor is not None:
+            return f"{_before(method)}, {text}"
+        return f"{text} ({self.without})" if self.without else text
 
 
 def round_weights(
@@ -83,22 +139,88 @@ def round_weights(
         MissingScalesError: a weight met no input, or NaN or inf.
     """
     jobs, out = _jobs(model, policy), dict[str, Rounded]()
-    whole = policy.method == GPTQ
+    whole, before = uses(policy.method, GPTQ), _before(policy.method)
+    if before:
+        jobs = _with_readers(model, batches[0], jobs, before)
     groups = list(_groups(jobs, whole))
     for number, group in enumerate(groups, 1):
         part = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
-        addresses = weights_by_address({job.name: job.weight.parameter for job in group})
+        addresses = _addresses(group)
         moments = Moments(addresses, {job.name: job.size for job in group}, whole)
+        wanted = {job.name: job.size for job in group if before and job.leader == job.name and not job.without}
+        samples = Samples(addresses, wanted, len(batches))
         with eagerly(), torch.inference_mode():
             for batch in track(batches, f"reading inputs{part}"):
-                with moments:
+                with moments, samples if wanted else nullcontext():
                     run_batch(model, batch)
         with torch.inference_mode():  # as the sums were made
+            if wanted:
+                group = _with_factors(
+                    group, samples, before, lambda items, part=part: track(items, f"fitting factors{part}")
+                )
             for job in track(group, f"rounding{part}"):
-                made = _round(job, moments)
+                made = _round(job, moments, policy.method)
                 if made is not None:
                     out[job.name] = made
     return out
+
+
+def _before(method: str | None) -> str:
+    """The step of a method that finds factors; empty: none."""
+    return next((name for name in SEEN if uses(method, name)), "")
+
+
+def _addresses(jobs: Iterable[_Job]) -> dict[int, str]:
+    return weights_by_address({job.name: job.weight.parameter for job in jobs})
+
+
+def _with_readers(model: nn.Module, batch: Any, jobs: Sequence[_Job], before: str) -> list[_Job]:
+    """Jobs with their leaders, those of one leader beside each other, by what one batch shows."""
+    readers = Readers(_addresses(jobs), {job.name for job in jobs if job.size.experts})
+    with eagerly(), torch.inference_mode(), readers:
+        run_batch(model, batch)
+    together: dict[str, list[_Job]] = {}
+    for job in jobs:
+        together.setdefault(readers.leader.get(job.name, job.name), []).append(job)
+    out: list[_Job] = []
+    for leader, group in together.items():
+        quantized = any(job.scheme.input_activations is not None for job in group)
+        for job in group:
+            without = INSIDE if readers.inside(job.name) else ""
+            without = without or (NOT_QUANTIZED if before == SMOOTHQUANT and not quantized else "")
+            out.append(replace(job, leader=leader, without=without))
+    return out
+
+
+def _with_factors(
+    jobs: Sequence[_Job], samples: Samples, before: str, track: Callable[[Iterable[Any]], Iterable[Any]]
+) -> list[_Job]:
+    """Jobs with the factors of their inputs, or the reason why there are none."""
+    together: dict[str, list[_Job]] = {}
+    for job in jobs:
+        together.setdefault(job.leader, []).append(job)
+    out: list[_Job] = []
+    for leader, group in track(list(together.items())):
+        tokens = samples.tokens.get(leader, 0)
+        if group[0].without or not tokens or not bool(torch.isfinite(samples.squares[leader]).all()):
+            out += group  # what is wrong with the inputs is said where the weight is rounded
+        elif tokens < group[0].size.k:
+            out += [replace(job, without=f"no factors: {FEWER}") for job in group]
+        else:
+            factor = _factor(leader, group, samples, before)
+            out += [replace(job, factor=factor, without="" if factor is not None else NO_GAIN) for job in group]
+    return out
+
+
+def _factor(leader: str, group: Sequence[_Job], samples: Samples, before: str) -> Tensor | None:
+    inputs = Inputs(samples.squares[leader] / samples.tokens[leader], samples.largest[leader])
+    members: list[Member] = []
+    for job in group:
+        for expert in range(job.size.experts) if job.size.experts else (None,):
+            rows = samples.sample(leader, expert or 0)
+            if rows is not None:
+                members.append(Member(job.matrix(expert), job.scheme, rows))
+    return fitted(members, inputs, SEEN[before], group[0].weight.parameter.dtype)
 
 
 def _jobs(model: nn.Module, policy: Policy) -> list[_Job]:
@@ -115,21 +237,22 @@ def _jobs(model: nn.Module, policy: Policy) -> list[_Job]:
 
 
 def _groups(jobs: Iterable[_Job], whole: bool) -> Iterable[list[_Job]]:
-    """As many weights as the bytes hold, at least one."""
+    """As many weights as the bytes hold, at least one; those that have their factors together are not parted."""
     group: list[_Job] = []
     held = 0
-    for job in jobs:
-        size = job.size.nbytes(whole)
+    for _, several in groupby(jobs, lambda job: job.leader or job.name):
+        more = list(several)
+        size = sum(job.nbytes(whole) for job in more)
         if group and held + size > MOMENTS_BYTES:
             yield group
             group, held = [], 0
-        group.append(job)
+        group += more
         held += size
     if group:
         yield group
 
 
-def _round(job: _Job, moments: Moments) -> Rounded | None:
+def _round(job: _Job, moments: Moments, method: str | None) -> Rounded | None:
     sums = moments.sums.pop(job.name, None)
     if sums is None:
         if job.required and not job.size.experts:
@@ -143,22 +266,32 @@ def _round(job: _Job, moments: Moments) -> Rounded | None:
             "Fix: other batches, or `keep` it in the policy."
         )
     tokens = moments.tokens[job.name]
+    _multiply_moments(sums, job.factor, moments.whole)
+    factor = None if job.factor is None else job.factor.cpu()
     if not job.size.experts:
-        planes, method = _matrix(job, None, sums[0].div_(int(tokens[0])), int(tokens[0]), moments.whole, None)
-        return Rounded(tuple(plane.cpu() for plane in planes), job.scheme, method, (checksum(job.matrix(None)),))
+        planes, text = _matrix(job, None, sums[0].div_(int(tokens[0])), int(tokens[0]), moments.whole, None)
+        told, values = job.label(text, method), (checksum(job.matrix(None)),)
+        return Rounded(tuple(plane.cpu() for plane in planes), job.scheme, told, values, factor)
     # What the others met stands for an expert that met too little.
     squares = sums.diagonal(dim1=1, dim2=2).sum(0) if moments.whole else sums.sum(0)
     shared = squares / max(1, int(tokens.sum()))
     parts: list[Planes] = []
     methods: dict[str, int] = {}
     for expert, count in enumerate(tokens.tolist()):
-        planes, method = _matrix(job, expert, sums[expert].div_(max(1, count)), count, moments.whole, shared)
+        planes, text = _matrix(job, expert, sums[expert].div_(max(1, count)), count, moments.whole, shared)
         parts.append(tuple(plane.cpu() for plane in planes))
-        methods[method] = methods.get(method, 0) + 1
+        methods[text] = methods.get(text, 0) + 1
     stacked = tuple(torch.stack([_bytes(p) for p in plane]).view(plane[0].dtype) for plane in zip(*parts, strict=True))
     told = next(iter(methods)) if len(methods) == 1 else ", ".join(f"{text} of {n}" for text, n in methods.items())
     values = tuple(checksum(job.matrix(expert)) for expert in range(len(tokens)))
-    return Rounded(stacked, job.scheme, told, values)
+    return Rounded(stacked, job.scheme, job.label(told, method), values, factor)
+
+
+def _multiply_moments(sums: Tensor, factor: Tensor | None, whole: bool) -> None:
+    """Those of x times factors, in the place of x's: [..., k, k], or [..., k] of squares alone."""
+    if factor is not None:
+        by = factor.float()
+        sums.mul_(by[:, None] * by if whole else by.square())
 
 
 def _bytes(plane: Tensor) -> Tensor:
@@ -169,7 +302,7 @@ def _bytes(plane: Tensor) -> Tensor:
 def _matrix(
     job: _Job, expert: int | None, sums: Tensor, tokens: int, whole: bool, shared: Tensor | None
 ) -> tuple[Planes, str]:
-    w, few = job.matrix(expert), tokens < job.size.k
+    w, few = job.scaled(expert), tokens < job.size.k
     squares = sums.diagonal().clone() if whole else sums
     if whole and not few:
         planes = gptq(w, job.scheme, sums)
@@ -190,10 +323,18 @@ def write_planes(path: Path, made: Mapping[str, Rounded], policy: Policy) -> Non
             "method": weight.method,
             "checksums": weight.checksums,
         }
+        if weight.factor is not None:
+            called = hashlib.sha256(_numbers(weight.factor) + str(weight.factor.dtype).encode()).hexdigest()
+            told[name][FACTOR], tensors[factor_key(called)] = called, weight.factor
+            digest.update(called.encode())
         for i, plane in enumerate(weight.planes):
             tensors[plane_key(name, i)] = plane.contiguous()
-            digest.update(_bytes(plane).contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(_numbers(_bytes(plane)))
     metadata = {"format": "pt", PLANES_OF: json.dumps(told), TOKEN: digest.hexdigest(), "method": policy.method or ""}
     partial = path.with_name(f"{path.name}.part")
     save_file(tensors, str(partial), metadata=metadata)
     partial.replace(path)
+
+
+def _numbers(x: Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()

@@ -7,6 +7,7 @@ and sums of latents instead of k and v.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels.attention import torch_latent
 from quant_compile.lowering.latent import ABSORBED
+from quant_compile.measure.simulate import quantized_values
+from quant_compile.measure.weights import chosen_by
 from quant_compile.passes.absorb_latent import EXPANDED
 from tests.attention_support import MLA, decoder, generated, seeded, static_cache
 from tests.generation.support import prompt, tokens
-from tests.runtime_support import plain_inductor
+from tests.runtime_support import CompileCounter, plain_inductor
 from tests.test_kv_cache import cache_of
 
 __all__ = ["plain_inductor"]
@@ -127,6 +130,32 @@ def test_a_quantized_linear_is_made_of_its_planes_and_released() -> None:
     assert decode_lines(report)[0].runs == ABSORBED
     # The prompt's latents go through int8, those of decode do not.
     assert error(got, truth) < 3e-2
+
+
+def test_planes_for_an_input_with_factors_are_absorbed(
+    plain_inductor: CompileCounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents meet no factor where the linear is absorbed, so that the weight that is made of its planes gets it."""
+    monkeypatch.chdir(tmp_path)
+    model = model_of("deepseek_v3")
+    ids = torch.randint(0, model.config.vocab_size, (4, 40), generator=torch.Generator().manual_seed(0))
+    given = {
+        "default": "keep",
+        "rules": [{"match": "kv_b_proj", "scheme": parse("int4.group16+16").to_fields()}],
+        "method": "awq",
+    }
+    policy = quant_compile.calibrate(model, [{"input_ids": ids, "use_cache": False}], given, progress=False)
+    exact, chosen = copy.deepcopy(model), chosen_by(policy, model)
+    assert len(chosen) == 2 and all(each.rounding and each.rounding.factor for each in chosen)
+    for each in chosen:
+        values = quantized_values(each.source.data, each.scheme, each.rounding)
+        exact.get_parameter(f"{each.name}.weight").data = values
+    truth = generated(exact, exact, static_cache(exact), True)
+    cache = static_cache(model)
+    quant_compile.compile(model, policy, kernels="reference")
+    got = generated(model, model, cache, True)
+    assert decode_lines(quant_compile.report(model))[0].runs == ABSORBED
+    assert error(got, truth) < CLOSE
 
 
 def test_attention_keep_leaves_it_as_written() -> None:

@@ -422,3 +422,27 @@ def least_int4_error(group: Tensor, importance: Tensor, steps: int = 4000) -> fl
     scales = scales[scales != 0][:, None]
     values = (group / scales).round().clamp(-8, 7) * scales
     return float(((values - group).square() * importance).sum(-1).min())
+
+
+def awq_factor(x: Tensor, w: Tensor, power: float) -> Tensor:
+    """AWQ's s by the book (arXiv 2306.00978, section 3.2), in f64: root mean square of each input to a power, its ends as far from one.
+
+    Args:
+        x: [t, k].
+        w: [n, k], which plays no part in the plain form.
+        power: 0 to 1.
+    """
+    s = x.double().square().mean(0).sqrt() ** power
+    return s / (s.max() * s.min()).sqrt()
+
+
+def smoothquant_factor(x: Tensor, w: Tensor, power: float) -> Tensor:
+    """SmoothQuant's s by the book (arXiv 2211.10438, equation 4), in f64: max|x|^a / max|w|^(1 - a), its ends as far from one."""
+    s = x.double().abs().amax(0) ** power / w.double().abs().amax(0) ** (1 - power)
+    return s / (s.max() * s.min()).sqrt()
+
+
+def rounded_rows(x: Tensor, highest: float) -> Tensor:
+    """Symmetric rounding by row in f64: scale max|x| / highest, codes from -highest to highest."""
+    step = x.double().abs().amax(-1, keepdim=True) / highest
+    return (x.double() / step).round().clamp(-highest, highest) * step

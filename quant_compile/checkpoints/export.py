@@ -195,7 +195,7 @@ class _Exporter:
         parameter = slot.tensor
         assert isinstance(parameter, nn.Parameter)
         entry = STORE.entry(parameter)
-        if entry.own_input:
+        if entry.scales_input:
             return "its input is reordered or scaled for its codes, which has no place in a checkpoint of this format"
         if id(parameter) in self._embedded:
             return TIED

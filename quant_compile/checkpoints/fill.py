@@ -27,7 +27,7 @@ from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import NONE, may_differ
 from quant_compile.ir.numerics import all_finite, dtype_name
 from quant_compile.ir.scheme import Scheme
-from quant_compile.lowering.rounding.recipe import Rounding
+from quant_compile.lowering.rounding.recipe import TO_NEAREST, Rounding
 from quant_compile.lowering.weights import STORE, Key, quantize, quantize_expert
 from quant_compile.model.weights import _stores_columns
 
@@ -244,7 +244,7 @@ class Filler:
         experts = (self.files.load(part, self.device, copy=False) for part in _experts_of(source, slot))
         rounding = self.wishes.rounding(slot)
         parts = (quantize_expert(values, key, slot.name, rounding, i) for i, values in enumerate(experts))
-        adopt_experts(slot, key, parts, self.device, text)
+        adopt_experts(slot, key, parts, self.device, text, rounding)
 
     def _linear(self, job: Linear, dry: bool) -> Outcome:
         slot, found = job.slot, self.read(job.stem, dry)
@@ -271,8 +271,9 @@ class Filler:
                 place(slot, (values.t() if job.transposed else values).to(slot.tensor.dtype).contiguous())
             else:
                 source = nn.Parameter(values, requires_grad=False)
-                planes = quantize(source, key._replace(transposed=False), slot.name, self.wishes.rounding(slot))
-                STORE.adopt(hollow(slot, self.device), key, planes, text)
+                rounding = self.wishes.rounding(slot)
+                planes = quantize(source, key._replace(transposed=False), slot.name, rounding)
+                STORE.adopt(hollow(slot, self.device), key, planes, text, rounding=rounding)
         nbytes = _nbytes(slot) if scheme is None else _plane_bytes(slot, scheme, key, self.dtype)
         return _told(Outcome(slot.name, scheme, text, nbytes, (), True), again, was)
 
@@ -383,7 +384,7 @@ class Filler:
         count = range(len(job.stems))
         name, rounding = job.slot.name, self.wishes.rounding(job.slot)
         parts = (quantize_expert(self._values(job, i, dtype), plain, name, rounding, i) for i in count)
-        return self._adopt_experts(job.slot, key, parts, scheme, text, dry)
+        return self._adopt_experts(job.slot, key, parts, scheme, text, dry, rounding)
 
     def _place_experts(self, job: Experts, dry: bool, dtype: torch.dtype | None = None) -> None:
         """Values of experts as the Parameter holds them; ``dtype`` as in ``read``."""
@@ -417,9 +418,11 @@ class Filler:
         _finite(whole, f"{self.files.folder}: {job.stems[expert][0].name}")
         return whole
 
-    def _adopt_experts(self, slot: Slot, key: Key, parts: Any, scheme: Scheme, text: str, dry: bool) -> Outcome:
+    def _adopt_experts(
+        self, slot: Slot, key: Key, parts: Any, scheme: Scheme, text: str, dry: bool, rounding: Rounding = TO_NEAREST
+    ) -> Outcome:
         if not dry:
-            adopt_experts(slot, key, parts, self.device, text)
+            adopt_experts(slot, key, parts, self.device, text, rounding)
         return Outcome(slot.name, scheme, text, slot.tensor.shape[0] * _plane_bytes(slot, scheme, key, self.dtype))
 
     def _bias(self, job: ExpertBias, dry: bool) -> Outcome:
@@ -583,14 +586,16 @@ def adopt_values(
     key = key_of(slot, scheme, dtype)
     if values.dim() == 3:
         parts = (quantize_expert(values[i].to(device), key, slot.name, rounding, i) for i in range(values.shape[0]))
-        return adopt_experts(slot, key, parts, device, text)
+        return adopt_experts(slot, key, parts, device, text, rounding)
     planes = quantize(nn.Parameter(values.to(device), requires_grad=False), key, slot.name, rounding)
     made = hollow(slot, device)
-    STORE.adopt(made, key, planes, text)
+    STORE.adopt(made, key, planes, text, rounding=rounding)
     return made
 
 
-def adopt_experts(slot: Slot, key: Key, parts: Iterable[Planes], device: torch.device, text: str) -> nn.Parameter:
+def adopt_experts(
+    slot: Slot, key: Key, parts: Iterable[Planes], device: torch.device, text: str, rounding: Rounding = TO_NEAREST
+) -> nn.Parameter:
     """Put a Parameter without values, with the planes of its experts, into its slot."""
     whole: list[Tensor] = []
     for expert, planes in enumerate(parts):
@@ -598,7 +603,7 @@ def adopt_experts(slot: Slot, key: Key, parts: Iterable[Planes], device: torch.d
         for out, plane in zip(whole, planes, strict=True):
             out[expert].copy_(plane)
     made = hollow(slot, device)
-    STORE.adopt(made, key, tuple(whole), text)
+    STORE.adopt(made, key, tuple(whole), text, rounding=rounding)
     return made
 
 

@@ -78,6 +78,7 @@ class Packer:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     caches: dict[str, dict[str, str]] = field(default_factory=dict)
+    _factors: set[str] = field(default_factory=set[str])
 
     def __post_init__(self) -> None:
         members: dict[int, list[tuple[int, int, Slot]]] = {}
@@ -99,6 +100,8 @@ class Packer:
             slabs[id(pack.slab)] = pack.slab, key
             members.setdefault(id(pack.slab), []).append((pack.start, pack.stop, slot))
             self.schemes[slot.name] = parse(key.spec)
+            if entry.rounding.factor is not None:
+                self._factor(slot, key)
             if entry.source:
                 self.sources[slot.name] = entry.source
             if entry.input_scale is not None:
@@ -135,6 +138,27 @@ class Packer:
                 "planes": planes,
             }
         )
+
+    def _factor(self, slot: Slot, key: Key) -> None:
+        """Let the module multiply its input once it is loaded, as graphs do here.
+
+        Raises:
+            SaveError: the module's input is not what the weight multiplies by.
+        """
+        kind, path = type(slot.owner).__name__, slot.name.rpartition(".")[0]
+        if not _input_widths(slot.owner):
+            raise SaveError(
+                f"{slot.name} is quantized for an input with factors, and {kind} is no linear that could multiply its input by them.\n"
+                "Fix: a policy without `planes`, or `keep` this weight by a rule."
+            )
+        parameter = cast(nn.Parameter, slot.tensor)
+        factor = STORE.entry(parameter).rounding.factor
+        assert factor is not None
+        name = f"input_factor.{factor.name}"
+        if name not in self._factors:
+            self._factors.add(name)
+            self._tensor(name, STORE.input_factor(parameter, key.dtype))
+        self.inputs.setdefault(path, {})["factor"] = name
 
     def _inputs(self) -> None:
         known: dict[int, str] = {}
@@ -266,6 +290,14 @@ class Packed:
                 known[name] = known[name] if name in known else tensors.get(name)
             found = {kind: known[name] for kind, name in named.items()}
             scale_input(model.get_submodule(path), found.get("order"), found.get("factor"))
+
+
+def _input_widths(module: nn.Module | None) -> set[int]:
+    """How many numbers a module's input may have, where a linear or experts multiply by it; empty: it is none of these."""
+    width = getattr(module, "in_features", None)
+    if module is None or isinstance(width, int):
+        return {width} if isinstance(width, int) else set()
+    return {size for weight in module.parameters(recurse=False) if weight.dim() == 3 for size in weight.shape[1:]}
 
 
 @dataclass
@@ -457,14 +489,15 @@ class _Reader:
         out: dict[str, dict[str, str]] = {}
         modules = dict(self.model.named_modules())
         for path, value in self._object(self.data.get("inputs"), "inputs").items():
-            width = getattr(modules.get(path), "in_features", None)
+            widths = _input_widths(modules.get(path))
             named = self._object(value, f"inputs.{path}")
-            if not isinstance(width, int) or not named or not set(named) <= {"order", "factor"}:
+            if not widths or not named or not set(named) <= {"order", "factor"}:
                 self._fail(f"inputs names {path!r}, which is no linear of the model")
             for kind, name in named.items():
                 info = self.files.tensors.get(str(name))
-                if info is None or info.shape != (width,) or info.dtype.is_floating_point == (kind == "order"):
-                    self._fail(f"inputs.{path}.{kind} is no tensor of {width} numbers")
+                fits = info is not None and len(info.shape) == 1 and info.shape[0] in widths
+                if info is None or not fits or info.dtype.is_floating_point == (kind == "order"):
+                    self._fail(f"inputs.{path}.{kind} is no tensor of {' or '.join(map(str, sorted(widths)))} numbers")
                 self.used.add(info.name)
                 if kind == "order" and info.dtype not in (torch.int32, torch.int64):
                     self._fail(f"inputs.{path}.order has dtype {info.dtype}")

@@ -6,6 +6,7 @@ Placeholders of a rewritten graph are either arguments of Dynamo's graph (``meta
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,6 +65,14 @@ class ScaleRef:
 
 
 @dataclass(frozen=True)
+class FactorRef:
+    """What the input of the weights in ``slots`` is multiplied by, [k] (equal for all of them), in ``dtype``."""
+
+    slots: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class BiasRef:
     """The joined bias of merged siblings; a None slot stands for ``size`` zeros."""
 
@@ -108,7 +117,7 @@ class ExpertBiasRef:
     dtype: torch.dtype
 
 
-Ref = PlaneRef | ScaleRef | BiasRef | ExpertRef | ExpertBiasRef
+Ref = PlaneRef | ScaleRef | FactorRef | BiasRef | ExpertRef | ExpertBiasRef
 
 
 def slots_of(ref: Ref) -> tuple[int, ...]:
@@ -184,6 +193,21 @@ def add_named_plane(
 def add_input_scale(graph: fx.Graph, slot: int, like: fx.Node, parameter: str) -> fx.Node:
     """A placeholder for the calibrated input scale [1] of the weight in ``slot``."""
     return add_named_plane(graph, ScaleRef((slot,)), PlaneSpec("input_scale", (1,), torch.float32), like, parameter)
+
+
+def multiply_input(
+    graph: fx.Graph, x: fx.Node, slot: int, like: fx.Node, parameter: str, dtype: torch.dtype
+) -> fx.Node:
+    """x [..., k] times the factors of the inputs of the weight in ``slot``; Inductor makes it part of what computes x."""
+    value = x.meta["example_value"]
+    spec = PlaneSpec("input_factor", (int(value.shape[-1]),), dtype)
+    factor = add_named_plane(graph, FactorRef((slot,), dtype), spec, like, parameter)
+    product = graph.call_function(operator.mul, (x, factor))
+    product.meta |= {
+        "example_value": value * factor.meta["example_value"],
+        "site": f"factors of the input of {parameter}",
+    }
+    return product
 
 
 def add_expert_planes(

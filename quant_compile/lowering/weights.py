@@ -170,6 +170,7 @@ class Entry:
         adopted: key of adopted planes that another layout has not replaced yet.
         own_input: the linear's input comes in an order, or with factors, that only these planes belong to.
         rounding: how planes are made of the values.
+        input_factor: of ``rounding``, on the weight's device.
     """
 
     ref: weakref.ref[Anchor]
@@ -185,6 +186,12 @@ class Entry:
     adopted: Key | None = None
     own_input: bool = False
     rounding: Rounding = TO_NEAREST
+    input_factor: Tensor | None = None
+
+    @property
+    def scales_input(self) -> bool:
+        """Whether the planes belong to an input that is reordered or scaled, by the module or by graphs."""
+        return self.own_input or self.rounding.factor is not None
 
     def is_as_before(self, parameter: Parameter) -> bool:
         """Whether the values are those that the planes were made of; known once a weight has been moved before."""
@@ -291,6 +298,7 @@ class WeightStore:
         source: str,
         input_scale: Tensor | None = None,
         own_input: bool = False,
+        rounding: Rounding = TO_NEAREST,
     ) -> None:
         """Take planes in row form for a Parameter that has no values: it counts as released from now on.
 
@@ -300,12 +308,14 @@ class WeightStore:
             source: where the planes come from, for the ledger.
             input_scale: [1] f32, of a static scheme.
             own_input: other values cannot take their place, since the linear's input is reordered or scaled for them.
+            rounding: how they were made.
         """
         rows = parameter.shape[0] if key.layout == "experts" else problem_of(parameter, key).n
         with self._lock:
             self.adopt_slab([parameter], [rows], key, planes)
             entry = self.entry(parameter)
             entry.source, entry.input_scale, entry.own_input = source, input_scale, own_input
+            entry.rounding, entry.input_factor = rounding, None
 
     def adopt_slab(
         self,
@@ -590,7 +600,7 @@ class WeightStore:
             entry = self.entry(parameter)
             if entry.rounding == rounding or entry.released:
                 return
-            entry.rounding = rounding
+            entry.rounding, entry.input_factor = rounding, None
             if entry.packs:
                 self._drop(entry)
 
@@ -622,6 +632,17 @@ class WeightStore:
         if scale.device != device:
             scale = self.entry(parameters[0]).input_scale = scale.to(device)
         return scale
+
+    def input_factor(self, parameter: Parameter, dtype: torch.dtype) -> Tensor:
+        """What a weight's input is multiplied by, [k], for the planes that its rounding has."""
+        with self._lock:
+            entry = self.entry(parameter)
+            factor, held = entry.rounding.factor, entry.input_factor
+            assert factor is not None
+            if held is None or held.device != parameter.device or held.dtype != dtype:
+                with _plain_tensors():
+                    held = entry.input_factor = factor.read().to(parameter.device, dtype)
+            return held
 
     def refresh(self, parameters: Iterable[Parameter]) -> int:
         """Forget the planes of these weights so that the next call packs them anew; returns how many had planes.

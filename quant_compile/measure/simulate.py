@@ -41,7 +41,7 @@ def quantized_values(
         rounding: as a policy has it; None: as one that says nothing.
 
     Returns:
-        Of the same shape, f32.
+        Of the same shape, f32. Where inputs have factors, the weight that multiplies them as they were.
     """
     if weight.dim() == 3:
         out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
@@ -49,7 +49,14 @@ def quantized_values(
             out[index] = quantized_values(part, scheme, rounding, index)
         return out
     planes = planes_of(weight.contiguous(), scheme, rounding or Rounding(recipe.DEFAULT), expert)
-    return family_of(scheme).dequantize_weight(planes, scheme, weight.shape[-1])
+    values = family_of(scheme).dequantize_weight(planes, scheme, weight.shape[-1])
+    factor = factor_of(rounding, weight.device)
+    return values if factor is None else values * factor.float()
+
+
+def factor_of(rounding: Rounding | None, device: torch.device) -> Tensor | None:
+    """[k], what a weight's inputs are multiplied by; None: they are not."""
+    return None if rounding is None or rounding.factor is None else rounding.factor.read().to(device)
 
 
 def quantized_input(x: Tensor, scheme: Scheme, scale: Tensor | None = None) -> Tensor:
@@ -156,7 +163,9 @@ class Values:
             return None
         key, planes = found
         rows, columns = key.shape_of(chosen.source)
-        return family_of(chosen.scheme).dequantize_weight(planes, chosen.scheme, rows if transposed else columns)
+        values = family_of(chosen.scheme).dequantize_weight(planes, chosen.scheme, rows if transposed else columns)
+        factor = factor_of(STORE.entry(chosen.source).rounding, values.device)
+        return values if factor is None else values * factor.float()
 
     def _make_room(self) -> None:
         total = sum(values.nbytes for values in self._kept.values())
@@ -270,7 +279,9 @@ def _input(found: Meeting, chosen: Chosen) -> Tensor:
     if chosen.scheme.input_activations is None or dim is None:
         return found.x.float()
     x = found.x if found.rows is None else found.x[: int(found.rows[-1])]
-    made = quantized_input(x.movedim(dim, -1), chosen.scheme, chosen.scale).movedim(-1, dim)
+    rows, factor = x.movedim(dim, -1), factor_of(chosen.rounding, x.device)
+    made = quantized_input(rows if factor is None else rows * factor.to(x.dtype), chosen.scheme, chosen.scale)
+    made = (made if factor is None else made / factor.float()).movedim(-1, dim)
     if made.shape == found.x.shape:
         return made
     return torch.cat([made, made.new_zeros(found.x.shape[0] - made.shape[0], *made.shape[1:])])

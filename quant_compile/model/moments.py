@@ -36,7 +36,27 @@ class Size:
         return 4 * max(1, self.experts) * self.k * (self.k if whole else 1)
 
 
-class Moments(Following):
+class Seeing(Following):
+    """Shows the inputs of some weights, rows [t, k] of a matrix or an expert at a time, and computes what the model does."""
+
+    def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size]) -> None:
+        super().__init__(weights)
+        self.sizes = sizes
+
+    def meet(self, meetings: list[Meeting]) -> Any:
+        for found in meetings:
+            size = self.sizes.get(found.made.weight)
+            if size is not None:
+                for expert, x in _rows(found, size):
+                    self.see(found.made.weight, size, expert, x.detach())
+        return meetings[0].call()
+
+    def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
+        """Rows that a weight met."""
+        raise NotImplementedError
+
+
+class Moments(Seeing):
     """Sums over the inputs of some weights.
 
     Attributes:
@@ -45,20 +65,12 @@ class Moments(Following):
     """
 
     def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size], whole: bool) -> None:
-        super().__init__(weights)
-        self.sizes, self.whole = sizes, whole
+        super().__init__(weights, sizes)
+        self.whole = whole
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, Tensor] = {}
 
-    def meet(self, meetings: list[Meeting]) -> Any:
-        for found in meetings:
-            size = self.sizes.get(found.made.weight)
-            if size is not None:
-                for expert, x in _rows(found, size):
-                    self._add(found.made.weight, size, expert, x.detach())
-        return meetings[0].call()
-
-    def _add(self, name: str, size: Size, expert: int, x: Tensor) -> None:
+    def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
         count = max(1, size.experts)
         if name not in self.sums:
             shape = (count, size.k, size.k) if self.whole else (count, size.k)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.attention import AttentionSite
-from quant_compile.ir.graph import CACHED, is_view, verify
+from quant_compile.ir.graph import CACHED, fake_mode_of, is_view, multiply_input, verify
 from quant_compile.ir.latent import LatentMiss, LatentSite, find_latent
 from quant_compile.ir.operands import op_of
 from quant_compile.ir.report import AttentionLine
@@ -47,7 +48,9 @@ def absorb_latent(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassR
         report.attention.append(AttentionLine(problem.text, choice.runs, choice.reason))
         report.rewrote.append(f"{node.name}: {choice.runs}, with {decision.name}")
         plan.absorbed.add(site.linear.node)
-        plan.replaced[node] = replace_latent(gm.graph, site, decision, after(plan.replaced, site.attention), choice)
+        attention = after(plan.replaced, site.attention)
+        scaled = site.linear.slot in plan.factor_class
+        plan.replaced[node] = replace_latent(gm.graph, site, decision, attention, choice, scaled)
     return verify(gm, "quantized"), report
 
 
@@ -66,12 +69,22 @@ def _choice(site: LatentSite, decision: SiteDecision, plan: Plan) -> tuple[Laten
 
 
 def replace_latent(
-    graph: fx.Graph, site: LatentSite, decision: SiteDecision, attention: AttentionSite, choice: AttentionChoice
+    graph: fx.Graph,
+    site: LatentSite,
+    decision: SiteDecision,
+    attention: AttentionSite,
+    choice: AttentionChoice,
+    scaled: bool = False,
 ) -> fx.Node:
-    """One attention and its linear become one node; ``attention``: with operands as they are now."""
+    """One attention and its linear become one node.
+
+    Args:
+        attention: with operands as they are now.
+        scaled: the linear's planes belong to an input times factors.
+    """
     node, value = site.attention.node, site.attention.node.meta["example_value"]
     with graph.inserting_before(node):
-        weight = _weight(graph, site.linear, decision)
+        weight = _weight(graph, site.linear, decision, scaled)
         arguments = (
             attention.q, weight, site.latent, site.rope, attention.mask, attention.scale, site.rope_at, site.key_row,
             site.value_row, int(value.shape[3]), *((site.latent_scale, site.rope_scale, site.codes) if site.codes else ()),
@@ -100,7 +113,7 @@ def _erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
             gone.add(node)
 
 
-def _weight(graph: fx.Graph, linear: LinearSite, decision: SiteDecision) -> fx.Node:
+def _weight(graph: fx.Graph, linear: LinearSite, decision: SiteDecision, scaled: bool) -> fx.Node:
     """[n, r] in the dtype of the linear's result."""
     if decision.scheme is not None:
         planes = weight_planes(graph, linear, decision.scheme, decision.name)
@@ -110,7 +123,13 @@ def _weight(graph: fx.Graph, linear: LinearSite, decision: SiteDecision) -> fx.N
             "names": (decision.name,),
             "dtype": linear.dtype,
         }
-        return graph.call_method("to", (node, linear.dtype))
+        node = graph.call_method("to", (node, linear.dtype))
+        if not scaled:
+            return node
+        device = linear.weight.meta["example_value"].device
+        with fake_mode_of(graph):
+            node.meta["example_value"] = torch.empty(linear.n, linear.k, dtype=linear.dtype, device=device)
+        return multiply_input(graph, node, linear.slot, linear.weight, decision.name, linear.dtype)
     node = linear.weight
     if linear.view:
         node = graph.call_method("reshape", (node, linear.view))

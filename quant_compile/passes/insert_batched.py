@@ -20,6 +20,7 @@ from quant_compile.ir.graph import (
     add_input_scale,
     erase_with_inputs,
     fake_mode_of,
+    multiply_input,
     verify,
 )
 from quant_compile.ir.scheme import Scheme
@@ -60,6 +61,8 @@ def _replace(graph: fx.Graph, site: BatchedSite, decision: SiteDecision, scheme:
         if value.dtype != site.dtype:
             flat = graph.call_method("to", (flat, site.dtype))
             value = flat.meta["example_value"] = value.to(site.dtype)
+        if site.slot in plan.factor_class:
+            flat = multiply_input(graph, flat, site.slot, site.weight, name, site.dtype)
         planes: Any = [flat]
         if scheme.input_activations is not None:
             planes = graph.call_function(ops.quantize, (flat, scheme.spec, *scale))

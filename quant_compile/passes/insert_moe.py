@@ -7,7 +7,7 @@ Runs before ``insert_quant``, which finds in ``plan.replaced`` what became of a 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,15 @@ from torch import fx
 from quant_compile.ir import ops
 from quant_compile.ir.experts import MoeSite, leading_sizes
 from quant_compile.ir.family import PlaneSpec, family_of
-from quant_compile.ir.graph import ExpertBiasRef, ExpertRef, add_expert_planes, add_input_scale, add_named_plane, verify
+from quant_compile.ir.graph import (
+    ExpertBiasRef,
+    ExpertRef,
+    add_expert_planes,
+    add_input_scale,
+    add_named_plane,
+    multiply_input,
+    verify,
+)
 from quant_compile.ir.moe import NONE, spec_of
 from quant_compile.ir.scheme import Scheme
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
@@ -31,7 +39,7 @@ def insert_moe(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRepo
         if decision.schemes is None:
             report.refused.append(f"{decision.name}: {decision.reason}")
             continue
-        plan.replaced[block.node] = replace_block(gm.graph, after(plan.replaced, block), decision)
+        plan.replaced[block.node] = replace_block(gm.graph, after(plan.replaced, block), decision, plan.factor_class)
         report.rewrote.append(decision.name)
     return verify(gm, "quantized"), report
 
@@ -42,8 +50,12 @@ def after(replaced: Mapping[fx.Node, fx.Node], block: MoeSite) -> MoeSite:
     return replace(block, **now)
 
 
-def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision) -> fx.Node:
-    """One block becomes one node, whose (reshaped) result is returned; a decision without schemes keeps the weights' own values."""
+def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision, factors: Collection[int] = ()) -> fx.Node:
+    """One block becomes one node, whose (reshaped) result is returned; a decision without schemes keeps the weights' own values.
+
+    Args:
+        factors: slots of weights whose inputs have factors.
+    """
     names = weight_names(decision.name, block)
     schemes = decision.schemes
     first, second = schemes or (None, None)
@@ -58,6 +70,8 @@ def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision) -> fx
     scales = [add_input_scale(graph, *weight) for weight in weights] if static else []
     with graph.inserting_before(block.node):
         x = _rows(graph, block.x, block.hidden)
+        if block.slots[0] in factors and first is not None:
+            x = multiply_input(graph, x, block.slots[0], block.w13, names[0], dtype)
         planes: Any = [x]
         if first is not None and first.input_activations is not None:
             planes = graph.call_function(ops.quantize, (x, first.spec, *scales[:1]))

@@ -12,7 +12,7 @@ from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.family import family_of
-from quant_compile.ir.graph import PlaneRef, add_input_scale, add_named_plane, erase_with_inputs, verify
+from quant_compile.ir.graph import PlaneRef, add_input_scale, add_named_plane, erase_with_inputs, multiply_input, verify
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite, Step
 from quant_compile.ir.stored import TRANSPOSES, only_turned
@@ -23,7 +23,7 @@ from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 def insert_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
     """Rewrite every site whose decision is a scheme."""
     report = PassReport("insert_quant")
-    prepared = _Prepared(gm.graph, Writes(gm.graph), plan.replaced)
+    prepared = _Prepared(gm.graph, Writes(gm.graph), plan)
     for site in plan.sites:
         if site.node in plan.absorbed:
             continue
@@ -39,7 +39,7 @@ def insert_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRe
 def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: Scheme, prepared: _Prepared) -> None:
     spec, node = scheme.spec, site.node
     w = weight_planes(graph, site, scheme, decision.name)
-    x = prepared.input_of(site)
+    x = prepared.input_of(site, decision.name)
     with graph.inserting_before(node):
         planes: Any = [x]
         if scheme.input_activations is not None:
@@ -90,13 +90,14 @@ def weight_planes(graph: fx.Graph, site: LinearSite, scheme: Scheme, name: str) 
 
 
 class _Prepared:
-    """Inputs as linears read them: turned into rows, cast as autocast would; shared unless written in between."""
+    """Inputs as linears read them: turned into rows, cast as autocast would, times factors; shared unless written in between."""
 
-    def __init__(self, graph: fx.Graph, writes: Writes, replaced: dict[fx.Node, fx.Node]) -> None:
-        self.graph, self.writes, self.replaced = graph, writes, replaced
+    def __init__(self, graph: fx.Graph, writes: Writes, plan: Plan) -> None:
+        self.graph, self.writes, self.replaced = graph, writes, plan.replaced
+        self.factor_class = plan.factor_class
         self.made: dict[tuple[Any, ...], tuple[fx.Node, fx.Node]] = {}
 
-    def input_of(self, site: LinearSite) -> fx.Node:
+    def input_of(self, site: LinearSite, name: str) -> fx.Node:
         """The node to quantize or multiply; it may be the result of an earlier site, whose own node is gone by then."""
         x, value = self.replaced.get(site.x, site.x), site.x.meta["example_value"]
         steps = list(site.before)
@@ -104,14 +105,28 @@ class _Prepared:
             steps.append(("to", (site.dtype,)))
         for method, arguments in steps:
             x = self._step(x, method, arguments, site)
-        return x
+        factor = self.factor_class.get(site.slot)
+        return x if factor is None else self._multiplied(x, factor, site, name)
+
+    def _multiplied(self, x: fx.Node, factor: int, site: LinearSite, name: str) -> fx.Node:
+        key = (x, "factor", factor)
+        found = self._made(key, site)
+        if found is None:
+            with self.graph.inserting_before(site.node):
+                found = multiply_input(self.graph, x, site.slot, site.weight, name, site.dtype)
+            self.made[key] = (found, site.node)
+        return found
+
+    def _made(self, key: tuple[Any, ...], site: LinearSite) -> fx.Node | None:
+        """What an earlier site has made of the same input, unless that was written to since."""
+        node, first = self.made.get(key, (None, site.node))
+        return node if node is None or self.writes.between(site.x, first, site.node) is None else None
 
     def _step(self, x: fx.Node, method: str, arguments: tuple[Any, ...], site: LinearSite) -> fx.Node:
         key = (x, method, arguments)
-        if key in self.made:
-            node, first = self.made[key]
-            if self.writes.between(site.x, first, site.node) is None:
-                return node
+        found = self._made(key, site)
+        if found is not None:
+            return found
         with self.graph.inserting_before(site.node):
             node = self.graph.call_method(method, (x, *arguments))
         node.meta["example_value"] = getattr(x.meta["example_value"], method)(*arguments)

@@ -67,6 +67,7 @@ class Plan:
         decisions: node name of a site or of a block's result -> decision.
         choose: ``(problem, site name) -> Dispatch``; ``choose_moe`` likewise for blocks, ``choose_rows`` for batched products.
         scale_class: slot -> number; static input scales are equal where the numbers are.
+        factor_class: slot -> number, of weights whose inputs have factors; these are equal where the numbers are.
         is_parameter: whether an argument position is a Parameter.
         share_quant: quantize an input once for all linears that read it.
         merge_siblings: one GEMM for linears that read one input.
@@ -98,6 +99,7 @@ class Plan:
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     absorbed: set[fx.Node] = field(default_factory=set)
     expanded: dict[fx.Node, str] = field(default_factory=dict)
+    factor_class: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

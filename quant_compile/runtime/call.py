@@ -25,6 +25,7 @@ from quant_compile.ir.graph import (
     BiasRef,
     ExpertBiasRef,
     ExpertRef,
+    FactorRef,
     Ref,
     ScaleRef,
     copy_graph,
@@ -247,6 +248,8 @@ def _resolve(ref: Ref, parameters: Mapping[int, Parameter], names: Mapping[int, 
     )
     if isinstance(ref, ScaleRef):
         return STORE.input_scale(weights, called)
+    if isinstance(ref, FactorRef):
+        return STORE.input_factor(weights[0], ref.dtype)
     keys = tuple(Key(ref.spec, ref.layout, flag, ref.dtype, view=view) for flag, view in ref.stored)
     return STORE.planes(weights, keys, called)[ref.index]
 

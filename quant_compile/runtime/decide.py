@@ -42,6 +42,9 @@ from quant_compile.rules import ROUTER, TWO_SCHEMES, Decision, SiteInfo, one_ref
 from quant_compile.runtime.guard import Compare, Guard, uncompared
 from quant_compile.runtime.merges import notice
 
+FACTOR_INSIDE = (
+    "the policy's planes belong to inputs with factors, and these inputs are made inside of the experts' kernels"
+)
 SLICED_OUTSIDE = "a slice of the weight is taken outside of the compiled graph that multiplies by it"
 
 
@@ -272,6 +275,9 @@ class Decider:
         ]
         first, second = found
         name = first.name.rpartition(".")[0] or first.name
+        inside = STORE.entry(parameters[block.slots[1]])
+        if found[1].scheme is not None and inside.rounding.factor is not None:
+            return SiteDecision(None, f"{found[1].name}: {FACTOR_INSIDE}", name, refused=True)
         refused = next((part for part in found if part.refused), None)
         if refused is not None:
             return SiteDecision(None, one_refuses(refused.name, refused.reason), name, refused=True)

@@ -86,12 +86,13 @@ class Variants:
     ) -> Variant:
         """The variant for these decisions; ``late``: compiled at a call, not while Dynamo traces."""
         specs = tuple(tuple(p.scheme.spec if p.scheme else None for p in d.parts) for d in decisions.values())
-        classes = self._scale_classes(parameters, decisions)
+        classes, factors = self._scale_classes(parameters, decisions), self._factor_classes(parameters, decisions)
         fuse, request = self.source.policy.fuse, self.options.request(self.source.policy)
-        key = (specs, tuple(sorted(classes.items())), fuse, request, self.options.attends(self.source.policy))
+        alike = tuple(tuple(sorted(shared.items())) for shared in (classes, factors))
+        key = (specs, alike, fuse, request, self.options.attends(self.source.policy))
         found = self._made.get(key)
         if found is None:
-            found = self._build(decisions, classes, sessions, late)
+            found = self._build(decisions, classes, factors, sessions, late)
             self._made[key] = found
         return found
 
@@ -108,10 +109,23 @@ class Variants:
                 classes[slot] = first.setdefault(float(scale) if scale is not None else 0.0, slot)
         return classes
 
+    def _factor_classes(
+        self, parameters: Mapping[int, Parameter], decisions: Mapping[str, SiteDecision]
+    ) -> dict[int, int]:
+        """Slots of weights whose inputs have factors -> the first slot with the same: these share a multiplication."""
+        first: dict[str, int] = {}
+        classes: dict[int, int] = {}
+        for slot, decision in self.found.decided(decisions):
+            factor = STORE.entry(parameters[slot]).rounding.factor
+            if decision.scheme is not None and factor is not None:
+                classes[slot] = first.setdefault(factor.name, slot)
+        return classes
+
     def _build(
         self,
         decisions: Mapping[str, SiteDecision],
         classes: dict[int, int],
+        factors: dict[int, int],
         sessions: Sessions,
         late: bool,
     ) -> Variant:
@@ -137,6 +151,7 @@ class Variants:
             found.attention_misses,
             partial(choose_attention, target=self.target) if attends else None,
             partial(choose_latent, target=self.target) if attends else None,
+            factor_class=factors,
         )
         with choosing:
             gm, reports = _rewritten(gm, plan, sessions)

@@ -14,6 +14,7 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.graph import lines
 from quant_compile.ir.scheme import PRESETS
 from quant_compile.passes.insert_quant import insert_quant
+from quant_compile.passes.share_quant import share_quant
 from tests.ir.tracing import Holder, eager_linear, plan_for, relative_error, run, trace
 from tests.passes.attention import QKV, block, example, traced_block, wanted
 
@@ -71,6 +72,47 @@ def test_16_bit_inputs_have_no_quantize_node() -> None:
     gm, _ = insert_quant(traced.gm, plan_for(traced, "W4A16"))
     assert not gm.graph.find_nodes(op="call_function", target=ops.quantize)
     assert "sglq.linear([l_inputs_0_], [q__data, q__scale]" in "\n".join(lines(gm))
+
+
+def factors(traced: Any, **classes: str) -> dict[int, int]:
+    """Slots of weights -> the slot whose factors theirs equal."""
+    slot = {name: slot for slot, name in traced.names.items()}
+    return {slot[name]: slot[first] for name, first in classes.items()}
+
+
+def test_one_multiplication_for_equal_factors_of_an_input() -> None:
+    """q and k share theirs and are quantized once; v has its own; o has none."""
+    traced = traced_block()
+    plan = plan_for(traced, "W8A8", factor_class=factors(traced, q="q", k="q", v="v"))
+    gm, _ = insert_quant(traced.gm, plan)
+    gm, _ = share_quant(gm, plan)
+    text = [line for line in lines(gm) if "factor" in line or "sglq.quantize" in line or "sglq.linear" in line]
+    assert text == [
+        "  q__input_factor: f32[40] = plane q",
+        "  v__input_factor: f32[40] = plane v",
+        "* mul: f32[2, 3, 40] = mul(l_inputs_0_, q__input_factor)  # factors of the input of q",
+        "* quantize_default = sglq.quantize(mul, 'W8A8')  # input of q",
+        "* linear_default: f32[2, 3, 24] = sglq.linear(quantize_default, [q__data, q__scale], l_self_parameters_bias_, 'W8A8', f32)"
+        "  # q W8A8",
+        "* linear_default_1: f32[2, 3, 8] = sglq.linear(quantize_default, [k__data, k__scale], None, 'W8A8', f32)  # k W8A8",
+        "* mul_1: f32[2, 3, 40] = mul(l_inputs_0_, v__input_factor)  # factors of the input of v",
+        "* quantize_default_2 = sglq.quantize(mul_1, 'W8A8')  # input of v",
+        "* linear_default_2: f32[2, 3, 8] = sglq.linear(quantize_default_2, [v__data, v__scale], None, 'W8A8', f32)  # v W8A8",
+        "* quantize_default_3 = sglq.quantize(cat, 'W8A8')  # input of o",
+        "* linear_default_3: f32[2, 3, 16] = sglq.linear(quantize_default_3, [o__data, o__scale], None, 'W8A8', f32)  # o W8A8",
+    ]
+
+
+def test_an_input_that_is_written_to_is_multiplied_again() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = x * 1
+        a = F.linear(h, m.a)
+        h.add_(1)
+        return torch.cat([a, F.linear(h, m.b)], -1)
+
+    traced = trace(Holder(forward, a=torch.randn(8, 40), b=torch.randn(4, 40)), torch.randn(3, 40))
+    gm, _ = insert_quant(traced.gm, plan_for(traced, "W8A8", factor_class=factors(traced, a="a", b="a")))
+    assert sum("factors of the input" in line for line in lines(gm)) == 2
 
 
 def test_shared_weight_keeps_its_planes_apart_and_its_original_for_other_readers() -> None:

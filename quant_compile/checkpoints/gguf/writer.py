@@ -164,7 +164,7 @@ class _Exporter:
         if scheme.weights.type != GGUF:
             return f"{scheme.spec} is no type of GGUF"
         parameter: Any = slot.tensor
-        if STORE.entry(parameter).own_input:
+        if STORE.entry(parameter).scales_input:
             return "its input is reordered or scaled for its codes, which has no place in a GGUF file"
         if len(slot.places) > 1:
             return "it is the table of an embedding too"

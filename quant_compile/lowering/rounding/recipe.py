@@ -22,15 +22,35 @@ from quant_compile.lowering.rounding.search import searched
 
 AUTO, NEAREST, SEARCH = "auto", "nearest", "search"
 ROUNDINGS = (AUTO, NEAREST, SEARCH)
-GPTQ = "gptq"
-# Methods of ``calibrate``: the search weighted by E[x^2], and GPTQ.
-METHODS = (SEARCH, GPTQ)
+GPTQ, AWQ, SMOOTHQUANT = "gptq", "awq", "smoothquant"
+# Methods of ``calibrate``: the search weighted by E[x^2], GPTQ, and factors of inputs before one of these.
+METHODS = (SEARCH, GPTQ, AWQ, f"{AWQ}+{GPTQ}", SMOOTHQUANT, f"{SMOOTHQUANT}+{GPTQ}")
 # Metadata of a file of planes: JSON of each weight's scheme and method; a hash of all planes.
 PLANES_OF, TOKEN = "planes_of", "token"
+# In these metadata, of a weight whose inputs have factors: a hash of them, by which the file keeps them once.
+FACTOR = "factor"
 # What a policy that says nothing gets.
 DEFAULT = AUTO
 # Of a weight on a CPU, above which ``auto`` is nearest: a search takes several times as long as nearest.
 AUTO_LARGEST_ON_CPU = 1 << 24
+
+
+def uses(method: str | None, part: str) -> bool:
+    """Whether a method is, or has as a step, ``part``."""
+    return method is not None and part in method.split("+")
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a weight's input is multiplied by before it is quantized, since its planes are those of the weight over this.
+
+    Attributes:
+        name: a hash of the values.
+        read: gives them, [k] on the CPU, in the dtype of inputs.
+    """
+
+    name: str
+    read: Callable[[], Tensor] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -42,12 +62,14 @@ class Rounding:
         token: of the planes' file, so that others are not taken for these.
         planes: ``(scheme, expert or None) -> planes`` in row form on the CPU; None: by ``method``.
         checksums: of the values that these planes were made of, one for each expert.
+        factor: of inputs, that these planes belong to; None: inputs come as they are.
     """
 
     method: str = NEAREST
     token: str = ""
     planes: Callable[[Scheme, int | None], Planes] | None = field(default=None, compare=False)
     checksums: tuple[int, ...] = ()
+    factor: Factor | None = None
 
     def label(self, scheme: Scheme, w: Tensor) -> str:
         """What a ledger says; empty for nearest."""
@@ -69,6 +91,11 @@ def searchable(scheme: Scheme) -> bool:
 def plane_key(name: str, index: int) -> str:
     """Where a file of planes keeps plane ``index`` of a weight."""
     return f"{name}.plane{index}"
+
+
+def factor_key(name: str) -> str:
+    """Where a file of planes keeps the factors of inputs that are called ``name``."""
+    return f"input_factor.{name}"
 
 
 def token_of(path: Path) -> str:
