@@ -169,6 +169,7 @@ def test_release_restore_refresh_uncompile(plain_inductor: CompileCounter) -> No
     assert not any("input_factor" in node.name for node in plain_inductor.graphs[-1].graph.nodes)
 
 
+@pytest.mark.slow
 def test_experts(plain_inductor: CompileCounter) -> None:
     """The block's input may have factors; what is between the two weights may not, and the ledger says so."""
     model = FAMILIES["mixtral"].make("eager")
@@ -192,6 +193,7 @@ def test_experts(plain_inductor: CompileCounter) -> None:
     assert "rounding: awq, search" in reasons["gate_up_proj"] and INSIDE in reasons["down_proj"]
 
 
+@pytest.mark.slow
 def test_a_saved_model(tmp_path: Path, plain_inductor: CompileCounter) -> None:
     """The format of this package has a place for factors; compressed-tensors has none, and nothing is written."""
     from transformers import LlamaConfig, LlamaForCausalLM
