@@ -380,7 +380,7 @@ def test_python_m_ends_as_the_command_does() -> None:
 
 def test_check_tells_what_kernels_hold(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of bf16 models on a CPU q4_0 lies in torch's order, with scales of its own; rows are what the table counts."""
-    monkeypatch.setattr(cli, "_this_machine", lambda: Target.fake("cpu"))
+    monkeypatch.setattr(cli, "this_machine", lambda: Target.fake("cpu"))
     for dtype, note in (("bf16", True), ("fp32", False)):
         assert (
             cli.main(
