@@ -15,7 +15,7 @@ from torch import nn
 
 from quant_compile.ir.report import AttentionLine, Report, WeightLine
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, peek_anchor
+from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, peek_anchor, shard_of
 from quant_compile.lowering.weights import STORE, Entry
 from quant_compile.model.names import Names, names_in
 from quant_compile.model.offload import adopt
@@ -136,6 +136,9 @@ class Ledger:
             known = names[id(parameter)]
             name = known.full
             line = self._line(known, parameter, record, STORE.peek(parameter), weights.get(id(parameter)), session)
+            shard = shard_of(parameter)
+            if shard is not None:
+                line = replace(line, shard=shard.placements, copies=shard.copies)
             lines.append(line)
             if record is not None and not line.named:
                 misses += [(name[0], reason) for reason in record.misses]
