@@ -22,10 +22,13 @@ from quant_compile.generation import install, outside_of, uninstall
 from quant_compile.generation.loop import KEPT
 from quant_compile.ir.errors import OptionError, PolicyError, StaleWeightError, WeightError
 from quant_compile.ir.report import Report
+from quant_compile.lowering.identity import local_of, shard_of
+from quant_compile.lowering.shards import whole_shape
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import STORE, disclaim
 from quant_compile.model import names as naming
 from quant_compile.model import offload
+from quant_compile.model.distributed import refuse_wrapped
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.places import parameters_of, places, unwrap, without_reserved, wrapped_by_peft
 from quant_compile.model.weights import linear_weights
@@ -52,6 +55,7 @@ def compile(
         OptionError, PolicyError, WeightError: nothing of the model has been changed.
     """
     parsed = Options.of({**options, "policy": policy})
+    refuse_wrapped(model)
     lent = set(map(id, offload.lent_parameters(model)))
     if any(parameter.is_meta and id(parameter) not in lent for parameter in model.parameters()):
         raise WeightError(
@@ -206,11 +210,12 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
                 f"the source has no {own.full[0]}; it has {len(known)} tensors, e.g. {', '.join(sorted(known)[:3])}"
             )
         shape = tuple(known[name])
-        if shape != tuple(parameter.shape):
-            raise StaleWeightError(f"{name}: the source has shape {shape}, the model {tuple(parameter.shape)}")
+        if shape not in (tuple(parameter.shape), whole_shape(parameter)):
+            raise StaleWeightError(f"{name}: the source has shape {shape}, the model {whole_shape(parameter)}")
         found.append((parameter, name))
     for parameter, name in found:
-        STORE.restore(parameter, get(name))
+        values, shard = get(name), shard_of(parameter)
+        STORE.restore(parameter, values if shard is None or values.shape == parameter.shape else shard.part_of(values))
     return len(found)
 
 
@@ -231,7 +236,8 @@ def _reader(
     if isinstance(source, nn.Module):
         source = {place.name: place.parameter for place in places(source)}
     if isinstance(source, Mapping):
-        tensors = {without_reserved(name): tensor for name, tensor in source.items()} | dict(source)
+        source = {name: local_of(tensor) for name, tensor in source.items()}
+        tensors = {without_reserved(name): tensor for name, tensor in source.items()} | source
         for name, tensor in tensors.items():
             if tensor.is_meta or getattr(tensor, "released_by_sglquant", False):
                 raise StaleWeightError(

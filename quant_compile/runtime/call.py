@@ -33,7 +33,8 @@ from quant_compile.ir.graph import (
 )
 from quant_compile.ir.inline import inline
 from quant_compile.ir.shards import localize
-from quant_compile.lowering.identity import identity_of, local_of, peek_anchor, shard_of
+from quant_compile.lowering.identity import identity_of, local_of, peek_anchor
+from quant_compile.lowering.shards import shares_scale
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.model.names import Owners
@@ -240,9 +241,10 @@ class GraphRunner:
     def _distributed(
         self, parameters: Mapping[int, Parameter], decisions: Mapping[str, SiteDecision]
     ) -> list[tuple[str, Parameter]]:
-        """Weights that sites multiply by and ranks have in parts; whatever became of them, so that all ranks name the same."""
-        found = [(decision.name, parameters[slot]) for slot, decision in self.found.decided(decisions)]
-        return list({id(p): (name, p) for name, p in found if shard_of(p) is not None}.values())
+        """Weights that ranks have in parts and whose scales are of all parts; the guard's answer, which ranks measure, is not asked."""
+        found = [(decision, parameters[slot]) for slot, decision in self.found.decided(decisions)]
+        asked = [(d.name, p) for d, p in found if d.asked is not None and shares_scale(p, d.asked)]
+        return list({id(p): (name, p) for name, p in asked}.values())
 
     def _planes(
         self,

@@ -37,6 +37,7 @@ DEEPSEEK = {
 }  # fmt: skip
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SIZES, intermediate_size=128),
+    "one_layer": lambda: LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, intermediate_size=128),
     "tied": lambda: LlamaConfig(**SIZES, intermediate_size=128, tie_word_embeddings=True),
     "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS),
     "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, intermediate_size=64),
@@ -216,3 +217,99 @@ def codes(path: Path, policy: Any) -> list[tuple[str, str]]:
             ):
                 wrong.append((weight.site.names[0], f"plane {index} {tuple(mine.shape)} {tuple(wanted.shape)}"))
     return wrong
+
+
+def lifecycle(path: Path) -> dict[str, Any]:
+    """A model in parts through compile, release, restore, generate, an edit of its weights and uncompile."""
+    ids = torch.arange(3, 11).view(1, 8)
+    plain, divided = loaded(path), loaded(path, {"tp_plan": "auto"})
+    found: dict[str, Any] = {}
+    with torch.no_grad(), without_inductor():
+        before = divided(ids).logits
+        quant_compile.compile(divided, "W8A16", release_weights=True)
+        found["generated"] = divided.generate(ids, max_new_tokens=6, do_sample=False).tolist()
+        first = divided(ids).logits
+        report = quant_compile.report(divided)
+        found["released"] = sum(line.released for line in report.lines), report.coverage
+        found["again"] = torch.equal(first, divided(ids).logits)
+        found["eager"] = _said(lambda: divided.model.layers[0].mlp.down_proj(torch.ones(1, 64)))
+        found["uncompile"] = _said(lambda: quant_compile.uncompile(divided))
+        found["restored"] = quant_compile.restore(divided, path)
+        found["as restored"] = torch.equal(first, divided(ids).logits)
+        weight = local_of(divided.model.layers[0].self_attn.q_proj.weight)
+        weight.mul_(1.5)
+        found["edited"] = torch.equal(first, divided(ids).logits)
+        weight.div_(1.5)
+        quant_compile.uncompile(divided)
+        found["untouched"] = (
+            torch.allclose(before, divided(ids).logits, atol=1e-5),
+            {type(local_of(p)).__name__ for p in divided.parameters()},
+        )
+        quant_compile.compile(plain, "W8A16")
+        found["alone"] = plain.generate(ids, max_new_tokens=6, do_sample=False).tolist()
+    return found
+
+
+def _said(act: Any) -> str:
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def refusals(path: Path, folder: Path) -> dict[str, Any]:
+    """What is said of that which cannot be done in parts, and of what breaks on one rank."""
+    import torch.distributed as dist
+
+    ids, found = torch.arange(3, 11).view(1, 8), dict[str, Any]()
+    with torch.no_grad(), without_inductor():
+        divided = loaded(path, {"tp_plan": "auto"})
+        quant_compile.compile(divided, "W4A16")
+        divided(ids)
+        report = quant_compile.report(divided)
+        found["cut"] = report.skips
+        found["kept"] = {line.names[0] for line in report.lines if line.named and not line.scheme}
+        found["save"] = _said(lambda: quant_compile.save(divided, folder / "saved"))
+        found["calibrate"] = _said(lambda: quant_compile.calibrate(divided, [ids], "W8A8_STATIC"))
+        divided = loaded(path, {"tp_plan": "auto"})
+        if dist.get_rank() == 1:
+            local_of(divided.model.layers[0].mlp.up_proj.weight)[0, 0] = float("nan")
+        quant_compile.compile(divided, TENSOR)
+        found["nan"] = _said(lambda: divided(ids))
+    found["fsdp"] = _said(lambda: quant_compile.compile(_fully_sharded(loaded(path)), "W8A16"))
+    return found
+
+
+def _fully_sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return model
+
+
+FP8_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+TENSOR = {
+    "default": {
+        "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        "input_activations": FP8_TOKEN,
+    }
+}
+GROUP32 = {"default": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}}
+
+
+def by_torch(policy: str) -> dict[str, Any]:
+    """A model that torch's own ``parallelize_module`` divides, whose products are DTensor's."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    x = torch.randn(4, 32)
+    with torch.no_grad(), without_inductor():
+        wanted = model(x)
+        parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        quant_compile.compile(model, policy)
+        made = model(x)
+    return {"error": _distance(made, wanted), "skips": quant_compile.report(model).skips}

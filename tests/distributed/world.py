@@ -1,13 +1,16 @@
-"""Processes of one process group (gloo, on the CPU) that run functions of the tests: started once, since imports take longer than most tests.
+"""Processes of one process group (gloo, on the CPU) that run functions of the tests: started once, since imports take their time.
 
 A world that does not answer in time is killed, and so is one in which a rank failed: the others may wait for it.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -43,6 +46,10 @@ class World:
             found, value = pipe.recv() if pipe.poll(SECONDS if not _failed(answers) else 20) else (False, "no answer")
             answers.append((found, f"rank {rank}: {value}" if not found else value))
         if _failed(answers):
+            for process, _ in self._ranks:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGUSR1)  # it prints where it is
+            time.sleep(1)
             self.close()
             raise RankError("\n".join(value for found, value in answers if not found))
         return [value for _, value in answers]
@@ -82,6 +89,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     from quant_compile.lowering.rounding import recipe
 
     recipe.DEFAULT = recipe.NEAREST
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     while True:
