@@ -22,13 +22,11 @@ from quant_compile.generation import install, outside_of, uninstall
 from quant_compile.generation.loop import KEPT
 from quant_compile.ir.errors import OptionError, PolicyError, StaleWeightError, WeightError
 from quant_compile.ir.report import Report
-from quant_compile.lowering.identity import local_of, shard_of
-from quant_compile.lowering.shards import whole_shape
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import STORE, disclaim
 from quant_compile.model import names as naming
 from quant_compile.model import offload
-from quant_compile.model.distributed import refuse_wrapped
+from quant_compile.model.distributed import refuse_release, refuse_wrapped
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.places import parameters_of, places, unwrap, without_reserved, wrapped_by_peft
 from quant_compile.model.weights import linear_weights
@@ -71,6 +69,8 @@ def compile(
     source = PolicySource(parsed.policy, default_policy(target))
     source.check_planes(name for weight in linear_weights(unwrap(model)) for name in weight.site.names)
     source, loaded = _with_loaded(unwrap(model), source, policy is not None)
+    if parsed.releases(source.policy):
+        refuse_release(unwrap(model))
     problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)
     session = LEDGER.session(unwrap(model), source.policy, target.label)
@@ -179,7 +179,11 @@ def release(model: nn.Module) -> int:
 
     Compiled calls go on. Graphs compiled before notice the change of class and are compiled once more at their next call;
     with ``release_weights=True`` at compile time they are not. Eager use, state_dict, save and deepcopy raise until ``restore``.
+
+    Raises:
+        OptionError: ranks have the weights in parts, which cannot be released; nothing has been changed.
     """
+    refuse_release(model)
     return from_transformers.forget(unwrap(model)) + sum(STORE.release(parameter) for parameter in parameters_of(model))
 
 
@@ -210,12 +214,11 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
                 f"the source has no {own.full[0]}; it has {len(known)} tensors, e.g. {', '.join(sorted(known)[:3])}"
             )
         shape = tuple(known[name])
-        if shape not in (tuple(parameter.shape), whole_shape(parameter)):
-            raise StaleWeightError(f"{name}: the source has shape {shape}, the model {whole_shape(parameter)}")
+        if shape != tuple(parameter.shape):
+            raise StaleWeightError(f"{name}: the source has shape {shape}, the model {tuple(parameter.shape)}")
         found.append((parameter, name))
     for parameter, name in found:
-        values, shard = get(name), shard_of(parameter)
-        STORE.restore(parameter, values if shard is None or values.shape == parameter.shape else shard.part_of(values))
+        STORE.restore(parameter, get(name))
     return len(found)
 
 
@@ -236,8 +239,7 @@ def _reader(
     if isinstance(source, nn.Module):
         source = {place.name: place.parameter for place in places(source)}
     if isinstance(source, Mapping):
-        source = {name: local_of(tensor) for name, tensor in source.items()}
-        tensors = {without_reserved(name): tensor for name, tensor in source.items()} | source
+        tensors = {without_reserved(name): tensor for name, tensor in source.items()} | dict(source)
         for name, tensor in tensors.items():
             if tensor.is_meta or getattr(tensor, "released_by_sglquant", False):
                 raise StaleWeightError(

@@ -35,7 +35,6 @@ class Shard:
         placements: as torch writes them, with the ranks of each mesh dimension: ``Shard(dim=0) over 2 ranks``.
         copies: how many ranks have the same part.
         mesh: torch's DeviceMesh.
-        placed: torch's placements, one for each dimension of the mesh.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +44,6 @@ class Shard:
     placements: str
     copies: int
     mesh: Any
-    placed: tuple[Any, ...]
 
     @staticmethod
     def of(tensor: Any) -> Shard | Reject:
@@ -55,16 +53,18 @@ class Shard:
         for axis, placement in enumerate(tensor.placements):
             kind, ranks = type(placement).__name__, int(mesh.size(axis))
             if kind not in _HELD:
-                return Reject(f"this rank's values are no part of the weight: its placement is {placement}")
+                return Reject(f"this rank's values are no part of the weight: its placement is {placement!r}")
             if kind == "Replicate":
                 copies *= ranks
             elif ranks > 1:
                 cuts.append((placement.dim % tensor.dim(), ranks, axis))
                 sections.append(int(getattr(placement, "split_factor", 1)))
-            texts.append(f"{placement} over {ranks} ranks" if kind != "Replicate" else f"Replicate() on {ranks} ranks")
+            texts.append(
+                f"{placement!r} over {ranks} ranks" if kind != "Replicate" else f"Replicate() on {ranks} ranks"
+            )
         local = tuple(map(int, tensor._local_tensor.shape))
-        shape, placed = tuple(map(int, tensor.shape)), tuple(tensor.placements)
-        return Shard(shape, local, tuple(cuts), tuple(sections), ", ".join(texts), copies, mesh, placed)
+        shape = tuple(map(int, tensor.shape))
+        return Shard(shape, local, tuple(cuts), tuple(sections), ", ".join(texts), copies, mesh)
 
     def parts(self, dim: int) -> int:
         """How many parts a dimension of the weight has."""
@@ -74,12 +74,6 @@ class Shard:
     def uneven(self) -> bool:
         """Whether ranks have parts of different sizes."""
         return any(self.shape[dim] % self.parts(dim) for dim in range(len(self.shape)))
-
-    def part_of(self, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor of the whole weight's shape; nothing is exchanged."""
-        from torch.distributed.tensor import distribute_tensor
-
-        return local_tensor(distribute_tensor(whole, self.mesh, self.placed, src_data_rank=None))
 
     def pieces(self, dim: int) -> list[int]:
         """Sizes of the runs of neighbours into which a dimension is cut, in order: of ``_StridedShard`` several on each rank."""

@@ -45,8 +45,8 @@ MOST_FURTHER = 4
 MOST_MOVES = 3
 
 
-class _Releasable(Tensor):
-    """A tensor whose original values may be freed after packing; until then it behaves as any other.
+class ReleasableParameter(Parameter):
+    """A Parameter whose original values may be freed after packing; until then it behaves as any other.
 
     Once released, shape, dtype, device and strides stay readable, so that models can be inspected and compiled again;
     compiled graphs run on its planes; any other use is an error. Weights get this class before Dynamo builds the guards of
@@ -77,21 +77,15 @@ class _Releasable(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if not self.released_by_sglquant:
                 return super().__repr__()
-            return f"{type(self).__name__}(released, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
-
-
-class ReleasableParameter(_Releasable, Parameter):
-    """A Parameter whose original values may be freed; see its base."""
-
-
-class ReleasablePart(_Releasable):
-    """The same of a rank's part of a weight, which a DTensor holds as a plain tensor."""
+            return (
+                f"ReleasableParameter(released, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+            )
 
 
 def _any_released(args: Any, kwargs: Any) -> bool:
     values = [*args, *(kwargs or {}).values()]
     nested = [item for value in values if isinstance(value, list | tuple) for item in value]
-    return any(isinstance(v, _Releasable) and v.released_by_sglquant for v in (*values, *nested))
+    return any(isinstance(v, ReleasableParameter) and v.released_by_sglquant for v in (*values, *nested))
 
 
 def _is_metadata(func: Any) -> bool:
@@ -699,6 +693,8 @@ class WeightStore:
             entry = self.peek(parameter)
             if entry is None or entry.released or not entry.packs or entry.plain_readers or is_lent(parameter):
                 return 0
+            if shard_of(parameter) is not None:  # torch cannot trace a DTensor whose local values are gone
+                return 0
             self._check_fresh(entry, parameter)
             if not entry.packs:
                 return 0
@@ -770,8 +766,6 @@ def claim(parameter: Parameter) -> None:
     """Make a weight releasable; must happen before Dynamo builds guards over it. Lent weights are not ours to release."""
     if type(parameter) is Parameter and not is_lent(parameter):
         parameter.__class__ = ReleasableParameter
-    elif type(parameter) is Tensor and shard_of(parameter) is not None:
-        parameter.__class__ = ReleasablePart
 
 
 def claim_before_tracing(parameters: Iterable[Parameter]) -> None:
@@ -779,13 +773,13 @@ def claim_before_tracing(parameters: Iterable[Parameter]) -> None:
     for parameter in parameters:
         claim(parameter)
     # Traced where a graph uses such a weight; called by anything else, it is no frame to compile.
-    torch._dynamo.eval_frame.skip_code(_Releasable.__torch_function__.__func__.__code__)
+    torch._dynamo.eval_frame.skip_code(ReleasableParameter.__torch_function__.__func__.__code__)
 
 
 def disclaim(parameter: Parameter) -> None:
     """Take back ``claim``, of a weight that has its values."""
-    if isinstance(parameter, _Releasable) and not parameter.released_by_sglquant:
-        parameter.__class__ = Parameter if isinstance(parameter, ReleasableParameter) else Tensor  # pyright: ignore[reportAttributeAccessIssue]
+    if type(parameter) is ReleasableParameter and not parameter.released_by_sglquant:
+        parameter.__class__ = Parameter  # pyright: ignore[reportAttributeAccessIssue]
         vars(parameter).pop("released_by_sglquant", None)
 
 

@@ -23,6 +23,19 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
+def refuse_release(model: nn.Module) -> None:
+    """Refuse to free original values of parts: torch cannot trace a DTensor without them.
+
+    Raises:
+        OptionError: ranks have a weight in parts.
+    """
+    if any((shard := shard_of(p)) is not None and shard.cuts for p in parameters_of(model)):
+        raise OptionError(
+            "the original values of weights that ranks have in parts cannot be released: torch traces no DTensor without them.\n"
+            "Fix: release_weights=False; every rank keeps its parts in 16 bits beside their planes. Nothing has been changed."
+        )
+
+
 def refuse_parts(model: nn.Module, what: str) -> None:
     """Refuse what needs whole weights.
 

@@ -106,7 +106,7 @@ class GraphRunner:
         self.source, self.options = source, options
         self.pristine = inline(copy_graph(gm))
         self._whole = Whole.of(inputs)
-        inputs = self._whole(inputs)
+        own, inputs = inputs, self._whole(inputs)
         localize(self.pristine, self._whole.positions)
         local = self._whole.positions.values()
         self._parameters = {i: v for i, v in enumerate(inputs) if i in local or isinstance(v, Parameter)}
@@ -115,9 +115,9 @@ class GraphRunner:
         verdicts = Verdicts()
         self.found = Found.of(self.pristine, self._parameters, verdicts)
         self._decider = Decider(self.found, source, options, choosers, target)
-        self._slices = multiplied_slices(self.pristine, inputs)
+        self._slices = multiplied_slices(self.pristine, own)
         self._noted = set[int]()
-        self._note_slices(inputs)
+        self._note_slices(own)
         self._variants = Variants(
             self.pristine,
             self.found,

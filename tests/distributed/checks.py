@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from transformers import (
     DeepseekV3Config,
     GptOssConfig,
     LlamaConfig,
-    PreTrainedModel,
     Qwen3MoeConfig,
 )
 
@@ -29,8 +28,13 @@ SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "intermediate_size": 64}
-DEEPSEEK = {
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 64,
+}
+DEEPSEEK: dict[str, Any] = {
     "head_dim": None, "num_key_value_heads": 4, "intermediate_size": 128, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
     "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1, "q_lora_rank": 32,
     "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
@@ -57,7 +61,7 @@ def make(family: str, folder: Path) -> Path:
     return folder / family
 
 
-def loaded(path: Path, plan: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def loaded(path: Path, plan: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """The checkpoint, in parts under a ``DistributedConfig`` with these arguments."""
     from transformers.distributed import DistributedConfig
 
@@ -66,7 +70,7 @@ def loaded(path: Path, plan: dict[str, Any] | None = None, dtype: torch.dtype = 
 
 
 @contextmanager
-def without_inductor() -> Iterator[list[torch.fx.GraphModule]]:
+def without_inductor() -> Generator[list[torch.fx.GraphModule]]:
     """Compiled functions are the lowered graphs, as in ``runtime_support.plain_inductor``."""
     from torch._inductor import compile_fx
 
@@ -220,22 +224,20 @@ def codes(path: Path, policy: Any) -> list[tuple[str, str]]:
 
 
 def lifecycle(path: Path) -> dict[str, Any]:
-    """A model in parts through compile, release, restore, generate, an edit of its weights and uncompile."""
+    """A model in parts through compile, generate, an edit of its weights and uncompile."""
     ids = torch.arange(3, 11).view(1, 8)
     plain, divided = loaded(path), loaded(path, {"tp_plan": "auto"})
     found: dict[str, Any] = {}
     with torch.no_grad(), without_inductor():
         before = divided(ids).logits
-        quant_compile.compile(divided, "W8A16", release_weights=True)
+        found["release_weights"] = _said(lambda: quant_compile.compile(divided, "W8A16", release_weights=True))
+        quant_compile.compile(divided, "W8A16")
         found["generated"] = divided.generate(ids, max_new_tokens=6, do_sample=False).tolist()
         first = divided(ids).logits
         report = quant_compile.report(divided)
-        found["released"] = sum(line.released for line in report.lines), report.coverage
+        found["coverage"] = report.coverage
         found["again"] = torch.equal(first, divided(ids).logits)
-        found["eager"] = _said(lambda: divided.model.layers[0].mlp.down_proj(torch.ones(1, 64)))
-        found["uncompile"] = _said(lambda: quant_compile.uncompile(divided))
-        found["restored"] = quant_compile.restore(divided, path)
-        found["as restored"] = torch.equal(first, divided(ids).logits)
+        found["release"] = _said(lambda: quant_compile.release(divided))
         weight = local_of(divided.model.layers[0].self_attn.q_proj.weight)
         weight.mul_(1.5)
         found["edited"] = torch.equal(first, divided(ids).logits)
@@ -281,7 +283,7 @@ def refusals(path: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _fully_sharded(model: nn.Module) -> nn.Module:
+def _fully_sharded(model: Any) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
