@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip
+ONE_LAYER: dict[str, Any] = {**SIZES, "num_hidden_layers": 1}
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -35,17 +36,18 @@ EXPERTS: dict[str, Any] = {
     "intermediate_size": 64,
 }
 DEEPSEEK: dict[str, Any] = {
-    "head_dim": None, "num_key_value_heads": 4, "intermediate_size": 128, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+    **{name: size for name, size in SIZES.items() if name != "head_dim"},
+    "num_key_value_heads": 4, "intermediate_size": 128, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
     "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1, "q_lora_rank": 32,
     "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SIZES, intermediate_size=128),
-    "one_layer": lambda: LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, intermediate_size=128),
+    "one_layer": lambda: LlamaConfig(**ONE_LAYER, intermediate_size=128),
     "tied": lambda: LlamaConfig(**SIZES, intermediate_size=128, tie_word_embeddings=True),
     "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS),
     "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, intermediate_size=64),
-    "deepseek_v3": lambda: DeepseekV3Config(**{k: v for k, v in {**SIZES, **DEEPSEEK}.items() if v is not None}),
+    "deepseek_v3": lambda: DeepseekV3Config(**DEEPSEEK),
 }
 
 

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import quant_compile  # noqa: F401  registers the schemes
 from quant_compile.ir.family import Reject, family_of
 from quant_compile.ir.report import Report, WeightLine
 from quant_compile.ir.scheme import parse
