@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,12 @@ class Compared:
     one: Any
 
 
-def compare(path: Path, policy: Any, plan: dict[str, Any], damage: str = "") -> Compared:
+def compare(path: Path, policy: Any, plan: dict[str, Any], damage: str = "", inductor: bool = False) -> Compared:
     """Logits of a model in parts against those of one process.
 
     Args:
         damage: name of a weight; this rank's part of it is scaled by 1.05 on rank 1.
+        inductor: graphs are compiled.
     """
     import torch.distributed as dist
 
@@ -175,7 +176,7 @@ def compare(path: Path, policy: Any, plan: dict[str, Any], damage: str = "") -> 
     if damage and dist.get_rank() == 1:
         with torch.no_grad():
             local_of(divided.get_parameter(damage)).mul_(1.05)
-    with torch.no_grad(), without_inductor():
+    with torch.no_grad(), nullcontext() if inductor else without_inductor():
         exact = plain(ids).logits
         made = []
         for model in (parts, plain, divided):

@@ -78,6 +78,11 @@ def test_latent_attention_and_shared_experts(world: World, folder: Path) -> None
 
 
 @pytest.mark.slow
+def test_compiled_by_inductor(world: World, folder: Path) -> None:
+    check(world.run(checks.compare, checks.make("one_layer", folder), "W8A16", TP, "", True))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["W8A8", "W8A16", "NVFP4", checks.TENSOR, checks.GROUP32], ids=str)
 @pytest.mark.parametrize(("family", "plan"), [("llama", TP), ("tied", TP), ("qwen3_moe", TP), ("qwen3_moe", EP)])
 def test_every_scheme(world: World, folder: Path, family: str, plan: dict[str, Any], policy: Any) -> None:

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 RANKS = 2
-SECONDS = 240.0  # of one job; an idle core needs a tenth
+SECONDS = 600.0  # of one job; an idle core needs a tenth of that at most
 
 
 class RankError(AssertionError):
