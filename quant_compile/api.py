@@ -26,6 +26,7 @@ from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import STORE, disclaim
 from quant_compile.model import names as naming
 from quant_compile.model import offload
+from quant_compile.model.distributed import refuse_release, refuse_wrapped
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.places import parameters_of, places, unwrap, without_reserved, wrapped_by_peft
 from quant_compile.model.weights import linear_weights
@@ -54,6 +55,7 @@ def compile(
         OptionError, PolicyError, WeightError, LockError: nothing of the model has been changed.
     """
     parsed = Options.of({**options, "policy": policy})
+    refuse_wrapped(model)
     lent = set(map(id, offload.lent_parameters(model)))
     if any(parameter.is_meta and id(parameter) not in lent for parameter in model.parameters()):
         raise WeightError(
@@ -70,6 +72,8 @@ def compile(
     source.check_planes(name for weight in linear_weights(unwrap(model)) for name in weight.site.names)
     begin_lock(parsed)
     source, loaded = _with_loaded(unwrap(model), source, policy is not None)
+    if parsed.releases(source.policy):
+        refuse_release(unwrap(model))
     problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)
     session = LEDGER.session(unwrap(model), source.policy, target.label)
@@ -178,7 +182,11 @@ def release(model: nn.Module) -> int:
 
     Compiled calls go on. Graphs compiled before notice the change of class and are compiled once more at their next call;
     with ``release_weights=True`` at compile time they are not. Eager use, state_dict, save and deepcopy raise until ``restore``.
+
+    Raises:
+        OptionError: ranks have the weights in parts, which cannot be released; nothing has been changed.
     """
+    refuse_release(model)
     return from_transformers.forget(unwrap(model)) + sum(STORE.release(parameter) for parameter in parameters_of(model))
 
 

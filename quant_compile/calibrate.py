@@ -26,6 +26,7 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.kv import HEAD, CacheScheme
 from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import Scheme
+from quant_compile.model.distributed import refuse_parts
 from quant_compile.model.follow import Following, Meeting, eagerly, listed, run_batch
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.options import PolicySource
@@ -103,6 +104,7 @@ def calibrate(
     """
     if percentile is not None and not 0 < percentile <= 100:
         raise OptionError(f"percentile must lie in (0, 100], got {percentile}")
+    refuse_parts(model, "calibrate")
     loaded = Policy.load(policy)
     weights = _static_weights(model, loaded)
     layers = _fixed_layers(model, loaded)

@@ -45,6 +45,7 @@ from quant_compile.lowering.tune import exported
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.model import offload
 from quant_compile.model.cache_scales import CacheScales
+from quant_compile.model.distributed import refuse_parts
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.names import names_in
 from quant_compile.model.places import parameters_of, unwrap, wrapped_by_peft
@@ -282,6 +283,10 @@ def _checked(model: nn.Module) -> nn.Module:
             "the model is not compiled, so that nothing of it is quantized.\n"
             "Fix: quant_compile.compile(model, policy), call it once, then save it."
         )
+    try:
+        refuse_parts(inner, "save")
+    except OptionError as error:
+        raise SaveError(str(error)) from None
     if offload.lent_parameters(inner):
         raise SaveError("some weights are offloaded.\nFix: load the model without a device_map that offloads.")
     if not any(_key(parameter) is not None for parameter in parameters_of(inner)) and not _keeps_all(inner):

@@ -36,7 +36,7 @@ from quant_compile.generation.quantized import Scales
 from quant_compile.generation.step import Step
 from quant_compile.ir.errors import ExportError, PolicyWarning
 from quant_compile.model.cache_scales import scales_of
-from quant_compile.model.places import modules_of
+from quant_compile.model.places import modules_of, parameters_of
 from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options, PolicySource
 from quant_compile.policy import Policy
@@ -333,7 +333,7 @@ def _entered(model: nn.Module) -> Iterator[nn.Module]:
     for child in model.children():
         for part in child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict) else (child,):
             bare = type(part).__module__.startswith("torch.nn") and not hasattr(model, "base_model")
-            if not bare and any(id(parameter) in weighty for parameter in part.parameters()):
+            if not bare and any(id(parameter) in weighty for parameter in parameters_of(part)):
                 yield part
 
 

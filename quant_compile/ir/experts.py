@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.nn import Parameter
 
+from quant_compile.ir.dispatch import around_block
 from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import UNGATED, Activation
 from quant_compile.ir.probe import Probe, ProbeError, RankOne, name_of, number_of, run_region, value_of
@@ -150,7 +151,9 @@ def find_experts(
         ]
         if not own:
             continue
-        region = _region(gm.graph, stack, own, taken, experts)
+        region = _region(
+            gm.graph, stack, own, taken, {node: parameters[node.meta["argument"]].shape[0] for node in experts}
+        )
         found = _understand(region, parameters, verdicts, writes)
         if isinstance(found, MoeSite):
             sites.append(found)
@@ -269,14 +272,16 @@ def _equal(pair: tuple[str, str]) -> bool:
 
 
 def _region(
-    graph: fx.Graph, stack: _Stack, readers: Sequence[fx.Node], taken: set[fx.Node], experts: set[fx.Node]
+    graph: fx.Graph, stack: _Stack, readers: Sequence[fx.Node], taken: set[fx.Node], experts: Mapping[fx.Node, int]
 ) -> _Region:
-    """All nodes of a module and of the modules inside it, but for those of blocks that were found."""
+    """All nodes of a module and of the modules inside it, but for those of blocks that were found, and what ranks tell one another."""
     nodes = tuple(
         n
         for n in graph.nodes
         if n.op not in ("placeholder", "output") and _stack(n)[: len(stack)] == stack and n not in taken
     )
+    outside = around_block(nodes, set(readers), set(experts.values()))
+    nodes = tuple(n for n in nodes if n not in outside)
     shared = _shared_numbers(nodes)
     nodes = tuple(n for n in nodes if n not in shared)
     inside = set(nodes)

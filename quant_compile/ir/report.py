@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class WeightLine:
             counts as covered, and where other graphs quantize it, ``bytes_after`` are its planes' and its own.
         shape, dtype: of the Parameter.
         views: positions in ``Report.views`` of what graphs do with it.
+        shard: of a weight that ranks have in parts, how it is divided; its bytes are those of this rank's part.
+        copies: how many ranks have the same part.
     """
 
     names: tuple[str, ...]
@@ -52,6 +54,8 @@ class WeightLine:
     shape: tuple[int, ...] = ()
     dtype: str = ""
     views: tuple[int, ...] = ()
+    shard: str = ""
+    copies: int = 1
 
     @property
     def covered(self) -> bool:
@@ -141,6 +145,23 @@ class Report:
     def guarded(self) -> tuple[tuple[str, str], ...]:
         """(name, both times) of every parameter that ``guard: never_slower`` keeps in 16 bits, in some graphs or in all."""
         return tuple((line.names[0], line.guarded) for line in self.lines if line.guarded)
+
+    def all_ranks(self, group: Any = None) -> Report:
+        """The ledger of a model that ranks have in parts, summed: the bytes of each weight's parts, each part once.
+
+        A collective: every rank must call it, and every rank gets the same. What ranks say differently of a weight is joined with
+        `` / ``; a weight counts as covered where it is on all of them. Times are those of the slowest rank.
+
+        Args:
+            group: torch.distributed's process group; None: the default one, and this report itself where there is none.
+        """
+        import torch.distributed as dist
+
+        if not dist.is_available() or not dist.is_initialized():
+            return self
+        reports: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(reports, self, group=group)
+        return _summed(reports)
 
     def require(self, coverage: float = 1.0) -> Report:
         """Return the report if enough was quantized.
@@ -256,6 +277,50 @@ class Report:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
+
+
+def _summed(reports: list[Report]) -> Report:
+    """One report of those of all ranks."""
+    lines: dict[tuple[str, ...], list[WeightLine]] = {}
+    attention: dict[AttentionLine, None] = {}
+    for report in reports:
+        for line in report.lines:
+            lines.setdefault(line.names, []).append(line)
+        attention |= dict.fromkeys(report.attention)
+    first = reports[0]
+    notes = dict.fromkeys(note for report in reports for note in report.notes)
+    misses = dict.fromkeys(miss for report in reports for miss in report.misses)
+    timings = {
+        key: max(report.timings.get(key, 0.0) for report in reports)
+        for key in dict.fromkeys(key for report in reports for key in report.timings)
+    }
+    whole = tuple(_joined(parts) for parts in lines.values())
+    return Report(first.policy, first.target, whole, tuple(notes), tuple(misses), timings, tuple(attention))
+
+
+def _joined(parts: list[WeightLine]) -> WeightLine:
+    """What ranks say of one weight as one line."""
+    first = parts[0]
+
+    def said(field: str) -> str:
+        return " / ".join(dict.fromkeys(text for line in parts if (text := getattr(line, field))))
+
+    copies = first.copies if first.shard else len(parts)
+    unlike = len({line.scheme for line in parts}) > 1
+    return replace(
+        first,
+        bytes_before=sum(line.bytes_before for line in parts) // copies,
+        bytes_after=sum(line.bytes_after for line in parts) // copies,
+        scheme=said("scheme") or None,
+        layout=said("layout"),
+        kernels=said("kernels"),
+        reason=said("reason"),
+        guarded=said("guarded"),
+        named=any(line.named for line in parts),
+        missed=unlike or any(line.missed for line in parts),
+        released=all(line.released for line in parts),
+        copies=1,
+    )
 
 
 def _grouped(lines: tuple[WeightLine, ...], full: bool) -> list[list[WeightLine]]:

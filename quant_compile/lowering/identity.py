@@ -4,6 +4,8 @@ A weight's identity is an ``Anchor`` in the Parameter's ``__dict__``, not a weak
 the values of Parameters that have any (``torch.__future__.set_swap_module_params_on_conversion``), and an anchor moves with the
 values that it stands for. Versions and addresses are cheap to compare, but an address may be handed out again: that the storage
 behind it is still the same is told by torch when a storage dies.
+
+Of a weight that is distributed over ranks this rank's local tensor is the weight: ``local_of`` a DTensor stands for it everywhere.
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
+from quant_compile.ir.shards import Shard, is_distributed, local_tensor
 from quant_compile.ir.subclasses import own_operations
 
 ANCHOR = "_sglquant_anchor"
+T = TypeVar("T", bound=Tensor)
 
 
 class Anchor:
@@ -29,11 +33,13 @@ class Anchor:
     Attributes:
         identity: a number that no other living weight has.
         content: for a weight that is lent: Parameter -> what is equal as long as the values are; None where versions and storages tell.
+        shard: for this rank's part of a distributed weight: what it is of it.
     """
 
     def __init__(self, identity: int | None = None, content: Callable[[Tensor], Any] | None = None) -> None:
         self.identity = id(self) if identity is None else identity
         self.content = content
+        self.shard: Shard | None = None
 
     def __reduce__(self) -> Any:
         return OrderedDict, ()  # a copy or a file has no identity; this loads everywhere, with weights_only too
@@ -43,14 +49,39 @@ def anchor_of(parameter: Tensor) -> Anchor:
     """The anchor of a Parameter, made on first sight."""
     found = peek_anchor(parameter)
     if found is None:
-        found = vars(parameter)[ANCHOR] = Anchor(id(parameter))
+        held = local_of(parameter)
+        found = vars(held)[ANCHOR] = Anchor(id(held))
     return found
 
 
 def peek_anchor(parameter: Tensor) -> Anchor | None:
     """The anchor of a Parameter if it has one."""
-    found = vars(parameter).get(ANCHOR)
+    found = vars(local_of(parameter)).get(ANCHOR)
     return found if isinstance(found, Anchor) else None
+
+
+def local_of(parameter: T) -> T:
+    """This rank's part of a distributed weight, which is a plain tensor; any other Parameter itself.
+
+    A DTensor whose local values are no part of it (``Partial``) stays what it is.
+    """
+    if not is_distributed(parameter):
+        return parameter
+    local = local_tensor(parameter)
+    anchor = peek_anchor(local)
+    if anchor is not None and anchor.shard is not None:
+        return cast(T, local)
+    described = Shard.of(parameter)
+    if not isinstance(described, Shard):
+        return parameter
+    anchor_of(local).shard = described
+    return cast(T, local)
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """What of a distributed weight a tensor of ``local_of`` is; None for a weight that this rank has alone."""
+    found = peek_anchor(parameter)
+    return None if found is None else found.shard
 
 
 def identity_of(parameter: Tensor) -> int:

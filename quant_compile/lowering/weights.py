@@ -25,10 +25,19 @@ from quant_compile.ir.family import Planes, Reject, family_of
 from quant_compile.ir.moe import NONE, MoeProblem
 from quant_compile.ir.numerics import all_finite, checksum
 from quant_compile.ir.scheme import Scheme, parse
-from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, is_lent, peek_anchor, signature_of
+from quant_compile.lowering.identity import (
+    Anchor,
+    anchor_of,
+    identity_of,
+    is_lent,
+    peek_anchor,
+    shard_of,
+    signature_of,
+)
 from quant_compile.lowering.moe import moe_layouts
 from quant_compile.lowering.registry import Layout, Problem, layouts
 from quant_compile.lowering.rounding.recipe import TO_NEAREST, Rounding, planes_of
+from quant_compile.lowering.shards import Agreed, agree, shares_scale, with_largest
 
 # Groups beyond the home that one weight keeps a slab for. Models use one or two; more is a sign of graphs that are gone.
 MOST_FURTHER = 4
@@ -171,6 +180,7 @@ class Entry:
         own_input: the linear's input comes in an order, or with factors, that only these planes belong to.
         rounding: how planes are made of the values.
         input_factor: of ``rounding``, on the weight's device.
+        agreed: of this rank's part of a weight: what all ranks know of it.
     """
 
     ref: weakref.ref[Anchor]
@@ -187,11 +197,26 @@ class Entry:
     own_input: bool = False
     rounding: Rounding = TO_NEAREST
     input_factor: Tensor | None = None
+    agreed: Agreed | None = None
 
     @property
     def scales_input(self) -> bool:
         """Whether the planes belong to an input that is reordered or scaled, by the module or by graphs."""
         return self.own_input or self.rounding.factor is not None
+
+    def largest(self, parameter: Parameter, spec: str) -> Tensor | None:
+        """[1] or [E]: the largest magnitude over all ranks, where a scale under the scheme is of all their parts.
+
+        Raises:
+            WeightError: it was not exchanged yet.
+        """
+        if not shares_scale(parameter, parse(spec)):
+            return None
+        if self.agreed is None:
+            raise WeightError(
+                "a weight of several ranks is packed before they have agreed on its scale; this is a defect"
+            )
+        return self.agreed.amax
 
     def is_as_before(self, parameter: Parameter) -> bool:
         """Whether the values are those that the planes were made of; known once a weight has been moved before."""
@@ -398,7 +423,8 @@ class WeightStore:
                 else:
                     source = entry.packs[other].slab.planes
                 layout = other.layout if other is not None else ""
-                planes = pack_experts(source, key, problem, size, layout, entry.rounding)
+                largest = entry.largest(parameter, key.spec) if other is None and key.spec != NONE else None
+                planes = pack_experts(source, key, problem, size, layout, entry.rounding, largest)
                 _wait(planes)
                 slab = Slab((identity_of(parameter),), (experts,), planes, problem)
                 found = entry.packs[key] = Pack(slab, 0, experts)
@@ -419,7 +445,7 @@ class WeightStore:
                 f"{name} was released as {', '.join(sorted({k.spec for k in entry.packs})) or 'nothing'} and cannot become {key.spec}.\n"
                 "Fix: quant_compile.restore(model, source) first."
             )
-        return quantize(parameter, key, name, entry.rounding)
+        return quantize(parameter, key, name, entry.rounding, entry.largest(parameter, key.spec))
 
     def _join(
         self, parameters: tuple[Parameter, ...], keys: tuple[Key, ...], packs: list[Pack | None], names: tuple[str, ...]
@@ -533,7 +559,7 @@ class WeightStore:
             entry = self.entry(parameter)
             if not entry.released:
                 if expert is None:
-                    return quantize(parameter, key, name, entry.rounding)
+                    return quantize(parameter, key, name, entry.rounding, entry.largest(parameter, key.spec))
                 with _plain_tensors():
                     stored = parameter.detach().reshape(key.shape_of(parameter))[expert]
                 return quantize_expert(stored, key, name, entry.rounding, expert)
@@ -616,6 +642,28 @@ class WeightStore:
             self.epoch += 1
             self._announce(identity_of(parameter))
 
+    def agree(self, weights: Iterable[tuple[str, Parameter]]) -> None:
+        """Exchange with other ranks what scales of their parts depend on, of weights that it was not exchanged of as they are now.
+
+        A collective: every rank must call it for the same weights, in the same state.
+
+        Args:
+            weights: (name, Parameter); those that are not distributed, or have no values, are left alone.
+
+        Raises:
+            WeightError: one of them has NaN or inf on some rank.
+        """
+        with self._lock:
+            wanted: list[tuple[str, Parameter]] = []
+            for name, parameter in weights:
+                shard, entry = shard_of(parameter), self.entry(parameter)
+                if shard is None or not shard.cuts or entry.released:
+                    continue
+                if entry.agreed is None or entry.agreed.signature != signature_of(parameter):
+                    wanted.append((name, parameter))
+            for (_, parameter), agreed in zip(wanted, agree(wanted) if wanted else (), strict=True):
+                self.entry(parameter).agreed = agreed
+
     def input_scale(self, parameters: tuple[Parameter, ...], names: tuple[str, ...]) -> Tensor:
         """Calibrated scale [1] f32 of the input of a weight (merged siblings share theirs).
 
@@ -665,6 +713,8 @@ class WeightStore:
         with self._lock:
             entry = self.peek(parameter)
             if entry is None or entry.released or not entry.packs or entry.plain_readers or is_lent(parameter):
+                return 0
+            if shard_of(parameter) is not None:  # torch cannot trace a DTensor whose local values are gone
                 return 0
             self._check_fresh(entry, parameter)
             if not entry.packs:
@@ -800,8 +850,13 @@ def problem_of(parameter: Parameter, key: Key, n: int | None = None) -> Problem:
     return Problem(parse(key.spec), own if n is None else n, k, key.dtype)
 
 
-def quantize(parameter: Parameter, key: Key, name: str, rounding: Rounding = TO_NEAREST) -> Planes:
+def quantize(
+    parameter: Parameter, key: Key, name: str, rounding: Rounding = TO_NEAREST, largest: Tensor | None = None
+) -> Planes:
     """Row-form planes of a weight, on its own device, in chunks of rows; cast to the key's dtype first, as autocast does.
+
+    Args:
+        largest: the largest magnitude [1] of all ranks' parts of the weight, where their scale is of the whole tensor.
 
     Raises:
         WeightError: the weight has NaN or inf, is on the meta device, or is not floating point; nothing makes the scheme's planes.
@@ -813,7 +868,7 @@ def quantize(parameter: Parameter, key: Key, name: str, rounding: Rounding = TO_
         if not parameter.is_meta and parameter.dtype.is_floating_point:
             weight = (weight.t().contiguous() if key.transposed else weight).to(key.dtype)
         _check_values(parameter, weight, name, key)
-        return tuple(plane.contiguous() for plane in planes_of(weight, scheme, rounding))
+        return tuple(plane.contiguous() for plane in _planes_of(weight, scheme, rounding, None, largest))
 
 
 def pack_experts(
@@ -823,12 +878,14 @@ def pack_experts(
     size: tuple[int, int],
     layout: str = "",
     rounding: Rounding = TO_NEAREST,
+    largest: Tensor | None = None,
 ) -> Planes:
     """Planes [E, ...] of a block's weight, filled expert by expert: besides them one expert's share is held.
 
     Args:
         source: the weight [E, n, k] as stored, or planes of another ``layout``.
         size: n and k of an expert.
+        largest: [E]: see ``quantize``.
     """
     out: list[Tensor] = []
     layouts_ = moe_layouts()
@@ -836,7 +893,8 @@ def pack_experts(
         experts = source.shape[0] if isinstance(source, Tensor) else source[0].shape[0]
         for expert in range(experts):
             if isinstance(source, Tensor):
-                planes = _quantize_expert(source[expert], key, rounding, expert)
+                whole = None if largest is None else largest[expert]
+                planes = _quantize_expert(source[expert], key, rounding, expert, whole)
             else:
                 assert problem is not None
                 planes = layouts_[layout].unpack(tuple(plane[expert] for plane in source), problem, *size)
@@ -861,13 +919,24 @@ def quantize_expert(
         return _quantize_expert(stored, key, rounding, expert)
 
 
-def _quantize_expert(stored: Tensor, key: Key, rounding: Rounding, expert: int | None) -> Planes:
+def _quantize_expert(
+    stored: Tensor, key: Key, rounding: Rounding, expert: int | None, largest: Tensor | None = None
+) -> Planes:
     weight = stored.t() if key.transposed else stored
     if key.interleaved:
         weight = torch.cat((weight[0::2], weight[1::2]))
     weight = weight.to(key.dtype).contiguous()
     scheme = None if key.spec == NONE else parse(key.spec)
-    return (weight,) if scheme is None else planes_of(weight, scheme, rounding, expert)
+    return (weight,) if scheme is None else _planes_of(weight, scheme, rounding, expert, largest)
+
+
+def _planes_of(
+    weight: Tensor, scheme: Scheme, rounding: Rounding, expert: int | None = None, largest: Tensor | None = None
+) -> Planes:
+    """Row-form planes [n, k]; under the tensor scale of all ranks' parts, of which ``largest`` is the largest magnitude."""
+    if largest is None or rounding.planes is not None:
+        return planes_of(weight, scheme, rounding, expert)
+    return tuple(plane[:-1] for plane in planes_of(with_largest(weight, largest), scheme, rounding, expert))
 
 
 def _check_scheme(scheme: Scheme, name: str) -> None:

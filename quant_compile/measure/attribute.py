@@ -29,6 +29,7 @@ from quant_compile.measure.figures import drawable, figure_class
 from quant_compile.measure.outputs import Reference, checked, still
 from quant_compile.measure.simulate import Chosen, Simulation, Values, Watching
 from quant_compile.measure.weights import chosen_by
+from quant_compile.model.distributed import refuse_parts
 from quant_compile.model.follow import Meeting, run_batch
 from quant_compile.policy import Policy
 
@@ -190,6 +191,7 @@ def attribute(
     """
     if top is not None and top < 1:
         raise OptionError(f"top must be 1 or more, got {top}. Fix: leave it out to measure all weights.")
+    refuse_parts(model, "attribute")
     given = checked(batches)
     loaded = Policy.load(policy)
     running, values_of = (model, None) if reference is None else (reference, model)

@@ -31,6 +31,7 @@ from quant_compile.measure.comparison import Comparison, Row
 from quant_compile.measure.text import windows_for
 from quant_compile.measure.windows import Divergence, divergence, losses
 from quant_compile.model import offload
+from quant_compile.model.distributed import refuse_parts
 from quant_compile.model.places import parameters_of, unwrap
 from quant_compile.model.weights import linear_weights
 from quant_compile.policy import KEEP, Policy
@@ -168,6 +169,7 @@ def _check(model: Any) -> None:
             "the model is compiled or wrapped. Fix: quant_compile.uncompile(model), or give the model without its wrapper; "
             "a checkpoint that is quantized already must be loaded in 16 bits."
         )
+    refuse_parts(model, "compare")
     lent = set(map(id, offload.lent_parameters(model)))
     if any(parameter.is_meta and id(parameter) not in lent for parameter in model.parameters()):
         raise WeightError("the model is on the meta device and has no weights. Fix: load it first (from_pretrained).")

@@ -34,6 +34,7 @@ from quant_compile.measure.rules import Decided, rules_of, scheme_text, text_of
 from quant_compile.measure.sensitivity import KL, METHODS, measure
 from quant_compile.measure.simulate import Simulation, Values
 from quant_compile.measure.weights import all_weights
+from quant_compile.model.distributed import refuse_parts
 from quant_compile.model.places import parameters_of
 from quant_compile.policy import Policy
 
@@ -169,6 +170,7 @@ def search(
         MissingLibraryError: SciPy is not installed.
     """
     check_options(budget, sensitivity, m, points)
+    refuse_parts(model, "search")
     candidates = _candidates(schemes)
     given = checked(batches)
     file = Path(path)

@@ -17,7 +17,7 @@ from torch import nn
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.report import AttentionLine, Report, WeightLine
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, peek_anchor
+from quant_compile.lowering.identity import Anchor, anchor_of, identity_of, peek_anchor, shard_of
 from quant_compile.lowering.weights import STORE, Entry
 from quant_compile.model.names import Names, names_in
 from quant_compile.model.offload import adopt
@@ -159,8 +159,11 @@ class Ledger:
             name = known.full
             line = self._line(known, parameter, record, STORE.peek(parameter), weights.get(id(parameter)), session)
             seen = tuple(views.setdefault(view, len(views)) for view in (record.views if record is not None else ()))
-            shape, dtype = tuple(parameter.shape), dtype_name(parameter.dtype)
-            lines.append(replace(line, views=seen, shape=shape, dtype=dtype))
+            shape, dtype, shard = tuple(parameter.shape), dtype_name(parameter.dtype), shard_of(parameter)
+            line = replace(line, views=seen, shape=shape, dtype=dtype)
+            if shard is not None:
+                line = replace(line, shard=shard.placements, copies=shard.copies)
+            lines.append(line)
             if record is not None and not line.named:
                 misses += [(name[0], reason) for reason in record.misses]
         notes = [

@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from quant_compile.lowering.identity import local_of
 from quant_compile.model.places import Place, by_parameter, parameters_of, unwrap
 from quant_compile.model.weights import describe, output_embeddings, rule_names
 
@@ -67,7 +68,7 @@ class Owners:
     @staticmethod
     def of(parameters: Iterable[nn.Parameter]) -> Owners:
         """Find them; those that no model is found for have no names."""
-        parameters, beside = list(parameters), list[nn.Module]()
+        parameters, beside = list(map(local_of, parameters)), list[nn.Module]()
         found = {identity: unwrap(model) for identity, model in _find(set(map(id, parameters)), beside).items()}
         models = tuple({id(model): model for p in parameters if (model := found.get(id(p))) is not None}.values())
         tables = {id(model): names_in(model) for model in models}
@@ -77,7 +78,7 @@ class Owners:
 
     def names(self, parameter: nn.Parameter) -> Names | None:
         """Its names there."""
-        return self._names.get(id(parameter))
+        return self._names.get(id(local_of(parameter)))
 
 
 _TORCH = str(Path(torch.__file__).parent)

@@ -15,6 +15,8 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from quant_compile.lowering.identity import local_of
+
 # Attributes that torch's wrappers keep what they wrap in; no model uses these names for itself.
 RESERVED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Wrappers whose attribute has an ordinary name: package, class (or a base of it), attribute.
@@ -49,7 +51,7 @@ class Place:
             PEFT's trained copy of a module (``modules_to_save``) that module's name.
         module: that holds it.
         attribute: its name there.
-        parameter: the Parameter.
+        parameter: the Parameter; of one that is distributed this rank's part.
         role: ``LoRA adapter`` or the like; empty for a weight of the model.
         tuners: PEFT's layers around it, which may merge adapters into it; the outermost first.
         owner: the parametrized module, where ``module`` is only what a parametrization keeps.
@@ -230,7 +232,8 @@ def _own(at: _At, module: nn.Module) -> Iterator[Place]:
             name, raw = _joined(at.name, attribute), _joined(at.raw, attribute)
             original = isinstance(module, ParametrizationList) and attribute.startswith("original")
             alias = at.alias if original else _joined(at.alias, attribute)
-            yield Place(name, raw, alias, module, attribute, parameter, role, at.tuners, at.owner if original else None)
+            own = local_of(parameter)
+            yield Place(name, raw, alias, module, attribute, own, role, at.tuners, at.owner if original else None)
 
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))
@@ -252,7 +255,7 @@ def _hidden(
             for below, part in _walk(value, at, ()):
                 yield from _own(below, part)
     elif isinstance(value, nn.Parameter):
-        yield Place(at.name, at.raw, at.alias, module, attribute, value, at.role, at.tuners)
+        yield Place(at.name, at.raw, at.alias, module, attribute, local_of(value), at.role, at.tuners)
     elif attribute.count(".") < 3:
         for key, item in _items(value):
             step = replace(at, name=_joined(at.name, key), raw=_joined(at.raw, key), alias=_joined(at.alias, key))

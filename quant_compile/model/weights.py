@@ -1,6 +1,7 @@
 """The weights of a model that linears multiply by, found by module without tracing, with every name each of them has.
 
-Works on any device, meta too: only names, shapes and dtypes are read.
+Works on any device, meta too: only names, shapes and dtypes are read. Of a weight that ranks have in parts the Parameter is this
+rank's, and the sizes in its site are those of the whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from quant_compile.ir.numerics import dtype_name
+from quant_compile.lowering.shards import whole_shape
 from quant_compile.model.places import Place, by_parameter, unwrap
 from quant_compile.rules import SiteInfo
 
@@ -64,7 +66,7 @@ def possible_weights(model: nn.Module) -> list[Weight]:
             continue
         if any(_reader(p.module, p.attribute) is not None for p in held):
             continue
-        n, k = parameter.shape[-2:]
+        n, k = whole_shape(parameter)[-2:]
         linear = SiteInfo(rule_names(held), "linear", place.module_class, n, k)
         site = linear if parameter.dim() == 2 else expert_site(rule_names(held), place.module_class, parameter)
         out.append(Weight(replace(site, role=place.role), parameter, False, False))
@@ -76,7 +78,7 @@ def expert_site(
 ) -> SiteInfo:
     """What rules see of one weight [E, n, k] of an expert block (``transposed``: stored [E, k, n])."""
     names = tuple(names)
-    n, k = parameter.shape[-2:]
+    n, k = whole_shape(parameter)[-2:]
     sizes = (k, n) if transposed else (n, k)
     blocks = tuple(dict.fromkeys(filter(None, (name.rpartition(".")[0] for name in names))))
     return SiteInfo(names, "moe", module_class, *sizes, blocks=blocks)
@@ -110,7 +112,7 @@ def _weight(held: list[Place], heads: frozenset[int]) -> Weight | None:
         return None
     (kind, transposed), place = roles[0]
     parameter, names = place.parameter, rule_names(held)
-    n, k = parameter.shape[-2:]
+    n, k = whole_shape(parameter)[-2:]
     if transposed:
         n, k = k, n
     if kind == "moe":

@@ -33,7 +33,9 @@ from quant_compile.ir.graph import (
     slots_of,
 )
 from quant_compile.ir.inline import inline
-from quant_compile.lowering.identity import identity_of, peek_anchor
+from quant_compile.ir.shards import localize
+from quant_compile.lowering.identity import identity_of, local_of, peek_anchor
+from quant_compile.lowering.shards import shares_scale
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.model.ledger import Sessions
@@ -49,6 +51,28 @@ from quant_compile.runtime.profiling import unprofiled
 from quant_compile.runtime.record import claim_weights, record, refuse_released, release_packed
 from quant_compile.runtime.variant import Compile, Variant, Variants
 from quant_compile.runtime.watch import Lendings, Looks, Pick, Watched, picker
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """Arguments of a call, and behind them this rank's local tensor of each distributed weight.
+
+    Attributes:
+        positions: of a distributed weight among the arguments -> of its local tensor behind them.
+    """
+
+    positions: Mapping[int, int]
+
+    @staticmethod
+    def of(inputs: Sequence[Any]) -> Whole:
+        """For a graph with these example inputs."""
+        held = [i for i, value in enumerate(inputs) if isinstance(value, Parameter) and local_of(value) is not value]
+        return Whole({position: len(inputs) + i for i, position in enumerate(held)})
+
+    def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """All of them."""
+        args = tuple(args)
+        return args + tuple(local_of(args[i]) for i in self.positions) if self.positions else args
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,17 +108,30 @@ class GraphRunner:
     ) -> None:
         self.source, self.options, self._target = source, options, target
         self.pristine = inline(copy_graph(gm))
-        self._parameters = {i: value for i, value in enumerate(inputs) if isinstance(value, Parameter)}
+        self._whole = Whole.of(inputs)
+        own, inputs = inputs, self._whole(inputs)
+        localize(self.pristine, self._whole.positions)
+        local = self._whole.positions.values()
+        self._parameters = {i: v for i, v in enumerate(inputs) if i in local or isinstance(v, Parameter)}
         self._slots = tuple(self._parameters)
         self._pick = picker(self._slots)
         verdicts = Verdicts()
         self.found = Found.of(self.pristine, self._parameters, verdicts)
         self._decider = Decider(self.found, source, options, choosers, target)
-        self._slices = multiplied_slices(self.pristine, inputs)
+        self._slices = multiplied_slices(self.pristine, own)
         self._noted = set[int]()
-        self._note_slices(inputs)
+        self._note_slices(own)
         self._variants = Variants(
-            self.pristine, self.found, inputs, source, options, compile_graph, choosers, target, verdicts
+            self.pristine,
+            self.found,
+            inputs,
+            self._parameters,
+            source,
+            options,
+            compile_graph,
+            choosers,
+            target,
+            verdicts,
         )
         self._lock = threading.RLock()
         self._looks: Looks | None = None  # chosen at the first call, so that all bindings have one kind of key
@@ -120,12 +157,13 @@ class GraphRunner:
         binding = self.bound(args)
         if binding is None:
             with unprofiled():  # binding, and what the graph's first call sets up
+                args = self._whole(args)
                 return self.bind(self._pick(args)).run(args)
-        return binding.run(args)
+        return binding.run(self._whole(args))
 
     def bound(self, args: tuple[Any, ...]) -> Binding | None:
         """What a call with these arguments would run; None if it had to be bound anew."""
-        parameters = self._pick(args)
+        parameters = self._pick(self._whole(args))
         if self._slices:
             self._note_slices(args)
         self.source.reload_if_changed()
@@ -179,6 +217,8 @@ class GraphRunner:
             merges = Merges.of(values)
             refuse_released(parameters, variant)
             started, before = time.perf_counter(), STORE.packed
+            if self._whole.positions:
+                STORE.agree(self._distributed(parameters, decisions))
             planes = self._planes(variant, parameters, decisions)
             if before != STORE.packed:
                 add_time(session, "packing", time.perf_counter() - started)
@@ -215,6 +255,14 @@ class GraphRunner:
         if keeper is not None:
             sites = sites_of(self.found, parameters, decisions, variant)
             keeper.keep(self.source.policy, self._target, sites, sessions)
+
+    def _distributed(
+        self, parameters: Mapping[int, Parameter], decisions: Mapping[str, SiteDecision]
+    ) -> list[tuple[str, Parameter]]:
+        """Weights that ranks have in parts and whose scales are of all parts; the guard's answer, which ranks measure, is not asked."""
+        found = [(decision, parameters[slot]) for slot, decision in self.found.decided(decisions)]
+        asked = [(d.name, p) for d, p in found if d.asked is not None and shares_scale(p, d.asked)]
+        return list({id(p): (name, p) for name, p in asked}.values())
 
     def _planes(
         self,

@@ -31,6 +31,7 @@ from quant_compile.ir.transforms import transformed
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, fallback_of
+from quant_compile.lowering.shards import refusal, whole_shape
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.ledger import LEDGER, Session, Sessions
@@ -178,13 +179,12 @@ class Decider:
                 known.rules if known else tuple(name.removesuffix(".weight") for name in full),
                 "linear",
                 known.module_class if known else site.module_class,
-                site.n,
-                site.k,
+                *_whole_sizes(site, parameter),
                 known.is_output_embedding if known else False,
                 role=self._role(site.slot, known),
             )
             decision = self._served(policy.decide(info), partial(_linear_problem, site))
-            decision = self._in_range(decision, parameter, full[0])
+            decision = self._in_range(_uncut(decision, parameter, site.transposed), parameter, full[0])
             decisions[site.node.name] = SiteDecision(decision.scheme, decision.reason, full[0], decision.refused)
             self._prepare(parameter, full, decision.scheme)
         for block in self.found.blocks:
@@ -304,7 +304,8 @@ class Decider:
         info = expert_site(
             known.rules if known else full, known.module_class if known else module_class, parameter, transposed
         )
-        decision = self._in_range(self._served(self.source.policy.decide(info), problem), parameter, full[0])
+        decision = _uncut(self._served(self.source.policy.decide(info), problem), parameter, transposed)
+        decision = self._in_range(decision, parameter, full[0])
         self._prepare(parameter, full, decision.scheme)
         return SiteDecision(decision.scheme, decision.reason, full[0], decision.refused)
 
@@ -405,6 +406,20 @@ def multiplied_slices(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[int, .
     }
     reads = account(gm, views, (), ()) if views else ()
     return tuple(dict.fromkeys(read.slot for read in reads if read.use.multiplies))
+
+
+def _whole_sizes(site: LinearSite, parameter: Parameter) -> tuple[int, int]:
+    """n and k as rules see them: of a weight that ranks have in parts those of the whole, the same on each."""
+    shape = whole_shape(parameter)
+    if site.view or shape == tuple(parameter.shape) or len(shape) != 2:
+        return site.n, site.k
+    return (shape[1], shape[0]) if site.transposed else (shape[0], shape[1])
+
+
+def _uncut(decision: Decision, parameter: Parameter, transposed: bool) -> Decision:
+    """The decision, or why the parts that ranks have of the weight cannot have its scheme."""
+    refused = None if decision.scheme is None else refusal(parameter, decision.scheme, transposed)
+    return decision if refused is None else replace(decision, scheme=None, reason=refused.reason, refused=True)
 
 
 def _linear_problem(site: LinearSite, scheme: Scheme) -> Problem:

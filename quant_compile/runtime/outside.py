@@ -23,6 +23,7 @@ from torch._dynamo import eval_frame
 from torch._dynamo import utils as dynamo
 from torch.nn import functional
 
+from quant_compile.lowering.identity import local_of
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.names import names_in
 from quant_compile.model.weights import linear_weights, possible_weights
@@ -120,7 +121,7 @@ class Outside:
         weights = {id(w.parameter): w for w in [*possible_weights(model), *linear_weights(model)]}
         against, names = dict[str, None](), names_in(model)
         for found in ran:
-            for parameter in _read_by(found):
+            for parameter in map(local_of, _read_by(found)):
                 weight = weights.get(id(parameter))
                 if weight is None or weight.in_embedding:
                     continue

@@ -57,6 +57,7 @@ class Variants:
         pristine: fx.GraphModule,
         found: Found,
         inputs: Sequence[Any],
+        parameters: Mapping[int, Parameter],
         source: PolicySource,
         options: Options,
         compile_graph: Compile,
@@ -69,7 +70,7 @@ class Variants:
         self._compile, self._choosers, self._verdicts = compile_graph, choosers, verdicts
         # Dynamo passes Python floats as 0-d tensors whose value only the real tensor still has when it is traced again.
         self._scalars = {i: value for i, value in enumerate(inputs) if _is_scalar(value)}
-        self._shape_only = {i: _Shaped(value) for i, value in enumerate(inputs) if isinstance(value, Parameter)}
+        self._shape_only = {i: _Shaped(value) for i, value in parameters.items()}
         self._guards = 0
         self._made: dict[Any, Variant] = {}
 

@@ -1,0 +1,128 @@
+"""Models of transformers that two ranks have in parts: quantized as one process would, each rank its own part.
+
+One world of two processes serves all tests. Inductor is left out, as in most tests of run-time behaviour, but for the slow one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import checks
+from tests.distributed.world import World
+
+TP = {"tp_plan": "auto"}
+EP = {"tp_plan": "auto", "ep_size": 2}
+# Of logits in f32: the ranks add the same numbers as one process does, in another order at most. A code that falls on the other side
+# of a step would show as 1e-3 or more.
+CLOSE = 1e-5
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def check(found: list[checks.Compared]) -> None:
+    """What holds of every model under every scheme; see the issue of tensor parallelism for each."""
+    for rank in found:
+        assert rank.coverage == 1.0, rank.skips
+        assert rank.parts < CLOSE
+        assert rank.same
+        assert (
+            rank.whole < 1.2 * rank.error
+        )  # rowwise inputs have scales of their own on each rank: other codes, no worse ones
+        assert rank.total.coverage == 1.0
+        assert rank.total.bytes_total == rank.one.bytes_total
+        assert {line.names for line in rank.total.lines} == {line.names for line in rank.one.lines}
+        assert {(line.names, line.scheme) for line in rank.total.lines} == {
+            (line.names, line.scheme) for line in rank.one.lines
+        }
+    assert found[0].total == found[1].total
+
+
+def test_llama(world: World, folder: Path) -> None:
+    found = world.run(checks.compare, checks.make("llama", folder), "FP8_DYNAMIC", TP)
+    check(found)
+    assert sum(rank.bytes_before for rank in found) > found[0].total.bytes_total  # norms are whole on both
+
+
+def test_a_damaged_part_shows(world: World, folder: Path) -> None:
+    found = world.run(checks.compare, checks.make("llama", folder), "FP8_DYNAMIC", TP, DOWN)
+    with pytest.raises(AssertionError):
+        check(found)
+    assert all(rank.parts > 100 * CLOSE for rank in found)
+
+
+def test_tensor_parallel_experts(world: World, folder: Path) -> None:
+    check(world.run(checks.compare, checks.make("qwen3_moe", folder), "FP8_DYNAMIC", TP))
+
+
+def test_expert_parallel_with_biases(world: World, folder: Path) -> None:
+    check(world.run(checks.compare, checks.make("gpt_oss", folder), "FP8_DYNAMIC", EP))
+
+
+def test_latent_attention_and_shared_experts(world: World, folder: Path) -> None:
+    check(world.run(checks.compare, checks.make("deepseek_v3", folder), "FP8_DYNAMIC", TP))
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(world: World, folder: Path) -> None:
+    check(world.run(checks.compare, checks.make("one_layer", folder), "W8A16", TP, "", True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["W8A8", "W8A16", "NVFP4", checks.TENSOR, checks.GROUP32], ids=str)
+@pytest.mark.parametrize(("family", "plan"), [("llama", TP), ("tied", TP), ("qwen3_moe", TP), ("qwen3_moe", EP)])
+def test_every_scheme(world: World, folder: Path, family: str, plan: dict[str, Any], policy: Any) -> None:
+    check(world.run(checks.compare, checks.make(family, folder), policy, plan))
+
+
+@pytest.mark.parametrize("policy", ["NVFP4", checks.TENSOR, checks.GROUP32], ids=["nvfp4", "tensor", "group32"])
+def test_codes_are_those_of_the_whole_weight(world: World, folder: Path, policy: Any) -> None:
+    assert world.run(checks.codes, checks.make("llama", folder), policy) == [[], []]
+
+
+def test_codes_of_channels(world: World, folder: Path) -> None:
+    """Rows are whole under a colwise cut; a rowwise one gives each rank scales of its own."""
+    for wrong in world.run(checks.codes, checks.make("llama", folder), "FP8_DYNAMIC"):
+        names = {name.rpartition(".")[2] for name, _ in wrong}
+        assert names == {"o_proj", "down_proj"}
+
+
+def test_from_compile_to_uncompile(world: World, folder: Path) -> None:
+    first, second = world.run(checks.lifecycle, checks.make("one_layer", folder))
+    assert first == second
+    assert first["generated"] == first["alone"]
+    assert first["coverage"] == 1.0
+    assert first["again"] and not first["edited"]
+    for said in (first["release_weights"], first["release"]):
+        assert "cannot be released" in said
+    assert first["untouched"] == (True, {"Tensor", "Parameter"})
+
+
+def test_refusals(world: World, folder: Path) -> None:
+    for rank in world.run(checks.refusals, checks.make("one_layer", folder), folder):
+        assert rank["kept"] == {"model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"}
+        assert any("k_local=64 of k=128" in reason and "group" in reason for _, reason in rank["cut"])
+        assert "needs whole weights" in rank["save"] and "Shard(dim=0) over 2 ranks" in rank["save"]
+        assert "needs whole weights" in rank["calibrate"]
+        assert "model.layers.0.mlp.up_proj" in rank["nan"] and "NaN" in rank["nan"]
+        assert "FSDP2" in rank["fsdp"]
+
+
+def test_products_of_dtensors_stay(world: World) -> None:
+    for rank in world.run(checks.by_torch, "W8A16"):
+        assert rank["error"] < 1e-6
+        assert len(rank["skips"]) >= 2 and all("DTensor" in reason for _, reason in rank["skips"])
