@@ -21,6 +21,8 @@ from quant_compile.ir.scheme import parse
 from quant_compile.lowering.rounding.gptq import gptq
 from quant_compile.lowering.rounding.recipe import plane_key
 from quant_compile.lowering.weights import STORE
+from quant_compile.measure.simulate import Simulation
+from quant_compile.measure.weights import chosen_by
 from quant_compile.rounded import FEWER
 from tests.moe_support import FAMILIES
 from tests.runtime_support import CompileCounter, Stack, plain_inductor
@@ -176,6 +178,23 @@ def test_experts(implementation: str, plain_inductor: CompileCounter) -> None:
     assert ours.norm() < nearest.norm()
     reasons = [line.reason for line in quant_compile.report(model).lines if "experts" in line.names[0]]
     assert all("gptq" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("method", ["search", "gptq", "awq"])
+def test_experts_whose_gates_and_ups_alternate(method: str, plain_inductor: CompileCounter) -> None:
+    """GPT-OSS: planes are of the rows as the model has them, and graphs read all gates first."""
+    model = FAMILIES["gpt_oss"].make("eager")
+    ids = torch.randint(0, model.config.vocab_size, (16, 60), generator=torch.Generator().manual_seed(2))
+    batch = {"input_ids": ids, "use_cache": False}
+    policy = quant_compile.calibrate(model, [batch], {"default": "int4.group16+16", "method": method}, progress=False)
+    plain = model(**batch).logits
+    with Simulation(chosen_by(policy, model)):
+        simulated = model(**batch).logits
+    model.set_experts_implementation("grouped_mm")
+    quant_compile.compile(model, policy=policy, **REFERENCE)
+    ours = model(**batch).logits
+    assert quant_compile.report(model).coverage == 1.0
+    assert (ours - simulated).norm() < 0.05 * (simulated - plain).norm()
 
 
 def test_an_expert_that_met_few_tokens() -> None:

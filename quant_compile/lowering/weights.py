@@ -923,11 +923,21 @@ def _quantize_expert(
     stored: Tensor, key: Key, rounding: Rounding, expert: int | None, largest: Tensor | None = None
 ) -> Planes:
     weight = stored.t() if key.transposed else stored
-    if key.interleaved:
-        weight = torch.cat((weight[0::2], weight[1::2]))
-    weight = weight.to(key.dtype).contiguous()
     scheme = None if key.spec == NONE else parse(key.spec)
-    return (weight,) if scheme is None else _planes_of(weight, scheme, rounding, expert, largest)
+    if key.interleaved and rounding.planes is None:
+        weight = _gates_first(weight)
+    weight = weight.to(key.dtype).contiguous()
+    if scheme is None:
+        return (weight,)
+    planes = _planes_of(weight, scheme, rounding, expert, largest)
+    if key.interleaved and rounding.planes is not None:  # which are of the rows as the model has them
+        planes = tuple(map(_gates_first, planes))
+    return planes
+
+
+def _gates_first(rows: Tensor) -> Tensor:
+    """Rows of gate and up that alternate, all gates first; a plane of one row is the same for all."""
+    return torch.cat((rows[0::2], rows[1::2]))
 
 
 def _planes_of(
