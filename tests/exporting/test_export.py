@@ -90,7 +90,9 @@ def test_a_program_holds_planes_under_the_names_of_the_weights() -> None:
     assert not any(value.requires_grad for value in held.values())
 
 
-@pytest.mark.parametrize("policy", ["W8A16", "W4A16", "FP8_DYNAMIC", "W8A8"])
+@pytest.mark.parametrize(
+    "policy", ["W8A16", "FP8_DYNAMIC", *(pytest.param(p, marks=pytest.mark.slow) for p in ("W4A16", "W8A8"))]
+)
 def test_programs_compute_what_their_codes_say_for_every_number_of_tokens(policy: str) -> None:
     """33 rows and more have another kernel than 32 under W8A16; one program has both."""
     run = exported(policy).program.module()
