@@ -295,7 +295,13 @@ def scheme_of(case: Case) -> Scheme:
     return scheme
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Decoders of two kinds, an encoder, and one with both; the others are much like them.
+QUICK = ("llama3", "gpt2", "gemma3", "bert", "whisper")
+
+
+@pytest.fixture(
+    scope="module", params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def outcome(request: pytest.FixtureRequest) -> Iterator[Outcome]:
     """Compile a family once, for all of the tests below."""
     case = CASES[request.param]

@@ -97,6 +97,7 @@ def test_e4m3_by_bits_is_e4m3() -> None:
     assert torch.equal(values.nan_to_num(7.5), truth.nan_to_num(7.5))
 
 
+@pytest.mark.slow
 def test_a_gpu_without_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an A100 would run: the same tokens."""
     model, inputs = seeded(DECODERS["llama3"]), prompt(2, 7)
