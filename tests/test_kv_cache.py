@@ -180,6 +180,7 @@ def test_rules_name_layers() -> None:
     assert out.past_key_values.layers[0].keys.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_beams_sampling_and_a_conversation() -> None:
     model, inputs = seeded(DECODERS["llama3"]), prompt(2, 7, padded=True)
     calls: list[dict[str, Any]] = [{"num_beams": 3}, {"do_sample": True, "top_k": 5}]
