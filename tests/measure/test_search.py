@@ -196,7 +196,7 @@ def test_the_front_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", without)
-        with pytest.raises(quant_compile.QuantError, match=r"pip install matplotlib, or a path that ends in \.html"):
+        with pytest.raises(quant_compile.QuantError, match=r"quant-compile\[plot\]\"?, or a path that ends in \.html"):
             found.plot(tmp_path / "a.png")
     pytest.importorskip("matplotlib")
     assert found.plot(tmp_path / "a.png").stat().st_size > 1000
