@@ -45,6 +45,7 @@ QUICK: Mapping[str, int | Sequence[str]] = {
     "ir/test_experts.py::test_the_replaced_graph_is_the_model": 8,
     "test_kv_cache.py::test_compiled_generate_is_the_eager_cache": 1,
     "test_kv_cache.py::test_encoder_decoders_keep_their_own_tokens_in_codes": 1,
+    "test_latent.py::test_decode_absorbs_and_is_eager": 2,
     "test_routers.py::test_routers_of_families": 16,
     "checkpoints/test_adopted_modules.py::test_fp8_experts_run_on_their_own_codes": 2,
     "test_gguf_models.py::test_a_compiled_model_lives_on_its_blocks": 1,
