@@ -197,6 +197,38 @@ def test_experts_whose_gates_and_ups_alternate(method: str, plain_inductor: Comp
     assert (ours - simulated).norm() < 0.05 * (simulated - plain).norm()
 
 
+@pytest.mark.parametrize("stored", ["16 bits", "MXFP4A16"])
+def test_a_checkpoint_of_alternating_gates_takes_its_planes(
+    stored: str, tmp_path: Path, plain_inductor: CompileCounter
+) -> None:
+    """GPT-OSS from its own values, and from codes whose values a policy quantizes again: as the model itself under the policy."""
+    model = FAMILIES["gpt_oss"].make("grouped_mm")
+    ids = torch.randint(0, model.config.vocab_size, (16, 60), generator=torch.Generator().manual_seed(2))
+    batch = {"input_ids": ids, "use_cache": False}
+    if stored == "16 bits":
+        model.save_pretrained(tmp_path / "model")
+    else:
+        coded = copy.deepcopy(model)
+        quant_compile.compile(
+            coded, policy={"default": "keep", "rules": [{"match": "*experts*", "scheme": stored}]}, **REFERENCE
+        )
+        coded(**batch)
+        quant_compile.save(coded, tmp_path / "model")
+        plain = quant_compile.load(
+            tmp_path / "model", {"default": "keep", "requantize": True}, device="cpu", **REFERENCE
+        )
+        model.load_state_dict(plain.state_dict())
+    rule = {"match": "*experts*", "scheme": "int4.group16+16", "requantize": True}
+    policy = {"default": "keep", "rules": [rule], "method": "gptq"}
+    made = quant_compile.calibrate(model, [batch], policy, progress=False)
+    loaded = quant_compile.load(tmp_path / "model", made, device="cpu", dtype=torch.float32, **REFERENCE)
+    loaded.set_experts_implementation("grouped_mm")
+    quant_compile.compile(model, policy=made, **REFERENCE)
+    wanted = model(**batch).logits
+    assert quant_compile.report(model).coverage == 1.0
+    assert (loaded(**batch).logits - wanted).norm() < 1e-5 * wanted.norm()
+
+
 def test_an_expert_that_met_few_tokens() -> None:
     model = FAMILIES["mixtral"].make("eager")
     ids = torch.randint(0, model.config.vocab_size, (1, 8))

@@ -24,7 +24,7 @@ from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Rea
 from quant_compile.checkpoints.wishes import Again, Wishes
 from quant_compile.ir.errors import RangeError
 from quant_compile.ir.family import Planes, family_of
-from quant_compile.ir.moe import NONE, may_differ
+from quant_compile.ir.moe import NONE, gates_first, may_differ
 from quant_compile.ir.numerics import all_finite, dtype_name
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.rounding.recipe import TO_NEAREST, Rounding
@@ -342,7 +342,7 @@ class Filler:
             return f"gate has {rows} rows, which is no multiple of the {block} that share a scale"
         planes = tuple(torch.cat(same) for same in zip(*(part.planes for part in parts), strict=True))
         if job.interleaved:
-            planes = tuple(torch.cat((plane[0::2], plane[1::2])) for plane in planes)
+            planes = tuple(map(gates_first, planes))
         scales = [part.input_scale for part in parts if part.input_scale is not None]
         scale = torch.stack(scales).amax(0) if scales else None
         return replace(parts[0], planes=planes, n=sum(part.n for part in parts), input_scale=scale)
@@ -379,7 +379,7 @@ class Filler:
     ) -> Outcome:
         """Quantize values of experts; ``dtype`` as in ``read``."""
         key = Key(scheme.spec, "experts", job.transposed, self.dtype, job.alternates)
-        plain = key._replace(transposed=False, interleaved=False)
+        plain = key._replace(transposed=False)
         self._check_experts(job, dry)
         count = range(len(job.stems))
         name, rounding = job.slot.name, self.wishes.rounding(job.slot)
@@ -394,8 +394,6 @@ class Filler:
         out = torch.empty(job.slot.tensor.shape, dtype=self.dtype, device=self.device)
         for expert in range(len(job.stems)):
             values = self._values(job, expert, dtype)
-            if job.alternates:
-                values = torch.stack(values.chunk(2), 1).flatten(0, 1)
             out[expert].copy_(values.t() if job.transposed else values)
         place(job.slot, out)
 
@@ -410,13 +408,11 @@ class Filler:
         return values if found.factor is None else values * found.factor.float()
 
     def _values(self, job: Experts, expert: int, dtype: torch.dtype | None = None) -> Tensor:
-        """[n, k] of an expert in the model's dtype, gate rows before up rows; its factors are multiplied in."""
+        """[n, k] of an expert in the model's dtype, rows as the model has them; its factors are multiplied in."""
         whole = torch.cat([self._exact(stem, dtype) for stem in job.stems[expert]])
-        if job.interleaved:
-            whole = torch.cat((whole[0::2], whole[1::2]))
-        whole = whole.to(self.dtype)
+        whole = (gates_first(whole) if job.interleaved else whole).to(self.dtype)
         _finite(whole, f"{self.files.folder}: {job.stems[expert][0].name}")
-        return whole
+        return torch.stack(whole.chunk(2), 1).flatten(0, 1) if job.alternates else whole
 
     def _adopt_experts(
         self, slot: Slot, key: Key, parts: Any, scheme: Scheme, text: str, dry: bool, rounding: Rounding = TO_NEAREST

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from quant_compile.ir.dispatch import around_block
 from quant_compile.ir.family import Reject
-from quant_compile.ir.moe import UNGATED, Activation
+from quant_compile.ir.moe import UNGATED, Activation, gates_first
 from quant_compile.ir.probe import Probe, ProbeError, RankOne, name_of, number_of, run_region, value_of
 from quant_compile.ir.products import PRODUCTS
 from quant_compile.ir.sites import Weighted, weighted
@@ -592,7 +592,7 @@ def _formula(
     hidden = up[0].times(x.repeat_interleave(ids.shape[1], 0), flat)
     hidden = hidden if up[1] is None else hidden + up[1][flat]
     if interleaved:
-        hidden = torch.cat((hidden[:, 0::2], hidden[:, 1::2]), -1)
+        hidden = gates_first(hidden, 1)
     out = down[0].times(activation(hidden), flat)
     out = out if down[1] is None else out + down[1][flat]
     out = out if weights is None else out * weights.reshape(-1, 1)

@@ -95,6 +95,12 @@ def parse_spec(spec: str) -> tuple[Scheme, Scheme]:
     return parse(first), parse(second or first)
 
 
+def gates_first(rows: Tensor, dim: int = 0) -> Tensor:
+    """Rows of gate and up that alternate along ``dim`` (from 0), all gates before all ups; one row stays one."""
+    before = (slice(None),) * dim
+    return torch.cat((rows[(*before, slice(0, None, 2))], rows[(*before, slice(1, None, 2))]), dim)
+
+
 def may_differ(first: Scheme, second: Scheme) -> bool:
     """Whether a block may have them as its two weights: one scheme, or two GGUF types, which change nothing but how rows are decoded."""
     return first == second or first.weights.type == second.weights.type == GGUF

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from quant_compile.ir.errors import MissingScalesError, RangeError, ReleasedWeightError, StaleWeightError, WeightError
 from quant_compile.ir.family import Planes, Reject, family_of
-from quant_compile.ir.moe import NONE, MoeProblem
+from quant_compile.ir.moe import NONE, MoeProblem, gates_first
 from quant_compile.ir.numerics import all_finite, checksum
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.identity import (
@@ -925,19 +925,14 @@ def _quantize_expert(
     weight = stored.t() if key.transposed else stored
     scheme = None if key.spec == NONE else parse(key.spec)
     if key.interleaved and rounding.planes is None:
-        weight = _gates_first(weight)
+        weight = gates_first(weight)
     weight = weight.to(key.dtype).contiguous()
     if scheme is None:
         return (weight,)
     planes = _planes_of(weight, scheme, rounding, expert, largest)
     if key.interleaved and rounding.planes is not None:  # which are of the rows as the model has them
-        planes = tuple(map(_gates_first, planes))
+        planes = tuple(map(gates_first, planes))
     return planes
-
-
-def _gates_first(rows: Tensor) -> Tensor:
-    """Rows of gate and up that alternate, all gates first; a plane of one row is the same for all."""
-    return torch.cat((rows[0::2], rows[1::2]))
 
 
 def _planes_of(
