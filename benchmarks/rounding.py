@@ -88,13 +88,14 @@ def logits_of(model: Any, window: Tensor) -> Tensor:
     return model(input_ids=window[None, :-1], use_cache=False).logits[0]
 
 
-def setting(name: str, device: torch.device, count: int) -> Setting:
-    """Load the model and its logits."""
+def setting(name: str, device: torch.device, count: int, dtype: torch.dtype | None = None) -> Setting:
+    """Load the model, in its own dtype if there is no other, and its logits."""
     lm = demo.load(name, device=device)
+    model = lm.model if dtype is None else lm.model.to(dtype)
     windows = windows_of(lm.heldout, LENGTH, count)
-    reference = [logits_of(lm.model, window) for window in windows]
+    reference = [logits_of(model, window) for window in windows]
     loss = statistics.fmean(float(losses(logits, w[1:]).mean()) for logits, w in zip(reference, windows, strict=True))
-    return Setting(name, lm.model, windows, reference, loss, trained_on(device))
+    return Setting(name, model, windows, reference, loss, trained_on(device))
 
 
 def trained_on(device: torch.device) -> Tensor:
@@ -116,11 +117,15 @@ def batches_of(ids: Tensor, seed: int, count: int) -> list[Tensor]:
 
 def evaluate(at: Setting, policy: Policy) -> tuple[float, float]:
     """(extra perplexity, KL)."""
-    chosen = chosen_by(policy, at.model)
-    values, kl, loss = Values(kept_bytes=1 << 34), list[float](), list[float]()
-    for window, reference in zip(at.windows, at.reference, strict=True):
-        with torch.inference_mode(), Simulation(chosen, values):
-            logits = logits_of(at.model, window)
+    with torch.inference_mode(), Simulation(chosen_by(policy, at.model), Values(kept_bytes=1 << 34)):
+        found = [logits_of(at.model, window) for window in at.windows]
+    return judged(at, found)
+
+
+def judged(at: Setting, found: Iterable[Tensor]) -> tuple[float, float]:
+    """(extra perplexity, KL) of logits, one for each window."""
+    kl, loss = list[float](), list[float]()
+    for logits, window, reference in zip(found, at.windows, at.reference, strict=True):
         loss.append(float(losses(logits, window[1:]).mean()))
         kl.append(float(divergence(logits, reference).kl.mean()))
     return math.expm1(statistics.fmean(loss) - at.loss), statistics.fmean(kl)

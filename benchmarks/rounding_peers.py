@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,16 +23,14 @@ from typing import Any
 
 import torch
 from common import RESULTS, machine, source_hash, table, write_result
-from rounding import CALIBRATION, LENGTH, WINDOWS, Setting, batches_of, logits_of, trained_on
+from rounding import CALIBRATION, LENGTH, WINDOWS, Setting, batches_of, judged, logits_of, setting
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import quant_compile
 from quant_compile import demo
 from quant_compile.lowering.rounding.recipe import METHODS
 from quant_compile.measure.simulate import Simulation, Values
 from quant_compile.measure.weights import chosen_by
-from quant_compile.measure.windows import divergence, losses, windows_of
 from quant_compile.policy import Policy
 
 PEERS = {"llm-compressor": ("rtn", "gptq", "awq"), "modelopt": ("rtn", "awq"), "auto-round": ("rtn", "light")}
@@ -65,24 +61,6 @@ class Row:
     versions: dict[str, str] | None = None
     reason: str | None = None
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d", time.gmtime()))
-
-
-def setting() -> Setting:
-    """The bundled dense model in f32, its held-out windows and logits."""
-    lm = demo.load("dense")
-    model = lm.model.float()
-    windows = windows_of(lm.heldout, LENGTH, WINDOWS)
-    reference = [logits_of(model, window) for window in windows]
-    loss = statistics.fmean(float(losses(logits, w[1:]).mean()) for logits, w in zip(reference, windows, strict=True))
-    return Setting("dense", model, windows, reference, loss, trained_on(torch.device("cpu")))
-
-
-def judged(at: Setting, logits: Sequence[Tensor]) -> tuple[float, float]:
-    """(extra perplexity, KL)."""
-    pairs = list(zip(logits, at.windows, at.reference, strict=True))
-    loss = statistics.fmean(float(losses(got, window[1:]).mean()) for got, window, _ in pairs)
-    kl = statistics.fmean(float(divergence(got, reference).kl.mean()) for got, _, reference in pairs)
-    return math.expm1(loss - at.loss), kl
 
 
 def ours(at: Setting, method: str, scheme: str, seed: int) -> Row:
@@ -159,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine(torch.device("cpu")) | {"source": SOURCE},
         "settings": {"length": LENGTH, "windows": WINDOWS, "calibration": CALIBRATION},
     }
-    at, rows = setting(), list[dict[str, Any]]()
+    at, rows = setting("dense", torch.device("cpu"), WINDOWS, torch.float32), list[dict[str, Any]]()
     for row in rows_of(at, args):
         rows.append(asdict(row))
         print(row.library, row.method, row.scheme, row.seed, row.extra, row.kl, row.reason or "", flush=True)

@@ -48,10 +48,8 @@ class _Observer(Following):
     def meet(self, meetings: list[Meeting]) -> Any:
         for found in meetings:
             # Rows after the last group belong to no expert here and may hold anything.
-            x, factor = (
-                found.x if found.rows is None else found.x[: int(found.rows[-1])],
-                self.factors.get(found.made.weight),
-            )
+            x = found.x if found.rows is None else found.x[: int(found.rows[-1])]
+            factor = self.factors.get(found.made.weight)
             self._see(found.made.weight, x if factor is None else x * factor.to(x))
         return meetings[0].call()
 

@@ -26,6 +26,7 @@ from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.places import unwrap
 from quant_compile.options import Options, PolicySource
+from quant_compile.passes.plan import dispatches_of
 from quant_compile.runtime import Choosers, GraphRunner
 
 
@@ -101,7 +102,7 @@ class _Collector:
         variant = runner.prepare()
         self.before += ["graph:", *lines(runner.pristine)]
         self.after += ["graph:", *lines(variant.graph)]
-        dispatches = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
+        dispatches = dispatches_of(variant.reports)
         for site in runner.found.linears:
             if site.slot in dispatches:
                 self._plan(inputs[site.slot], dispatches[site.slot], site.n)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from quant_compile.ir.errors import OptionError
+from quant_compile.ir.shards import Shard
 from quant_compile.lowering.identity import shard_of
 from quant_compile.model.places import is_a, parameters_of
 
@@ -29,7 +30,7 @@ def refuse_release(model: nn.Module) -> None:
     Raises:
         OptionError: ranks have a weight in parts.
     """
-    if any((shard := shard_of(p)) is not None and shard.cuts for p in parameters_of(model)):
+    if _cut(model) is not None:
         raise OptionError(
             "the original values of weights that ranks have in parts cannot be released: torch traces no DTensor without them.\n"
             "Fix: release_weights=False; every rank keeps its parts in 16 bits beside their planes. Nothing has been changed."
@@ -45,9 +46,14 @@ def refuse_parts(model: nn.Module, what: str) -> None:
     Raises:
         OptionError: ranks have a weight in parts.
     """
-    found = next((shard for p in parameters_of(model) if (shard := shard_of(p)) is not None and shard.cuts), None)
+    found = _cut(model)
     if found is not None:
         raise OptionError(
             f"{what} needs whole weights, and ranks have those of this model in parts ({found.placements}).\n"
             "Fix: call it for the model loaded without tp_plan; a policy that it writes serves the divided model too."
         )
+
+
+def _cut(model: nn.Module) -> Shard | None:
+    """How the first weight that ranks have in parts is divided."""
+    return next((shard for p in parameters_of(model) if (shard := shard_of(p)) is not None and shard.cuts), None)

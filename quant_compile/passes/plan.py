@@ -125,3 +125,8 @@ class PassReport:
         """Refuse what ``label`` names, which would have helped the weights ``names``."""
         self.refused.append(f"{label}: {reason}")
         self.near.append(NearMiss(tuple(names), reason))
+
+
+def dispatches_of(reports: Iterable[PassReport]) -> dict[int, Dispatch | MoeDispatch]:
+    """Slot of each weight that a kernel multiplies by -> its dispatch."""
+    return {slot: dispatch for report in reports for slots, dispatch in report.dispatches.items() for slot in slots}

@@ -33,6 +33,7 @@ from quant_compile.ir.graph import (
     slots_of,
 )
 from quant_compile.ir.inline import inline
+from quant_compile.ir.moe import gates_first
 from quant_compile.ir.shards import localize
 from quant_compile.lowering.identity import identity_of, local_of, peek_anchor
 from quant_compile.lowering.shards import shares_scale
@@ -154,16 +155,20 @@ class GraphRunner:
         return variant
 
     def __call__(self, *args: Any) -> Any:
-        binding = self.bound(args)
+        args = self._whole(args)
+        binding = self._bound(args)
         if binding is None:
             with unprofiled():  # binding, and what the graph's first call sets up
-                args = self._whole(args)
                 return self.bind(self._pick(args)).run(args)
-        return binding.run(self._whole(args))
+        return binding.run(args)
 
     def bound(self, args: tuple[Any, ...]) -> Binding | None:
         """What a call with these arguments would run; None if it had to be bound anew."""
-        parameters = self._pick(self._whole(args))
+        return self._bound(self._whole(args))
+
+    def _bound(self, args: tuple[Any, ...]) -> Binding | None:
+        """The same, of arguments with local tensors behind them."""
+        parameters = self._pick(args)
         if self._slices:
             self._note_slices(args)
         self.source.reload_if_changed()
@@ -316,5 +321,5 @@ def _expert_bias(ref: ExpertBiasRef, parameters: Mapping[int, Parameter]) -> Ten
     with torch.inference_mode(False), torch.no_grad():
         bias = parameters[ref.slot].detach()
         if ref.interleaved:
-            bias = torch.cat((bias[:, 0::2], bias[:, 1::2]), 1)
+            bias = gates_first(bias, 1)
         return bias.to(ref.dtype).contiguous()

@@ -21,7 +21,7 @@ from quant_compile.lowering.target import Target
 from quant_compile.model.ledger import Sessions
 from quant_compile.model.names import Owners
 from quant_compile.options import Options
-from quant_compile.passes.plan import SiteDecision
+from quant_compile.passes.plan import SiteDecision, dispatches_of
 from quant_compile.policy import Policy
 from quant_compile.runtime.decide import Found
 from quant_compile.runtime.variant import Variant
@@ -141,7 +141,7 @@ def sites_of(
     found: Found, parameters: Mapping[int, Parameter], decisions: Mapping[str, SiteDecision], variant: Variant
 ) -> dict[str, LockedSite]:
     """What a variant does with each weight that a site multiplies by, by name."""
-    dispatches = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
+    dispatches = dispatches_of(variant.reports)
     owners = Owners.of(parameters.values())
     out: dict[str, LockedSite] = {}
     for slot, decision in found.decided(decisions):

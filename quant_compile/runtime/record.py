@@ -15,7 +15,7 @@ from quant_compile.lowering.weights import STORE, claim
 from quant_compile.model.ledger import LEDGER, Record, Sessions
 from quant_compile.model.names import Owners
 from quant_compile.model.weights import linear_weights
-from quant_compile.passes.plan import SiteDecision
+from quant_compile.passes.plan import SiteDecision, dispatches_of
 from quant_compile.rules import Decides
 from quant_compile.runtime.decide import Found
 from quant_compile.runtime.variant import Variant
@@ -38,7 +38,7 @@ def record(
     Args:
         guards: ``guard: never_slower`` is on.
     """
-    dispatch_of = {slot: d for report in variant.reports for slots, d in report.dispatches.items() for slot in slots}
+    dispatch_of = dispatches_of(variant.reports)
     kept = set[int]()
     for slot, decision in found.decided(decisions):
         parameter = parameters[slot]

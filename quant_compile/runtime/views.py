@@ -21,7 +21,7 @@ from quant_compile.lowering.select import Dispatch
 from quant_compile.lowering.target import Target
 from quant_compile.page.views import Box, Drawing, SiteView, tail
 from quant_compile.passes.insert_moe import weight_names
-from quant_compile.passes.plan import PassReport, SiteDecision
+from quant_compile.passes.plan import PassReport, SiteDecision, dispatches_of
 from quant_compile.runtime.decide import Found
 
 _BEFORE, _AFTER = 2, 2  # levels of producers that are drawn
@@ -48,7 +48,7 @@ def site_views(
         level: of the tuner.
     """
     sites, names = _sites(found), _names(found, decisions)
-    dispatches = {slot: d for report in reports for slots, d in report.dispatches.items() for slot in slots}
+    dispatches = dispatches_of(reports)
     near = [miss for report in reports for miss in report.near]
     out: dict[int, SiteView] = {}
     scenes = Scene(pristine), Scene(lowered)
