@@ -166,7 +166,7 @@ def test_a_model_is_that_of_mapped_files(
     again = quant_compile.load(tmp_path / "packed", device=GPU)
     assert_same_slabs(again, found)
     if policy == "W4A16":  # the order of its kernel's split sums varies from call to call
-        torch.testing.assert_close(logits(again), wanted, rtol=0.02, atol=0.1)
+        assert (logits(again) - wanted).norm() < 0.01 * wanted.norm()  # single logits in bf16 move by more
     else:
         assert torch.equal(logits(again), wanted)
 
