@@ -458,7 +458,8 @@ def static_cache(
 ) -> Any:
     """A StaticCache for ``tokens`` tokens that is initialised before any compiled call and filled with random values.
 
-    ``heads`` are those of K and V that this process has, where that is not all of them. A cache that initialises itself inside a compiled call is owned by the CUDA graph and fails at the second step.
+    ``heads`` are those of K and V that this process has, where that is not all of them. A cache that initialises
+    itself inside a compiled call is owned by the CUDA graph and fails at the second step.
     """
     from transformers import StaticCache
 
