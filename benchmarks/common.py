@@ -447,16 +447,25 @@ def fill(model: torch.nn.Module, config: Any, device: torch.device, seed: int = 
     return model.eval().requires_grad_(False)
 
 
-def static_cache(config: Any, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, seed: int = 1) -> Any:
+def static_cache(
+    config: Any,
+    batch: int,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 1,
+    heads: int | None = None,
+) -> Any:
     """A StaticCache for ``tokens`` tokens that is initialised before any compiled call and filled with random values.
 
-    A cache that initialises itself inside a compiled call is owned by the CUDA graph and fails at the second step.
+    ``heads`` are those of K and V that this process has, where that is not all of them. A cache that initialises
+    itself inside a compiled call is owned by the CUDA graph and fails at the second step.
     """
     from transformers import StaticCache
 
     cache = StaticCache(config=config, max_cache_len=tokens)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache.early_initialization(batch, config.num_key_value_heads, head_dim, dtype, device)
+    cache.early_initialization(batch, heads or config.num_key_value_heads, head_dim, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
     for layer in cache.layers:
         layer.keys.normal_(generator=generator)

@@ -101,6 +101,36 @@ def test_long_context_smoke(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_tensor_parallel_smoke(tmp_path: Path) -> None:
+    """Two processes have equal logits, near bf16's; a cell that was not reached says so."""
+    options = ("--models", "Llama-3-70B", "--stacks", "bf16,W8A16", "--cells", "decode B=1", "--seconds", "500")
+    rows = run("tensor_parallel.py", tmp_path, *options)["rows"]
+    assert [(row["stack"], row["gpus"]) for row in rows] == [("bf16", 2), ("W8A16", 2)]
+    assert all(row["ms"] > 0 and row["cosine"] > 0.99 and row["speedup"] > 0 for row in rows)
+    assert rows[1]["coverage"] == 1.0 and rows[0]["speedup"] == 1.0
+    for row in run("tensor_parallel.py", tmp_path, *options[:-1], "0")["rows"]:
+        assert "the time was up" in row["reason"] and "ms" not in row
+
+
+def test_wrong_logits_have_no_speedup(module: Any) -> None:
+    benchmark = module("tensor_parallel")
+    right = torch.linspace(-1, 1, 64)
+    cell = {"model": "m", "gpus": 2, "cell": "decode B=1"}
+    rows = [
+        {**cell, "stack": "bf16", "ms": 2.0, "logits": [right, right]},
+        {**cell, "stack": "bf16 batched_mm", "ms": 1.5, "logits": [right, right]},
+        {**cell, "stack": "FP8_DYNAMIC", "ms": 1.0, "logits": [right, right]},
+        {**cell, "stack": "W8A16", "ms": 1.0, "logits": [right.flip(0), right.flip(0)]},
+        {**cell, "stack": "W4A16", "ms": 1.0, "logits": [right, right.flip(0)]},
+        {**cell, "stack": "bf16 graphs", "ms": 0.5, "logits": [right, right]},
+    ]
+    benchmark.compare(rows)
+    benchmark.speedups(rows)
+    assert [row.get("speedup") for row in rows] == [0.75, 1.0, 1.5, None, None, 1.0]
+    assert "not the bf16 model's" in rows[3]["reason"] and "different logits" in rows[4]["reason"]
+
+
+@pytest.mark.slow
 def test_e2e_smoke(tmp_path: Path) -> None:
     result = run("e2e.py", tmp_path, "--stacks", "inductor,W8A16,no-such-policy", "--batches", "1", "--layers", "1")
     bf16, quantized, broken = result["rows"]

@@ -41,7 +41,11 @@ DEEPSEEK: dict[str, Any] = {
     "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1, "q_lora_rank": 32,
     "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
+# Parts whose sizes kernels of GPUs take: groups of 128 along each rank's k.
+WIDE: dict[str, Any] = {**SIZES, "vocab_size": 256, "hidden_size": 256, "head_dim": 64}
 FAMILIES = {
+    "wide_llama": lambda: LlamaConfig(**WIDE, intermediate_size=256),
+    "wide_qwen3_moe": lambda: Qwen3MoeConfig(**WIDE, **{**EXPERTS, "moe_intermediate_size": 256}),
     "llama": lambda: LlamaConfig(**SIZES, intermediate_size=128),
     "one_layer": lambda: LlamaConfig(**ONE_LAYER, intermediate_size=128),
     "tied": lambda: LlamaConfig(**SIZES, intermediate_size=128, tie_word_embeddings=True),
@@ -68,7 +72,26 @@ def loaded(path: Path, plan: dict[str, Any] | None = None, dtype: torch.dtype = 
     from transformers.distributed import DistributedConfig
 
     given = {} if plan is None else {"distributed_config": DistributedConfig(**plan)}
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **given).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **given).eval().to(device())
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    import torch.distributed as dist
+
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def plan(experts: bool) -> dict[str, Any]:
+    """Arguments of a ``DistributedConfig``: with ``experts`` each rank has whole ones, as this version of transformers says it."""
+    from dataclasses import fields
+
+    from transformers.distributed import DistributedConfig
+
+    if not experts:
+        return {"tp_plan": "auto"}
+    known = {field.name for field in fields(DistributedConfig)}
+    return {"tp_plan": "auto", **({"ep_size": 2} if "ep_size" in known else {"enable_expert_parallel": True})}
 
 
 @contextmanager
@@ -161,21 +184,33 @@ class Compared:
     one: Any
 
 
-def compare(path: Path, policy: Any, plan: dict[str, Any], damage: str = "", inductor: bool = False) -> Compared:
+def compare(
+    path: Path,
+    policy: Any,
+    plan: dict[str, Any],
+    damage: str = "",
+    inductor: bool = False,
+    dtype: torch.dtype = torch.float32,
+    factor: float = 1.05,
+) -> Compared:
     """Logits of a model in parts against those of one process.
 
     Args:
-        damage: name of a weight; this rank's part of it is scaled by 1.05 on rank 1.
+        damage: name of a weight; this rank's part of it is scaled by ``factor`` on rank 1.
         inductor: graphs are compiled.
     """
+    return compared(loaded(path, None, dtype), loaded(path, plan, dtype), policy, damage, inductor, factor)
+
+
+def compared(plain: Any, divided: Any, policy: Any, damage: str, inductor: bool, factor: float) -> Compared:
+    """``compare`` of loaded models, which are compiled afterwards."""
     import torch.distributed as dist
 
-    ids = torch.arange(3, 19).view(2, 8)
-    plain, divided = loaded(path), loaded(path, plan)
+    ids = torch.arange(3, 19).view(2, 8).to(device())
     parts = in_parts(plain, divided, dist.get_world_size())
     if damage and dist.get_rank() == 1:
         with torch.no_grad():
-            local_of(divided.get_parameter(damage)).mul_(1.05)
+            local_of(divided.get_parameter(damage)).mul_(factor)
     with torch.no_grad(), nullcontext() if inductor else without_inductor():
         exact = plain(ids).logits
         made = []
@@ -190,6 +225,14 @@ def compare(path: Path, policy: Any, plan: dict[str, Any], damage: str = "", ind
         all(torch.equal(each, made[2]) for each in everywhere), report.coverage, report.bytes_total, report.bytes_after,
         report.all_ranks(), report.skips, one,
     )  # fmt: skip
+
+
+def on_gpus(path: Path, policy: str, plan: dict[str, Any], damage: tuple[str, float] = ("", 1.0)) -> dict[str, Any]:
+    """``compare`` in bf16, compiled, and what the divided model then generates."""
+    plain, divided = loaded(path, None, torch.bfloat16), loaded(path, plan, torch.bfloat16)
+    found = compared(plain, divided, policy, damage[0], True, damage[1])
+    ids = torch.arange(3, 11).view(1, 8).to(device())
+    return {"compared": found, "tokens": divided.generate(ids, max_new_tokens=8, do_sample=False).tolist()}
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Processes of one process group (gloo, on the CPU) that run functions of the tests: started once, since imports take their time.
+"""Processes of one process group (gloo on the CPU, or NCCL) that run functions of the tests: started once, since imports take their time.
 
 A world that does not answer in time is killed, and so is one in which a rank failed: the others may wait for it.
 """
@@ -27,7 +27,8 @@ class RankError(AssertionError):
 class World:
     """Runs one job after another on all ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo") -> None:
+        self.backend = backend
         self._ranks: list[tuple[Any, Connection]] = []
 
     def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
@@ -61,7 +62,7 @@ class World:
         context = multiprocessing.get_context("spawn")
         for rank in range(RANKS):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, port, theirs, self.backend), daemon=True)
             process.start()
             self._ranks.append((process, ours))
 
@@ -78,7 +79,7 @@ def _failed(answers: list[Any]) -> bool:
     return any(not found for found, _ in answers)
 
 
-def _serve(rank: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, port: int, pipe: Connection, backend: str) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
@@ -91,7 +92,9 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     recipe.DEFAULT = recipe.NEAREST
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, device_id=torch.device("cuda", rank) if backend == "nccl" else None)
     while True:
         try:
             job, args = pipe.recv()
