@@ -152,7 +152,7 @@ class Run:
         args, grid = self.args, self.grid
         first, every = grid.first_cells(model), grid.cells(model)
         cells = {"cold": first[:1], "first": first, "rest": every[len(first) :]}[phase]
-        if stack.endswith(DEFAULT):
+        if stack.endswith(DEFAULT) or args.cells == "first":
             cells = first[:1]
         single = model == LLAMA and phase == "first" and (stack in ("hf-eager", "inductor") or stack.endswith(DEFAULT))
         return Setup(
@@ -384,7 +384,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--stacks", help="stacks of the Llama, in order of importance; default: all")
     parser.add_argument("--moe-stacks", help="stacks of the Qwen; empty: none")
-    parser.add_argument("--cells", choices=("acceptance", "all"), help="default: all; acceptance if tiny")
+    parser.add_argument(
+        "--cells",
+        choices=("first", "acceptance", "all"),
+        help="first: one prompt of the main length alone; default: all; acceptance if tiny",
+    )
     parser.add_argument(
         "--options",
         type=options_of,

@@ -61,6 +61,7 @@ LLAMA_3_70B = LlamaShape(128256, 8192, 28672, 64, 8)
 LAYERS = {LLAMA: 16, QWEN: 12}
 BF16, BATCHED, GRAPHS = "bf16", "bf16 batched_mm", " graphs"
 STACKS = (BF16, BATCHED, "FP8_DYNAMIC")
+MODES = {"both": ("", GRAPHS), "without": ("",), "with": (GRAPHS,)}
 DECODE = {"decode B=1": 1, "decode B=16": 16}
 PREFILL = f"prefill {PROMPT}"
 CELLS = (*DECODE, PREFILL)
@@ -474,7 +475,7 @@ def stages(args: argparse.Namespace, folder: Path) -> list[list[Setup]]:
     models, stacks = args.models.split(","), args.stacks.split(",")
     out: list[list[Setup]] = []
     for gpus in map(int, args.gpus.split(",")):
-        for suffix in ("", *(() if args.no_graphs or args.check or args.smoke else (GRAPHS,))):
+        for suffix in [""] if args.check or args.smoke else MODES[args.graphs]:
             out.append(
                 [
                     Setup(model, stack + suffix, gpus, args.smoke, str(folder / "gpu"))
@@ -494,7 +495,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", default=f"{LLAMA},{QWEN}")
     parser.add_argument("--stacks", default=",".join(STACKS))
     parser.add_argument("--cells", default=",".join(CELLS))
-    parser.add_argument("--no-graphs", action="store_true", help="leave out mode='reduce-overhead'")
+    parser.add_argument(
+        "--graphs", choices=MODES, default="both", help="mode='reduce-overhead', the default mode, or both"
+    )
     parser.add_argument("--check", action="store_true", help="compare logits, time nothing")
     parser.add_argument("--seconds", type=float, default=240.0, help="nothing runs any longer; what there is is kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "tensor_parallel.json")

@@ -75,6 +75,14 @@ class Installed:
             self.loop.pool.clear()
 
 
+def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(args, kwargs)
+
+
+# Where Dynamo gave up on a caller's frame, it is offered each frame within anew: nothing of ours is for it to trace.
+unseen: Callable[..., Any] = torch.compiler.disable(_run)
+
+
 class Call:
     """A compiled call of a module, and how to take it away.
 
@@ -103,6 +111,10 @@ class Call:
         by_blocks = self._active is not None and self._active.depth
         if torch.compiler.is_dynamo_compiling() or by_blocks:  # part of a larger graph, or around smaller ones
             return self._plain(*args, **kwargs)
+        return unseen(self.compiled, args, kwargs)
+
+    def compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the compiled function, and what goes with it."""
         enter()
         if self._dynamic:
             kwargs = {name: marked(name, value) for name, value in kwargs.items()}

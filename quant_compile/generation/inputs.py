@@ -33,7 +33,6 @@ def tokens_in(inputs: Mapping[str, Any]) -> int:
     return 0
 
 
-@torch.compiler.disable  # a caller's frame that Dynamo gave up on has it look at those within, and it may not trace marks
 def mark(name: str, value: Any) -> None:
     """Let Dynamo take an input's length for a variable, so that one graph serves every length of prompts, caches and encoders' states."""
     if name in MASKS and isinstance(value, dict):
@@ -47,7 +46,6 @@ def mark(name: str, value: Any) -> None:
                 torch._dynamo.maybe_mark_dynamic(value, dim)
 
 
-@torch.compiler.disable
 def marked(name: str, value: Any) -> Any:
     """The same, of another tensor over the same memory, so that the caller's stays as it is."""
     if isinstance(value, Tensor) and _lengths(name, value):
