@@ -83,6 +83,7 @@ def test_decode_absorbs_and_is_eager(family: str, rank: int | None, attention: s
     assert error(got, wanted) < CLOSE
 
 
+@pytest.mark.slow
 def test_in_bf16_it_is_as_near_to_f32_as_eager() -> None:
     exact, model = model_of("deepseek_v3"), model_of("deepseek_v3", torch.bfloat16)
     exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()})

@@ -31,11 +31,11 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
         return None
     size, k = grid.size, w.shape[1]
     diagonal = moments.diagonal().clone()
-    if not bool(torch.isfinite(moments).all()) or not bool(diagonal.max() > 0):
+    if not _finite(moments) or not bool(diagonal.max() > 0):
         return None
     weights = positive(diagonal)
-    upper = _inverse_factor(moments, diagonal.mean())
-    if upper is None:
+    backwards = _inverse_factor(moments, diagonal.mean())
+    if backwards is None:
         return None
     values = w.to(torch.float32, copy=True)
     chosen: list[Planes] = []
@@ -43,7 +43,8 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
         block, errors = values[:, start:stop], values.new_empty((w.shape[0], stop - start))
-        factor = upper[start:stop, start:stop]
+        upper = backwards[k - stop : k - start].flip(0, 1)
+        factor = upper[:, start:stop]
         for i in range(stop - start):
             at = start + i
             if at % size == 0:
@@ -57,19 +58,29 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
             errors[:, i : i + 1] = error
             block[:, i + 1 :].addr_(error[:, 0], factor[i, i + 1 :], alpha=-1)
             block[:, i : i + 1] = rounded
-        values[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+        values[:, stop:].addmm_(errors, upper[:, stop:], alpha=-1)
     return grid.planes(values, tuple(torch.cat(parts, 1) for parts in zip(*chosen, strict=True)))
 
 
 def _inverse_factor(moments: Tensor, mean: Tensor) -> Tensor | None:
-    """Upper Cholesky factor of the inverse of damped moments [k, k]; two such matrices are held, since k may be large."""
-    damping = DAMPING
+    """Upper Cholesky factor of the inverse of damped moments [k, k], read backwards; two such matrices are held, as k may be large.
+
+    Read from its last input to its first, the matrix is M M^T with a lower M. Read forwards, M is an upper R, and the matrix R R^T: R^-1 is
+    the factor, and M^-1 the factor read backwards. The inverse itself is never made.
+    """
+    damping, failed = DAMPING, moments.new_empty((), dtype=torch.int32)
+    backwards, factor = moments.flip(0, 1), moments
     while damping <= MOST_DAMPING:
-        moments.diagonal().add_(damping * mean)
-        factor, failed = torch.linalg.cholesky_ex(moments)
+        backwards.diagonal().add_(damping * mean)
+        torch.linalg.cholesky_ex(backwards, out=(factor, failed))
         if not bool(failed):
-            torch.cholesky_inverse(factor, out=moments)
-            torch.linalg.cholesky_ex(moments, upper=True, out=(factor, failed))
-            return factor if not bool(failed) and bool(torch.isfinite(factor).all()) else None
+            inverse = backwards.zero_().fill_diagonal_(1.0)
+            torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+            return inverse if _finite(inverse) else None
         damping *= 10
     return None
+
+
+def _finite(matrix: Tensor) -> bool:
+    """Whether all of a matrix in f32 is finite, told by a sum, which takes no memory."""
+    return bool(torch.isfinite(matrix.sum(dtype=torch.float64)))
