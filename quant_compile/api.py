@@ -46,7 +46,7 @@ def compile(
         dynamic: as in torch.compile.
         fullgraph: as in torch.compile.
         options: ``mode``, ``release_weights``, ``kernels``, ``tune``, ``inductor``, ``guard``, ``attention``, ``blocks``, ``lock``,
-            ``lock_update``; see ``Options``.
+            ``lock_update``, ``verify``; see ``Options``.
 
     Returns:
         The same model.
@@ -76,6 +76,7 @@ def compile(
         refuse_release(unwrap(model))
     problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)
+    LEDGER.forget_refusals(unwrap(model))
     session = LEDGER.session(unwrap(model), source.policy, target.label)
     session.checked = True
     for text in [text for text in session.notes if text.startswith(KEPT)]:

@@ -79,6 +79,7 @@ def _begin(record: Record, parameter: Parameter, decision: SiteDecision, guards:
     spec = decision.asked.spec if decision.asked else None
     if spec != record.scheme:
         record.views.clear()
+        record.verified = None
         record.kernels.clear()
         record.readers.clear()
         STORE.entry(parameter).plain_readers.clear()
