@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -37,7 +37,7 @@ class Record:
         misses: products that read it unquantized; readers: other reads beside a quantized one; uses: of a weight that is none of a linear.
         guarded: both times of every graph that reads it in 16 bits since these are faster there; the others have ``kernels``.
         guards: the graphs were compiled with the guard on.
-        views: what graphs do with it, one for each way.
+        views: what graphs do with it, one for each way; drawn when they are called.
         verified: the largest error of what graphs do with it, where ``verify: true`` has replayed that.
         refusals: by a scheme's spec, why ``verify: true`` refuses it.
     """
@@ -53,7 +53,7 @@ class Record:
     uses: dict[str, None] = field(default_factory=dict)
     guarded: dict[str, None] = field(default_factory=dict)
     guards: bool = False
-    views: dict[SiteView, None] = field(default_factory=dict)
+    views: dict[Callable[[], SiteView], None] = field(default_factory=dict)
     verified: float | None = None
     refusals: dict[str, str] = field(default_factory=dict)
 
@@ -169,7 +169,8 @@ class Ledger:
             known = names[id(parameter)]
             name = known.full
             line = self._line(known, parameter, record, STORE.peek(parameter), weights.get(id(parameter)), session)
-            seen = tuple(views.setdefault(view, len(views)) for view in (record.views if record is not None else ()))
+            own = dict.fromkeys(view() for view in (record.views if record is not None else ()))
+            seen = tuple(views.setdefault(view, len(views)) for view in own)
             shape, dtype, shard = tuple(parameter.shape), dtype_name(parameter.dtype), shard_of(parameter)
             verified = record.verified if record is not None and line.scheme else None
             line = replace(line, views=seen, shape=shape, dtype=dtype, verified=verified)

@@ -27,12 +27,11 @@ from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.ledger import Sessions
 from quant_compile.options import Options, PolicySource
-from quant_compile.page.views import SiteView
 from quant_compile.passes import PIPELINE
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 from quant_compile.runtime.decide import Choosers, Found, add_time
 from quant_compile.runtime.progress import Choosing
-from quant_compile.runtime.views import site_views
+from quant_compile.runtime.views import Views
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -47,7 +46,7 @@ class Variant:
         function: compiled.
         arguments: positions of Dynamo's arguments that it takes; ``refs``: the planes that come behind them.
         reports: of the passes.
-        views: what it does at each product, by slot.
+        views: what it does at each product.
     """
 
     graph: fx.GraphModule
@@ -56,7 +55,7 @@ class Variant:
     arguments: tuple[int, ...]
     refs: tuple[Ref, ...]
     reports: tuple[PassReport, ...]
-    views: Mapping[int, SiteView]
+    views: Views
 
 
 class Variants:
@@ -179,7 +178,7 @@ class Variants:
         arguments = tuple(node.meta["argument"] for node in placeholders if "plane" not in node.meta)
         refs = tuple(node.meta["plane"] for node in placeholders if "plane" in node.meta)
         lowered = copy_graph(gm)
-        views = site_views(self.pristine.graph, self.found, decisions, gm.graph, reports, self.target, self._level())
+        views = Views(self.pristine.graph, self.found, decisions, lowered.graph, reports, self.target, self._level())
         started = time.perf_counter()
         scalars = {} if late else self._scalars
         inputs = [scalars.get(node.meta.get("argument"), node.meta["example_value"]) for node in placeholders]
