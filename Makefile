@@ -32,10 +32,12 @@ bench: $(VENV)/.installed
 	  for script in generate gemm attention e2e moe moe_e2e compile_time; do $(BIN)/python benchmarks/$$script.py || exit; done; \
 	else echo 'no CUDA GPU: generate, gemm, attention, e2e, moe, moe_e2e and compile_time need one'; fi
 
-# Fills the tables of README.md and docs/*.md from benchmarks/results and from the kernels' own answers, and draws the plots.
+# Fills the tables of README.md and docs/*.md from benchmarks/results and from the kernels' own answers, draws the plots, and builds
+# the site, in which a broken link is an error.
 docs: $(VENV)/.installed
 	$(BIN)/python benchmarks/render_readme.py
 	@if $(BIN)/python -c 'import matplotlib' 2>/dev/null; then $(BIN)/python benchmarks/plot.py; else echo 'no matplotlib: plots stay as they are'; fi
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
@@ -50,4 +52,4 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo.html build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo.html site build dist *.egg-info .pytest_cache .ruff_cache

@@ -738,6 +738,20 @@ def kv_compiled(result: Result) -> list[str]:
 # --- compile time, CPU -----------------------------------------------------------------------------------------------
 
 
+def newcomer(results: Path) -> str:
+    """The steps of docs/tutorial.md and their times."""
+    result = read("newcomer", results)
+    if result is None:
+        return ""
+    rows = [[row["name"], number(row["seconds"], 1), row["error"]] for row in result["rows"]]
+    rows.append(["in all", number(result["total_s"], 1), ""])
+    what = (
+        "with an environment that is there" if result["installed"] else "with everything that is installed on the way"
+    )
+    text = f"**How long it takes**, {what}, on a CPU, by the wall clock. {place(result, 'torch')}.\n"
+    return "\n".join([text, markdown(["step", "seconds", ""], rows)])
+
+
 def compile_time(results: Path) -> str:
     """Cold compilation against Inductor's, and the passes' own time by depth."""
     result = read("compile_time", results)
@@ -1159,6 +1173,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kv_quality": kv_quality,
     "rounding": rounding,
     "compile_time": compile_time,
+    "newcomer": newcomer,
     "cpu_decode": cpu_decode,
     "mla": mla,
     "kernels": kernels,

@@ -30,6 +30,7 @@ from quant_compile.ir.errors import (
     ReleasedWeightError,
     SchemeError,
     StaleWeightError,
+    VerifyError,
     WeightError,
 )
 from quant_compile.ir.report import Report
@@ -74,6 +75,7 @@ __all__ = [
     "Scheme",
     "SchemeError",
     "StaleWeightError",
+    "VerifyError",
     "WeightError",
     "attribute",
     "calibrate",

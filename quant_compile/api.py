@@ -46,7 +46,7 @@ def compile(
         dynamic: as in torch.compile.
         fullgraph: as in torch.compile.
         options: ``mode``, ``release_weights``, ``kernels``, ``tune``, ``inductor``, ``guard``, ``attention``, ``blocks``, ``lock``,
-            ``lock_update``; see ``Options``.
+            ``lock_update``, ``verify``; see ``Options``.
 
     Returns:
         The same model.
@@ -76,6 +76,7 @@ def compile(
         refuse_release(unwrap(model))
     problems = source.policy.resolve(unwrap(model)).problems
     naming.register(model)
+    LEDGER.forget_refusals(unwrap(model))
     session = LEDGER.session(unwrap(model), source.policy, target.label)
     session.checked = True
     for text in [text for text in session.notes if text.startswith(KEPT)]:
@@ -183,6 +184,9 @@ def release(model: nn.Module) -> int:
     Compiled calls go on. Graphs compiled before notice the change of class and are compiled once more at their next call;
     with ``release_weights=True`` at compile time they are not. Eager use, state_dict, save and deepcopy raise until ``restore``.
 
+    Args:
+        model: compiled, and called once, so that its weights are packed.
+
     Raises:
         OptionError: ranks have the weights in parts, which cannot be released; nothing has been changed.
     """
@@ -227,6 +231,9 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
 
 def refresh(model: nn.Module) -> int:
     """Repack weights whose values changed in a way that torch does not record (``.data`` edits); returns how many had planes.
+
+    Args:
+        model: compiled; its weights are packed anew at its next call.
 
     Raises:
         StaleWeightError: a weight is released.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant_compile import cli_diff, cli_measure
+from quant_compile import cli_diff, cli_help, cli_measure
 from quant_compile.cli_common import (
     TARGETS,
     console_of,
@@ -63,11 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
-    parser = argparse.ArgumentParser(prog="sglquant", description="Quantize unmodified models through torch.compile.")
+    parser = argparse.ArgumentParser(
+        prog="sglquant",
+        description="Quantize unmodified models through torch.compile.",
+        epilog="sglquant COMMAND --help shows examples.",
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, parents=[common], help=text, description=text)
+        made = commands.add_parser(
+            name,
+            parents=[common],
+            help=text,
+            description=text,
+            epilog=cli_help.examples_of(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         made.set_defaults(run=run)
         return made
 
@@ -131,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU if there is one)")
     demo.add_argument("--html", type=output, metavar="FILE", help="write the last model's report here")
+    cli_help.add(command, parser)
     return parser
 
 

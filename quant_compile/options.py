@@ -56,6 +56,8 @@ class Options:
         lock: file that keeps what every weight got; written where it is not there, else enforced: what differs is a warning, and an
             error under a strict policy.
         lock_update: write the lock anew.
+        verify: replay every rewrite on the inputs of a graph's first call, and refuse what is not what it stands for; None: as the
+            policy says.
     """
 
     policy: Any = None
@@ -70,6 +72,7 @@ class Options:
     kv_cache: str | None = None
     lock: str | Path | None = None
     lock_update: bool = False
+    verify: bool | None = None
 
     @staticmethod
     def of(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -88,7 +91,7 @@ class Options:
         made = Options(**data)
         _one_of("mode", made.mode, MODES)
         _one_of("tune", made.tune, TUNE)
-        for key in ("release_weights", "blocks", "lock_update"):
+        for key in ("release_weights", "blocks", "lock_update", "verify"):
             if (value := getattr(made, key)) not in (None, True, False):
                 raise OptionError(f"{key} must be true or false, got {value!r}")
         _lock(made.lock, made.lock_update)
@@ -119,6 +122,10 @@ class Options:
     def guards(self, policy: Policy) -> bool:
         """Whether linears stay in 16 bits where these are faster; the option wins over the policy."""
         return (policy.guard if self.guard is None else self.guard) == NEVER_SLOWER
+
+    def verifies(self, policy: Policy) -> bool:
+        """Whether rewrites are replayed; the option wins over the policy."""
+        return policy.verify if self.verify is None else self.verify
 
     def attends(self, policy: Policy) -> bool:
         """Whether attention may be replaced; the option wins over the policy."""

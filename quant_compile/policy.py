@@ -53,8 +53,8 @@ KINDS = ("linear", "moe")
 SHIPPED = Path(__file__).parent / "policies"
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
 _POLICY_KEYS = (
-    "version", "name", "default", "rules", "requantize", "strict", "allow_reference", "fallback", "guard", "fuse",
-    "attention", "kv_cache", "release_weights", "scales", "rounding", "method", "planes",
+    "version", "name", "default", "rules", "requantize", "strict", "verify", "allow_reference", "fallback", "guard",
+    "fuse", "attention", "kv_cache", "release_weights", "scales", "rounding", "method", "planes",
 )  # fmt: skip
 _RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason", "requantize")
 _CACHE_KEYS, _CACHE_RULE_KEYS = ("scheme", "rules"), ("match", "scheme", "reason")
@@ -88,6 +88,8 @@ class Policy:
         rules: the user's rules; the first that matches decides.
         requantize: the default, and rules that do not say otherwise, hold for weights that a checkpoint has quantized as well.
         strict: a rule without effect or a weight that cannot have its scheme is an error instead of a warning.
+        verify: every rewrite is replayed on the inputs of a graph's first call against the unfused reference; what is outside of its
+            tolerance stays in 16 bits, and is an error under ``strict``.
         allow_reference: the slow torch reference may serve on a GPU.
         fallback: ``weight_only``: where no kernel of the device multiplies a scheme's quantized inputs, its weights serve under
             16-bit inputs; ``fp8``: where none serves 4-bit floats, they become FP8_DYNAMIC; None: that is an error.
@@ -122,6 +124,7 @@ class Policy:
     rounding: str = field(default_factory=lambda: recipe.DEFAULT)
     method: str | None = None
     planes: Path | None = None
+    verify: bool = False
     name: str = field(default="policy", compare=False)
     source: str | None = field(default=None, compare=False)
     version: int = VERSION
@@ -175,7 +178,7 @@ class Policy:
         out: dict[str, Any] = {"version": self.version, "name": self.name, "default": _scheme_value(self.default)}
         if self.rules:
             out["rules"] = [_rule_dict(rule) for rule in self.rules]
-        for key in ("requantize", "strict", "allow_reference"):
+        for key in ("requantize", "strict", "verify", "allow_reference"):
             if getattr(self, key):
                 out[key] = True
         out |= {key: getattr(self, key) for key in ("fallback", "guard") if getattr(self, key) is not None}
@@ -342,6 +345,7 @@ class _Reader:
             rules=self._rules(data.get("rules")),
             requantize=self._boolean(("requantize",), data.get("requantize", False)),
             strict=self._boolean(("strict",), data.get("strict", False)),
+            verify=self._boolean(("verify",), data.get("verify", False)),
             allow_reference=self._boolean(("allow_reference",), data.get("allow_reference", False)),
             fallback=self._fallback(data.get("fallback")),
             guard=self._guard(data.get("guard")),

@@ -35,7 +35,7 @@ ORDER = (
     ("saving", "on_import"),
     ("",),
     ("cli_common",),
-    ("cli_measure", "cli_diff"),
+    ("cli_measure", "cli_diff", "cli_help"),
     ("cli", "demo"),
     ("__main__",),
 )

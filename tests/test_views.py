@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from quant_compile.lowering.select import BUCKETS, Dispatch
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.tune import Timings
 from quant_compile.page.views import Drawing, KernelTime, SiteView, tail
+from quant_compile.runtime import views
 from tests.runtime_support import CompileCounter, Mlp, Stack, plain_inductor
 
 __all__ = ["plain_inductor"]
@@ -134,6 +138,33 @@ def test_every_graph_of_a_weight_has_its_view(plain_inductor: CompileCounter) ->
     line = next(line for line in report.lines if line.names[0] == "down_proj.weight")
     shapes = [box.shape for i in line.views for box in report.views[i].before.boxes if box.label == "add"]
     assert shapes == ["f32[1, 32]", "f32[5, 32]"]
+
+
+def test_nothing_is_drawn_until_a_report_is_made(
+    plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    right = views._before
+    monkeypatch.setattr(views, "_before", lambda *args: drawn.append(args) or right(*args))
+    made = quant_compile.compile(nn.Sequential(Mlp()).eval(), "W8A8")
+    with torch.inference_mode():
+        made(torch.ones(3, 32))
+    assert not drawn
+    report = quant_compile.report(made)
+    assert len(drawn) == len(report.views) == 2  # gate with up, and down
+    quant_compile.report(made)
+    assert len(drawn) == 2
+
+
+def test_views_that_were_not_drawn_keep_no_weight_alive(plain_inductor: CompileCounter) -> None:
+    made = quant_compile.compile(nn.Sequential(Mlp()).eval(), "W8A8")
+    with torch.inference_mode():
+        made(torch.ones(3, 32))
+    weights = [weakref.ref(parameter) for parameter in made.parameters()]
+    del made
+    torch._dynamo.reset()
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_a_new_scheme_forgets_the_old_views(plain_inductor: CompileCounter) -> None:

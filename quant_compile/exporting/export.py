@@ -32,6 +32,7 @@ from quant_compile.options import Options, PolicySource
 from quant_compile.runtime import GraphRunner
 
 # Options of ``compile`` that mean something for a program; the others are about calls and generate().
+NOT_REPLAYED = "verify: true is not applied: a program is exported without a call whose inputs could be replayed"
 OPTIONS = ("kernels", "tune", "attention", "inductor")
 
 
@@ -78,6 +79,8 @@ def export(
     traced = Traced.of(model, call)
     with _remembered(model), torch.no_grad():
         LEDGER.session(model, source.policy, target.label).notes.update(dict.fromkeys(problems))
+        if parsed.verifies(source.policy):
+            LEDGER.session(model, source.policy, target.label).notes[NOT_REPLAYED] = None
         choosers = choosers_of(parsed, source, target, device)
         runner = GraphRunner(
             traced.graph, traced.inputs, source, parsed, lambda gm, inputs: gm.forward, choosers, target

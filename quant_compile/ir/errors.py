@@ -97,6 +97,10 @@ class LockError(QuantError, ValueError):
     """A lock cannot be read or written, or a strict policy's weights got something else; names the file, the line, the weights."""
 
 
+class VerifyError(QuantError, AssertionError):
+    """A rewrite is not what it stands for, and cannot stay as the model wrote it, or the policy is strict; names place and numbers."""
+
+
 class LockWarning(UserWarning):
     """Weights got something else than their lock says; names them."""
 

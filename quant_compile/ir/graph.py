@@ -26,6 +26,8 @@ CACHED = "sglq::cache_values"
 PLAIN = {CACHED, "sglq::latent_attention"}
 # Nodes of one inlined template carry the name of the node that it was inlined for.
 INLINED = "inlined_for"
+# Where a pass has replaced a node: the name that the node had in the graph as it was.
+STANDS_FOR = "stands_for"
 STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}
 
 
@@ -334,6 +336,16 @@ def erase_with_inputs(graph: fx.Graph, node: fx.Node) -> None:
     for source in inputs:
         if source.op == "placeholder" or is_view(source):
             erase_with_inputs(graph, source)
+
+
+def stand_for(new: fx.Node, old: fx.Node) -> None:
+    """Note that ``new`` takes the place of ``old``, or of what that has taken the place of; ``verify: true`` compares them."""
+    new.meta[STANDS_FOR] = old.meta.get(STANDS_FOR, old.name)
+
+
+def stands_for(node: fx.Node) -> str | None:
+    """Name of the node of the graph as it was whose place a node has taken."""
+    return node.meta.get(STANDS_FOR)
 
 
 def is_view(node: fx.Node) -> bool:

@@ -38,6 +38,7 @@ class WeightLine:
         views: positions in ``Report.views`` of what graphs do with it.
         shard: of a weight that ranks have in parts, how it is divided; its bytes are those of this rank's part.
         copies: how many ranks have the same part.
+        verified: where ``verify: true`` has replayed what graphs do with it, the largest relative error to the unfused reference.
     """
 
     names: tuple[str, ...]
@@ -56,6 +57,7 @@ class WeightLine:
     views: tuple[int, ...] = ()
     shard: str = ""
     copies: int = 1
+    verified: float | None = None
 
     @property
     def covered(self) -> bool:
@@ -64,8 +66,9 @@ class WeightLine:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What else is true of it, in words: ``named``, ``missed``, ``guarded``, ``released``."""
+        """What else is true of it, in words: ``named``, ``missed``, ``guarded``, ``released``, ``verified``."""
         found = {"named": self.named, "missed": self.missed, "guarded": self.guarded, "released": self.released}
+        found |= {"verified": self.verified is not None}
         return tuple(word for word, holds in found.items() if holds)
 
 

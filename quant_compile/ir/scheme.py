@@ -171,7 +171,12 @@ def _of_blocks(data: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a linear's weight and input become; ``input_activations`` None keeps the input in 16 bits."""
+    """What a linear's weight and input become.
+
+    Attributes:
+        weights: of the weight.
+        input_activations: of the input; None keeps it in 16 bits.
+    """
 
     weights: QuantArgs
     input_activations: QuantArgs | None = None

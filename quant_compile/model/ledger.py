@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -37,7 +37,9 @@ class Record:
         misses: products that read it unquantized; readers: other reads beside a quantized one; uses: of a weight that is none of a linear.
         guarded: both times of every graph that reads it in 16 bits since these are faster there; the others have ``kernels``.
         guards: the graphs were compiled with the guard on.
-        views: what graphs do with it, one for each way.
+        views: what graphs do with it, one for each way; drawn when they are called.
+        verified: the largest error of what graphs do with it, where ``verify: true`` has replayed that.
+        refusals: by a scheme's spec, why ``verify: true`` refuses it.
     """
 
     ref: weakref.ref[Anchor]
@@ -51,7 +53,9 @@ class Record:
     uses: dict[str, None] = field(default_factory=dict)
     guarded: dict[str, None] = field(default_factory=dict)
     guards: bool = False
-    views: dict[SiteView, None] = field(default_factory=dict)
+    views: dict[Callable[[], SiteView], None] = field(default_factory=dict)
+    verified: float | None = None
+    refusals: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -134,6 +138,13 @@ class Ledger:
         found = self._records.get(anchor.identity) if anchor is not None else None
         return found if found is not None and found.ref() is anchor else None
 
+    def forget_refusals(self, model: nn.Module) -> None:
+        """A model is compiled anew: what ``verify: true`` has refused is tried again."""
+        for parameter in parameters_of(model):
+            record = self.peek(parameter)
+            if record is not None:
+                record.refusals.clear()
+
     def session(self, model: nn.Module, policy: Decides, target: str) -> Session:
         """The session of a model; a new policy starts a new one."""
         found = self._sessions.get(model)
@@ -158,9 +169,11 @@ class Ledger:
             known = names[id(parameter)]
             name = known.full
             line = self._line(known, parameter, record, STORE.peek(parameter), weights.get(id(parameter)), session)
-            seen = tuple(views.setdefault(view, len(views)) for view in (record.views if record is not None else ()))
+            own = dict.fromkeys(view() for view in (record.views if record is not None else ()))
+            seen = tuple(views.setdefault(view, len(views)) for view in own)
             shape, dtype, shard = tuple(parameter.shape), dtype_name(parameter.dtype), shard_of(parameter)
-            line = replace(line, views=seen, shape=shape, dtype=dtype)
+            verified = record.verified if record is not None and line.scheme else None
+            line = replace(line, views=seen, shape=shape, dtype=dtype, verified=verified)
             if shard is not None:
                 line = replace(line, shard=shard.placements, copies=shard.copies)
             lines.append(line)

@@ -53,7 +53,7 @@ class Cell:
         bytes_before, bytes_after: of the Parameter, and of what the model computes with.
         scheme: None: kept.
         layout, kernels, reason: as in the ledger.
-        marks: ``missed``, ``guarded``, ``released``, ``named``.
+        marks: ``missed``, ``guarded``, ``released``, ``verified``, ``named``.
         views: what graphs do with it.
     """
 

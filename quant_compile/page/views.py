@@ -94,8 +94,7 @@ class SiteView:
     @cached_property
     def joined(self) -> tuple[str, ...]:
         """What shares its kernel, and what was fused with it, in words."""
-        shared = (f"one kernel for {' + '.join(self.weights)}",) if len(self.weights) > 1 else ()
-        return (*shared, *self.fused)
+        return joined_of(self.weights, self.fused)
 
     @staticmethod
     def of(data: Mapping[str, Any]) -> SiteView:
@@ -107,6 +106,11 @@ class SiteView:
             tuple(KernelTime(**time) for time in data["times"]),
             *(tuple(data[name]) for name in ("fused", "missed", "source")),
         )
+
+
+def joined_of(weights: tuple[str, ...], fused: tuple[str, ...]) -> tuple[str, ...]:
+    """``SiteView.joined``, for those who draw nothing."""
+    return ((f"one kernel for {' + '.join(weights)}",) if len(weights) > 1 else ()) + fused
 
 
 def tail(name: str) -> str:

@@ -14,7 +14,7 @@ from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.attention import AttentionSite
-from quant_compile.ir.graph import CACHED, fake_mode_of, is_view, multiply_input, verify
+from quant_compile.ir.graph import CACHED, fake_mode_of, is_view, multiply_input, stand_for, verify
 from quant_compile.ir.latent import LatentMiss, LatentSite, find_latent
 from quant_compile.ir.operands import op_of
 from quant_compile.ir.report import AttentionLine
@@ -91,6 +91,7 @@ def replace_latent(
         )  # fmt: skip
         made = graph.call_function(ops.latent_attention, arguments)
     made.meta = {"site": f"attention {choice.runs}, {decision.name}", "choice": choice, "example_value": value}
+    stand_for(made, node)
     node.replace_all_uses_with(made)
     inputs = dict.fromkeys(
         source for inner in site.nodes for source in inner.all_input_nodes if source not in site.nodes

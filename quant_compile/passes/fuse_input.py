@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from quant_compile.ir.graph import names_reading
+from quant_compile.ir.graph import names_reading, stand_for
 from quant_compile.ir.scheme import parse
+from quant_compile.ir.sites import module_class
 from quant_compile.ir.writes import Writes
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.registry import InputKernel, input_kernel
@@ -50,6 +51,11 @@ def one_launch(
         return _after_maxima(graph, node, x, spec, kernel)
     kernel = input_kernel("norm", parse(spec), value.dtype, target)
     norm = find_norm(x) if kernel is not None else None
+    if kernel is not None and norm is None and "Norm" in (module_class(x) or ""):
+        reason = (
+            f"{module_class(x)} is no RMSNorm that it knows: over the last dimension, with a weight, computed in f32"
+        )
+        report.miss(label, names_reading(node), f"{kernel.name} does not take what comes before it: {reason}")
     if kernel is None or norm is None:
         return None
     terms = residual_terms(norm.x)
@@ -98,6 +104,7 @@ def _with_norm(
         if terms:
             total = graph.call_function(operator.getitem, (result, 0))
             total.meta = dict(norm.x.meta)
+            stand_for(total, norm.x)
             norm.x.replace_all_uses_with(total)
             writes.replaced(norm.x, total)
             graph.erase_node(norm.x)

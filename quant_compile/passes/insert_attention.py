@@ -14,7 +14,7 @@ from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.attention import AttentionSite
-from quant_compile.ir.graph import verify
+from quant_compile.ir.graph import stand_for, verify
 from quant_compile.ir.report import AttentionLine
 from quant_compile.lowering.attention import (
     GROUPED,
@@ -80,6 +80,7 @@ def replace_attention(graph: fx.Graph, site: AttentionSite, choice: AttentionCho
         )  # fmt: skip
         node = graph.call_function(ops.attention, arguments)
     node.meta = {"site": f"attention {choice.runs}", "choice": choice, "example_value": site.node.meta["example_value"]}
+    stand_for(node, site.node)
     site.node.replace_all_uses_with(node)
     for inner in reversed(site.nodes):
         if not inner.users:

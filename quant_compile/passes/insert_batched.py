@@ -21,6 +21,7 @@ from quant_compile.ir.graph import (
     erase_with_inputs,
     fake_mode_of,
     multiply_input,
+    stand_for,
     verify,
 )
 from quant_compile.ir.scheme import Scheme
@@ -82,6 +83,7 @@ def _replace(graph: fx.Graph, site: BatchedSite, decision: SiteDecision, scheme:
             result.meta["example_value"] = node.meta["example_value"]
             result = graph.call_function(torch.add, (result, graph.call_method("to", (site.bias, site.dtype))))
         result.meta["example_value"] = node.meta["example_value"]
+    stand_for(result, node)
     node.replace_all_uses_with(result)
     erase_with_inputs(graph, node)
     return result

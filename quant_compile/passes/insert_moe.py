@@ -24,6 +24,7 @@ from quant_compile.ir.graph import (
     add_input_scale,
     add_named_plane,
     multiply_input,
+    stand_for,
     verify,
 )
 from quant_compile.ir.moe import NONE, spec_of
@@ -88,6 +89,7 @@ def replace_block(graph: fx.Graph, block: MoeSite, decision: SiteDecision, facto
         if result is not y:
             result.meta["example_value"] = value
     inputs = dict.fromkeys(i for n in block.nodes for i in n.all_input_nodes if _is_tensor_input(i))
+    stand_for(result, block.node)
     block.node.replace_all_uses_with(result)
     for node in reversed(block.nodes):
         graph.erase_node(node)

@@ -12,7 +12,15 @@ from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.family import family_of
-from quant_compile.ir.graph import PlaneRef, add_input_scale, add_named_plane, erase_with_inputs, multiply_input, verify
+from quant_compile.ir.graph import (
+    PlaneRef,
+    add_input_scale,
+    add_named_plane,
+    erase_with_inputs,
+    multiply_input,
+    stand_for,
+    verify,
+)
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite, Step
 from quant_compile.ir.stored import TRANSPOSES, only_turned
@@ -65,6 +73,7 @@ def _replace(graph: fx.Graph, site: LinearSite, decision: SiteDecision, scheme: 
         if site.after and site.after[-1][0] in TRANSPOSES and not only_turned(node):
             result = graph.call_method("contiguous", (result,))
             result.meta["example_value"] = node.meta["example_value"]
+    stand_for(result, node)
     node.replace_all_uses_with(result)
     prepared.replaced[node] = result
     erase_with_inputs(graph, node)

@@ -24,7 +24,9 @@ from quant_compile.ir.graph import (
     add_plane,
     erase_with_inputs,
     inline,
+    names_reading,
     plane_name,
+    stand_for,
     trace,
     verify,
 )
@@ -109,6 +111,7 @@ def _lower_linear(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
     with graph.inserting_before(node):
         y = graph.call_function(kernel_ops.linear, (x, planes, bias, dispatch.text))
     y.meta = {key: node.meta[key] for key in ("site", "names", "example_value")}
+    stand_for(y, node)
     node.replace_all_uses_with(y)
     erase_with_inputs(graph, node)
     return dispatch
@@ -139,6 +142,7 @@ def _lower_dequantize(graph: fx.Graph, node: fx.Node, plan: Plan) -> AbsorbedDis
     with graph.inserting_before(node):
         y = graph.call_function(kernel_ops.dequantize, (planes, dispatch.text))
     y.meta = {key: node.meta[key] for key in ("site", "names")}
+    stand_for(y, node)
     node.replace_all_uses_with(y)
     erase_with_inputs(graph, node)
     return dispatch
@@ -157,6 +161,7 @@ def _lower_moe(graph: fx.Graph, node: fx.Node, plan: Plan) -> MoeDispatch:
     with graph.inserting_before(node):
         y = graph.call_function(kernel_ops.moe, (x, ids, weights, w13, b13, w2, b2, scale2, dispatch.text))
     y.meta = {key: node.meta[key] for key in ("site", "names", "example_value")}
+    stand_for(y, node)
     node.replace_all_uses_with(y)
     erase_with_inputs(graph, node)
     return dispatch
@@ -171,6 +176,7 @@ def _lower_batched(graph: fx.Graph, node: fx.Node, plan: Plan) -> Dispatch:
     with graph.inserting_before(node):
         y = graph.call_function(kernel_ops.batched, (x, w, dispatch.text))
     y.meta = {key: node.meta[key] for key in ("site", "names", "example_value")}
+    stand_for(y, node)
     node.replace_all_uses_with(y)
     graph.erase_node(node)
     return dispatch
@@ -190,6 +196,7 @@ def _lower_attention(graph: fx.Graph, node: fx.Node, reached: Reached | None) ->
             given = (q, k, v, mask, scale, softcap, sinks, choice.runs, *coded)
             y = graph.call_function(kernel_ops.attention, given, more)
     y.meta = {key: node.meta[key] for key in ("site", "example_value")}
+    stand_for(y, node)
     node.replace_all_uses_with(y)
     graph.erase_node(node)
     return choice.runs
@@ -202,6 +209,7 @@ def _lower_latent(graph: fx.Graph, node: fx.Node) -> str:
         with graph.inserting_before(node):
             y = graph.call_function(kernel_ops.latent_attention, (*node.args[:10], form, *node.args[10:]))
         y.meta = {key: node.meta[key] for key in ("site", "example_value")}
+        stand_for(y, node)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
     return form
@@ -238,7 +246,12 @@ def _lower_inputs(graph: fx.Graph, target: Target | None, column_scales: set[fx.
     for node in list(graph.find_nodes(op="call_function", target=ops.quantize)):
         x: Any = node.args[0]
         outputs = None
-        if writes is not None and target is not None and node not in column_scales:
+        if writes is not None and target is not None and node in column_scales:
+            report.nearly(
+                names_reading(node),
+                "its kernel wants the scales of its input in columns, so the input has no kernel of its own",
+            )
+        elif writes is not None and target is not None:
             outputs = one_launch(graph, node, target, writes, report)
         if outputs is None:
             outputs = _inlined(graph, node, node in column_scales)

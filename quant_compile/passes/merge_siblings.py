@@ -7,6 +7,7 @@ block, a bias that is not a Parameter, and inputs or viewed outputs that are wri
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx
 
 from quant_compile.ir import ops
 from quant_compile.ir.family import PlaneSpec, Reject, family_of
-from quant_compile.ir.graph import BiasRef, PlaneRef, add_plane, erase_with_inputs, verify
+from quant_compile.ir.graph import BiasRef, PlaneRef, add_plane, erase_with_inputs, stand_for, verify
 from quant_compile.ir.scheme import parse
 from quant_compile.ir.writes import Writes, storage_of
 from quant_compile.passes.plan import PassReport, Plan
@@ -23,17 +24,21 @@ from quant_compile.passes.plan import PassReport, Plan
 def merge_siblings(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
     """Merge every group of siblings."""
     report = PassReport("merge_siblings")
-    if not plan.merge_siblings:
-        return gm, report
-    writes = Writes(gm.graph)
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=ops.linear):
         x = node.args[0] if isinstance(node.args[0], fx.Node) else node.args[0][0]
         groups.setdefault((x, *node.args[3:]), []).append(node)
+    _say_why_apart(groups, report)
+    if not plan.merge_siblings:
+        for siblings in groups.values():
+            if len(siblings) > 1:
+                report.nearly(_names(siblings), f"not one product with {_others(siblings)}: {TURNED_OFF}")
+        return gm, report
+    writes = Writes(gm.graph)
     for siblings in groups.values():
         if len(siblings) < 2:
             continue
-        each = [name for node in siblings for name in node.meta["names"]]
+        each = _names(siblings)
         names = " + ".join(each)
         refusal = _refusal(siblings, plan, writes)
         if refusal is not None:
@@ -42,6 +47,35 @@ def merge_siblings(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pass
         _merge(gm.graph, siblings)
         report.rewrote.append(names)
     return verify(gm, "quantized"), report
+
+
+TURNED_OFF = "the policy's `fuse` turns merge_siblings off"
+
+
+def _names(siblings: Iterable[fx.Node]) -> list[str]:
+    return [name for node in siblings for name in node.meta["names"]]
+
+
+def _others(siblings: Sequence[fx.Node]) -> str:
+    return f"{len(siblings) - 1} {'other' if len(siblings) == 2 else 'others'} of its input"
+
+
+def _say_why_apart(groups: Mapping[tuple[Any, ...], Sequence[fx.Node]], report: PassReport) -> None:
+    """Of linears that read one input: why they are in several groups."""
+    by_input: dict[Any, list[tuple[Any, ...]]] = {}
+    for key in groups:
+        source = key[0].args[0] if key[0].target is ops.quantize else key[0]
+        by_input.setdefault(source, []).append(key)
+    for first, *others in by_input.values():
+        beside = " + ".join(_names(groups[first]))
+        for other in others:
+            if other[1] != first[1]:
+                why = f"its scheme is {other[1]}, and theirs is {first[1]}"
+            elif other[2] != first[2]:
+                why = f"it computes in {other[2]}, and they in {first[2]}"
+            else:
+                why = "its input is quantized on its own"
+            report.nearly(_names(groups[other]), f"not one product with {beside}: {why}")
 
 
 def _ref(plane: fx.Node) -> PlaneRef:
@@ -129,6 +163,7 @@ def _merge(graph: fx.Graph, siblings: list[fx.Node]) -> None:
             view.target = _RESHAPES[str(view.target)]
             if "size" in view.kwargs:
                 view.kwargs = {"shape": view.kwargs["size"]}
+        stand_for(part, node)
         node.replace_all_uses_with(part)
         erase_with_inputs(graph, node)
 

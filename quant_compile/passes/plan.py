@@ -121,6 +121,10 @@ class PassReport:
     attention: list[AttentionLine] = field(default_factory=list)
     near: list[NearMiss] = field(default_factory=list)
 
+    def nearly(self, names: Iterable[str], reason: str) -> None:
+        """Say why what would have helped the weights ``names`` was not done, where that is no refusal: the policy has it so."""
+        self.near.append(NearMiss(tuple(names), reason))
+
     def miss(self, label: str, names: Iterable[str], reason: str) -> None:
         """Refuse what ``label`` names, which would have helped the weights ``names``."""
         self.refused.append(f"{label}: {reason}")

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from quant_compile.ir import ops
-from quant_compile.ir.graph import erase_with_inputs, verify
+from quant_compile.ir.graph import erase_with_inputs, names_reading, verify
 from quant_compile.ir.writes import Writes
 from quant_compile.passes.plan import PassReport, Plan
 
@@ -36,13 +36,21 @@ def share_inputs(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRe
             continue
         writer = _written(first[key], node, writes)
         if writer is not None:
-            report.refused.append(f"{node.name}: {writer} writes")
+            report.miss(
+                node.name, _readers(node), f"its input is made again, since {writer} writes to what it is made of"
+            )
             first[key] = node
             continue
         node.replace_all_uses_with(first[key])
         report.rewrote.append(node.name)
         erase_with_inputs(gm.graph, node)
     return verify(gm, "quantized"), report
+
+
+def _readers(node: fx.Node) -> tuple[str, ...]:
+    """Names of the weights whose products read an input, quantized or not."""
+    quantized = [name for user in node.users if user.target is ops.quantize for name in names_reading(user)]
+    return tuple(dict.fromkeys((*names_reading(node), *quantized)))
 
 
 def _inputs(graph: fx.Graph) -> list[fx.Node]:

@@ -14,10 +14,13 @@ from quant_compile.ir.graph import ScaleRef, erase_with_inputs, names_reading, v
 from quant_compile.ir.writes import Writes
 from quant_compile.passes.plan import PassReport, Plan
 
+TURNED_OFF = "the policy's `fuse` turns share_quant off"
+
 
 def share_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
     """Redirect repeated quantizations to the first."""
     report = PassReport("share_quant")
+    _say_why_apart(gm.graph, plan, report)
     if not plan.share_quant:
         return gm, report
     writes = Writes(gm.graph)
@@ -37,6 +40,24 @@ def share_quant(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassRep
         erase_with_inputs(gm.graph, node)
         report.rewrote.append(node.meta["site"])
     return verify(gm, "quantized"), report
+
+
+def _say_why_apart(graph: fx.Graph, plan: Plan, report: PassReport) -> None:
+    """Of quantizations of one input: why some of them are not one."""
+    by_input: dict[Any, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=ops.quantize):
+        by_input.setdefault(node.args[0], []).append(node)
+    for first, *others in by_input.values():
+        for other in others:
+            names = names_reading(other)
+            beside = " + ".join(names_reading(first))
+            if other.args[1] != first.args[1]:
+                what = f"{other.args[1]}, that of {beside} as {first.args[1]}"
+                report.nearly(names, f"its input is quantized on its own: as {what}")
+            elif _scale_class(other, plan) != _scale_class(first, plan):
+                report.nearly(names, f"its input is quantized on its own: its calibrated scale is not that of {beside}")
+            elif not plan.share_quant:
+                report.nearly(names, f"its input is quantized again, as for {beside}: {TURNED_OFF}")
 
 
 def _scale_class(node: fx.Node, plan: Plan) -> int | None:

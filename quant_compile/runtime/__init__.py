@@ -1,6 +1,6 @@
 """What runs when a compiled graph is called: decide its sites, compile a variant, bind planes, run.
 
-Modules point one way: ``guard`` <- ``decide`` <- ``variant`` <- ``record`` <- ``call``.
+Modules point one way: ``guard`` <- ``decide`` <- ``variant`` <- ``record``, ``verified`` <- ``call``.
 """
 
 from quant_compile.runtime.call import Binding, GraphRunner

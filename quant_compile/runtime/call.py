@@ -51,6 +51,7 @@ from quant_compile.runtime.merges import Merges
 from quant_compile.runtime.profiling import unprofiled
 from quant_compile.runtime.record import claim_weights, record, refuse_released, release_packed
 from quant_compile.runtime.variant import Compile, Variant, Variants
+from quant_compile.runtime.verified import Verifier
 from quant_compile.runtime.watch import Lendings, Looks, Pick, Watched, picker
 
 
@@ -119,6 +120,7 @@ class GraphRunner:
         verdicts = Verdicts()
         self.found = Found.of(self.pristine, self._parameters, verdicts)
         self._decider = Decider(self.found, source, options, choosers, target)
+        self._verifier = Verifier(self.pristine, self.found, source, options)
         self._slices = multiplied_slices(self.pristine, own)
         self._noted = set[int]()
         self._note_slices(own)
@@ -159,7 +161,7 @@ class GraphRunner:
         binding = self._bound(args)
         if binding is None:
             with unprofiled():  # binding, and what the graph's first call sets up
-                return self.bind(self._pick(args)).run(args)
+                return self.bind(self._pick(args), args).run(args)
         return binding.run(args)
 
     def bound(self, args: tuple[Any, ...]) -> Binding | None:
@@ -204,8 +206,16 @@ class GraphRunner:
         self._places.update((anchor.identity, anchor) for anchor in lent)
         return bool(lent)
 
-    def bind(self, values: tuple[Any, ...]) -> Binding:
-        """The variant for a graph's Parameters, in the order of its arguments, and their planes, packed now if they are not there."""
+    def bind(self, values: tuple[Any, ...], args: Sequence[Any] | None = None) -> Binding:
+        """The variant for a graph's Parameters, in the order of its arguments, and their planes, packed now if they are not there.
+
+        Args:
+            values: the Parameters.
+            args: all arguments of the call; ``verify: true`` replays it. None: nothing is replayed.
+
+        Raises:
+            VerifyError: a rewrite is not what it stands for, and the policy is strict or it cannot be taken back.
+        """
         with self._lock:
             lent = self._adopt(values)
             looks = self._looks = self._looks or Looks.best()
@@ -217,16 +227,10 @@ class GraphRunner:
             forget_tensors(self.pristine.graph)
             parameters: dict[int, Parameter] = dict(zip(self._slots, values, strict=True))
             generation = self.source.generation
-            session, decisions = self._decider.decide(parameters, late=True)
-            variant = self._variants.get(parameters, session, decisions, late=True)
             merges = Merges.of(values)
-            refuse_released(parameters, variant)
-            started, before = time.perf_counter(), STORE.packed
-            if self._whole.positions:
-                STORE.agree(self._distributed(parameters, decisions))
-            planes = self._planes(variant, parameters, decisions)
-            if before != STORE.packed:
-                add_time(session, "packing", time.perf_counter() - started)
+            session, decisions, variant, planes = self._packed(parameters)
+            while args is not None and not self._verifier.holds(variant, decisions, parameters, args, planes, session):
+                session, decisions, variant, planes = self._packed(parameters)
             record(self.found, parameters, session, decisions, variant, self._decider.guard.asked)
             self._keep_lock(parameters, session, decisions, variant)
             if self.options.releases(self.source.policy):
@@ -248,6 +252,21 @@ class GraphRunner:
             binding = Binding(frozenset(identities), variant, pick, planes, watched, merges, epoch, generation)
             self._bindings[called] = binding
             return binding
+
+    def _packed(
+        self, parameters: Mapping[int, Parameter]
+    ) -> tuple[Sessions, dict[str, SiteDecision], Variant, tuple[Tensor, ...]]:
+        """What is decided now for the weights of a call, the variant for that, and its planes."""
+        session, decisions = self._decider.decide(parameters, late=True)
+        variant = self._variants.get(parameters, session, decisions, True, self._verifier.as_written)
+        refuse_released(parameters, variant)
+        started, before = time.perf_counter(), STORE.packed
+        if self._whole.positions:
+            STORE.agree(self._distributed(parameters, decisions))
+        planes = self._planes(variant, parameters, decisions)
+        if before != STORE.packed:
+            add_time(session, "packing", time.perf_counter() - started)
+        return session, decisions, variant, planes
 
     def _keep_lock(
         self,

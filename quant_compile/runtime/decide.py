@@ -147,7 +147,7 @@ class Decider:
         self, found: Found, source: PolicySource, options: Options, choosers: Choosers, target: Target
     ) -> None:
         self.found, self.source, self.target = found, source, target
-        self._choosers = choosers
+        self._choosers, self._options = choosers, options
         self.guard = Guard(found.linears, (*found.blocks, *found.batched), source, options, choosers.compare)
 
     def decide(
@@ -207,6 +207,10 @@ class Decider:
         if not late:
             self._choosers.ahead(self.guard.products(decisions, parameters))
         return sessions, self.guard.applied(decisions, parameters, sessions, late)
+
+    @property
+    def _verifies(self) -> bool:
+        return self._options.verifies(self.source.policy)
 
     def check_rules(self, parameters: Mapping[int, Parameter]) -> None:
         """Once per model and policy: rules without effect are a warning and a note, an error when the policy is strict.
@@ -321,8 +325,11 @@ class Decider:
         return replace(decision, scheme=other, reason=reason)
 
     def _in_range(self, decision: Decision, parameter: Parameter, name: str) -> Decision:
-        """The decision, or why the weight's values cannot have its scheme, with a warning."""
-        refusal = None if decision.scheme is None else STORE.refusal(parameter, decision.scheme)
+        """The decision, or why the weight's values cannot have its scheme, or what was made of them was refused; with a warning."""
+        known, scheme = LEDGER.peek(parameter), decision.scheme
+        if scheme is not None and known is not None and scheme.spec in known.refusals and self._verifies:
+            return replace(decision, scheme=None, reason=known.refusals[scheme.spec], refused=True)
+        refusal = None if scheme is None else STORE.refusal(parameter, scheme)
         if refusal is None:
             return decision
         text = f"{name} stays {dtype_name(parameter.dtype)}: {refusal.reason}"

@@ -150,7 +150,7 @@ def sites_of(
         if decision.scheme is None:
             site = LockedSite(decision.asked.spec, "", (IN_16_BITS,)) if decision.asked else LockedSite(None)
         else:
-            dispatch, view = dispatches[slot], variant.views.get(slot)
-            site = LockedSite(decision.scheme.spec, dispatch.layout, (dispatch.ranges,), view.joined if view else ())
+            dispatch, joined = dispatches[slot], variant.views.joined.get(slot, ())
+            site = LockedSite(decision.scheme.spec, dispatch.layout, (dispatch.ranges,), joined)
         out[name] = out[name].also(site) if name in out else site
     return out

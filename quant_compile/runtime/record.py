@@ -68,7 +68,7 @@ def record(
 
 def _show(variant: Variant, parameters: Mapping[int, Parameter]) -> None:
     """What the variant does with each weight, for the report; after ``_begin``, which forgets what another scheme's did."""
-    for slot, view in variant.views.items():
+    for slot, view in variant.views.of_weights().items():
         LEDGER.record(parameters[slot]).views[view] = None
 
 
@@ -79,6 +79,7 @@ def _begin(record: Record, parameter: Parameter, decision: SiteDecision, guards:
     spec = decision.asked.spec if decision.asked else None
     if spec != record.scheme:
         record.views.clear()
+        record.verified = None
         record.kernels.clear()
         record.readers.clear()
         STORE.entry(parameter).plain_readers.clear()

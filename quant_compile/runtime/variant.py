@@ -27,26 +27,35 @@ from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.ledger import Sessions
 from quant_compile.options import Options, PolicySource
-from quant_compile.page.views import SiteView
 from quant_compile.passes import PIPELINE
 from quant_compile.passes.plan import PassReport, Plan, SiteDecision
 from quant_compile.runtime.decide import Choosers, Found, add_time
 from quant_compile.runtime.progress import Choosing
-from quant_compile.runtime.views import site_views
+from quant_compile.runtime.views import Views
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """The graph compiled for one assignment of schemes."""
+    """The graph compiled for one assignment of schemes.
+
+    Attributes:
+        graph: what Inductor was given, and may have changed.
+        lowered: the same before that.
+        function: compiled.
+        arguments: positions of Dynamo's arguments that it takes; ``refs``: the planes that come behind them.
+        reports: of the passes.
+        views: what it does at each product.
+    """
 
     graph: fx.GraphModule
+    lowered: fx.GraphModule
     function: Callable[..., Any]
     arguments: tuple[int, ...]
     refs: tuple[Ref, ...]
     reports: tuple[PassReport, ...]
-    views: Mapping[int, SiteView]
+    views: Views
 
 
 class Variants:
@@ -84,16 +93,23 @@ class Variants:
         sessions: Sessions,
         decisions: Mapping[str, SiteDecision],
         late: bool,
+        as_written: bool = False,
     ) -> Variant:
-        """The variant for these decisions; ``late``: compiled at a call, not while Dynamo traces."""
+        """The variant for these decisions.
+
+        Args:
+            late: compiled at a call, not while Dynamo traces.
+            as_written: attention stays as the model wrote it, whatever the options say.
+        """
         specs = tuple(tuple(p.scheme.spec if p.scheme else None for p in d.parts) for d in decisions.values())
         classes, factors = self._scale_classes(parameters, decisions), self._factor_classes(parameters, decisions)
         fuse, request = self.source.policy.fuse, self.options.request(self.source.policy)
         alike = tuple(tuple(sorted(shared.items())) for shared in (classes, factors))
-        key = (specs, alike, fuse, request, self.options.attends(self.source.policy))
+        attends = self.options.attends(self.source.policy) and not as_written
+        key = (specs, alike, fuse, request, attends)
         found = self._made.get(key)
         if found is None:
-            found = self._build(decisions, classes, factors, sessions, late)
+            found = self._build(decisions, classes, factors, sessions, late, attends)
             self._made[key] = found
         return found
 
@@ -129,10 +145,11 @@ class Variants:
         factors: dict[int, int],
         sessions: Sessions,
         late: bool,
+        attends: bool,
     ) -> Variant:
         gm = copy_graph(self.pristine)
         found = Found.of(gm, self._shape_only, self._verdicts)
-        fuse, attends = self.source.policy.fuse, self.options.attends(self.source.policy)
+        fuse = self.source.policy.fuse
         choosing = Choosing(len(found.linears) + len(found.blocks) + len(found.batched))
         plan = Plan(
             found.linears,
@@ -160,13 +177,14 @@ class Variants:
         placeholders = gm.graph.find_nodes(op="placeholder")
         arguments = tuple(node.meta["argument"] for node in placeholders if "plane" not in node.meta)
         refs = tuple(node.meta["plane"] for node in placeholders if "plane" in node.meta)
-        views = site_views(self.pristine.graph, self.found, decisions, gm.graph, reports, self.target, self._level())
+        lowered = copy_graph(gm)
+        views = Views(self.pristine.graph, self.found, decisions, lowered.graph, reports, self.target, self._level())
         started = time.perf_counter()
         scalars = {} if late else self._scalars
         inputs = [scalars.get(node.meta.get("argument"), node.meta["example_value"]) for node in placeholders]
         function = self._compile_late(gm, inputs) if late else self._compile(gm, inputs)
         add_time(sessions, "inductor", time.perf_counter() - started)
-        return Variant(gm, function, arguments, refs, tuple(reports), views)
+        return Variant(gm, lowered, function, arguments, refs, tuple(reports), views)
 
     def _level(self) -> str:
         """Of the tuner."""

@@ -1,12 +1,13 @@
 """What a variant does at each product, for the report: drawn before and after, times of its kernels, near misses, the model's line.
 
-Reads the graph as it was and as it is lowered, and what passes report. Writes nothing.
+Reads the graph as it was and as it is lowered, and what passes report, when a report is made. Writes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from torch import fx
@@ -19,7 +20,7 @@ from quant_compile.lowering.latent import AbsorbedDispatch
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.select import Dispatch
 from quant_compile.lowering.target import Target
-from quant_compile.page.views import Box, Drawing, SiteView, tail
+from quant_compile.page.views import Box, Drawing, SiteView, joined_of, tail
 from quant_compile.passes.insert_moe import weight_names
 from quant_compile.passes.plan import PassReport, SiteDecision, dispatches_of
 from quant_compile.runtime.decide import Found
@@ -27,18 +28,11 @@ from quant_compile.runtime.decide import Found
 _BEFORE, _AFTER = 2, 2  # levels of producers that are drawn
 
 
-def site_views(
-    pristine: fx.Graph,
-    found: Found,
-    decisions: Mapping[str, SiteDecision],
-    lowered: fx.Graph,
-    reports: Sequence[PassReport],
-    target: Target,
-    level: str,
-) -> dict[int, SiteView]:
-    """Slot of each weight that a site multiplies by -> its view.
+@dataclass(frozen=True, eq=False)
+class Views:
+    """The views of one variant, drawn when first asked for: most compilations are never looked at.
 
-    Args:
+    Attributes:
         pristine: the graph as it was.
         found: its sites.
         decisions: node name of a site -> what was decided.
@@ -47,28 +41,79 @@ def site_views(
         target: the device.
         level: of the tuner.
     """
-    sites, names = _sites(found), _names(found, decisions)
-    dispatches = dispatches_of(reports)
-    near = [miss for report in reports for miss in report.near]
-    out: dict[int, SiteView] = {}
-    scenes = Scene(pristine), Scene(lowered)
-    times = lru_cache(maxsize=None)(partial(kernel_times, target=target, level=level))
-    for slots, kernel in _groups(sites, lowered):
-        own = list(dict.fromkeys(site for slot in slots for site in sites[slot]))
-        known = {decisions[site.node.name].name for site in own}
-        dispatch = dispatches.get(slots[0]) if kernel is not None else None
-        weights = tuple(dict.fromkeys(tail(names[slot]) for slot in slots))
-        view = SiteView(
-            weights,
-            _before(scenes[0], own),
-            None if kernel is None else _after(scenes[1], kernel, weights, dispatch),
-            () if dispatch is None or isinstance(dispatch, AbsorbedDispatch) else times(dispatch),
-            () if kernel is None else _fused(kernel),
-            tuple(dict.fromkeys(miss.reason for miss in near if not known.isdisjoint(miss.names))),
-            source_of(own[0].node),
-        )
-        out |= dict.fromkeys(slots, view)
-    return out
+
+    pristine: fx.Graph
+    found: Found
+    decisions: Mapping[str, SiteDecision]
+    lowered: fx.Graph
+    reports: Sequence[PassReport]
+    target: Target
+    level: str
+
+    @cached_property
+    def joined(self) -> Mapping[int, tuple[str, ...]]:
+        """Slot of each weight that a site multiplies by -> ``SiteView.joined``; draws nothing."""
+        return {
+            slot: joined_of(self._weights(slots), () if kernel is None else _fused(kernel))
+            for slots, kernel in self._groups
+            for slot in slots
+        }
+
+    @cached_property
+    def drawn(self) -> Mapping[int, SiteView]:
+        """Slot of each weight that a site multiplies by -> its view."""
+        dispatches = dispatches_of(self.reports)
+        near = [miss for report in self.reports for miss in report.near]
+        out: dict[int, SiteView] = {}
+        scenes = Scene(self.pristine), Scene(self.lowered)
+        times = lru_cache(maxsize=None)(partial(kernel_times, target=self.target, level=self.level))
+        for slots, kernel in self._groups:
+            own = list(dict.fromkeys(site for slot in slots for site in self._sites[slot]))
+            known = {self.decisions[site.node.name].name for site in own}
+            dispatch = dispatches.get(slots[0]) if kernel is not None else None
+            weights = self._weights(slots)
+            view = SiteView(
+                weights,
+                _before(scenes[0], own),
+                None if kernel is None else _after(scenes[1], kernel, weights, dispatch),
+                () if dispatch is None or isinstance(dispatch, AbsorbedDispatch) else times(dispatch),
+                () if kernel is None else _fused(kernel),
+                tuple(dict.fromkeys(miss.reason for miss in near if not known.isdisjoint(miss.names))),
+                source_of(own[0].node),
+            )
+            out |= dict.fromkeys(slots, view)
+        return out
+
+    def of_weights(self) -> dict[int, Seen]:
+        """Slot of each weight that a site multiplies by -> its view, not drawn yet."""
+        return {slot: Seen(self, slot) for slot in self._sites}
+
+    def _weights(self, slots: Sequence[int]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(tail(self._names[slot]) for slot in slots))
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return _names(self.found, self.decisions)
+
+    @cached_property
+    def _sites(self) -> dict[int, list[Any]]:
+        return _sites(self.found)
+
+    @cached_property
+    def _groups(self) -> list[tuple[tuple[int, ...], fx.Node | None]]:
+        return _groups(self._sites, self.lowered)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One view of a variant; the same to whoever compares, drawn or not."""
+
+    views: Views
+    slot: int
+
+    def __call__(self) -> SiteView:
+        """Drawn."""
+        return self.views.drawn[self.slot]
 
 
 def _sites(found: Found) -> dict[int, list[Any]]:
