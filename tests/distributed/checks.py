@@ -282,14 +282,12 @@ def lifecycle(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with torch.no_grad(), without_inductor():
         before = divided(ids).logits
-        found["release_weights"] = _said(lambda: quant_compile.compile(divided, "W8A16", release_weights=True))
         quant_compile.compile(divided, "W8A16")
         found["generated"] = divided.generate(ids, max_new_tokens=6, do_sample=False).tolist()
         first = divided(ids).logits
         report = quant_compile.report(divided)
         found["coverage"] = report.coverage
         found["again"] = torch.equal(first, divided(ids).logits)
-        found["release"] = _said(lambda: quant_compile.release(divided))
         weight = local_of(divided.model.layers[0].self_attn.q_proj.weight)
         weight.mul_(1.5)
         found["edited"] = torch.equal(first, divided(ids).logits)
@@ -302,6 +300,52 @@ def lifecycle(path: Path) -> dict[str, Any]:
         quant_compile.compile(plain, "W8A16")
         found["alone"] = plain.generate(ids, max_new_tokens=6, do_sample=False).tolist()
     return found
+
+
+def released(path: Path, early: bool) -> dict[str, Any]:
+    """A model in parts whose values are given up, when it is compiled or later, and put back again."""
+    ids, found = torch.arange(3, 11).view(1, 8), dict[str, Any]()
+    divided, kept = loaded(path, {"tp_plan": "auto"}), loaded(path, {"tp_plan": "auto"})
+    with torch.no_grad(), without_inductor() as graphs:
+        before = divided(ids).logits
+        quant_compile.compile(kept, "W8A16")
+        wanted = kept(ids).logits
+        quant_compile.compile(divided, "W8A16", release_weights=early)
+        found["first"] = torch.equal(divided(ids).logits, wanted)
+        found["freed"] = 0 if early else quant_compile.release(divided)
+        count = len(graphs)
+        found["again"] = torch.equal(divided(ids).logits, wanted)
+        found["compiled_again"] = len(graphs) - count
+        found["shorter"] = torch.equal(divided(ids[:, :5]).logits, kept(ids[:, :5]).logits)
+        found["generated"] = [
+            model.generate(ids, max_new_tokens=5, do_sample=False).tolist() for model in (divided, kept)
+        ]
+        projections = [m.weight for m in divided.model.layers.modules() if isinstance(m, nn.Linear)]
+        with torch._C.DisableTorchFunctionSubclass():
+            found["bytes"] = sum(local_of(weight).untyped_storage().size() for weight in projections)
+        weight = divided.model.layers[0].mlp.down_proj.weight
+        found["read"] = [_said(act) for act in (weight.sum, divided.state_dict, lambda: copy.deepcopy(weight))]
+        reports = [quant_compile.report(model).all_ranks() for model in (divided, kept)]
+        found["ledger"] = [
+            (r.coverage, r.bytes_total, [(x.names, x.scheme, x.bytes_after) for x in r.lines]) for r in reports
+        ]
+        found["uncompile"] = _said(lambda: quant_compile.uncompile(divided))
+        found["restored"] = quant_compile.restore(divided, path)
+        state = divided.state_dict()
+        found["state"] = all(
+            torch.equal(state[name].full_tensor(), whole) for name, whole in _whole(path) if "proj" in name
+        )
+        found["after"] = early or torch.equal(divided(ids).logits, wanted)  # a call would give them up again
+        quant_compile.uncompile(divided)
+        found["untouched"] = torch.equal(before, divided(ids).logits)
+        found["classes"] = {type(weight) for weight in divided.parameters()} == {
+            type(weight) for weight in kept.parameters()
+        }
+    return found
+
+
+def _whole(path: Path) -> list[tuple[str, Tensor]]:
+    return list(loaded(path).state_dict().items())
 
 
 def _said(act: Any) -> str:

@@ -107,9 +107,22 @@ def test_from_compile_to_uncompile(world: World, folder: Path) -> None:
     assert first["generated"] == first["alone"]
     assert first["coverage"] == 1.0
     assert first["again"] and not first["edited"]
-    for said in (first["release_weights"], first["release"]):
-        assert "cannot be released" in said
     assert first["untouched"] == (True, {"Tensor", "Parameter"})
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["compiled", "later"])
+def test_each_rank_releases_its_parts(world: World, folder: Path, early: bool) -> None:
+    for rank in world.run(checks.released, checks.make("one_layer", folder), early):
+        assert rank["first"] and rank["again"] and rank["shorter"]
+        assert rank["ledger"][0] == rank["ledger"][1] and rank["ledger"][0][0] == 1.0
+        assert rank["compiled_again"] == (0 if early else 1)
+        assert rank["bytes"] == 0 and (early or rank["freed"] > 0)
+        assert rank["generated"][0] == rank["generated"][1]
+        for said in rank["read"]:
+            assert said.startswith("ReleasedWeightError") and "restore" in said
+        assert rank["uncompile"].startswith("StaleWeightError")
+        assert rank["restored"] == 7 and rank["after"] and rank["state"]
+        assert rank["untouched"] and rank["classes"]
 
 
 def test_refusals(world: World, folder: Path) -> None:
