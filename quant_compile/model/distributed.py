@@ -124,6 +124,11 @@ def refuse_parts(model: nn.Module, what: str) -> None:
         )
 
 
+def has_parts(model: nn.Module) -> bool:
+    """Whether ranks have a weight in parts."""
+    return _cut(model) is not None
+
+
 def _cut(model: nn.Module) -> Shard | None:
     """How the first weight that ranks have in parts is divided."""
     return next((shard for p in parameters_of(model) if (shard := shard_of(p)) is not None and shard.cuts), None)

@@ -53,6 +53,7 @@ FAMILIES = {
     "one_layer": lambda: LlamaConfig(**ONE_LAYER, intermediate_size=128),
     "tied": lambda: LlamaConfig(**SIZES, intermediate_size=128, tie_word_embeddings=True),
     "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS),
+    "one_block": lambda: Qwen3MoeConfig(**ONE_LAYER, **EXPERTS),
     "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, intermediate_size=64),
     "deepseek_v3": lambda: DeepseekV3Config(**DEEPSEEK),
 }
@@ -344,6 +345,39 @@ def released(path: Path, early: bool) -> dict[str, Any]:
     return found
 
 
+def saved(path: Path, folder: Path, policy: Any, plan: dict[str, Any], release: bool = False) -> dict[str, Any]:
+    """A model in parts saved, and the one-process model: names of tensors that differ, and how far a loaded one's logits are off."""
+    import torch.distributed as dist
+    from safetensors.torch import load_file
+
+    ids, found = torch.arange(3, 11).view(1, 8), dict[str, Any]()
+    plain, divided = loaded(path), loaded(path, plan)
+    with torch.no_grad(), without_inductor():
+        for model in (plain, divided):
+            quant_compile.compile(model, policy)
+        whole, wanted = plain(ids).logits, divided(ids).logits
+        if release:
+            quant_compile.release(divided)
+        found["said"] = _said(lambda: quant_compile.save(divided, folder / "divided"))
+        if dist.get_rank() == 0 and not found["said"]:
+            quant_compile.save(plain, folder / "plain")
+            ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("divided", "plain"))
+            found["names"] = ours.keys() == theirs.keys()
+            found["differ"] = [
+                n for n in ours if ours[n].dtype != theirs[n].dtype or not _same_bits(ours[n], theirs[n])
+            ]
+            texts = [(folder / name / "config.json").read_text() for name in ("divided", "plain")]
+            found["config"] = texts[0] == texts[1]
+            found["off"] = _distance(quant_compile.load(folder / "divided")(ids).logits, whole)
+        found["again"] = torch.equal(divided(ids).logits, wanted)
+        found["packed"] = _said(lambda: quant_compile.save(divided, folder / "packed", "packed"))
+    return found
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
 def _whole(path: Path) -> list[tuple[str, Tensor]]:
     return list(loaded(path).state_dict().items())
 
@@ -368,7 +402,6 @@ def refusals(path: Path, folder: Path) -> dict[str, Any]:
         report = quant_compile.report(divided)
         found["cut"] = report.skips
         found["kept"] = {line.names[0] for line in report.lines if line.named and not line.scheme}
-        found["save"] = _said(lambda: quant_compile.save(divided, folder / "saved"))
         found["calibrate"] = _said(lambda: quant_compile.calibrate(divided, [ids], "W8A8_STATIC"))
         divided = loaded(path, {"tp_plan": "auto"})
         if dist.get_rank() == 1:
