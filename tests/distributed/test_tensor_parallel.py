@@ -110,7 +110,7 @@ def test_from_compile_to_uncompile(world: World, folder: Path) -> None:
     assert first["untouched"] == (True, {"Tensor", "Parameter"})
 
 
-@pytest.mark.parametrize("early", [True, False], ids=["compiled", "later"])
+@pytest.mark.parametrize("early", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["compiled", "later"])
 def test_each_rank_releases_its_parts(world: World, folder: Path, early: bool) -> None:
     for rank in world.run(checks.released, checks.make("one_layer", folder), early):
         assert rank["first"] and rank["again"] and rank["shorter"]
