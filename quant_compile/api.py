@@ -22,11 +22,12 @@ from quant_compile.generation import install, outside_of, uninstall
 from quant_compile.generation.loop import KEPT
 from quant_compile.ir.errors import OptionError, PolicyError, StaleWeightError, WeightError
 from quant_compile.ir.report import Report
+from quant_compile.lowering.shards import whole_shape
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import STORE, disclaim
 from quant_compile.model import names as naming
 from quant_compile.model import offload
-from quant_compile.model.distributed import refuse_release, refuse_wrapped
+from quant_compile.model.distributed import own_part, put_back, refuse_wrapped, stand_in
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.places import parameters_of, places, unwrap, without_reserved, wrapped_by_peft
 from quant_compile.model.weights import linear_weights
@@ -72,9 +73,9 @@ def compile(
     source.check_planes(name for weight in linear_weights(unwrap(model)) for name in weight.site.names)
     begin_lock(parsed)
     source, loaded = _with_loaded(unwrap(model), source, policy is not None)
-    if parsed.releases(source.policy):
-        refuse_release(unwrap(model))
     problems = source.policy.resolve(unwrap(model)).problems
+    if parsed.releases(source.policy):
+        stand_in(unwrap(model))
     naming.register(model)
     LEDGER.forget_refusals(unwrap(model))
     session = LEDGER.session(unwrap(model), source.policy, target.label)
@@ -148,6 +149,7 @@ def uncompile(model: nn.Module) -> nn.Module:
     from_transformers.undo(inner)
     for parameter in parameters_of(inner):
         disclaim(parameter)
+    put_back(inner)
     return model
 
 
@@ -183,14 +185,12 @@ def release(model: nn.Module) -> int:
 
     Compiled calls go on. Graphs compiled before notice the change of class and are compiled once more at their next call;
     with ``release_weights=True`` at compile time they are not. Eager use, state_dict, save and deepcopy raise until ``restore``.
+    Of weights that ranks have in parts each rank releases its own.
 
     Args:
         model: compiled, and called once, so that its weights are packed.
-
-    Raises:
-        OptionError: ranks have the weights in parts, which cannot be released; nothing has been changed.
     """
-    refuse_release(model)
+    stand_in(unwrap(model), lambda parameter: (entry := STORE.peek(parameter)) is not None and bool(entry.packs))
     return from_transformers.forget(unwrap(model)) + sum(STORE.release(parameter) for parameter in parameters_of(model))
 
 
@@ -199,7 +199,8 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
 
     Args:
         model: the model.
-        source: a safetensors file or a folder of them, a state dict, or a model; names with or without wrappers' parts.
+        source: a safetensors file or a folder of them, a state dict, or a model; names with or without wrappers' parts. A rank that has
+            parts takes them out of whole weights.
 
     Raises:
         StaleWeightError: the source lacks a weight or has another shape; nothing has been changed.
@@ -221,11 +222,11 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
                 f"the source has no {own.full[0]}; it has {len(known)} tensors, e.g. {', '.join(sorted(known)[:3])}"
             )
         shape = tuple(known[name])
-        if shape != tuple(parameter.shape):
+        if shape not in (tuple(parameter.shape), whole_shape(parameter)):
             raise StaleWeightError(f"{name}: the source has shape {shape}, the model {tuple(parameter.shape)}")
         found.append((parameter, name))
     for parameter, name in found:
-        STORE.restore(parameter, get(name))
+        STORE.restore(parameter, own_part(parameter, get(name)))
     return len(found)
 
 

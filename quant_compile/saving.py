@@ -34,6 +34,7 @@ from quant_compile.checkpoints.gguf.container import is_gguf
 from quant_compile.checkpoints.gguf.files import open_files
 from quant_compile.checkpoints.gguf.tokenizer import tokenizer
 from quant_compile.checkpoints.write import check_space, check_target, replacing, shards_of, write_shards
+from quant_compile.gathering import gathered
 from quant_compile.generation import kept_of
 from quant_compile.generation.blocks import layer_names
 from quant_compile.ir.errors import OptionError
@@ -45,7 +46,7 @@ from quant_compile.lowering.tune import exported
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.model import offload
 from quant_compile.model.cache_scales import CacheScales
-from quant_compile.model.distributed import refuse_parts
+from quant_compile.model.distributed import has_parts
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.names import names_in
 from quant_compile.model.places import parameters_of, unwrap, wrapped_by_peft
@@ -105,7 +106,8 @@ def save(model: nn.Module, directory: str | Path, format: str = METHOD, *, besid
     The folder appears whole: it is written beside its place, and an older one is replaced in one step.
 
     Args:
-        model: of transformers, compiled and called once, or made by ``load``; its weights may be released.
+        model: of transformers, compiled and called once, or made by ``load``; its weights may be released. Where ranks have it in parts
+            every rank calls this, and the first one writes what one process would.
         directory: to write; a checkpoint that is there is replaced. A name that ends in ``.gguf`` is that of a file, in that format.
         format: ``compressed-tensors``, which vLLM, SGLang, transformers and ``load`` read, or ``packed``: planes as the kernels of this
             device read them, for ``load`` alone, which then neither quantizes nor packs nor measures; ``gguf``: a file of llama.cpp.
@@ -120,10 +122,32 @@ def save(model: nn.Module, directory: str | Path, format: str = METHOD, *, besid
             replaced, or does not fit the disk. Nothing has been written.
         WeightError: planes of a released weight do not unpack exactly, or values are NaN or inf. The folder is what it was.
     """
-    saved = _save(model, directory, format, beside)
+    saved = (_save_parts if has_parts(unwrap(model)) else _save)(model, directory, format, beside)
     for note in saved.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     return saved
+
+
+def _save_parts(model: nn.Module, directory: str | Path, format: str, beside: Iterable[Path]) -> Saved:
+    """The same of a model that ranks have in parts: the first one writes, all hear of it."""
+    import torch.distributed as dist
+
+    if _format(format, Path(directory)) == packed.FORMAT:
+        raise SaveError(
+            "planes of ranks' parts are laid out for each rank's kernels, and the format packed is for one device.\n"
+            'Fix: save it as "compressed-tensors", and that on one GPU as "packed": quant_compile.convert(folder, other, format="packed").'
+        )
+    first = gathered(_checked(model), _key)
+    outcome: list[Any] = [None]
+    if first is not None:
+        try:
+            outcome = [_save(first.made(), directory, format, beside)]
+        except Exception as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 def _format(format: str, place: Path) -> str:
@@ -283,10 +307,6 @@ def _checked(model: nn.Module) -> nn.Module:
             "the model is not compiled, so that nothing of it is quantized.\n"
             "Fix: quant_compile.compile(model, policy), call it once, then save it."
         )
-    try:
-        refuse_parts(inner, "save")
-    except OptionError as error:
-        raise SaveError(str(error)) from None
     if offload.lent_parameters(inner):
         raise SaveError("some weights are offloaded.\nFix: load the model without a device_map that offloads.")
     if not any(_key(parameter) is not None for parameter in parameters_of(inner)) and not _keeps_all(inner):

@@ -30,7 +30,7 @@ ORDER = (
     ("rounded",),
     ("inspect", "calibrate", "explain", "api", "exporting"),
     ("measure", "diff"),
-    ("building",),
+    ("building", "gathering"),
     ("pretrained", "_transformers"),
     ("saving", "on_import"),
     ("",),

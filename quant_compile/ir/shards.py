@@ -83,6 +83,22 @@ class Shard:
                 runs = [piece for run in runs for part in _chunks(run, sections) for piece in _chunks(part, count)]
         return runs
 
+    def part_of(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor of the whole weight's shape, as ``torch.chunk`` cuts it; a view where nothing is joined."""
+        part = whole
+        for (dim, count, axis), sections in zip(self.cuts, self.sections, strict=True):
+            rank = self.mesh.get_local_rank(axis)
+            own = [_chunk(section, count, rank, dim) for section in part.chunk(sections, dim)]
+            part = own[0] if len(own) == 1 else torch.cat(own, dim)
+        return part
+
+
+def _chunk(tensor: Tensor, count: int, index: int, dim: int) -> Tensor:
+    """One of ``torch.chunk``'s parts; the last ones may be empty, which ``torch.chunk`` leaves out."""
+    step = -(-tensor.shape[dim] // count)
+    start = min(index * step, tensor.shape[dim])
+    return tensor.narrow(dim, start, min(step, tensor.shape[dim] - start))
+
 
 def _chunks(size: int, count: int) -> list[int]:
     """Sizes of ``torch.chunk``'s parts; the last may be smaller, or nothing."""

@@ -34,12 +34,14 @@ class Anchor:
         identity: a number that no other living weight has.
         content: for a weight that is lent: Parameter -> what is equal as long as the values are; None where versions and storages tell.
         shard: for this rank's part of a distributed weight: what it is of it.
+        whole: for such a part that stands in its module itself: what the distributed Parameter is made of again.
     """
 
     def __init__(self, identity: int | None = None, content: Callable[[Tensor], Any] | None = None) -> None:
         self.identity = id(self) if identity is None else identity
         self.content = content
         self.shard: Shard | None = None
+        self.whole: Any = None
 
     def __reduce__(self) -> Any:
         return OrderedDict, ()  # a copy or a file has no identity; this loads everywhere, with weights_only too

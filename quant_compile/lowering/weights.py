@@ -714,8 +714,8 @@ class WeightStore:
             entry = self.peek(parameter)
             if entry is None or entry.released or not entry.packs or entry.plain_readers or is_lent(parameter):
                 return 0
-            if shard_of(parameter) is not None:  # torch cannot trace a DTensor whose local values are gone
-                return 0
+            if shard_of(parameter) is not None and not isinstance(parameter, ReleasableParameter):
+                return 0  # a DTensor holds it, whose reads could not be refused
             self._check_fresh(entry, parameter)
             if not entry.packs:
                 return 0

@@ -1,13 +1,20 @@
-"""What cannot be done with a model that torch.distributed divides: refusals that name the place and the way out. Changes nothing."""
+"""Models that torch.distributed divides: what is refused, by errors that name the place and the way out, and parts that stand alone."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from quant_compile.ir.errors import OptionError
-from quant_compile.ir.shards import Shard
-from quant_compile.lowering.identity import shard_of
-from quant_compile.model.places import is_a, parameters_of
+from quant_compile.ir.shards import Shard, is_distributed, local_tensor
+from quant_compile.lowering.identity import anchor_of, peek_anchor, shard_of
+from quant_compile.lowering.weights import claim, disclaim
+from quant_compile.model.places import Place, by_parameter, is_a, parameters_of, places
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -24,17 +31,80 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def refuse_release(model: nn.Module) -> None:
-    """Refuse to free original values of parts: torch cannot trace a DTensor without them.
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """What the distributed Parameter was that this rank's part stands for.
 
-    Raises:
-        OptionError: ranks have a weight in parts.
+    Attributes:
+        spec: torch's DTensorSpec: mesh, placements, shape, strides.
+        hook: keeps ``state_dict`` as it was.
     """
-    if _cut(model) is not None:
-        raise OptionError(
-            "the original values of weights that ranks have in parts cannot be released: torch traces no DTensor without them.\n"
-            "Fix: release_weights=False; every rank keeps its parts in 16 bits beside their planes. Nothing has been changed."
-        )
+
+    spec: Any
+    hook: RemovableHandle
+
+    def of(self, part: Tensor) -> Tensor:
+        """The DTensor that has this local tensor."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor(part, self.spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
+
+
+def stand_in(model: nn.Module, wanted: Callable[[Parameter], bool] = lambda _: True) -> None:
+    """Let this rank's parts of weights stand in their modules in place of DTensors, so that their values can be freed.
+
+    A module of transformers takes the local tensor of a DTensor when it is called without gradients, and a plain Parameter as it is.
+    A read of a released one can be refused; torch gives the values of a DTensor to kernels without asking anybody. ``state_dict`` has
+    DTensors as before. Weights of embeddings stay as they are.
+
+    Args:
+        wanted: of which parts.
+    """
+    for held in by_parameter(model).values():
+        if len(held) == 1 and not isinstance(held[0].module, nn.Embedding) and wanted(held[0].parameter):
+            _stand_in(held[0])
+
+
+def _stand_in(place: Place) -> None:
+    whole, part = place.module._parameters.get(place.attribute), place.parameter
+    shard = shard_of(part)
+    if whole is None or not is_distributed(whole) or shard is None or not shard.cuts:
+        return
+    spec: Any = whole._spec  # pyright: ignore[reportAttributeAccessIssue]
+    anchor, attribute = anchor_of(part), place.attribute
+    if type(part) is Tensor:
+        part.__class__ = Parameter  # the very object, so that what is known of it stays known
+    place.module._parameters[attribute] = part
+
+    def as_before(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        if prefix + attribute in state:
+            state[prefix + attribute] = anchor.whole.of(state[prefix + attribute])
+
+    anchor.whole = Whole(spec, place.module.register_state_dict_post_hook(as_before))
+    claim(part)
+
+
+def put_back(model: nn.Module) -> None:
+    """Undo ``stand_in`` for weights that have their values."""
+    for place in places(model):
+        part, anchor = place.parameter, peek_anchor(place.parameter)
+        if anchor is None or anchor.whole is None or getattr(part, "released_by_sglquant", False):
+            continue
+        disclaim(part)
+        part.__class__ = Tensor  # pyright: ignore[reportAttributeAccessIssue]
+        whole = anchor.whole.of(part)
+        whole._is_param = True
+        place.module._parameters[place.attribute] = whole
+        anchor.whole.hook.remove()
+        anchor.whole = None
+
+
+def own_part(parameter: Parameter, source: Tensor) -> Tensor:
+    """Of a tensor that a source has for a weight what this rank has of the weight; the tensor itself where that is all of it."""
+    if is_distributed(source):
+        return local_tensor(source)
+    shard = shard_of(parameter)
+    return source if shard is None or tuple(source.shape) != shard.shape else shard.part_of(source)
 
 
 def refuse_parts(model: nn.Module, what: str) -> None:
@@ -52,6 +122,11 @@ def refuse_parts(model: nn.Module, what: str) -> None:
             f"{what} needs whole weights, and ranks have those of this model in parts ({found.placements}).\n"
             "Fix: call it for the model loaded without tp_plan; a policy that it writes serves the divided model too."
         )
+
+
+def has_parts(model: nn.Module) -> bool:
+    """Whether ranks have a weight in parts."""
+    return _cut(model) is not None
 
 
 def _cut(model: nn.Module) -> Shard | None:

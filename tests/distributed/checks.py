@@ -41,15 +41,19 @@ DEEPSEEK: dict[str, Any] = {
     "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1, "q_lora_rank": 32,
     "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
-# Parts whose sizes kernels of GPUs take: groups of 128 along each rank's k.
+# Parts whose sizes kernels of GPUs take: groups of 128 along each rank's k. Every token has every expert, so that a rounding in bf16
+# cannot send it to another one.
 WIDE: dict[str, Any] = {**SIZES, "vocab_size": 256, "hidden_size": 256, "head_dim": 64}
 FAMILIES = {
     "wide_llama": lambda: LlamaConfig(**WIDE, intermediate_size=256),
-    "wide_qwen3_moe": lambda: Qwen3MoeConfig(**WIDE, **{**EXPERTS, "moe_intermediate_size": 256}),
+    "wide_qwen3_moe": lambda: Qwen3MoeConfig(
+        **WIDE, **{**EXPERTS, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
+    ),
     "llama": lambda: LlamaConfig(**SIZES, intermediate_size=128),
     "one_layer": lambda: LlamaConfig(**ONE_LAYER, intermediate_size=128),
     "tied": lambda: LlamaConfig(**SIZES, intermediate_size=128, tie_word_embeddings=True),
     "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS),
+    "one_block": lambda: Qwen3MoeConfig(**ONE_LAYER, **EXPERTS),
     "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, intermediate_size=64),
     "deepseek_v3": lambda: DeepseekV3Config(**DEEPSEEK),
 }
@@ -227,12 +231,15 @@ def compared(plain: Any, divided: Any, policy: Any, damage: str, inductor: bool,
     )  # fmt: skip
 
 
-def on_gpus(path: Path, policy: str, plan: dict[str, Any], damage: tuple[str, float] = ("", 1.0)) -> dict[str, Any]:
-    """``compare`` in bf16, compiled, and what the divided model then generates."""
+def on_gpus(
+    path: Path, policy: str, plan: dict[str, Any], damage: tuple[str, float] = ("", 1.0), inductor: bool = True
+) -> dict[str, Any]:
+    """``compare`` in bf16, and what the divided model then generates."""
     plain, divided = loaded(path, None, torch.bfloat16), loaded(path, plan, torch.bfloat16)
-    found = compared(plain, divided, policy, damage[0], True, damage[1])
+    found = compared(plain, divided, policy, damage[0], inductor, damage[1])
     ids = torch.arange(3, 11).view(1, 8).to(device())
-    return {"compared": found, "tokens": divided.generate(ids, max_new_tokens=8, do_sample=False).tolist()}
+    with nullcontext() if inductor else without_inductor():
+        return {"compared": found, "tokens": divided.generate(ids, max_new_tokens=8, do_sample=False).tolist()}
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
@@ -276,14 +283,12 @@ def lifecycle(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with torch.no_grad(), without_inductor():
         before = divided(ids).logits
-        found["release_weights"] = _said(lambda: quant_compile.compile(divided, "W8A16", release_weights=True))
         quant_compile.compile(divided, "W8A16")
         found["generated"] = divided.generate(ids, max_new_tokens=6, do_sample=False).tolist()
         first = divided(ids).logits
         report = quant_compile.report(divided)
         found["coverage"] = report.coverage
         found["again"] = torch.equal(first, divided(ids).logits)
-        found["release"] = _said(lambda: quant_compile.release(divided))
         weight = local_of(divided.model.layers[0].self_attn.q_proj.weight)
         weight.mul_(1.5)
         found["edited"] = torch.equal(first, divided(ids).logits)
@@ -296,6 +301,85 @@ def lifecycle(path: Path) -> dict[str, Any]:
         quant_compile.compile(plain, "W8A16")
         found["alone"] = plain.generate(ids, max_new_tokens=6, do_sample=False).tolist()
     return found
+
+
+def released(path: Path, early: bool) -> dict[str, Any]:
+    """A model in parts whose values are given up, when it is compiled or later, and put back again."""
+    ids, found = torch.arange(3, 11).view(1, 8), dict[str, Any]()
+    divided, kept = loaded(path, {"tp_plan": "auto"}), loaded(path, {"tp_plan": "auto"})
+    with torch.no_grad(), without_inductor() as graphs:
+        before = divided(ids).logits
+        quant_compile.compile(kept, "W8A16")
+        wanted = kept(ids).logits
+        quant_compile.compile(divided, "W8A16", release_weights=early)
+        found["first"] = torch.equal(divided(ids).logits, wanted)
+        found["freed"] = 0 if early else quant_compile.release(divided)
+        count = len(graphs)
+        found["again"] = torch.equal(divided(ids).logits, wanted)
+        found["compiled_again"] = len(graphs) - count
+        found["shorter"] = torch.equal(divided(ids[:, :5]).logits, kept(ids[:, :5]).logits)
+        found["generated"] = [
+            model.generate(ids, max_new_tokens=5, do_sample=False).tolist() for model in (divided, kept)
+        ]
+        projections = [m.weight for m in divided.model.layers.modules() if isinstance(m, nn.Linear)]
+        with torch._C.DisableTorchFunctionSubclass():
+            found["bytes"] = sum(local_of(weight).untyped_storage().size() for weight in projections)
+        weight = divided.model.layers[0].mlp.down_proj.weight
+        found["read"] = [_said(act) for act in (weight.sum, divided.state_dict, lambda: copy.deepcopy(weight))]
+        reports = [quant_compile.report(model).all_ranks() for model in (divided, kept)]
+        found["ledger"] = [
+            (r.coverage, r.bytes_total, [(x.names, x.scheme, x.bytes_after) for x in r.lines]) for r in reports
+        ]
+        found["uncompile"] = _said(lambda: quant_compile.uncompile(divided))
+        found["restored"] = quant_compile.restore(divided, path)
+        state = divided.state_dict()
+        found["state"] = all(
+            torch.equal(state[name].full_tensor(), whole) for name, whole in _whole(path) if "proj" in name
+        )
+        found["after"] = early or torch.equal(divided(ids).logits, wanted)  # a call would give them up again
+        quant_compile.uncompile(divided)
+        found["untouched"] = torch.equal(before, divided(ids).logits)
+        found["classes"] = {type(weight) for weight in divided.parameters()} == {
+            type(weight) for weight in kept.parameters()
+        }
+    return found
+
+
+def saved(path: Path, folder: Path, policy: Any, plan: dict[str, Any], release: bool = False) -> dict[str, Any]:
+    """A model in parts saved, and the one-process model: names of tensors that differ, and how far a loaded one's logits are off."""
+    import torch.distributed as dist
+    from safetensors.torch import load_file
+
+    ids, found = torch.arange(3, 11).view(1, 8), dict[str, Any]()
+    plain, divided = loaded(path), loaded(path, plan)
+    with torch.no_grad(), without_inductor():
+        for model in (plain, divided):
+            quant_compile.compile(model, policy)
+        whole, wanted = plain(ids).logits, divided(ids).logits
+        if release:
+            quant_compile.release(divided)
+        found["said"] = _said(lambda: quant_compile.save(divided, folder / "divided"))
+        if dist.get_rank() == 0 and not found["said"]:
+            quant_compile.save(plain, folder / "plain")
+            ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("divided", "plain"))
+            found["names"] = ours.keys() == theirs.keys()
+            found["differ"] = [
+                n for n in ours if ours[n].dtype != theirs[n].dtype or not _same_bits(ours[n], theirs[n])
+            ]
+            texts = [(folder / name / "config.json").read_text() for name in ("divided", "plain")]
+            found["config"] = texts[0] == texts[1]
+            found["off"] = _distance(quant_compile.load(folder / "divided")(ids).logits, whole)
+        found["again"] = torch.equal(divided(ids).logits, wanted)
+        found["packed"] = _said(lambda: quant_compile.save(divided, folder / "packed", "packed"))
+    return found
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _whole(path: Path) -> list[tuple[str, Tensor]]:
+    return list(loaded(path).state_dict().items())
 
 
 def _said(act: Any) -> str:
@@ -318,7 +402,6 @@ def refusals(path: Path, folder: Path) -> dict[str, Any]:
         report = quant_compile.report(divided)
         found["cut"] = report.skips
         found["kept"] = {line.names[0] for line in report.lines if line.named and not line.scheme}
-        found["save"] = _said(lambda: quant_compile.save(divided, folder / "saved"))
         found["calibrate"] = _said(lambda: quant_compile.calibrate(divided, [ids], "W8A8_STATIC"))
         divided = loaded(path, {"tp_plan": "auto"})
         if dist.get_rank() == 1:

@@ -107,17 +107,60 @@ def test_from_compile_to_uncompile(world: World, folder: Path) -> None:
     assert first["generated"] == first["alone"]
     assert first["coverage"] == 1.0
     assert first["again"] and not first["edited"]
-    for said in (first["release_weights"], first["release"]):
-        assert "cannot be released" in said
     assert first["untouched"] == (True, {"Tensor", "Parameter"})
+
+
+@pytest.mark.parametrize("early", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["compiled", "later"])
+def test_each_rank_releases_its_parts(world: World, folder: Path, early: bool) -> None:
+    for rank in world.run(checks.released, checks.make("one_layer", folder), early):
+        assert rank["first"] and rank["again"] and rank["shorter"]
+        assert rank["ledger"][0] == rank["ledger"][1] and rank["ledger"][0][0] == 1.0
+        assert rank["compiled_again"] == (0 if early else 1)
+        assert rank["bytes"] == 0 and (early or rank["freed"] > 0)
+        assert rank["generated"][0] == rank["generated"][1]
+        for said in rank["read"]:
+            assert said.startswith("ReleasedWeightError") and "restore" in said
+        assert rank["uncompile"].startswith("StaleWeightError")
+        assert rank["restored"] == 7 and rank["after"] and rank["state"]
+        assert rank["untouched"] and rank["classes"]
+
+
+def check_saved(found: list[dict[str, Any]]) -> None:
+    assert [rank["said"] for rank in found] == ["", ""]
+    first = found[0]
+    assert first["names"] and first["config"] and first["differ"] == []
+    assert first["off"] < CLOSE
+    for rank in found:
+        assert rank["again"] and "convert" in rank["packed"] and rank["packed"].startswith("SaveError")
+
+
+def test_one_checkpoint_is_saved(world: World, folder: Path, tmp_path: Path) -> None:
+    """The files are those of one process, bit by bit, gates and ups of experts in their places."""
+    check_saved(world.run(checks.saved, checks.make("one_block", folder), tmp_path, "FP8_DYNAMIC", TP))
+
+
+def test_released_parts_are_joined(world: World, folder: Path, tmp_path: Path) -> None:
+    path = checks.make("one_layer", folder)
+    check_saved(world.run(checks.saved, path, tmp_path, checks.GROUP32, TP, True))
+    for rank in world.run(checks.saved, path, tmp_path / "other", "W8A16", TP, True):
+        assert rank["said"].startswith("SaveError") and "o_proj" in rank["said"] and "scales of its own" in rank["said"]
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize(("family", "plan"), [("one_block", TP), ("one_block", EP), ("gpt_oss", EP), ("tied", TP)])
+def test_every_family_is_saved(
+    world: World, folder: Path, tmp_path: Path, family: str, plan: dict[str, Any], release: bool
+) -> None:
+    check_saved(world.run(checks.saved, checks.make(family, folder), tmp_path, checks.GROUP32, plan, release))
 
 
 def test_refusals(world: World, folder: Path) -> None:
     for rank in world.run(checks.refusals, checks.make("one_layer", folder), folder):
         assert rank["kept"] == {"model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"}
         assert any("k_local=64 of k=128" in reason and "group" in reason for _, reason in rank["cut"])
-        assert "needs whole weights" in rank["save"] and "Shard(dim=0) over 2 ranks" in rank["save"]
-        assert "needs whole weights" in rank["calibrate"]
+        assert "needs whole weights" in rank["calibrate"] and "Shard(dim=0) over 2 ranks" in rank["calibrate"]
         assert "model.layers.0.mlp.up_proj" in rank["nan"] and "NaN" in rank["nan"]
         assert "FSDP2" in rank["fsdp"]
 

@@ -19,8 +19,8 @@ pytestmark = [
         reason=f"needs 2 GPUs, and {torch.cuda.device_count()} can be seen (run without -n)",
     ),
 ]
-# Of logits in bf16, whose products are added in another order; a part that is lost or counted twice is further off than this by far.
-CLOSE = 0.03
+# Of logits in bf16, whose products are added in another order; a part that is counted twice is five times as far off.
+CLOSE = 0.08
 
 
 @pytest.fixture(scope="module")
@@ -56,4 +56,4 @@ def test_a_damaged_part_shows(world: World, folder: Path) -> None:
     damage = ("model.layers.0.mlp.down_proj.weight", 2.0)
     for rank in world.run(checks.on_gpus, path, "FP8_DYNAMIC", checks.plan(False), damage):
         found: Any = rank["compared"]
-        assert found.parts > 2 * CLOSE
+        assert found.parts > 3 * CLOSE
