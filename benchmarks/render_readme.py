@@ -277,24 +277,31 @@ def generate_start(results: Path) -> str:
     result = read("generate", results)
     if result is None:
         return ""
+    rows = [row for found in [result, *read_all(["generate_first"], results)] for row in _starts(found)]
+    header = ["model", "stack", "processes at a time", "first call, s", "in a second process, s", "to HF's"]
+    text = (
+        "**`generate`, the first call**: everything that happens once, with empty caches and in a second process that finds them, "
+        "relative to HF's of the same run; processes that compile at a time, for each GPU, share the host's cores. Memory is the "
+        "allocator's, at the peak of that call and after it, 16-bit weights included unless they are released.\n"
+    )
+    header += ["GiB at the peak", "GiB held"]
+    alone = [{"rows": [{"wrapper": row} for row in found["rows"]]} for found in read_all(["wrapper_cost"], results)]
+    return "\n".join(
+        [text, markdown(header, rows), *generate_calls([result, *read_all(["generate_default"], results), *alone])]
+    )
+
+
+def _starts(result: Result) -> list[list[str]]:
+    """Rows of first calls of one run."""
     base = {row["model"]: start_s(row, "cold") for row in result["rows"] if row["stack"] == "hf-auto"}
-    rows = [
-        [row["model"], generate_name(row), number(start_s(row, "cold"), 1), number(start_s(row, "warm"), 1)]
+    return [
+        [row["model"], generate_name(row), str(result["settings"]["processes_per_gpu"])]
+        + [number(start_s(row, "cold"), 1), number(start_s(row, "warm"), 1)]
         + [times_as_long(start_s(row, "cold"), base.get(row["model"]))]
         + [number(row.get("memory", {}).get(name)) for name in ("peak_gib", "held_gib")]
         for row in result["rows"]
         if "cold" in row
     ]
-    header = ["model", "stack", "first call, s", "in a second process, s", "to HF's", "GiB at the peak", "GiB held"]
-    text = (
-        "**`generate`, the first call**, in the same run: everything that happens once, with empty caches and in a second process "
-        f"that finds them; processes that compile at a time, for each GPU: {result['settings']['processes_per_gpu']}. Memory is the "
-        "allocator's, at the peak of that call and after it, 16-bit weights included unless they are released.\n"
-    )
-    alone = [{"rows": [{"wrapper": row} for row in found["rows"]]} for found in read_all(["wrapper_cost"], results)]
-    return "\n".join(
-        [text, markdown(header, rows), *generate_calls([result, *read_all(["generate_default"], results), *alone])]
-    )
 
 
 def generate_calls(results: Sequence[Result]) -> list[str]:
