@@ -18,6 +18,8 @@ FLOAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
 # Rows whose largest value is below this become zeros. Large enough that scale and 1/scale are normal f32 numbers.
 SMALLEST_AMAX = 2.0**-100
 CHUNK_ELEMENTS = 1 << 21
+# On a GPU a chunk costs some hundred launches in a search for scales: 64 MiB of f32, which occupy it for longer than these take.
+GPU_CHUNK_ELEMENTS = 1 << 24
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -77,7 +79,8 @@ def by_row_chunks(w: Tensor, rows: int, function: Callable[[Tensor], tuple[Tenso
 
     Keeps f32 temporaries at a few chunks instead of a whole layer.
     """
-    step = max(rows, CHUNK_ELEMENTS // max(1, w.shape[1]) // rows * rows)
+    elements = GPU_CHUNK_ELEMENTS if w.is_cuda else CHUNK_ELEMENTS
+    step = max(rows, elements // max(1, w.shape[1]) // rows * rows)
     if w.shape[0] <= step:
         return function(w)
     chunks = [function(w[start : start + step]) for start in range(0, w.shape[0], step)]
