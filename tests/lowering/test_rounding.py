@@ -10,7 +10,15 @@ import quant_compile.lowering.schemes  # noqa: F401  registers the families
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.rounding.gptq import DAMPING, gptq
-from quant_compile.lowering.rounding.recipe import AUTO, AUTO_LARGEST_ON_CPU, NEAREST, Rounding, planes_of
+from quant_compile.lowering.rounding.recipe import (
+    AUTO,
+    AUTO_LARGEST_ON_CPU,
+    NEAREST,
+    SEARCH,
+    Rounding,
+    has_choices,
+    planes_of,
+)
 from quant_compile.lowering.rounding.search import grouped, searched
 from tests import textbook
 
@@ -140,6 +148,21 @@ def test_auto_is_nearest_where_a_search_takes_long(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("quant_compile.lowering.rounding.recipe.AUTO_LARGEST_ON_CPU", 100)
     assert all(torch.equal(a, b) for a, b in zip(planes_of(w, scheme, Rounding(AUTO)), nearest, strict=True))
     assert AUTO_LARGEST_ON_CPU == 1 << 24
+
+
+@pytest.mark.parametrize("spec", ["MXFP4", "MXFP4A16", "FP8_DYNAMIC"])
+def test_a_search_without_choices_is_nearest_and_said_so(spec: str) -> None:
+    scheme, w = parse(spec), weight(33, 256)
+    nearest = family_of(scheme).quantize_weight(w, scheme)
+    for plane, wanted in zip(planes_of(w, scheme, Rounding(SEARCH)), nearest, strict=True):
+        assert torch.equal(plane.view(torch.uint8), wanted.view(torch.uint8))
+    assert not Rounding(SEARCH).label(scheme, w) and not Rounding(AUTO).label(scheme, w)
+
+
+@pytest.mark.parametrize("spec", SPECS[:-1])
+def test_a_search_has_choices(spec: str) -> None:
+    assert has_choices(parse(spec))
+    assert Rounding(SEARCH).label(parse(spec), weight(33, 256)) == "rounding: search"
 
 
 def test_groups_are_padded() -> None:

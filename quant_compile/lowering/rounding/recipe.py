@@ -73,7 +73,7 @@ class Rounding:
 
     def label(self, scheme: Scheme, w: Tensor) -> str:
         """What a ledger says; empty for nearest."""
-        if self.planes is None and not searchable(scheme):
+        if self.planes is None and not has_choices(scheme):
             return ""
         found = self.method if self.method != AUTO else _auto(w.numel() // (w.shape[0] if w.dim() == 3 else 1), w)
         return "" if found == NEAREST else f"rounding: {found}"
@@ -86,6 +86,13 @@ TO_NEAREST = Rounding()
 def searchable(scheme: Scheme) -> bool:
     """Whether a weight's scales and codes can be chosen otherwise than to nearest."""
     return family_of(scheme).grid(torch.zeros(1, 256, dtype=torch.bfloat16), scheme) is not None
+
+
+@lru_cache(maxsize=None)
+def has_choices(scheme: Scheme) -> bool:
+    """Whether a search for scales has more than nearest's to choose from; MXFP4's has not."""
+    grid = family_of(scheme).grid(torch.zeros(1, 256, dtype=torch.bfloat16), scheme)
+    return grid is not None and len(list(grid.choices(torch.zeros(1, 256 // grid.size, grid.size)))) > 1
 
 
 def plane_key(name: str, index: int) -> str:
@@ -134,4 +141,4 @@ def planes_of(w: Tensor, scheme: Scheme, rounding: Rounding, expert: int | None 
             )
         return planes
     method = rounding.method if rounding.method != AUTO else _auto(w.numel(), w)
-    return searched(w, scheme) if method == SEARCH else family.quantize_weight(w, scheme)
+    return searched(w, scheme) if method == SEARCH and has_choices(scheme) else family.quantize_weight(w, scheme)
