@@ -49,6 +49,7 @@ from quant_compile.runtime.decide import Choosers, Decider, Found, add_time, mul
 from quant_compile.runtime.locked import keeper_of, sites_of
 from quant_compile.runtime.merges import Merges
 from quant_compile.runtime.profiling import unprofiled
+from quant_compile.runtime.ranks import telling
 from quant_compile.runtime.record import claim_weights, record, refuse_released, release_packed
 from quant_compile.runtime.variant import Compile, Variant, Variants
 from quant_compile.runtime.verified import Verifier
@@ -157,6 +158,12 @@ class GraphRunner:
         return variant
 
     def __call__(self, *args: Any) -> Any:
+        if not self._whole.positions:
+            return self._called(args)
+        with telling():
+            return self._called(args)
+
+    def _called(self, args: tuple[Any, ...]) -> Any:
         args = self._whole(args)
         binding = self._bound(args)
         if binding is None:

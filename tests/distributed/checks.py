@@ -444,3 +444,25 @@ def by_torch(policy: str) -> dict[str, Any]:
         quant_compile.compile(model, policy)
         made = model(x)
     return {"error": _distance(made, wanted), "skips": quant_compile.report(model).skips}
+
+
+def one_rank_fails(path: Path, seconds: float) -> str:
+    """What each rank hears of a weight of the second rank that cannot be quantized; leaves the process group broken."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    ids = torch.arange(3, 11).view(1, 8)
+    with torch.no_grad(), without_inductor():
+        divided = loaded(path, {"tp_plan": "auto"})
+        dist.barrier()
+        _set_pg_timeout(timedelta(seconds=seconds))
+        if dist.get_rank() == 1:
+            local_of(divided.model.layers[0].mlp.up_proj.weight)[0, 0] = float("nan")
+        quant_compile.compile(divided, "W8A16")
+        try:
+            divided(ids)
+        except Exception as error:
+            return "\n".join([str(error), *getattr(error, "__notes__", ())])
+    return "nothing"

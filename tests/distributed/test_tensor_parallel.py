@@ -5,6 +5,7 @@ One world of two processes serves all tests. Inductor is left out, as in most te
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,15 @@ def test_products_of_dtensors_stay(world: World) -> None:
     for rank in world.run(checks.by_torch, "W8A16"):
         assert rank["error"] < 1e-6
         assert len(rank["skips"]) >= 2 and all("DTensor" in reason for _, reason in rank["skips"])
+
+
+@pytest.mark.slow  # a world of its own, which it breaks
+def test_ranks_hear_which_one_failed_and_why(folder: Path) -> None:
+    world, started = World(), time.monotonic()
+    try:
+        first, second = world.run(checks.one_rank_fails, checks.make("one_layer", folder), 20.0)
+    finally:
+        world.close()
+    assert "up_proj" in second and "This is rank 1 of 2" in second
+    assert "Rank 1 of 2 had failed before" in first and "up_proj" in first
+    assert time.monotonic() - started < 200  # the timeout, and not torch's half an hour

@@ -1,0 +1,66 @@
+"""A call that fails on one rank: its error names the rank, and what the other ranks then meet in a collective names that error.
+
+Ranks that do not fail wait in their next collective until the process group's timeout. Messages go through the group's own store, so
+that nobody needs a collective to hear of them; none is sent while calls go well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch.distributed as dist
+
+KEY = "sglquant/failed"
+LONGEST = 4000
+_told = False
+
+
+@contextmanager
+def telling() -> Generator[None]:
+    """Around a call of a graph whose weights ranks have in parts."""
+    global _told
+    try:
+        yield
+    except Exception as error:
+        _tell(error)
+        raise
+    if _told:  # the program went on after a failure: it explains nothing any more
+        _told = False
+        with suppress(Exception):
+            _store().delete_key(f"{KEY}/{dist.get_rank()}")
+
+
+def _tell(error: Exception) -> None:
+    global _told
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found = _of_others(rank, size)
+    for other, text in found.items():
+        error.add_note(f"Rank {other} of {size} had failed before this, rank {rank}, did:\n{text}")
+    if found:
+        return
+    error.add_note(
+        f"This is rank {rank} of {size}. Ranks that do not fail wait for it in their next collective, until the process group's timeout."
+    )
+    with suppress(Exception):  # the store lives in a process that may be gone
+        _store().set(f"{KEY}/{rank}", f"{type(error).__name__}: {error}"[:LONGEST])
+        _told = True
+
+
+def _of_others(rank: int, size: int) -> dict[int, str]:
+    found: dict[int, str] = {}
+    with suppress(Exception):
+        store = _store()
+        for other in range(size):
+            if other != rank and store.check([f"{KEY}/{other}"]):
+                found[other] = store.get(f"{KEY}/{other}").decode()
+    return found
+
+
+def _store() -> Any:
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
