@@ -450,8 +450,8 @@ EXPECTED = {
     ],
     "generate_first_token": ["| W4A8 | wrong logits | 14.00 (–) |"],
     "generate_start": [
-        "| Llama-3-8B | HF bf16, static cache, compiled by HF | 40.0 | 20.0 | 1.00× | 9.50 | 8.50 |",
-        "| Llama-3-8B | W4A8 | 60.0 | – | 1.50× | – | – |",
+        "| Llama-3-8B | HF bf16, static cache, compiled by HF | 4 | 40.0 | 20.0 | 1.00× | 9.50 | 8.50 |",
+        "| Llama-3-8B | W4A8 | 4 | 60.0 | – | 1.50× | – | – |",
         "| W4A8, no CUDA graphs | 1.25 / 2.50 |",
         "Python of a call of a graph with 300 weights, by the number of models: 10 µs with 1 bound to it, 10 µs with 10 bound to it.",
     ],
