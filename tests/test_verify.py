@@ -192,6 +192,14 @@ def test_compiling_again_tries_again(plain_inductor: CompileCounter) -> None:
     assert run(made, kernels={"*": "torch_cpu_int_mm"})[1].coverage == 1
 
 
+def test_compiling_without_it_proves_nothing(plain_inductor: CompileCounter) -> None:
+    made = model()
+    assert all(line.verified is not None for line in run(made)[1].lines)
+    torch._dynamo.reset()
+    _, report = run(made, verify=False)
+    assert report.coverage == 1 and all(line.verified is None for line in report.lines)
+
+
 def test_experts(plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 8, 32)
     torch.manual_seed(0)

@@ -139,11 +139,12 @@ class Ledger:
         return found if found is not None and found.ref() is anchor else None
 
     def forget_refusals(self, model: nn.Module) -> None:
-        """A model is compiled anew: what ``verify: true`` has refused is tried again."""
+        """A model is compiled anew: what ``verify: true`` has refused is tried again, and what it has proven is not proven yet."""
         for parameter in parameters_of(model):
             record = self.peek(parameter)
             if record is not None:
                 record.refusals.clear()
+                record.verified = None
 
     def session(self, model: nn.Module, policy: Decides, target: str) -> Session:
         """The session of a model; a new policy starts a new one."""
