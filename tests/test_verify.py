@@ -323,3 +323,79 @@ def test_bad_values(tmp_path: Any) -> None:
         quant_compile.compile(model(), "W8A8", verify="yes")
     policy = quant_compile.Policy.load({"default": "W8A8", "verify": True})
     assert quant_compile.Policy.load(policy.save(tmp_path / "p.yaml")).verify
+
+
+def damaged(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Tensor], Tensor]) -> None:
+    kernel = kernels()["torch_cpu_int_mm"]
+    monkeypatch.setitem(kernels(), kernel.name, replace(kernel, run=lambda *args: damage(kernel.run(*args))))
+
+
+PINNED: Any = {"kernels": {"*": "torch_cpu_int_mm"}}
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_first_call_that_says_nothing_proves_nothing(
+    value: float, plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged(monkeypatch, lambda y: y * 3)
+    made = model()
+    wanted = made(X)
+    _, report = run(made, x=torch.full((3, 32), value), **PINNED)
+    assert all(line.verified is None for line in report.lines)
+    assert relative_error(made(X), wanted) < 1e-6
+    assert quant_compile.report(made).coverage == 0.0
+
+
+def test_what_is_zero_at_every_call_is_not_replayed_for_ever(plain_inductor: CompileCounter) -> None:
+    made = model()
+    for linear in made.children():
+        if isinstance(linear, nn.Linear):
+            linear.weight.zero_()
+    run(made)
+    for _ in range(6):
+        made(X)
+    report = quant_compile.report(made)
+    assert any("not proven" in note for note in report.notes)
+    spent = report.timings["verify"]
+    made(X)
+    assert quant_compile.report(made).timings["verify"] == spent
+
+
+def _no_row_but_the_first(y: Tensor) -> Tensor:
+    return torch.cat([y[:1], torch.zeros_like(y[1:])])
+
+
+def _no_column(y: Tensor) -> Tensor:
+    return torch.cat([y[:, :5], torch.zeros_like(y[:, 5:6]), y[:, 6:]], 1)
+
+
+@pytest.mark.parametrize("damage", [_no_row_but_the_first, _no_column])
+def test_what_is_small_beside_the_rest_counts(
+    damage: Callable[[Tensor], Tensor], plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged(monkeypatch, damage)
+    torch.manual_seed(0)
+    made, x = nn.Sequential(nn.Linear(32, 30_000 if damage is _no_column else 64, bias=False)), torch.randn(8, 32)
+    x[0] *= 1000
+    found, report = run(made.requires_grad_(False), x=x, **PINNED)
+    assert report.coverage == 0.0 and torch.equal(found, made[0](x))
+
+
+def test_strict_says_the_same_at_each_call(plain_inductor: CompileCounter, swapped: None) -> None:
+    made = model()
+    quant_compile.compile(made, {"default": "W8A8", "strict": True}, verify=True)
+    for _ in range(3):
+        with pytest.raises(VerifyError, match="policy is strict"):
+            made(X)
+
+
+def test_a_lock_keeps_what_was_proven(
+    plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    damaged(monkeypatch, lambda y: y * 1.1)
+    for _ in range(2):
+        torch._dynamo.reset()
+        _, report = run(model(), lock=tmp_path / "model.lock", **PINNED)
+        assert report.coverage == 0.0
+        assert not [note for note in report.notes if "changed since the lock" in note]
+    assert "torch_cpu_int_mm" not in (tmp_path / "model.lock").read_text()

@@ -153,7 +153,8 @@ class GraphRunner:
             claim_weights(self.found, self.source.policy, parameters)
         variant = self._variants.get(parameters, session, decisions, late=False)
         record(self.found, parameters, session, decisions, variant, self._decider.guard.asked)
-        self._keep_lock(parameters, session, decisions, variant)
+        if not self._verifier.asked:  # else the first call decides
+            self._keep_lock(parameters, session, decisions, variant)
         self._variants.traced()
         return variant
 
@@ -257,7 +258,8 @@ class GraphRunner:
                     break
             pick = picker(variant.arguments)
             binding = Binding(frozenset(identities), variant, pick, planes, watched, merges, epoch, generation)
-            self._bindings[called] = binding
+            if args is None or self._verifier.settled:
+                self._bindings[called] = binding
             return binding
 
     def _packed(

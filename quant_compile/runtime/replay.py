@@ -26,7 +26,7 @@ from quant_compile.ir.writes import Writes
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.moe import parse_moe_dispatch
 from quant_compile.lowering.select import parse_dispatch
-from quant_compile.runtime.truth import ABSORBED_TOLERANCE, TOLERANCE, Truth, error_of
+from quant_compile.runtime.truth import ABSORBED_TOLERANCE, TOLERANCE, Truth, error_of, tells
 
 ATTENTION = (kernel_ops.attention, kernel_ops.latent_attention)
 KERNELS = (kernel_ops.linear, kernel_ops.moe, kernel_ops.batched, kernel_ops.dequantize)
@@ -45,6 +45,7 @@ class Comparison:
         source: the model's line.
         attention: it is attention, which holds no weight of its own.
         readers: names of weights whose products read what it is made with.
+        telling: the truth is not all zeros, nor all NaN or inf, which other numbers might have been too.
     """
 
     original: str
@@ -55,6 +56,7 @@ class Comparison:
     source: str
     attention: bool = False
     readers: tuple[str, ...] = ()
+    telling: bool = True
 
     @property
     def holds(self) -> bool:
@@ -264,10 +266,10 @@ class _Rewritten:
         attention = made.target in ATTENTION or target_name(made.target) == "scaled_dot_product_attention"
         absorbed = made.target is kernel_ops.latent_attention or "latent" in target_name(made.target)
         limit = (ABSORBED_TOLERANCE if absorbed else TOLERANCE) + self._truth.margins.get(old, 0.0)
-        source = next(iter(reversed(source_of(old))), "")
+        source, telling = next(iter(reversed(source_of(old))), ""), tells(wanted)
 
         def compared(what: str, error: float, most: float) -> Comparison:
-            return Comparison(old.name, names, what, error, most, source, attention, _readers(made))
+            return Comparison(old.name, names, what, error, most, source, attention, _readers(made), telling)
 
         what = f"{_label(made)}: {got.reason}," if isinstance(got, _Failed) else _label(made)
         yield compared(what, error_of(got, wanted), limit)

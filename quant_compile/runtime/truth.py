@@ -33,6 +33,8 @@ Values = Callable[[fx.Node], Any]
 # Relative Frobenius error of a product, what CONTRIBUTING.md holds every kernel to: rounding to bf16 alone is 1.7e-3, sums of FP8
 # tensor cores in 14 bits make up to 3.3e-3.
 TOLERANCE = 5e-3
+# A row or column alone may be off by so many times as much: of few numbers, the error is not yet a mean.
+PARTS = 8.0
 # The order of two products changes where K and V are absorbed, so what is between them is rounded to 16 bits in other places.
 ABSORBED_TOLERANCE = 2e-2
 
@@ -258,6 +260,8 @@ def _size(values: Values, size: int | fx.Node | tuple[fx.Node, int]) -> int:
 def error_of(got: Any, wanted: Any) -> float:
     """Relative Frobenius error, where the truth is finite; inf where that is met by NaN or inf, or by another shape or dtype.
 
+    A row or a column counts for itself, by an eighth: one that is missing would not show beside large ones.
+
     Of what is no tensor of floats: 0 where equal, else inf.
     """
     if not isinstance(wanted, Tensor) or not isinstance(got, Tensor):
@@ -269,7 +273,29 @@ def error_of(got: Any, wanted: Any) -> float:
     finite = wanted.isfinite()
     want = torch.where(finite, wanted, 0).float()
     off = torch.where(finite, got, 0).float() - want
-    size, scale = float(off.norm()), float(want.norm())
+    whole = _ratio(off.norm(), want.norm())
+    if wanted.dim() < 2 or not wanted.numel():
+        return whole
+    rows, by_row = off.flatten(0, -2), want.flatten(0, -2)
+    parts = (_worst(rows.norm(dim=dim), by_row.norm(dim=dim)) for dim in (0, 1))
+    return max(whole, *(part / PARTS for part in parts))
+
+
+def _ratio(off: Tensor, scale: Tensor) -> float:
+    size = float(off)
     if size != size or size == float("inf"):
         return float("inf")
-    return size / scale if scale else (float("inf") if size else 0.0)
+    return size / float(scale) if scale else (float("inf") if size else 0.0)
+
+
+def _worst(off: Tensor, scale: Tensor) -> float:
+    """The largest relative error of rows, or of columns; small ones are measured by the middle one."""
+    least = scale[scale > 0].median() if bool((scale > 0).any()) else scale.sum()
+    return float((off / scale.clamp_min(least)).nan_to_num(nan=0.0, posinf=float("inf")).max())
+
+
+def tells(wanted: Any) -> bool:
+    """Whether equality to this says anything: of floats that are all zero, or none finite, it does not."""
+    if not isinstance(wanted, Tensor) or not wanted.is_floating_point():
+        return True
+    return bool((wanted.isfinite() & (wanted != 0)).any())

@@ -7,6 +7,7 @@ run then. Reads graphs, planes and inputs; writes refusals and errors to the led
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -27,6 +28,8 @@ from quant_compile.runtime.replay import Comparison, replay
 from quant_compile.runtime.truth import truths
 from quant_compile.runtime.variant import Variant
 
+# Calls whose results are zeros, or no numbers, prove nothing: so many are replayed before the graph runs unproven.
+TRIES = 4
 STAYS = "attention stays as the model wrote it"
 
 
@@ -36,6 +39,8 @@ class Verifier:
     def __init__(self, pristine: fx.GraphModule, found: Found, source: PolicySource, options: Options) -> None:
         self.pristine, self.found, self.source, self.options = pristine, found, source, options
         self._proven = set[Hashable]()
+        self._tries: Counter[Hashable] = Counter()
+        self.settled = True  # after ``holds``: the next call of this variant need not ask
         self.as_written = False  # attention was refused
 
     @property
@@ -64,6 +69,7 @@ class Verifier:
         Raises:
             VerifyError: the policy is strict, or what is wrong cannot stay as the model wrote it.
         """
+        self.settled = True
         if not self.asked:
             return True
         packed = sorted({slot for ref in variant.refs for slot in slots_of(ref)})
@@ -75,8 +81,14 @@ class Verifier:
         add_time(sessions, "verify", time.perf_counter() - started)
         wrong = [comparison for comparison in found if not comparison.holds]
         if not wrong:
-            self._proven.add(key)
-            self._record(found, decisions, parameters)
+            self._tries[key] += 1
+            silent = [comparison for comparison in found if not comparison.telling]
+            self.settled = not silent or self._tries[key] >= TRIES
+            if self.settled:
+                self._proven.add(key)
+            self._record([comparison for comparison in found if comparison.telling], decisions, parameters)
+            if silent and self.settled:
+                sessions.note(f"verify: not proven, as {TRIES} calls gave zeros or no numbers: {silent[0].what}")
             return True
         self._refuse(wrong, decisions, parameters, sessions)
         return False
@@ -128,6 +140,7 @@ class Verifier:
         """
         sites, named = self._sites(decisions), {slot: d.name for slot, d in self.found.decided(decisions)}
         stuck: list[str] = []
+        refused: list[tuple[int, str]] = []
         for comparison in wrong:
             slots = sites.get(comparison.original, ())
             if not slots:
@@ -137,18 +150,18 @@ class Verifier:
             if released:
                 stuck.append(f"{', '.join(released)}: {text}; its original values are released")
             elif slots:
-                for slot in slots:
-                    record = LEDGER.record(parameters[slot])
-                    record.refusals.setdefault(_spec(slot, self.found, decisions), text)
+                refused += [(slot, text) for slot in slots]
             elif not comparison.attention or self.as_written:
                 stuck.append(f"{comparison.original}: {text}")
+        if stuck or self.source.policy.strict:  # nothing is noted, so that the next call says the same
+            raise VerifyError(_message(stuck or [f"{_where(c, named, sites)}: {c.text}" for c in wrong], bool(stuck)))
+        for slot, text in refused:
+            LEDGER.record(parameters[slot]).refusals.setdefault(_spec(slot, self.found, decisions), text)
         attention = [comparison for comparison in wrong if comparison.attention]
         if attention and not self.as_written:
             self.as_written = True
             more = f", and {len(attention) - 1} more" if len(attention) > 1 else ""
             sessions.note(f"{STAYS}: verify: {attention[0].text}{more}")
-        if stuck or self.source.policy.strict:
-            raise VerifyError(_message(stuck or [f"{_where(c, named, sites)}: {c.text}" for c in wrong], bool(stuck)))
 
 
 def _where(comparison: Comparison, named: Mapping[int, str], sites: Mapping[str, tuple[int, ...]]) -> str:
