@@ -346,6 +346,18 @@ def test_a_first_call_that_says_nothing_proves_nothing(
     assert quant_compile.report(made).coverage == 0.0
 
 
+def test_nothing_is_released_or_locked_before_it_is_proven(
+    plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    damaged(monkeypatch, lambda y: y * 3)
+    made, lock = model(), tmp_path / "model.lock"
+    wanted = made(X)
+    run(made, x=torch.zeros(3, 32), release_weights=True, lock=lock, **PINNED)
+    assert not lock.exists()
+    assert relative_error(made(X), wanted) < 1e-6
+    assert quant_compile.report(made).coverage == 0.0 and "torch_cpu_int_mm" not in lock.read_text()
+
+
 def test_what_is_zero_at_every_call_is_not_replayed_for_ever(plain_inductor: CompileCounter) -> None:
     made = model()
     for linear in made.children():

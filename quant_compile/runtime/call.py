@@ -239,10 +239,12 @@ class GraphRunner:
             session, decisions, variant, planes = self._packed(parameters)
             while args is not None and not self._verifier.holds(variant, decisions, parameters, args, planes, session):
                 session, decisions, variant, planes = self._packed(parameters)
+            settled = args is None or self._verifier.settled
             record(self.found, parameters, session, decisions, variant, self._decider.guard.asked)
-            self._keep_lock(parameters, session, decisions, variant)
-            if self.options.releases(self.source.policy):
-                release_packed(parameters, variant)
+            if settled:  # else the next call may refuse it, which must find the weights' values
+                self._keep_lock(parameters, session, decisions, variant)
+                if self.options.releases(self.source.policy):
+                    release_packed(parameters, variant)
             packed = {slot for ref in variant.refs for slot in slots_of(ref)}
             positions = [i for i, slot in enumerate(self._slots) if slot in packed and _watchable(parameters[slot])]
             for key in [key for key, binding in self._bindings.copy().items() if binding.epoch != STORE.epoch]:
@@ -258,7 +260,7 @@ class GraphRunner:
                     break
             pick = picker(variant.arguments)
             binding = Binding(frozenset(identities), variant, pick, planes, watched, merges, epoch, generation)
-            if args is None or self._verifier.settled:
+            if settled:
                 self._bindings[called] = binding
             return binding
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quant_compile.ir.errors import WeightError
-from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.family import Grid, Planes, family_of
 from quant_compile.ir.numerics import checksum
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.rounding.search import searched
@@ -82,16 +82,20 @@ class Rounding:
 TO_NEAREST = Rounding()
 
 
+def _grid(scheme: Scheme) -> Grid | None:
+    return family_of(scheme).grid(torch.zeros(1, 256, dtype=torch.bfloat16), scheme)
+
+
 @lru_cache(maxsize=None)
 def searchable(scheme: Scheme) -> bool:
     """Whether a weight's scales and codes can be chosen otherwise than to nearest."""
-    return family_of(scheme).grid(torch.zeros(1, 256, dtype=torch.bfloat16), scheme) is not None
+    return _grid(scheme) is not None
 
 
 @lru_cache(maxsize=None)
 def has_choices(scheme: Scheme) -> bool:
     """Whether a search for scales has more than nearest's to choose from; MXFP4's has not."""
-    grid = family_of(scheme).grid(torch.zeros(1, 256, dtype=torch.bfloat16), scheme)
+    grid = _grid(scheme)
     return grid is not None and len(list(grid.choices(torch.zeros(1, 256 // grid.size, grid.size)))) > 1
 
 
