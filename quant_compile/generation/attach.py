@@ -6,6 +6,7 @@ Only attributes of the instance are set, and ``generation_config.disable_compile
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -147,6 +148,7 @@ def install(
     kept = _kept(model, parsed, note)
     uninstall(model)
     installed, outside = Installed(), Outside(model, options["policy"])
+    _without_backward_hooks(model, installed)
     compiled = partial(_compiled, dynamic=dynamic, fullgraph=fullgraph)
     compiled_function = partial(_compiled_function, options=_inside(options), dynamic=dynamic, fullgraph=fullgraph)
     active = Active()
@@ -180,6 +182,18 @@ def install(
     if config is not None:
         # transformers would compile decode a second time, with its own backend.
         installed.set(config, "disable_compile", True)
+
+
+def _without_backward_hooks(model: nn.Module, installed: Installed) -> None:
+    """Take a model's backward hooks away while it is compiled.
+
+    A compiled call refuses gradients, so that none of them would run; and Dynamo ends a graph at every module that has one
+    (transformers 5.17 gives them to the norms of divided attention).
+    """
+    for module in model.modules():
+        for name in ("_backward_hooks", "_backward_pre_hooks"):
+            if vars(module).get(name):
+                installed.set(module, name, OrderedDict[int, Callable[..., Any]]())
 
 
 def _kept(model: nn.Module, options: Options, note: Callable[[str], None]) -> Kept:

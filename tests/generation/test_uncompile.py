@@ -150,3 +150,30 @@ def test_signatures_are_kept(plain_inductor: CompileCounter) -> None:
     before = inspect.signature(model.generate)
     compiled(model)
     assert inspect.signature(model.generate) == before
+
+
+@pytest.mark.parametrize(
+    "register, generates",
+    [
+        ("register_full_backward_hook", True),
+        ("register_full_backward_pre_hook", True),
+        ("register_full_backward_hook", False),
+    ],
+)
+def test_backward_hooks_end_no_graph_and_come_back(
+    register: str, generates: bool, plain_inductor: CompileCounter
+) -> None:
+    # transformers 5.17 registers them on the norms of divided attention
+    model: Any = llama() if generates else Stack(2)
+    part = model.model.layers[0].self_attn.q_proj if generates else model.layers[1]
+    seen = list[Any]()
+    handle = getattr(part, register)(lambda *args: seen.append(args))
+    quant_compile.compile(model, "w8a8", **REFERENCE)
+    model(**prompt(), use_cache=False) if generates else model(torch.randn(2, 32))
+    assert len(plain_inductor) == 1
+    quant_compile.uncompile(model)
+    with torch.enable_grad():
+        part(torch.randn(2, part.in_features if generates else 32, requires_grad=True)).sum().backward()
+    assert seen
+    handle.remove()
+    assert not part._backward_hooks and not part._backward_pre_hooks
