@@ -2,12 +2,13 @@
 
 A kernel that allows it is run once with fake tensors (``tracing``): library ops are recorded as they are, and ``enqueue``
 records Triton kernels as user-defined ones, which Inductor inlines into its wrapper. Where the number of rows is a symbol, a
-kernel cuts its launch up for the most that it is to serve (``rows_of``).
+kernel cuts its launch up for the most that it is to serve (``rows_of``). Inside ``compiling`` Triton kernels are compiled, not run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -19,6 +20,7 @@ from torch._library.utils import has_fake_kernel
 
 _ROWS: ContextVar[int | None] = ContextVar("sglquant_rows", default=None)
 _ACTIVE: ContextVar[bool] = ContextVar("sglquant_tracing", default=False)
+_COMPILING: ContextVar[bool] = ContextVar("sglquant_compiling", default=False)
 
 
 @contextmanager
@@ -43,13 +45,32 @@ def rows_of(x: Tensor) -> int:
     return int(x.shape[0]) if rows is None else rows
 
 
+@contextmanager
+def compiling(executor: Executor) -> Generator[None]:
+    """Triton kernels that are run inside are compiled by ``executor``, several at a time, and not launched; done when it ends.
+
+    What does not compile raises when it is launched.
+    """
+    from triton import AsyncCompileMode
+
+    token = _COMPILING.set(True)
+    try:
+        with AsyncCompileMode(executor, ignore_errors=True):
+            yield
+    finally:
+        _COMPILING.reset(token)
+
+
 def enqueue(kernel: Any, grid: tuple[Any, ...], *args: Any, **kwargs: Any) -> None:
-    """Launch a Triton kernel over ``grid``, or record the launch while a graph is traced.
+    """Launch a Triton kernel over ``grid``; record the launch while a graph is traced; compile alone inside ``compiling``.
 
     Inductor has no programmatic dependent launch for kernels of others, so a recorded launch leaves it out.
     """
     if not is_tracing():
-        kernel[grid](*args, **kwargs)
+        if _COMPILING.get():
+            kernel.warmup(*args, grid=grid, **kwargs)
+        else:
+            kernel[grid](*args, **kwargs)
         return
     from torch.library import wrap_triton
 

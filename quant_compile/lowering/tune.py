@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from quant_compile.lowering.guard import Plain, Quantize
 from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, CostOf, Dispatch
 from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import compiling
 
 POINTS = {"quick": (1, 16, 64, 512, 4096), "full": BUCKETS}
 # Only kernels whose estimate is within this factor of the best estimate are measured.
@@ -275,9 +277,25 @@ def _measure_layout(
         for kernel, m in jobs:
             pool.submit(_prepare, kernel, m, problem, device)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
-        take_times(out, known, problem, jobs, _time, weights(layout, problem, device))
+        packed = weights(layout, problem, device)
+        compile_together(jobs, lambda kernel, m: _calls(kernel, problem, m, packed, 1))
+        take_times(out, known, problem, jobs, lambda kernel, m: graph_time(_calls(kernel, problem, m, packed)) / CALLS)
     torch.cuda.empty_cache()
     return out
+
+
+def compile_together(jobs: Sequence[tuple[Any, int]], calls: Callable[[Any, int], Callable[[], Any]]) -> None:
+    """Compile the Triton kernels that ``calls(kernel, m)()`` launches, all at a time: one by one they take longer than to measure.
+
+    An error comes again, and is answered, when the kernel is timed.
+    """
+    own = [(kernel, m) for kernel, m in jobs if kernel.name.startswith("triton")]
+    if len(own) < 2:
+        return
+    with ThreadPoolExecutor() as pool, compiling(pool):
+        for kernel, m in own:
+            with suppress(Exception):
+                calls(kernel, m)()
 
 
 def take_times(
@@ -285,18 +303,23 @@ def take_times(
     known: Timings,
     problem: Problem | MoeProblem,
     jobs: Sequence[tuple[Any, int]],
-    time: Callable[[Any, Any, int, Any], float],
-    weights: Any,
+    time: Callable[[Any, int], float],
 ) -> None:
-    """Fill in the times of ``jobs``; a kernel without room to run counts as one that raised, in this process only."""
+    """Fill in the times of ``jobs``: RAISED for a kernel that raises, which selection then never picks.
+
+    A kernel without room to run counts as one that raised, in this process only.
+    """
     for kernel, m in jobs:
         name = f"{kernel.name}@{m}"
         try:
-            out[name] = time(kernel, problem, m, weights)
+            out[name] = time(kernel, m)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             del out[name]
             known.hold(problem, {name: RAISED})
+        except Exception:  # whatever a library raises, another kernel serves
+            torch.cuda.synchronize()
+            out[name] = RAISED
 
 
 def _prepare(kernel: Kernel, m: int, problem: Problem, device: torch.device) -> None:
@@ -331,26 +354,16 @@ def inputs(problem: Problem, m: int, column_scales: bool, device: torch.device) 
     return data, scales.t().contiguous().t() if column_scales else scales, *rest
 
 
-def _time(kernel: Kernel, problem: Problem, m: int, packed: list[Planes]) -> float:
-    """Median microseconds of one call; RAISED for a kernel that raises, which selection then never picks.
-
-    Raises:
-        OutOfMemoryError: there is no room to run it in.
-    """
+def _calls(kernel: Kernel, problem: Problem, m: int, packed: list[Planes], count: int = CALLS) -> Callable[[], None]:
+    """What is timed: ``count`` calls of a kernel on m random rows, over one copy of the weight after the other."""
     x = inputs(problem, m, kernel.column_scales, torch.device("cuda"))
     bias = torch.zeros(problem.n, device="cuda", dtype=problem.dtype) if problem.has_bias else None
 
     def calls() -> None:
-        for i in range(CALLS):
+        for i in range(count):
             kernel.run(x, packed[i % len(packed)], bias, problem)
 
-    try:
-        return graph_time(calls) / CALLS
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a library raises, another kernel serves
-        torch.cuda.synchronize()
-        return RAISED
+    return calls
 
 
 @lru_cache(maxsize=None)

@@ -6,6 +6,8 @@ quantized block. Where that does not fit, estimates decide.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from quant_compile.ir.family import Planes, PlaneSpec, family_of
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.moe import CostOf, MoeKernel, moe_kernels, planes_of
 from quant_compile.lowering.target import Target
-from quant_compile.lowering.tune import RAISED, Timings, graph_time, measured_by, missing_jobs, take_times
+from quant_compile.lowering.tune import Timings, compile_together, graph_time, measured_by, missing_jobs, take_times
 
 CALLS = 4
 
@@ -31,7 +33,9 @@ def _measure_layout(
     if not jobs:
         return out
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
-        take_times(out, known, problem, jobs, _time, random_planes(layout, problem))
+        planes = random_planes(layout, problem)
+        compile_together(jobs, lambda kernel, m: _calls(kernel, problem, m, planes, 1))
+        take_times(out, known, problem, jobs, lambda kernel, m: graph_time(_calls(kernel, problem, m, planes)) / CALLS)
     torch.cuda.empty_cache()
     return out
 
@@ -53,10 +57,12 @@ def _random(spec: PlaneSpec) -> Tensor:
     return torch.randint(max(info.min, -127), info.max, spec.shape, dtype=spec.dtype, device="cuda")
 
 
-def _time(kernel: MoeKernel, problem: MoeProblem, tokens: int, weights: tuple[Planes, Planes]) -> float:
-    """Median microseconds of one call over changing experts; RAISED for a kernel that raises, which is then never picked."""
+def _calls(
+    kernel: MoeKernel, problem: MoeProblem, tokens: int, weights: tuple[Planes, Planes], count: int = CALLS
+) -> Callable[[], None]:
+    """What is timed: ``count`` calls of a kernel on random tokens, each with other experts."""
     x = _tokens(problem, tokens)
-    routes = [_route(problem, tokens) for _ in range(CALLS)]
+    routes = [_route(problem, tokens) for _ in range(count)]
     scores = torch.full((tokens, problem.top_k), 1.0 / problem.top_k, device="cuda") if problem.has_weights else None
     b13, b2 = (torch.zeros(problem.experts, n, dtype=problem.dtype, device="cuda") if problem.has_bias else None
                for n in (problem.up_rows, problem.hidden))  # fmt: skip
@@ -66,13 +72,7 @@ def _time(kernel: MoeKernel, problem: MoeProblem, tokens: int, weights: tuple[Pl
         for ids in routes:
             kernel.run(x, ids, scores, weights[0], b13, weights[1], b2, scale2, problem)
 
-    try:
-        return graph_time(calls) / CALLS
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a library raises, another kernel serves
-        torch.cuda.synchronize()
-        return RAISED
+    return calls
 
 
 def _tokens(problem: MoeProblem, tokens: int) -> Planes:

@@ -17,6 +17,7 @@ from quant_compile.lowering import tune
 from quant_compile.lowering.registry import Problem, kernels
 from quant_compile.lowering.select import BUCKETS
 from quant_compile.lowering.target import Target
+from quant_compile.lowering.trace import enqueue
 
 PROBLEM = Problem(parse("int4.group64+16"), 256, 512, torch.bfloat16)
 
@@ -97,7 +98,7 @@ def test_no_room_to_measure_in_is_not_remembered(choosing: tune.Timings, monkeyp
     """A kernel that found no memory is left out in this process, without being asked again, and is measured in the next."""
     kernel, asked = kernels()["triton_w4a16"], list[int]()
 
-    def time(kernel: Any, problem: Any, m: int, weights: Any) -> float:
+    def time(kernel: Any, m: int) -> float:
         asked.append(m)
         if m == 512:
             raise torch.OutOfMemoryError("no room")
@@ -107,7 +108,7 @@ def test_no_room_to_measure_in_is_not_remembered(choosing: tune.Timings, monkeyp
         layout: str, problem: Any, target: Any, points: Any, known: tune.Timings, worth: float
     ) -> dict[str, float]:
         out = {f"{kernel.name}@{m}": tune.FAILED for m in points}
-        tune.take_times(out, known, problem, [(kernel, m) for m in points], time, None)
+        tune.take_times(out, known, problem, [(kernel, m) for m in points], time)
         return out
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -118,3 +119,32 @@ def test_no_room_to_measure_in_is_not_remembered(choosing: tune.Timings, monkeyp
     assert asked == [1, 16, 64, 512, 4096]
     again = tune.Timings(choosing.path)
     assert again.get(PROBLEM, kernel.name, 512) is None and again.get(PROBLEM, kernel.name, 64) == 64.0
+
+
+class Jit:
+    """Stands for a Triton kernel: remembers what was compiled and what was launched."""
+
+    def __init__(self) -> None:
+        self.compiled, self.launched = list[int](), list[int]()
+
+    def warmup(self, m: int, *, grid: Any) -> None:
+        if m == 64:
+            raise RuntimeError("it does not compile")
+        self.compiled.append(m)
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.launched.append
+
+
+def test_triton_kernels_are_compiled_together_before_they_are_timed() -> None:
+    pytest.importorskip("triton")
+    own, other, jit = kernels()["triton_w4a16"], kernels()["humming_w4a16"], Jit()
+
+    def calls(kernel: Any, m: int) -> Any:
+        assert kernel is own, "a library's kernel would be run"
+        return lambda: enqueue(jit, (1,), m)
+
+    tune.compile_together([(own, 1), (other, 1), (own, 64), (own, 512)], calls)
+    assert jit.compiled == [1, 512] and jit.launched == []
+    enqueue(jit, (1,), 16)
+    assert jit.launched == [16] and jit.compiled == [1, 512]
