@@ -322,6 +322,7 @@ def generate_calls(results: Sequence[Result]) -> list[str]:
     for cost in costs[-1:]:
         counts = [(name.removeprefix("us_"), value) for name, value in cost.items() if name.startswith("us_")]
         words = ", ".join(f"{value:.0f} µs with {count} bound to it" for count, value in counts)
+        words += f"; {cost['turns_us']:.0f} µs where these take turns" if "turns_us" in cost else ""
         out += ["", f"Python of a call of a graph with {cost['weights']} weights, by the number of models: {words}."]
     return out
 

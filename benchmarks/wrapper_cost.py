@@ -1,8 +1,8 @@
 """What the product's own Python costs at each call: hundreds of tiny linears in one graph, and nothing behind the wrapper.
 
 Inductor is replaced by a stub that returns at once, so the time of a call is what the backend's function does before and
-after the compiled code: find the planes of every weight, check that none has changed, pass them on. Measured with one
-model bound to the graph and with several that take turns.
+after the compiled code: find the planes of every weight, check that none has changed, pass them on. Measured for one model
+while it alone is bound to the graph, for the same one with several bound, and for all of these taking turns.
 
     python benchmarks/wrapper_cost.py
 """
@@ -41,7 +41,7 @@ class Chain(torch.nn.Module):
 
 
 def measure(device: torch.device, weights: int = WEIGHTS, models: Sequence[int] = MODELS) -> dict[str, Any]:
-    """Median microseconds of a call of the backend's function, by the number of models that take turns."""
+    """Median microseconds of a call of the backend's function: of one model, by the number bound; ``turns_us``: of all in turn."""
     from quant_compile.backend import sglquant
     from quant_compile.runtime import native
 
@@ -70,9 +70,12 @@ def measure(device: torch.device, weights: int = WEIGHTS, models: Sequence[int] 
         for model in bound:
             model.compile(backend=backend, dynamic=False)
         for count in models:
-            for model in itertools.chain(bound[:count] * 3, itertools.islice(itertools.cycle(bound[:count]), CALLS)):
+            for model in itertools.chain(bound[:count] * 3, bound[:1] * CALLS):
                 model(y)
             out[f"us_{count}"] = statistics.median(spent[-CALLS:])
+        for model in itertools.islice(itertools.cycle(bound), CALLS):
+            model(y)
+        out["turns_us"] = statistics.median(spent[-CALLS:])
     return out | {"graphs": graphs}
 
 
