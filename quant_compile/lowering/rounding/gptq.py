@@ -69,7 +69,7 @@ def _inverse_factor(moments: Tensor, mean: Tensor) -> Tensor | None:
     the factor, and M^-1 the factor read backwards. The inverse itself is never made.
     """
     damping, failed = DAMPING, moments.new_empty((), dtype=torch.int32)
-    backwards, factor = moments.flip(0, 1), moments
+    backwards, factor = moments.flip(0, 1), moments.mT  # columns first, as LAPACK's, or torch makes a third
     while damping <= MOST_DAMPING:
         backwards.diagonal().add_(damping * mean)
         torch.linalg.cholesky_ex(backwards, out=(factor, failed))
