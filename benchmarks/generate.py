@@ -75,11 +75,12 @@ def plan(args: argparse.Namespace) -> list[Task]:
     """All tasks, the acceptance's first; torchao's last within each half."""
     if args.cpu:
         return [Task(BUNDLED, stack, ("first",)) for stack in args.stacks]
-    rest = args.cells == "all"
+    rest = args.cells in ("all", "rest")
     peers = [stack for stack in args.stacks if stack.startswith("torchao")]
     own = [stack for stack in args.stacks if stack not in peers]
     groups = [tasks_of(LLAMA, own, rest), tasks_of(QWEN, args.moe_stacks, rest), tasks_of(LLAMA, peers, rest)]
-    return [task for half in zip(*groups) for group in half for task in group]
+    halves = list(zip(*groups))[1 if args.cells == "rest" else 0 :]
+    return [task for half in halves for group in half for task in group]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -132,7 +133,8 @@ class Run:
         while True:
             with self.mutex:
                 for task in self.tasks:
-                    if task.phases != ("rest",) or (task.model, task.stack) in self.done:
+                    alone = task.phases != ("rest",) or self.args.cells == "rest"
+                    if alone or (task.model, task.stack) in self.done:
                         self.tasks.remove(task)
                         return task
                 if not self.tasks or time.time() > self.stop:
@@ -386,8 +388,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--moe-stacks", help="stacks of the Qwen; empty: none")
     parser.add_argument(
         "--cells",
-        choices=("first", "acceptance", "all"),
-        help="first: one prompt of the main length alone; default: all; acceptance if tiny",
+        choices=("first", "acceptance", "rest", "all"),
+        help="first: one prompt of the main length alone; rest: what acceptance leaves out; default: all; acceptance if tiny",
     )
     parser.add_argument(
         "--options",
