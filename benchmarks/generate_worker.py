@@ -33,6 +33,7 @@ LAYERS = {LLAMA: 16, QWEN: 8}
 AUTO = ("hf-auto", "torchao-fp8", "torchao-int4")
 BF16 = ("hf-auto", "hf-eager", "inductor")
 DEFAULT = ":default"
+CACHE = "+kv:"  # FP8_DYNAMIC+kv:FP8: with a quantized cache
 # Rows and steps whose logits are kept for comparison; the last step is added.
 CHECKED_ROWS, CHECKED_STEPS = (0, -1), (0, 1, 2)
 EOS = 2
@@ -80,9 +81,12 @@ class Setup:
         return Setup(**data | {"calls": tuple(data["calls"]), "peers": tuple(data["peers"])})
 
     @property
-    def policy(self) -> str | None:
+    def policy(self) -> str | dict[str, str] | None:
         """The sglquant policy, None for the other stacks."""
-        return None if self.stack in (*AUTO, *BF16) else self.stack.removesuffix(DEFAULT)
+        if self.stack in (*AUTO, *BF16):
+            return None
+        scheme, _, cache = self.stack.removesuffix(DEFAULT).partition(CACHE)
+        return {"default": scheme, "kv_cache": cache} if cache else scheme
 
     @property
     def compile_options(self) -> dict[str, Any]:
