@@ -73,10 +73,12 @@ _ARG_TYPES: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True)
 class Fuse:
-    """Switches of the graph rewrites that fuse: one input quantization for several linears, one GEMM for siblings."""
+    """Switches of the graph rewrites that fuse: one input quantization for several linears, one GEMM for siblings, one kernel for a small
+    sum over ranks and what follows it."""
 
     share_quant: bool = True
     merge_siblings: bool = True
+    all_reduce: bool = False
 
 
 @dataclass(frozen=True)

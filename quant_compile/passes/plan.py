@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from quant_compile.ir.attention import AttentionMiss, AttentionSite
 from quant_compile.ir.batched import BatchedSite
 from quant_compile.ir.experts import MoeSite
+from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.report import AttentionLine
 from quant_compile.ir.scheme import Scheme
@@ -67,6 +68,7 @@ class Plan:
         decisions: node name of a site or of a block's result -> decision.
         choose: ``(problem, site name) -> Dispatch``; ``choose_moe`` likewise for blocks, ``choose_rows`` for batched products.
         scale_class: slot -> number; static input scales are equal where the numbers are.
+        sums: ``(a rank's part, process group) -> None | Reject``: whether a sum over ranks is ours; None: all stay as they were written.
         factor_class: slot -> number, of weights whose inputs have factors; these are equal where the numbers are.
         is_parameter: whether an argument position is a Parameter.
         share_quant: quantize an input once for all linears that read it.
@@ -100,6 +102,7 @@ class Plan:
     absorbed: set[fx.Node] = field(default_factory=set)
     expanded: dict[fx.Node, str] = field(default_factory=dict)
     factor_class: Mapping[int, int] = field(default_factory=dict)
+    sums: Callable[[Tensor, str], Reject | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from quant_compile.ir.errors import GraphError, OptionError
 from quant_compile.ir.experts import Verdicts
 from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_inductor
+from quant_compile.lowering import collectives
 from quant_compile.lowering.attention import choose_attention
 from quant_compile.lowering.expand import without_guards
 from quant_compile.lowering.latent import choose_latent
@@ -170,6 +171,7 @@ class Variants:
             partial(choose_attention, target=self.target) if attends else None,
             partial(choose_latent, target=self.target) if attends else None,
             factor_class=factors,
+            sums=collectives.fits if fuse.all_reduce and not self.options.verifies(self.source.policy) else None,
         )
         with choosing:
             gm, reports = _rewritten(gm, plan, sessions)

@@ -1,0 +1,1 @@
+"""Sums over ranks, together with what follows them."""

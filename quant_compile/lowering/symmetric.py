@@ -1,0 +1,189 @@
+"""Memory that the ranks of one host share, for sums over ranks by a kernel: whether there is some, and one workspace for each size of rows.
+
+Whether a group has such memory is agreed by all of its ranks, once, while they compile their first graph that would use it.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_compile.ir.errors import GraphError
+from quant_compile.ir.family import Reject
+
+MOST_ROWS = 64  # of one sum; a workspace has room for so many
+FLAG_BYTES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Workspace:
+    """What sums of rows of one size need on this rank.
+
+    Attributes:
+        rank, world: of the process group.
+        bases: addresses of all ranks' buffers, as this rank reaches them, each ``[MOST_ROWS, 2, k]`` values and ``[MOST_ROWS, world]`` flags.
+        counts: [MOST_ROWS] int32: in how many sums this rank had each row.
+        flags_at: bytes before the flags.
+        limit_ns: how long a kernel waits for another rank before it ends with an error; 0: for ever.
+        held: what keeps the buffers alive.
+    """
+
+    rank: int
+    world: int
+    bases: tuple[int, ...]
+    counts: Tensor
+    flags_at: int
+    limit_ns: int
+    held: tuple[Any, ...] = ()
+
+
+def group_of(name: str) -> Any:
+    """The process group of a graph's collective.
+
+    Raises:
+        GraphError: this process has none of that name.
+    """
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    try:
+        return _resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+    except (RuntimeError, ValueError) as error:
+        raise GraphError(
+            f"a graph sums over the process group {name!r}, which this process does not have: {error}\n"
+            "Fix: call torch.distributed.init_process_group, as the process did that compiled it."
+        ) from error
+
+
+@dataclass
+class Group:
+    """What is known of a process group.
+
+    Attributes:
+        group: the object, since a name may be used again.
+        reason: why its ranks share no memory; None: they do.
+        spaces: by bytes of a row.
+    """
+
+    group: Any
+    reason: str | None
+    spaces: dict[int, Workspace] = field(default_factory=dict)
+
+
+class Groups:
+    """All process groups that were asked about."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Group] = {}
+
+    def of(self, name: str, device: torch.device) -> Group:
+        """A group; where it is new, a collective that all of its ranks must call alike."""
+        group, known = group_of(name), self._known.get(name)
+        if known is None or known.group is not group:
+            known = self._known[name] = Group(group, _agreed(group, device))
+        return known
+
+    def workspace(self, name: str, k: int, dtype: torch.dtype, device: torch.device) -> Workspace:
+        """For rows of k values; where it is new, a collective.
+
+        Raises:
+            GraphError: the group has none, or it would be made while a CUDA graph is recorded.
+        """
+        group, size = self.of(name, device), k * dtype.itemsize
+        if group.reason is not None:
+            raise GraphError(
+                f"the process group {name!r} has no symmetric memory: {group.reason}. Fix: compile without `fuse: {{all_reduce: true}}`."
+            )
+        if size not in group.spaces:
+            if torch.cuda.is_current_stream_capturing():
+                raise GraphError(
+                    "a sum over ranks meets its first call while a CUDA graph is recorded. Fix: call the model once before."
+                )
+            group.spaces[size] = _allocated(group.group, size, device)
+        return group.spaces[size]
+
+
+GROUPS = Groups()
+
+
+def unshared(name: str, device: torch.device) -> Reject | None:
+    """Why the ranks of a group share no memory on their devices, the same answer on each; a collective where the group is new."""
+    reason = GROUPS.of(name, device).reason
+    return None if reason is None else Reject(reason)
+
+
+def _agreed(group: Any, device: torch.device) -> str | None:
+    """First what each rank sees on its own, so that nobody waits in a rendezvous for a rank that will not come; then a trial."""
+    if device.type != "cuda":
+        return f"a {device.type.upper()} has no symmetric memory"
+    reason = _first_reason(group, _alone(group))
+    if reason is not None:
+        return reason
+    from torch.distributed import _symmetric_memory as symmetric
+
+    failed = ""
+    try:
+        # One page. It may be made on devices that cannot reach each other, which the rendezvous then says.
+        symmetric.rendezvous(symmetric.empty(4096, dtype=torch.uint8, device=device), group)
+    except RuntimeError as error:
+        failed = f"torch's rendezvous failed: {str(error).splitlines()[0]}"
+    return _first_reason(group, (failed, 0, ""))
+
+
+def _alone(group: Any) -> tuple[str, int, str]:
+    """(why not, device, host) of this rank."""
+    import torch.distributed as dist
+
+    device = torch.cuda.current_device()
+    if dist.get_backend(group) != "nccl":
+        return f"the group's backend is {dist.get_backend(group)}, not NCCL", device, socket.gethostname()
+    try:
+        from torch.distributed import _symmetric_memory  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        return f"this torch has no symmetric memory: {error}", device, socket.gethostname()
+    return "", device, socket.gethostname()
+
+
+def _first_reason(group: Any, own: tuple[str, int, str]) -> str | None:
+    """What the lowest rank that has a reason says; ranks see all answers, and so agree."""
+    import torch.distributed as dist
+
+    answers: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, own, group=group)
+    for rank, (reason, _, _) in enumerate(answers):
+        if reason:
+            return f"rank {rank} of the group: {reason}"
+    hosts = {host for _, _, host in answers}
+    return None if len(hosts) == 1 else f"its ranks are on {len(hosts)} hosts"
+
+
+def _allocated(group: Any, size: int, device: torch.device) -> Workspace:
+    import torch.distributed as dist
+    from torch.distributed import _symmetric_memory as symmetric
+
+    world, flags_at = dist.get_world_size(group), 2 * MOST_ROWS * size
+    buffer = symmetric.empty(flags_at + MOST_ROWS * world * FLAG_BYTES, dtype=torch.uint8, device=device)
+    buffer.zero_()
+    handle = symmetric.rendezvous(buffer, group)
+    torch.cuda.synchronize(device)
+    dist.barrier(group)  # no flag is raised before it is zero everywhere
+    counts = torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)  # other streams may be the first to read them
+    limit = _timeout_ns(group, device)
+    return Workspace(dist.get_rank(group), world, _addresses(handle, buffer), counts, flags_at, limit, (buffer, handle))
+
+
+def _addresses(handle: Any, buffer: Tensor) -> tuple[int, ...]:
+    """Where this rank reaches each rank's buffer; torch may have cut the buffer out of a larger allocation."""
+    size, kind = buffer.shape, buffer.dtype
+    return tuple(handle.get_buffer(rank, size, kind).data_ptr() for rank in range(handle.world_size))
+
+
+def _timeout_ns(group: Any, device: torch.device) -> int:
+    """The process group's."""
+    options = getattr(group._get_backend(device), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return 0 if timeout is None else int(timeout.total_seconds() * 1e9)
