@@ -6,6 +6,7 @@ Whether a group has such memory is agreed by all of its ranks, once, while they 
 from __future__ import annotations
 
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +84,8 @@ class Groups:
         """A group; where it is new, a collective that all of its ranks must call alike."""
         group, known = group_of(name), self._known.get(name)
         if known is None or known.group is not group:
-            known = self._known[name] = Group(group, _agreed(group, device))
+            with _current(device):
+                known = self._known[name] = Group(group, _agreed(group, device))
         return known
 
     def workspace(self, name: str, k: int, dtype: torch.dtype, device: torch.device) -> Workspace:
@@ -102,7 +104,8 @@ class Groups:
                 raise GraphError(
                     "a sum over ranks meets its first call while a CUDA graph is recorded. Fix: call the model once before."
                 )
-            group.spaces[size] = _allocated(group.group, size, device)
+            with _current(device):
+                group.spaces[size] = _allocated(group.group, size, device)
         return group.spaces[size]
 
 
@@ -113,6 +116,11 @@ def unshared(name: str, device: torch.device) -> Reject | None:
     """Why the ranks of a group share no memory on their devices, the same answer on each; a collective where the group is new."""
     reason = GROUPS.of(name, device).reason
     return None if reason is None else Reject(reason)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, which collectives of objects use."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _agreed(group: Any, device: torch.device) -> str | None:

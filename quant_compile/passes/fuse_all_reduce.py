@@ -7,6 +7,7 @@ share memory. Writes ``sglq_kernels.all_reduce``. Leaves alone sums of other siz
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -75,11 +76,11 @@ def fuse_all_reduce(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pas
         return gm, report
     context = _Context(graph)
     for node in nodes:
-        label = _label(node)
-        found = context.sum_of(node)
-        no = found if isinstance(found, Reject) else plan.sums(found.part.meta["example_value"], found.group)
-        if isinstance(found, Reject) or no is not None:
-            report.refused.append(f"{label}: {no.reason if no is not None else ''}")
+        label, found = _label(node), context.sum_of(node)
+        if isinstance(found, Sum):
+            found = plan.sums(found.part.meta["example_value"], found.group) or found
+        if isinstance(found, Reject):
+            report.refused.append(f"{label}: {found.reason}")
             continue
         chain = context.chain_of(found)
         if isinstance(chain, Reject):
@@ -88,6 +89,14 @@ def fuse_all_reduce(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pas
         else:
             report.rewrote.append(f"{label}: {_joined(graph, found, chain, context.writes)}")
     return verify(gm, "quantized"), report
+
+
+def sums_in_words(report: PassReport) -> list[str]:
+    """What became of the sums of a graph, as the ledger says it: how many of each kind, and why."""
+    ours = Counter(line.partition(": ")[2] for line in report.rewrote)
+    others = Counter(line.partition(": ")[2] for line in report.refused)
+    found = [f"sums over ranks: {count} by one kernel, {what}" for what, count in ours.items()]
+    return found + [f"sums over ranks: {count} by torch's collective: {why}" for why, count in others.items()]
 
 
 def _label(node: fx.Node) -> str:
@@ -143,7 +152,7 @@ class _Context:
     def _shared(self, part: fx.Node, node: fx.Node, steps: tuple[fx.Node, ...]) -> str | None:
         """Who else would see that the sum is written over the part."""
         for other in self._by_storage.get(storage_of(part) or 0, ()):
-            if other is node or other in steps:
+            if self._at(other) >= self._at(node):  # a view that was made later is one of the sum
                 continue
             if other.op == "placeholder":
                 return f"it is written over {other}, an input of the graph"
@@ -266,13 +275,12 @@ def _read_planes(graph: fx.Graph, node: fx.Node, planes: list[fx.Node], y: fx.No
     source: Any = node.args[0]
     value: Tensor = source.meta["example_value"]
     lead = tuple(int(size) for size in value.shape[:-1])
-    with graph.inserting_before(node):
-        shaped: list[Any] = [
-            graph.call_method("view", (plane, *lead, last))
-            for plane, last in zip(planes, (int(value.shape[-1]), 1), strict=True)
-        ]
-    dtypes = collectives.plane_dtypes(str(node.args[1]))
-    for plane, last, dtype in zip(shaped, (value.shape[-1], 1), dtypes, strict=True):
+    sizes = (int(value.shape[-1]), 1)
+    shaped: list[Any] = list(planes)
+    if source is not y:
+        with graph.inserting_before(node):
+            shaped = [graph.call_method("view", (plane, *lead, last)) for plane, last in zip(planes, sizes, strict=True)]
+    for plane, last, dtype in zip(shaped, sizes, collectives.plane_dtypes(str(node.args[1])), strict=True):
         plane.meta["example_value"] = value.new_empty((*lead, last), dtype=dtype)
     for user in list(node.users):
         user.args = tuple(shaped if argument is node else argument for argument in user.args)

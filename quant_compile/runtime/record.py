@@ -15,6 +15,7 @@ from quant_compile.lowering.weights import STORE, claim
 from quant_compile.model.ledger import LEDGER, Record, Sessions
 from quant_compile.model.names import Owners
 from quant_compile.model.weights import linear_weights
+from quant_compile.passes.fuse_all_reduce import sums_in_words
 from quant_compile.passes.plan import SiteDecision, dispatches_of
 from quant_compile.rules import Decides
 from quant_compile.runtime.decide import Found
@@ -64,6 +65,9 @@ def record(
         if report.name == "merge_siblings":
             for refusal in report.refused:
                 sessions.note(f"not merged: {refusal}")
+        elif report.name == "fuse_all_reduce":
+            for note in sums_in_words(report):
+                sessions.note(note)
 
 
 def _show(variant: Variant, parameters: Mapping[int, Parameter]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.distributed import checks
+from tests.distributed import checks, sums
 from tests.distributed.world import World
 
 TP = {"tp_plan": "auto"}
@@ -68,6 +69,26 @@ def test_a_damaged_part_shows(world: World, folder: Path) -> None:
 
 def test_tensor_parallel_experts(world: World, folder: Path) -> None:
     check(world.run(checks.compare, checks.make("qwen3_moe", folder), "FP8_DYNAMIC", TP))
+
+
+@pytest.mark.parametrize(("family", "spec"), [("llama", "FP8_DYNAMIC"), ("qwen3_moe", "W8A8")])
+def test_sums_joined_with_what_follows(world: World, folder: Path, family: str, spec: str) -> None:
+    """One op for each sum, the same bits as without: two ranks' sum has one rounding, whoever adds."""
+    first, second = world.run(sums.model, checks.make(family, folder), spec)
+    for rank in (first, second):
+        assert torch.equal(rank["joined"], rank["written"])
+        assert not rank["written notes"]
+        after = f"by one kernel, with the residual add, the RMSNorm and the codes of {spec}"
+        assert rank["joined notes"] == [
+            f"sums over ranks: 3 {after}",
+            "sums over ranks: 1 by one kernel, with the residual add, the RMSNorm",
+        ]
+    assert torch.equal(first["joined"], second["joined"])
+
+
+def test_sums_without_shared_memory_stay(world: World, folder: Path) -> None:
+    for rank in world.run(sums.plain, checks.make("one_layer", folder)):
+        assert rank == ["sums over ranks: 2 by torch's collective: a CPU has no symmetric memory"]
 
 
 def test_expert_parallel_with_biases(world: World, folder: Path) -> None:

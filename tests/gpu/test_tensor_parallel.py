@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import checks
+from tests.distributed import checks, sums
 from tests.distributed.world import World
 
 pytestmark = [
@@ -57,3 +57,38 @@ def test_a_damaged_part_shows(world: World, folder: Path) -> None:
     for rank in world.run(checks.on_gpus, path, "FP8_DYNAMIC", checks.plan(False), damage):
         found: Any = rank["compared"]
         assert found.parts > 3 * CLOSE
+
+
+# --- sums over ranks and what follows them, by one kernel ---
+
+# Codes and normed values of which sums of squares in another order move some across a tie.
+FLIPPED = 0.002
+
+
+def check_sums(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["same"] == [], "sums that are not NCCL's, by call"
+        assert rank["flipped"] <= FLIPPED
+        assert rank["alike"]
+
+
+@pytest.mark.parametrize("spec", ["FP8_DYNAMIC", "W8A8"])
+@pytest.mark.parametrize("k", [2048, 8192, 72])
+def test_sums_one_after_the_other(world: World, k: int, spec: str) -> None:
+    check_sums(world.run(sums.repeated, k, spec, 100))
+
+
+@pytest.mark.parametrize(("k", "rows"), [(8192, 1), (2048, 64)])
+def test_sums_in_a_cuda_graph(world: World, k: int, rows: int) -> None:
+    check_sums(world.run(sums.replayed, k, rows, "FP8_DYNAMIC", 100))
+
+
+@pytest.mark.parametrize("family", ["wide_llama", "wide_qwen3_moe"])
+def test_a_model_whose_sums_are_joined(world: World, folder: Path, family: str) -> None:
+    first, second = world.run(sums.model, checks.make(family, folder), "FP8_DYNAMIC", True)
+    for rank in (first, second):
+        assert not rank["written notes"]
+        assert any("by one kernel, with the residual add, the RMSNorm and the codes" in note for note in rank["joined notes"])
+        written, joined = rank["written"].float(), rank["joined"].float()
+        assert float((joined - written).norm() / written.norm()) < CLOSE
+    assert torch.equal(first["joined"], second["joined"])

@@ -1,0 +1,157 @@
+"""What the ranks of a world run to test sums over ranks that are one op with what follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import quant_compile
+from quant_compile.lowering import collectives
+from tests.distributed import checks
+
+BF16 = torch.bfloat16
+TP = {"tp_plan": "auto"}
+
+
+@contextmanager
+def _played() -> Generator[None]:
+    """CPUs pass for GPUs that share memory: the op is in the graph, and runs one step after the other."""
+    with patch.object(collectives, "unshared", lambda group, device: None):
+        yield
+
+
+def model(path: Path, spec: str, inductor: bool = False) -> dict[str, Any]:
+    """Logits of a divided model in bf16 with its sums as they were written, and joined with what follows them."""
+    ids = torch.arange(3, 19).view(2, 8).to(checks.device())
+    found: dict[str, Any] = {}
+    cuda = ids.is_cuda
+    for name, fuse in (("written", False), ("joined", True)):
+        divided = checks.loaded(path, TP, BF16)
+        with nullcontext() if inductor else checks.without_inductor(), nullcontext() if cuda else _played():
+            quant_compile.compile(divided, {"default": spec, "fuse": {"all_reduce": fuse}}, dynamic=False)
+            with torch.no_grad():
+                found[name] = divided(ids).logits.cpu()
+        found[f"{name} notes"] = [note for note in quant_compile.report(divided).notes if "sums over ranks" in note]
+    return found
+
+
+def plain(path: Path) -> list[str]:
+    """What the ledger says of sums where nothing is played."""
+    divided = checks.loaded(path, TP, BF16)
+    with checks.without_inductor(), torch.no_grad():
+        quant_compile.compile(divided, {"default": "W8A16", "fuse": {"all_reduce": True}}, dynamic=False)
+        divided(torch.arange(3, 11).view(1, 8))
+    return [note for note in quant_compile.report(divided).notes if "sums over ranks" in note]
+
+
+# --- on GPUs ---
+
+
+def _inputs(rows: int, k: int, call: int) -> tuple[Tensor, Tensor]:
+    """This rank's part, and the residual, which all have alike."""
+    device = checks.device()
+    g = torch.Generator(device).manual_seed(1000 * call + dist.get_rank() + 1)
+    same = torch.Generator(device).manual_seed(1000 * call)
+    part = torch.randn(rows, k, generator=g, device=device) * (1 + call % 7)
+    return part.to(BF16), torch.randn(rows, k, generator=same, device=device).to(BF16)
+
+
+def _apart(found: list[Tensor], wanted: list[Tensor]) -> tuple[bool, float]:
+    """Whether the sums have the same bits, and which share of what follows them has not, scales beyond an ulp of bf16 counted whole."""
+    share = 0.0
+    for mine, theirs in zip(found[1:], wanted[1:], strict=True):
+        if mine.dtype == torch.float32:
+            share = max(share, float(((mine - theirs).abs() > theirs.abs() * 2**-7).any()))
+        else:
+            bits = (plane.view(torch.uint8) for plane in (mine, theirs))
+            share = max(share, float(torch.ne(*bits).float().mean()))
+    return torch.equal(found[0], wanted[0]), share
+
+
+def _alike(tensors: list[Tensor]) -> bool:
+    """Whether all ranks have the same bits."""
+    good = True
+    for tensor in tensors:
+        mine = tensor.contiguous().view(torch.uint8)
+        everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everywhere, mine)
+        good &= all(torch.equal(each, mine) for each in everywhere)
+    return good
+
+
+def _norm(k: int) -> Tensor:
+    return torch.linspace(0.5, 2, k, device=checks.device()).to(BF16)
+
+
+def _delay(call: int) -> None:
+    """Now one rank is late, now the other, by up to half a millisecond, before and after what the other waits for."""
+    if call % 3 == dist.get_rank():
+        torch.cuda._sleep(100_000 * (1 + call % 9))
+
+
+def repeated(k: int, spec: str, calls: int) -> dict[str, Any]:
+    """Calls of unlike rows one after the other, not waited for in between, with late ranks: (sums equal NCCL's, other bits, ranks alike)."""
+    group, weight = dist.group.WORLD.group_name, _norm(k)  # type: ignore[union-attr]
+    made: list[list[Tensor]] = []
+    for call in range(calls):
+        part, residual = _inputs((1, 16, 3, 64, 2)[call % 5], k, call)
+        _delay(call)
+        made.append(collectives.all_reduce(part, residual, weight, 1e-6, "after_cast", spec, call % 2 == 0, group))
+    torch.cuda.synchronize()
+    compared: list[tuple[bool, float]] = []
+    for call, found in enumerate(made):
+        part, residual = _inputs((1, 16, 3, 64, 2)[call % 5], k, call)
+        given = (part, residual, weight, 1e-6, "after_cast", spec, call % 2 == 0, group)
+        compared.append(_apart(found, collectives.reference(*given)))
+    return {
+        "same": [call for call, (same, _) in enumerate(compared) if not same],
+        "flipped": max(share for _, share in compared),
+        "alike": _alike([plane for found in made for plane in found]),
+    }
+
+
+def replayed(k: int, rows: int, spec: str, replays: int) -> dict[str, Any]:
+    """A CUDA graph of an odd number of sums, each the residual of the next, replayed with other values, and late ranks."""
+    group, weight = dist.group.WORLD.group_name, _norm(k)  # type: ignore[union-attr]
+    part, residual = _inputs(rows, k, 0)
+
+    def chain(sum_: Any) -> list[Tensor]:
+        found, stream = list[Tensor](), residual
+        for step in range(5):
+            found = sum_(part * (step + 1), stream, weight, 1e-6, "after_cast", spec, True, group)
+            stream = found[0]
+        return found
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        chain(collectives.all_reduce)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = chain(collectives.all_reduce)
+    kept: list[list[Tensor]] = []
+    for call in range(replays):
+        for held, new in zip((part, residual), _inputs(rows, k, call), strict=True):
+            held.copy_(new)
+        _delay(call)
+        graph.replay()
+        kept.append([plane.clone() for plane in results])
+    torch.cuda.synchronize()
+    compared: list[tuple[bool, float]] = []
+    for call, found in enumerate(kept):
+        for held, new in zip((part, residual), _inputs(rows, k, call), strict=True):
+            held.copy_(new)
+        compared.append(_apart(found, chain(collectives.reference)))
+    return {
+        "same": [call for call, (same, _) in enumerate(compared) if not same],
+        "flipped": max(share for _, share in compared),
+        "alike": _alike([plane for found in kept for plane in found]),
+    }
