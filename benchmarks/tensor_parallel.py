@@ -6,7 +6,8 @@ model and gives each rank its DTensors and hooks; then each rank fills its own p
 
 A stack is a group of processes, one for each GPU; both stacks of a model have the same weights. All groups compile a cell at the
 same time, one kernel measurement at a time on each GPU, and are then timed in turns, nobody else being at work. ``bf16`` is
-``model.compile(dynamic=False)``; of a mixture of experts it is the faster of Hugging Face's two implementations. ``graphs`` is
+``model.compile(dynamic=False)``; of a mixture of experts it is the faster of Hugging Face's two implementations. ``joined`` is
+the policy with ``fuse: {all_reduce: true}``; the ledger's notes on sums are in its rows. ``graphs`` is
 ``mode="reduce-overhead"`` on both sides. A step is one call of the model over a filled static cache, by the wall clock from an idle
 device to an idle device, the slowest rank's; medians. Logits of both stacks are compared at each cell, and a stack whose logits are not
 the bf16 model's has no speed-up.
@@ -59,8 +60,8 @@ from moe_e2e import MODELS, SMOKE_MODELS, config_of
 LLAMA, QWEN = "Llama-3-70B", "Qwen3-30B-A3B"
 LLAMA_3_70B = LlamaShape(128256, 8192, 28672, 64, 8)
 LAYERS = {LLAMA: 16, QWEN: 12}
-BF16, BATCHED, GRAPHS = "bf16", "bf16 batched_mm", " graphs"
-STACKS = (BF16, BATCHED, "FP8_DYNAMIC")
+BF16, BATCHED, GRAPHS, JOINED = "bf16", "bf16 batched_mm", " graphs", " joined"
+STACKS = (BF16, BATCHED, "FP8_DYNAMIC", "FP8_DYNAMIC" + JOINED)
 MODES = {"both": ("", GRAPHS), "without": ("",), "with": (GRAPHS,)}
 DECODE = {"decode B=1": 1, "decode B=16": 16}
 PREFILL = f"prefill {PROMPT}"
@@ -93,9 +94,11 @@ class Setup:
         return self.stack.endswith(GRAPHS)
 
     @property
-    def policy(self) -> str | None:
-        """The policy, None for bf16."""
+    def policy(self) -> str | dict[str, Any] | None:
+        """The policy, None for bf16; ``joined``: small sums over ranks are one kernel with what follows them."""
         name = self.stack.removesuffix(GRAPHS)
+        if name.endswith(JOINED):
+            return {"default": name.removesuffix(JOINED), "fuse": {"all_reduce": True}}
         return None if name in (BF16, BATCHED) else name
 
     def runs(self, cell: str) -> bool:
@@ -157,7 +160,7 @@ class Rank:
             logits = step()[0, -1].float().cpu()
         self.steps[cell] = step
         return {"compile_s": time.perf_counter() - started, "logits": logits, "peak_gib": peak(self.device) / GIB} | (
-            {"coverage": coverage(self.model)} if self.setup.policy else {}
+            {"coverage": coverage(self.model), "sums": sums(self.model)} if self.setup.policy else {}
         )
 
     def time(self, cell: str, count: int) -> dict[str, Any]:
@@ -183,6 +186,13 @@ def coverage(model: Any) -> float:
     import quant_compile
 
     return quant_compile.report(model).coverage
+
+
+def sums(model: Any) -> list[str]:
+    """What the ledger says of sums over ranks; nothing where they were left as they were written."""
+    import quant_compile
+
+    return [note for note in quant_compile.report(model).notes if note.startswith("sums over ranks")]
 
 
 def divided(setup: Setup, device: torch.device) -> Any:
@@ -389,6 +399,7 @@ class Bench:
                 row |= {"compile_s": max(answer["compile_s"] for answer in answers)}
                 row |= {key: max(answer[key] for answer in answers) for key in ("peak_gib",)}
                 row |= {"coverage": min(answer["coverage"] for answer in answers)} if group.setup.policy else {}
+                row |= {"sums": found} if (found := answers[0].get("sums")) else {}
                 row["logits"] = [answer["logits"] for answer in answers]
         compare(rows)
         samples: dict[int, list[float]] = {index: [] for index in range(len(groups))}

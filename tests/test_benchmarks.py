@@ -101,6 +101,16 @@ def test_long_context_smoke(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_all_reduce_smoke(tmp_path: Path) -> None:
+    """Both ways have the same sums on two processes; nothing is missing."""
+    rows = run("all_reduce.py", tmp_path)["rows"]
+    assert [row["rows"] for row in rows] == [1, 3]
+    assert all("reason" not in row and row["flipped"] == 0 and row["floor_us"] > 0 for row in rows)
+    (row,) = run("all_reduce.py", tmp_path, "--seconds", "0")["rows"]
+    assert row["reason"] == "the time was up"
+
+
+@pytest.mark.slow
 def test_tensor_parallel_smoke(tmp_path: Path) -> None:
     """Two processes have equal logits, near bf16's; a cell that was not reached says so."""
     options = ("--models", "Llama-3-70B", "--stacks", "bf16,W8A16", "--cells", "decode B=1", "--seconds", "500")

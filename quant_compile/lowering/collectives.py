@@ -64,7 +64,7 @@ def fits(x: Tensor, group: str) -> Reject | None:
 
 def all_reduced(x: Tensor, group: str) -> Tensor:
     """torch's own sum over the ranks, in x's dtype."""
-    import torch.distributed._functional_collectives  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    import torch.distributed._functional_collectives  # pyright: ignore[reportUnusedImport]
 
     functional = torch.ops._c10d_functional
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))

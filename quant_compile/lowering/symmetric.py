@@ -26,7 +26,7 @@ class Workspace:
 
     Attributes:
         rank, world: of the process group.
-        bases: addresses of all ranks' buffers, as this rank reaches them, each ``[MOST_ROWS, 2, k]`` values and ``[MOST_ROWS, world]`` flags.
+        bases: addresses of all ranks' buffers, as this rank reaches them: ``[MOST_ROWS, 2, k]`` values, ``[MOST_ROWS, world]`` flags.
         counts: [MOST_ROWS] int32: in how many sums this rank had each row.
         flags_at: bytes before the flags.
         limit_ns: how long a kernel waits for another rank before it ends with an error; 0: for ever.

@@ -1,7 +1,7 @@
 """Join a sum over ranks with what follows it: the residual add, the RMSNorm, and the codes of each token; else the sum alone.
 
-Reads ``_c10d_functional.all_reduce`` nodes and what their results go into, at small sizes that are known, where the plan says that the ranks
-share memory. Writes ``sglq_kernels.all_reduce``. Leaves alone sums of other sizes, and all of them where the plan has no answer.
+Reads ``_c10d_functional.all_reduce`` nodes and what their results go into, at small sizes that are known, where the plan says that the
+ranks share memory. Writes ``sglq_kernels.all_reduce``. Leaves alone sums of other sizes, and all of them where the plan has no answer.
 """
 
 from __future__ import annotations
@@ -279,7 +279,9 @@ def _read_planes(graph: fx.Graph, node: fx.Node, planes: list[fx.Node], y: fx.No
     shaped: list[Any] = list(planes)
     if source is not y:
         with graph.inserting_before(node):
-            shaped = [graph.call_method("view", (plane, *lead, last)) for plane, last in zip(planes, sizes, strict=True)]
+            shaped = [
+                graph.call_method("view", (plane, *lead, last)) for plane, last in zip(planes, sizes, strict=True)
+            ]
     for plane, last, dtype in zip(shaped, sizes, collectives.plane_dtypes(str(node.args[1])), strict=True):
         plane.meta["example_value"] = value.new_empty((*lead, last), dtype=dtype)
     for user in list(node.users):

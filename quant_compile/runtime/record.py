@@ -16,7 +16,7 @@ from quant_compile.model.ledger import LEDGER, Record, Sessions
 from quant_compile.model.names import Owners
 from quant_compile.model.weights import linear_weights
 from quant_compile.passes.fuse_all_reduce import sums_in_words
-from quant_compile.passes.plan import SiteDecision, dispatches_of
+from quant_compile.passes.plan import PassReport, SiteDecision, dispatches_of
 from quant_compile.rules import Decides
 from quant_compile.runtime.decide import Found
 from quant_compile.runtime.variant import Variant
@@ -62,12 +62,15 @@ def record(
             STORE.entry(parameter).plain_readers.add(ALSO_PLAIN)
     for report in variant.reports:
         sessions.attend(report.attention)
-        if report.name == "merge_siblings":
-            for refusal in report.refused:
-                sessions.note(f"not merged: {refusal}")
-        elif report.name == "fuse_all_reduce":
-            for note in sums_in_words(report):
-                sessions.note(note)
+        for note in _notes(report):
+            sessions.note(note)
+
+
+def _notes(report: PassReport) -> list[str]:
+    """What the user should know of a pass."""
+    if report.name == "merge_siblings":
+        return [f"not merged: {refusal}" for refusal in report.refused]
+    return sums_in_words(report) if report.name == "fuse_all_reduce" else []
 
 
 def _show(variant: Variant, parameters: Mapping[int, Parameter]) -> None:

@@ -97,7 +97,7 @@ def _delay(call: int) -> None:
 
 
 def repeated(k: int, spec: str, calls: int) -> dict[str, Any]:
-    """Calls of unlike rows one after the other, not waited for in between, with late ranks: (sums equal NCCL's, other bits, ranks alike)."""
+    """Calls of unlike rows one after the other, not waited for in between, with late ranks: sums that are not NCCL's, other bits."""
     group, weight = dist.group.WORLD.group_name, _norm(k)  # type: ignore[union-attr]
     made: list[list[Tensor]] = []
     for call in range(calls):

@@ -88,7 +88,9 @@ def test_a_model_whose_sums_are_joined(world: World, folder: Path, family: str) 
     first, second = world.run(sums.model, checks.make(family, folder), "FP8_DYNAMIC", True)
     for rank in (first, second):
         assert not rank["written notes"]
-        assert any("by one kernel, with the residual add, the RMSNorm and the codes" in note for note in rank["joined notes"])
+        assert any(
+            "by one kernel, with the residual add, the RMSNorm and the codes" in note for note in rank["joined notes"]
+        )
         written, joined = rank["written"].float(), rank["joined"].float()
         assert float((joined - written).norm() / written.norm()) < CLOSE
     assert torch.equal(first["joined"], second["joined"])

@@ -5,6 +5,7 @@ The other rank is played by a buffer with its rows and by flags that are up alre
 
 from __future__ import annotations
 
+import importlib
 import threading
 import time
 from typing import Any
@@ -156,6 +157,36 @@ def test_sums_of_ranks(rank: int, world: int) -> None:
 @pytest.mark.parametrize("check", ["check_waits", "check_wraps"])
 def test_flags(check: str) -> None:
     run_interpreted(__name__, check, timeout=60)
+
+
+@needs_triton
+def test_order_of_memory() -> None:
+    """What the interpreter cannot show: flags are raised after the rows and read before them, across GPUs, and rows move in wide words."""
+    source = importlib.import_module("quant_compile.lowering.kernels.collectives._triton_all_reduce")
+    types = {
+        "x_ptr": "*bf16", "residual_ptr": "*bf16", "w_ptr": "*bf16", "counts_ptr": "*i32", "h_ptr": "*bf16", "q_ptr": "*fp8e4nv",
+        "s_ptr": "*fp32", "k": "i32", "eps": "fp32", "flags_at": "i32", "limit_ns": "i64", "bases": ("i64", "i64"),
+    }  # fmt: skip
+    constants = {
+        "y_ptr": None,
+        "RANK": 0,
+        "WORLD": 2,
+        "LIMITED": True,
+        "WEIGHTING": "after_cast",
+        "LIMIT": 448.0,
+        "BLOCK": 8192,
+    }
+    built = compile_cubin(source.all_reduce_kernel, 90, types, constants, num_warps=16)
+    text = [line.strip() for line in built.asm["ptx"].splitlines()]
+    stores = [i for i, line in enumerate(text) if "st.global.v4" in line]
+    barriers = [i for i, line in enumerate(text) if line.startswith("bar.sync")]
+    raised = next(i for i, line in enumerate(text) if "atom.global.sys.release.exch" in line)
+    seen = max(i for i, line in enumerate(text) if "sys.acquire" in line)
+    read = next(i for i, line in enumerate(text) if "ld.global.cg.v4" in line)
+    assert any(stores[0] < i < raised for i in barriers)
+    assert raised < seen < read
+    assert any(seen < i < read for i in barriers)
+    assert any("trap" in line for line in text)
 
 
 def test_codes_of_schemes() -> None:

@@ -29,12 +29,12 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 
 
 def compile_cubin(
-    kernel: Any, arch: int, types: Mapping[str, str], constants: Mapping[str, Any], aligned: bool = True, **options: Any
+    kernel: Any, arch: int, types: Mapping[str, Any], constants: Mapping[str, Any], aligned: bool = True, **options: Any
 ) -> Any:
     """Compile a ``@triton.jit`` function to a cubin for ``arch`` (90 for sm90), on a machine without a GPU.
 
     Args:
-        types: argument -> Triton type text: ``*fp8e4nv``, ``*i8``, ``*fp32``, ``*bf16``, ``i32`` ...
+        types: argument -> Triton type text: ``*fp8e4nv``, ``*i8``, ``*fp32``, ``*bf16``, ``i32`` ...; a tuple of these for a tuple.
         constants: constexpr argument -> value (a pointer that may be None is a constant None here).
         aligned: pointers and i32 arguments are multiples of 16, as the launcher finds for usual shapes.
         options: num_warps, num_stages ...
@@ -51,7 +51,7 @@ def compile_cubin(
     assert not missing, f"neither type nor constant for {missing}"
     hints = {}
     if aligned:
-        wide = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "").startswith(("*", "i32", "i64"))]
+        wide = [i for i, name in enumerate(kernel.arg_names) if str(types.get(name)).startswith(("*", "i32", "i64"))]
         hints = {(i,): [["tt.divisibility", 16]] for i in wide}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=hints)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

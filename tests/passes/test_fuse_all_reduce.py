@@ -1,4 +1,4 @@
-"""fuse_all_reduce: sums over ranks as models write them are joined with what follows them, everything else keeps its numbers and its reason.
+"""fuse_all_reduce: sums over ranks as models write them are joined with what follows them, and all numbers stay as they were.
 
 The process group has one rank, whose sum is its own part; two ranks are in ``tests/distributed``.
 """

@@ -87,8 +87,8 @@ def all_reduce_kernel(
 ):
     """Rows x [m, k] of all ranks, added (+ residual) -> h; RMSNorm of h by w -> y and codes q with scales s [m, 1].
 
-    bases, a tuple of WORLD, are the addresses of the ranks' buffers, counts [m] int32 this rank's calls of each row. residual, w, y, q are None
-    where there are none. Sums are rounded to x's dtype before the residual is added, as when a collective of their own gives them.
+    bases, a tuple of WORLD, are the addresses of the ranks' buffers, counts [m] int32 this rank's calls of each row. residual, w, y, q
+    are None where there are none. Sums are rounded to x's dtype before the residual is added, as when a collective of their own gives them.
     """
     row = tl.program_id(0)
     ELEMENT: tl.constexpr = x_ptr.dtype.element_ty

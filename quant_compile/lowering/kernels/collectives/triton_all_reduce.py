@@ -1,7 +1,7 @@
 """A one-shot sum over ranks in one launch, with the residual add, the RMSNorm and the codes of each token that follow it.
 
-Ranks read each other's rows through symmetric memory (``lowering/symmetric.py``). The launch waits for the other ranks on the GPU, and so may
-be part of a CUDA graph.
+Ranks read each other's rows through symmetric memory (``lowering/symmetric.py``). The launch waits for the other ranks on the GPU, and so
+may be part of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def fit(k: int, dtype: torch.dtype) -> Reject | None:
 def run(
     x: Tensor, residual: Tensor | None, norm: Norm | None, scheme: Scheme | None, keep: bool, space: Workspace
 ) -> Planes:
-    """x [m, k] of every rank, contiguous, residual [m, k] -> the sum; under a norm the normed rows (``keep``), codes and scales (``scheme``)."""
+    """x [m, k] of every rank, contiguous, residual [m, k] -> the sum; of its norm rows (``keep``), codes and scales (``scheme``)."""
     m, k = x.shape
     h = torch.empty_like(x)
     y = torch.empty_like(x) if norm is not None and keep else None
@@ -65,5 +65,3 @@ def run(
             BLOCK=block, num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
     return tuple(plane for plane in (h, y, codes, scales) if plane is not None)
-
-
