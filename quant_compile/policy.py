@@ -25,6 +25,7 @@ from quant_compile.ir.errors import PolicyError, SchemeError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.kv import NAMES, CacheScheme, parse_cache
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme, parse
+from quant_compile.ir.sums import CODES
 from quant_compile.lowering.guard import NEVER_SLOWER
 from quant_compile.lowering.rounding import recipe
 from quant_compile.lowering.select import FALLBACKS
@@ -54,7 +55,7 @@ SHIPPED = Path(__file__).parent / "policies"
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<|%)\s*(\d+)\s*")
 _POLICY_KEYS = (
     "version", "name", "default", "rules", "requantize", "strict", "verify", "allow_reference", "fallback", "guard",
-    "fuse", "attention", "kv_cache", "release_weights", "scales", "rounding", "method", "planes",
+    "fuse", "attention", "all_reduce", "kv_cache", "release_weights", "scales", "rounding", "method", "planes",
 )  # fmt: skip
 _RULE_KEYS = ("match", "scheme", "kind", "module", "where", "reason", "requantize")
 _CACHE_KEYS, _CACHE_RULE_KEYS = ("scheme", "rules"), ("match", "scheme", "reason")
@@ -98,6 +99,7 @@ class Policy:
         guard: ``never_slower``: a linear stays in 16 bits at every m at which its quantized chain is measured to be slower; None: no.
         fuse: rewrites that fuse.
         attention: ``auto``: kernels that read a cache once serve attention where they are faster; ``keep``: all as the model wrote it.
+        all_reduce: codes that ranks send of what they add, ``FP8`` or ``INT8``; None: 16 bits.
         kv_cache: how layers keep K and V in ``generate``; None: in 16 bits.
         release_weights: free the original weights after packing; None leaves it to the backend's option.
         rounding: ``nearest``; ``search``: of each group the scale of least error, where the scheme's scales can be chosen; ``auto``:
@@ -120,6 +122,7 @@ class Policy:
     guard: str | None = None
     fuse: Fuse = field(default_factory=Fuse)
     attention: str = AUTO
+    all_reduce: str | None = None
     kv_cache: CacheRules | None = None
     release_weights: bool | None = None
     scales: Path | None = None
@@ -188,6 +191,8 @@ class Policy:
             out["fuse"] = {f.name: getattr(self.fuse, f.name) for f in fields(Fuse)}
         if self.attention != AUTO:
             out["attention"] = self.attention
+        if self.all_reduce is not None:
+            out["all_reduce"] = self.all_reduce
         if self.kv_cache is not None:
             out["kv_cache"] = _cache_value(self.kv_cache)
         if self.release_weights is not None:
@@ -353,6 +358,7 @@ class _Reader:
             guard=self._guard(data.get("guard")),
             fuse=self._fuse(data.get("fuse")),
             attention=self._attention(data.get("attention")),
+            all_reduce=self._all_reduce(data.get("all_reduce")),
             kv_cache=self._kv_cache(("kv_cache",), data.get("kv_cache")),
             release_weights=self._optional_boolean(("release_weights",), data.get("release_weights")),
             scales=self._file("scales", data.get("scales")),
@@ -389,6 +395,13 @@ class _Reader:
         if value is not None and value not in ATTENTION:
             self.fail(("attention",), f"attention must be {' or '.join(ATTENTION)}, got {_shown(value)}")
         return value or AUTO
+
+    def _all_reduce(self, value: Any) -> str | None:
+        if value is None or (isinstance(value, str) and value.lower() == KEEP):
+            return None
+        if not isinstance(value, str) or value.upper() not in CODES:
+            self.fail(("all_reduce",), f"all_reduce must be {KEEP}, {' or '.join(CODES)}, got {_shown(value)}")
+        return value.upper()
 
     def _kv_cache(self, path: KeyPath, value: Any) -> CacheRules | None:
         if value is None or isinstance(value, CacheRules):

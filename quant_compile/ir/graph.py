@@ -23,7 +23,7 @@ from quant_compile.ir.stored import VIEWS
 
 CACHED = "sglq::cache_values"
 # What decomposes into plain torch, so that lowered graphs may have it.
-PLAIN = {CACHED, "sglq::latent_attention"}
+PLAIN = {CACHED, "sglq::latent_attention", "sglq::all_reduce"}
 # Nodes of one inlined template carry the name of the node that it was inlined for.
 INLINED = "inlined_for"
 # Where a pass has replaced a node: the name that the node had in the graph as it was.

@@ -8,13 +8,15 @@
     sglq.attention(q, k, v, mask?, scale, is_causal, softcap, sinks?, softmax?, k_scale?, v_scale?, codes) -> [B, Hq, T, Dv]
     sglq.latent_attention(q, w, latent, rope, mask?, scale, rope_at, key_row, value_row, value_size, latent_scale?, rope_scale?, codes)
         -> [B, Hq, T, value_size]
+    sglq.all_reduce(x, codes, group, world) -> the sum of all ranks' x, of which codes are sent (``ir/sums.py``)
     sglq.cache_values(codes, scale, format, dtype) -> [B, H, L, D]: what a quantized KV cache holds (``ir/kv.py``)
 
 ``spec`` is ``Scheme.spec``. A 16-bit input has no quantize node: ``sglq.linear`` then takes ``[x]``.
 ``sglq.moe`` is the block of ``ir/moe.py``, whose ``spec`` may name two schemes (``spec_of``); without ids its rows are in E equal
 parts, one expert each; ``none`` is the scheme of unquantized weights. ``sglq.attention`` is that of ``ir/attend.py``, with K and V as
 they are kept: a head for each group; with ``codes``, a format of ``ir/kv.py``, they are codes with scales. ``sglq.latent_attention`` is
-``attend_latent`` there. ``sglq.cache_values`` and ``sglq.latent_attention`` decompose into plain torch where they stay.
+``attend_latent`` there. ``sglq.cache_values``, ``sglq.latent_attention`` and ``sglq.all_reduce`` decompose into plain torch where they
+stay.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from quant_compile.ir.family import family_of
 from quant_compile.ir.kv import decode
 from quant_compile.ir.moe import NONE, Activation, moe_reference, parse_spec
 from quant_compile.ir.scheme import parse
+from quant_compile.ir.sums import coded_sum
 
 LIBRARY = torch.library.Library("sglq", "DEF")
 LIBRARY.define("quantize(Tensor x, str spec, Tensor? scale=None) -> Tensor[]")
@@ -48,6 +51,7 @@ LIBRARY.define(
     "int value_row, int value_size, Tensor? latent_scale=None, Tensor? rope_scale=None, str codes='') -> Tensor"
 )
 LIBRARY.define("cache_values(Tensor codes, Tensor scale, str format, ScalarType dtype) -> Tensor")
+LIBRARY.define("all_reduce(Tensor x, str codes, str group, int world) -> Tensor")
 
 
 def _quantize(x: Tensor, spec: str, scale: Tensor | None = None) -> list[Tensor]:
@@ -124,6 +128,7 @@ def _attention_fake(
 
 
 LIBRARY.impl("cache_values", decode, "CompositeImplicitAutograd")
+LIBRARY.impl("all_reduce", coded_sum, "CompositeImplicitAutograd")
 LIBRARY.impl("latent_attention", attend_latent, "CompositeImplicitAutograd")
 LIBRARY.impl("attention", attend, "CompositeExplicitAutograd")
 torch.library.register_fake("sglq::attention", _attention_fake, lib=LIBRARY)
@@ -146,3 +151,4 @@ batched = torch.ops.sglq.batched.default
 attention = torch.ops.sglq.attention.default
 latent_attention = torch.ops.sglq.latent_attention.default
 cache_values = torch.ops.sglq.cache_values.default
+all_reduce = torch.ops.sglq.all_reduce.default

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,14 @@ from quant_compile.ir.family import Reject
 from quant_compile.ir.graph import is_view, stand_for, verify
 from quant_compile.ir.operands import op_of
 from quant_compile.ir.scheme import parse
+from quant_compile.ir.sums import GROUP
 from quant_compile.ir.writes import Writes, storage_of
 from quant_compile.lowering import collectives
-from quant_compile.passes.fuse_input import NormSite, erase_unused, find_norm, residual_terms
+from quant_compile.lowering.symmetric import group_of
+from quant_compile.passes.fuse_input import CASTS, NormSite, erase_unused, find_norm, residual_terms
 from quant_compile.passes.plan import PassReport, Plan
 
-ALONE = "the sum alone"
+KERNEL = "by one kernel"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ class Chain:
 def fuse_all_reduce(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, PassReport]:
     """Rewrite every sum that the plan allows."""
     report = PassReport("fuse_all_reduce")
-    if plan.sums is None:
+    if plan.sums is None and plan.coded is None:
         return gm, report
     graph = gm.graph
     nodes = [node for node in graph.nodes if op_of(node) in (f"{COLLECTIVES}all_reduce", f"{COLLECTIVES}all_reduce_")]
@@ -77,17 +79,11 @@ def fuse_all_reduce(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pas
     context = _Context(graph)
     for node in nodes:
         label, found = _label(node), context.sum_of(node)
-        if isinstance(found, Sum):
-            found = plan.sums(found.part.meta["example_value"], found.group) or found
-        if isinstance(found, Reject):
-            report.refused.append(f"{label}: {found.reason}")
-            continue
-        chain = context.chain_of(found)
-        if isinstance(chain, Reject):
-            _alone(graph, found)
-            report.rewrote.append(f"{label}: {ALONE}, since {chain.reason}")
+        done = found if isinstance(found, Reject) else _rewrite(graph, found, context, plan)
+        if isinstance(done, Reject):
+            report.refused.append(f"{label}: {done.reason}")
         else:
-            report.rewrote.append(f"{label}: {_joined(graph, found, chain, context.writes)}")
+            report.rewrote.append(f"{label}: {done}")
     return verify(gm, "quantized"), report
 
 
@@ -95,17 +91,50 @@ def sums_in_words(report: PassReport) -> list[str]:
     """What became of the sums of a graph, as the ledger says it: how many of each kind, and why."""
     ours = Counter(line.partition(": ")[2] for line in report.rewrote)
     others = Counter(line.partition(": ")[2] for line in report.refused)
-    found = [f"sums over ranks: {count} by one kernel, {what}" for what, count in ours.items()]
+    found = [f"sums over ranks: {count} {what}" for what, count in ours.items()]
     return found + [f"sums over ranks: {count} by torch's collective: {why}" for why, count in others.items()]
 
 
-def _label(node: fx.Node) -> str:
-    """The weights that made a part, else the node's name."""
-    part: Any = node.args[0]
-    while isinstance(part, fx.Node) and is_view(part) and "names" not in part.meta:
+def _rewrite(graph: fx.Graph, found: Sum, context: _Context, plan: Plan) -> str | Reject:
+    """One kernel for a sum and what follows it, or codes; says what was done, or why nothing."""
+    value = found.part.meta["example_value"]
+    refusal = (
+        Reject("the policy's `fuse` does not ask for one kernel")
+        if plan.sums is None
+        else plan.sums(value, found.group)
+    )
+    if refusal is not None and plan.coded is not None:
+        refusal = _not_coded(found, value)
+        if refusal is None:
+            given = (plan.coded, found.group, group_of(found.group).size())
+            _instead(graph, found, lambda: graph.call_function(ops.all_reduce, (found.part, *given)))
+            return f"by {plan.coded} codes with a scale for each {GROUP} values"
+    if refusal is not None:
+        return refusal
+    chain = context.chain_of(found)
+    if isinstance(chain, Reject):
+        _alone(graph, found)
+        return f"{KERNEL}, alone, since {chain.reason}"
+    return f"{KERNEL}, {_joined(graph, found, chain, context.writes)}"
+
+
+def _not_coded(found: Sum, value: Tensor) -> Reject | None:
+    """Why codes of a part are not sent: embeddings and what else is no quantized product keep their precision."""
+    if not value.is_floating_point():
+        return Reject(f"it adds {str(value.dtype).removeprefix('torch.')}, of which there are no codes")
+    return None if _names(found.part) else Reject("it adds no quantized products, and is not sent in codes")
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    """The weights whose product a part is."""
+    while isinstance(part, fx.Node) and (is_view(part) or op_of(part) in CASTS) and "names" not in part.meta:
         part = part.args[0]
-    names = part.meta.get("names", ()) if isinstance(part, fx.Node) else ()
-    return " + ".join(names) or node.name
+    return tuple(part.meta.get("names", ())) if isinstance(part, fx.Node) else ()
+
+
+def _label(node: fx.Node) -> str:
+    """The weights whose products are added, else the node's name."""
+    return " + ".join(_names(node.args[0])) or node.name
 
 
 class _Context:
@@ -219,9 +248,18 @@ def _codes_of(y: fx.Node) -> str | None:
 
 
 def _alone(graph: fx.Graph, found: Sum) -> None:
+    arguments = (found.part, None, None, 0.0, "", "", False, found.group)
+
+    def made() -> fx.Node:
+        return graph.call_function(operator.getitem, (graph.call_function(collectives.all_reduce, arguments), 0))
+
+    _instead(graph, found, made)
+
+
+def _instead(graph: fx.Graph, found: Sum, make: Callable[[], fx.Node]) -> None:
+    """Another node in place of a sum and its wait."""
     with graph.inserting_before(found.node):
-        sums = graph.call_function(collectives.all_reduce, (found.part, None, None, 0.0, "", "", False, found.group))
-        total = graph.call_function(operator.getitem, (sums, 0))
+        total = make()
     total.meta = dict(found.steps[0].meta)
     for reader in found.readers:
         for holder in found.holders:

@@ -68,7 +68,8 @@ class Plan:
         decisions: node name of a site or of a block's result -> decision.
         choose: ``(problem, site name) -> Dispatch``; ``choose_moe`` likewise for blocks, ``choose_rows`` for batched products.
         scale_class: slot -> number; static input scales are equal where the numbers are.
-        sums: ``(a rank's part, process group) -> None | Reject``: whether a sum over ranks is ours; None: all stay as they were written.
+        sums: ``(a rank's part, process group) -> None | Reject``: whether a sum over ranks is one kernel; None: none is.
+        coded: codes that ranks send of other sums of quantized products, of ``ir.sums.CODES``; None: these stay as they were written.
         factor_class: slot -> number, of weights whose inputs have factors; these are equal where the numbers are.
         is_parameter: whether an argument position is a Parameter.
         share_quant: quantize an input once for all linears that read it.
@@ -103,6 +104,7 @@ class Plan:
     expanded: dict[fx.Node, str] = field(default_factory=dict)
     factor_class: Mapping[int, int] = field(default_factory=dict)
     sums: Callable[[Tensor, str], Reject | None] | None = None
+    coded: str | None = None
 
 
 @dataclass(frozen=True)

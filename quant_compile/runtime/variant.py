@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from quant_compile.ir.errors import GraphError, OptionError
 from quant_compile.ir.experts import Verdicts
+from quant_compile.ir.family import Reject
 from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_inductor
 from quant_compile.lowering import collectives
 from quant_compile.lowering.attention import choose_attention
@@ -107,7 +108,7 @@ class Variants:
         fuse, request = self.source.policy.fuse, self.options.request(self.source.policy)
         alike = tuple(tuple(sorted(shared.items())) for shared in (classes, factors))
         attends = self.options.attends(self.source.policy) and not as_written
-        key = (specs, alike, fuse, request, attends)
+        key = (specs, alike, fuse, self.source.policy.all_reduce, request, attends)
         found = self._made.get(key)
         if found is None:
             found = self._build(decisions, classes, factors, sessions, late, attends)
@@ -171,7 +172,8 @@ class Variants:
             partial(choose_attention, target=self.target) if attends else None,
             partial(choose_latent, target=self.target) if attends else None,
             factor_class=factors,
-            sums=collectives.fits if fuse.all_reduce and not self.options.verifies(self.source.policy) else None,
+            sums=self._sums(),
+            coded=None if self.options.verifies(self.source.policy) else self.source.policy.all_reduce,
         )
         with choosing:
             gm, reports = _rewritten(gm, plan, sessions)
@@ -187,6 +189,13 @@ class Variants:
         function = self._compile_late(gm, inputs) if late else self._compile(gm, inputs)
         add_time(sessions, "inductor", time.perf_counter() - started)
         return Variant(gm, lowered, function, arguments, refs, tuple(reports), views)
+
+    def _sums(self) -> Callable[[Tensor, str], Reject | None] | None:
+        """Which sums over ranks are one kernel, or why none is."""
+        policy = self.source.policy
+        if self.options.verifies(policy) and (policy.fuse.all_reduce or policy.all_reduce):
+            return lambda part, group: Reject("`verify` replays products, and leaves sums over ranks as they are")
+        return collectives.fits if policy.fuse.all_reduce else None
 
     def _level(self) -> str:
         """Of the tuner."""

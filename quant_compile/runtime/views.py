@@ -14,6 +14,7 @@ from torch import fx
 
 from quant_compile.ir.draw import Scene, Sketch, op_label, shape_of, source_of, whole_value
 from quant_compile.ir.graph import slots_of
+from quant_compile.lowering import collectives
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.kernel_times import kernel_times
 from quant_compile.lowering.latent import AbsorbedDispatch
@@ -207,6 +208,8 @@ def _fused(kernel: fx.Node) -> tuple[str, ...]:
     if source.target is kernel_ops.norm_quantize:
         joined = "the residual add, the RMSNorm and" if source.args[1] is not None else "the RMSNorm and"
         out.append(f"{joined} the quantization of its input are one kernel, {source.args[-1]}")
+    elif source.target is collectives.all_reduce:
+        out.append("the sum over ranks, the residual add, the RMSNorm and the quantization of its input are one kernel")
     elif source.target is kernel_ops.quantize_rows:
         out.append(f"its input is quantized by one kernel, {source.args[-1]}, after the maxima of rows")
     return tuple(out)

@@ -42,6 +42,32 @@ def model(path: Path, spec: str, inductor: bool = False) -> dict[str, Any]:
     return found
 
 
+def coded(path: Path, codes: str) -> dict[str, Any]:
+    """A divided model of which ranks send codes: its distance to the one of which they send 16 bits, and a sum's to that in f32."""
+    from quant_compile.ir import ops
+    from quant_compile.ir.sums import decode_sum, encode
+
+    ids, logits = torch.arange(3, 19).view(2, 8), list[Tensor]()
+    found: dict[str, Any] = {}
+    for kind in ("keep", codes):
+        divided = checks.loaded(path, TP, BF16)
+        with checks.without_inductor(), torch.no_grad():
+            quant_compile.compile(divided, {"default": "W8A16", "all_reduce": kind})
+            logits.append(divided(ids).logits.float())
+        found["notes"] = [note for note in quant_compile.report(divided).notes if "sums over ranks" in note]
+    found["logits"] = float((logits[1] - logits[0]).norm() / logits[0].norm())
+    parts = [
+        torch.randn(3, 200, generator=torch.Generator().manual_seed(rank)) for rank in range(dist.get_world_size())
+    ]
+    group, world = dist.group.WORLD.group_name, dist.get_world_size()  # type: ignore[union-attr]
+    total = ops.all_reduce(parts[dist.get_rank()], codes, group, world)
+    sent = [encode(part, codes) for part in parts]
+    played = decode_sum(*(torch.stack(planes) for planes in zip(*sent, strict=True)), 200, torch.float32)
+    exact = torch.stack(parts).sum(0)
+    found |= {"as encoded": torch.equal(total, played), "error": float((total - exact).norm() / exact.norm())}
+    return found | {"alike": _alike([total, logits[1]])}
+
+
 def plain(path: Path) -> list[str]:
     """What the ledger says of sums where nothing is played."""
     divided = checks.loaded(path, TP, BF16)

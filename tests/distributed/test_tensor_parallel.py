@@ -86,6 +86,16 @@ def test_sums_joined_with_what_follows(world: World, folder: Path, family: str, 
     assert torch.equal(first["joined"], second["joined"])
 
 
+# Of e4m3, which has three bits behind the point, and of 127 steps to the largest of 128 normally distributed values.
+@pytest.mark.parametrize(("codes", "error"), [("FP8", 0.035), ("INT8", 0.01)])
+def test_sums_of_codes(world: World, folder: Path, codes: str, error: float) -> None:
+    for rank in world.run(sums.coded, checks.make("llama", folder), codes):
+        assert rank["as encoded"] and rank["alike"]
+        assert error / 3 < rank["error"] < error
+        assert 0 < rank["logits"] < 3 * error
+        assert rank["notes"] == [f"sums over ranks: 4 by {codes} codes with a scale for each 128 values"]
+
+
 def test_sums_without_shared_memory_stay(world: World, folder: Path) -> None:
     for rank in world.run(sums.plain, checks.make("one_layer", folder)):
         assert rank == ["sums over ranks: 2 by torch's collective: a CPU has no symmetric memory"]
