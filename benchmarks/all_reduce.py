@@ -13,6 +13,7 @@ take turns; times are medians over a step, without the floor's. Before anything 
 compared: the sum must be NCCL's to the last bit, and few codes may differ.
 
     python benchmarks/all_reduce.py                  # two GPUs of one host
+    python benchmarks/all_reduce.py --errors         # on a CPU: how far sums are from those in f32, where ranks send codes
     python benchmarks/all_reduce.py --smoke          # tiny, two processes on a CPU over gloo: does it run?
 """
 
@@ -241,6 +242,41 @@ def serve(setup: Setup, rank: int, port: int, pipe: Any) -> None:
     os._exit(0)  # a collective that nobody answers must not keep it
 
 
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+SENT = ("bfloat16", "FP8", "INT8")
+PARTS = {"normal": 1.0, "outliers": 20.0}  # how large one column in 128 is, to the others
+WORLDS = (2, 4, 8)
+TOKENS = 64
+
+
+def errors() -> list[dict[str, Any]]:
+    """Relative errors, by norms, of sums of which each rank's part is drawn anew, to exact ones; of one process.
+
+    The columns that are larger are left out: their values are the ends of their groups, and would hide what becomes of the others.
+    """
+    from quant_compile.ir.sums import decode_sum, encode
+
+    rows: list[dict[str, Any]] = []
+    for kind, largest in PARTS.items():
+        for world in WORLDS:
+            row: dict[str, Any] = {"parts": kind, "ranks": world}
+            g = torch.Generator().manual_seed(world)
+            parts = torch.randn(world, TOKENS, HIDDEN["Llama-3-70B"], generator=g)
+            parts[..., ::128] *= largest
+            exact = parts.double().sum(0)
+            others = torch.arange(parts.shape[-1]) % 128 != 0
+            for sent in SENT:
+                if sent == "bfloat16":
+                    total = parts.bfloat16().float().sum(0).bfloat16()
+                else:
+                    planes = zip(*(encode(part.bfloat16(), sent) for part in parts), strict=True)
+                    total = decode_sum(*map(torch.stack, planes), parts.shape[-1], torch.bfloat16)
+                row[sent] = float((total.double() - exact)[:, others].norm() / exact[:, others].norm())
+            rows.append(row)
+    return rows
+
+
 # --- the parent ------------------------------------------------------------------------------------------------------
 
 
@@ -288,10 +324,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run all cells, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU over gloo")
+    parser.add_argument("--errors", action="store_true", help="errors of sums of codes, on a CPU")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--seconds", type=float, default=150.0, help="nothing runs any longer; what there is is kept")
-    parser.add_argument("--out", type=Path, default=RESULTS / "all_reduce.json")
+    parser.add_argument("--out", type=Path, help="default: results/all_reduce.json, or all_reduce_error.json")
     args = parser.parse_args(argv)
+    if args.errors:
+        settings = {"tokens": TOKENS, "hidden": HIDDEN["Llama-3-70B"], "largest": PARTS}
+        meta = {"benchmark": "all_reduce --errors", "machine": machine("cpu"), "settings": settings}
+        write_result(args.out or RESULTS / "all_reduce_error.json", errors(), meta)
+        return
     if not args.smoke and torch.cuda.device_count() < RANKS:
         sys.exit(f"{torch.cuda.device_count()} GPUs are visible and {RANKS} are needed. Fix: --smoke.")
     rows = tuple(map(int, args.rows.split(",")))
@@ -307,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seconds": deadline.elapsed,
     }  # fmt: skip
     print(table(KEYS, [[row.get(key) for key in KEYS] for row in found]), flush=True)
-    write_result(args.out, found, meta)
+    write_result(args.out or RESULTS / "all_reduce.json", found, meta)
 
 
 if __name__ == "__main__":

@@ -951,6 +951,48 @@ def export(results: Path) -> str:
     return f"{place(result)}.\n\n{markdown(header, rows)}"
 
 
+def all_reduce(results: Path) -> str:
+    """A sum over two ranks and what follows it, by NCCL and Inductor and by kernels of ours."""
+    result = read("all_reduce", results)
+    if result is None:
+        return ""
+    rows = [
+        [row["model"], str(row["hidden"]), str(row["rows"])]
+        + ([row["reason"]] + [NONE] * 4 if "reason" in row else all_reduce_cells(row))
+        for row in result["rows"]
+        if "hidden" in row
+    ]
+    header = [
+        "hidden size of",
+        "hidden",
+        "rows",
+        "NCCL, Inductor µs",
+        "sum alone µs",
+        "one kernel µs",
+        "sum alone",
+        "one kernel",
+    ]
+    return f"{place(result)}.\n\n{markdown(header, rows)}"
+
+
+def all_reduce_cells(row: Result) -> list[str]:
+    """Microseconds and speed-ups."""
+    micros = [number(row[key]) for key in ("nccl_us", "alone_us", "fused_us")]
+    return micros + [times(row[key]) if key in row else NONE for key in ("speedup_alone", "speedup")]
+
+
+def all_reduce_error(results: Path) -> str:
+    """Sums of which ranks send codes, to sums in f32."""
+    result = read("all_reduce_error", results)
+    if result is None:
+        return ""
+    rows = [
+        [row["parts"], str(row["ranks"]), *(f"{row[sent]:.2%}" for sent in ("bfloat16", "FP8", "INT8"))]
+        for row in result["rows"]
+    ]
+    return markdown(["parts", "ranks", "bfloat16", "FP8", "INT8"], rows)
+
+
 def measured_exports(result: Result) -> list[Result]:
     """Rows without a problem."""
     return [row for row in result["rows"] if "problem" not in row]
@@ -1187,6 +1229,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "self_contained": self_contained,
     "export": export,
+    "all_reduce": all_reduce,
+    "all_reduce_error": all_reduce_error,
     "checkpoint_logits": checkpoint_logits,
     "families": families,
 }

@@ -192,7 +192,9 @@ def test_graph() -> None:
         "  getitem_3: f32[2, 3, 1] = getitem(all_reduce_default, 2)",
     ]
     assert not collective_nodes(gm)
-    assert report.rewrote == ["down.weight: by one kernel, with the residual add, the RMSNorm and the codes of FP8_DYNAMIC"]
+    assert report.rewrote == [
+        "down.weight: by one kernel, with the residual add, the RMSNorm and the codes of FP8_DYNAMIC"
+    ]
     assert sums_in_words(report) == [
         "sums over ranks: 1 by one kernel, with the residual add, the RMSNorm and the codes of FP8_DYNAMIC"
     ]
