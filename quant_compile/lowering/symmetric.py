@@ -127,7 +127,8 @@ def _agreed(group: Any, device: torch.device) -> str | None:
     """First what each rank sees on its own, so that nobody waits in a rendezvous for a rank that will not come; then a trial."""
     if device.type != "cuda":
         return f"a {device.type.upper()} has no symmetric memory"
-    reason = _first_reason(group, _alone(group))
+    host = socket.gethostname()
+    reason = _first_reason(group, _alone(group), host)
     if reason is not None:
         return reason
     from torch.distributed import _symmetric_memory as symmetric
@@ -138,34 +139,33 @@ def _agreed(group: Any, device: torch.device) -> str | None:
         symmetric.rendezvous(symmetric.empty(4096, dtype=torch.uint8, device=device), group)
     except RuntimeError as error:
         failed = f"torch's rendezvous failed: {str(error).splitlines()[0]}"
-    return _first_reason(group, (failed, 0, ""))
+    return _first_reason(group, failed, host)
 
 
-def _alone(group: Any) -> tuple[str, int, str]:
-    """(why not, device, host) of this rank."""
+def _alone(group: Any) -> str:
+    """Why this rank cannot share memory, as far as it knows; empty: nothing stands against it."""
     import torch.distributed as dist
 
-    device = torch.cuda.current_device()
     if dist.get_backend(group) != "nccl":
-        return f"the group's backend is {dist.get_backend(group)}, not NCCL", device, socket.gethostname()
+        return f"the group's backend is {dist.get_backend(group)}, not NCCL"
     try:
         from torch.distributed import _symmetric_memory  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        return f"this torch has no symmetric memory: {error}", device, socket.gethostname()
-    return "", device, socket.gethostname()
+        return f"this torch has no symmetric memory: {error}"
+    return ""
 
 
-def _first_reason(group: Any, own: tuple[str, int, str]) -> str | None:
-    """What the lowest rank that has a reason says; ranks see all answers, and so agree."""
+def _first_reason(group: Any, reason: str, host: str) -> str | None:
+    """What the first rank says that has a reason, or that ranks are on several hosts; ranks see all answers, and so agree."""
     import torch.distributed as dist
 
     answers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, own, group=group)
-    for rank, (reason, _, _) in enumerate(answers):
-        if reason:
-            return f"rank {rank} of the group: {reason}"
-    hosts = {host for _, _, host in answers}
-    return None if len(hosts) == 1 else f"its ranks are on {len(hosts)} hosts"
+    dist.all_gather_object(answers, (reason, host), group=group)
+    for rank, (said, _) in enumerate(answers):
+        if said:
+            return f"rank {rank} of the group: {said}"
+    hosts = len({each for _, each in answers})
+    return None if hosts == 1 else f"its ranks are on {hosts} hosts"
 
 
 def _allocated(group: Any, size: int, device: torch.device) -> Workspace:
@@ -177,17 +177,26 @@ def _allocated(group: Any, size: int, device: torch.device) -> Workspace:
     buffer.zero_()
     handle = symmetric.rendezvous(buffer, group)
     torch.cuda.synchronize(device)
-    dist.barrier(group)  # no flag is raised before it is zero everywhere
+    dist.barrier(group, device_ids=[buffer.device.index])  # no flag is raised before it is zero everywhere
     counts = torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
     torch.cuda.synchronize(device)  # other streams may be the first to read them
     limit = _timeout_ns(group, device)
-    return Workspace(dist.get_rank(group), world, _addresses(handle, buffer), counts, flags_at, limit, (buffer, handle))
+    return Workspace(
+        dist.get_rank(group), world, _addresses(handle, buffer, group), counts, flags_at, limit, (buffer, handle)
+    )
 
 
-def _addresses(handle: Any, buffer: Tensor) -> tuple[int, ...]:
-    """Where this rank reaches each rank's buffer; torch may have cut the buffer out of a larger allocation."""
-    size, kind = buffer.shape, buffer.dtype
-    return tuple(handle.get_buffer(rank, size, kind).data_ptr() for rank in range(handle.world_size))
+def _addresses(handle: Any, buffer: Tensor, group: Any) -> tuple[int, ...]:
+    """Where this rank reaches each rank's buffer.
+
+    torch cuts buffers out of larger allocations. Where its handle is that of the allocation, ranks tell each other where theirs begin.
+    """
+    import torch.distributed as dist
+
+    found = [handle.get_buffer(rank, buffer.shape, buffer.dtype).data_ptr() for rank in range(handle.world_size)]
+    begins: list[Any] = [None] * handle.world_size
+    dist.all_gather_object(begins, buffer.data_ptr() - found[handle.rank], group=group)
+    return tuple(address + begin for address, begin in zip(found, begins, strict=True))
 
 
 def _timeout_ns(group: Any, device: torch.device) -> int:

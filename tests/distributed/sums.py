@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import quant_compile
-from quant_compile.lowering import collectives
+from quant_compile.lowering import collectives, symmetric
 from tests.distributed import checks
 
 BF16 = torch.bfloat16
@@ -77,6 +78,13 @@ def plain(path: Path) -> list[str]:
     return [note for note in quant_compile.report(divided).notes if "sums over ranks" in note]
 
 
+def agreed() -> list[str | None]:
+    """What the ranks make of answers that differ."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    cases = (("", "one"), ("no reason but this" if rank else "", "one"), ("", f"host {rank}"))
+    return [symmetric._first_reason(group, *case) for case in cases] + [symmetric._alone(group)]
+
+
 # --- on GPUs ---
 
 
@@ -89,16 +97,36 @@ def _inputs(rows: int, k: int, call: int) -> tuple[Tensor, Tensor]:
     return part.to(BF16), torch.randn(rows, k, generator=same, device=device).to(BF16)
 
 
-def _apart(found: list[Tensor], wanted: list[Tensor]) -> tuple[bool, float]:
-    """Whether the sums have the same bits, and which share of what follows them has not, scales beyond an ulp of bf16 counted whole."""
-    share = 0.0
-    for mine, theirs in zip(found[1:], wanted[1:], strict=True):
-        if mine.dtype == torch.float32:
-            share = max(share, float(((mine - theirs).abs() > theirs.abs() * 2**-7).any()))
-        else:
-            bits = (plane.view(torch.uint8) for plane in (mine, theirs))
-            share = max(share, float(torch.ne(*bits).float().mean()))
-    return torch.equal(found[0], wanted[0]), share
+@dataclass
+class Apart:
+    """How far results are from those of torch's sequence, over many calls.
+
+    Attributes:
+        sums: calls whose sums have other bits.
+        rows: of how many.
+        rescaled: rows with another scale, since rounding moved their largest value by a step; their codes are not compared.
+        flipped: the largest share of bytes of a call that are others.
+        steps: the largest relative distance of scales.
+    """
+
+    sums: list[int] = field(default_factory=list)
+    rows: int = 0
+    rescaled: int = 0
+    flipped: float = 0.0
+    steps: float = 0.0
+
+    def add(self, call: int, found: list[Tensor], wanted: list[Tensor]) -> None:
+        """Results of a call: the sum, normed rows perhaps, codes, scales."""
+        if not torch.equal(found[0], wanted[0]):
+            self.sums.append(call)
+        mine, theirs = found[-1].flatten(), wanted[-1].flatten()
+        same = mine == theirs
+        self.rows += same.numel()
+        self.rescaled += int((~same).sum())
+        self.steps = max(self.steps, float(((mine - theirs).abs() / theirs).max()))
+        for plane, other in zip(found[1:-1], wanted[1:-1], strict=True):
+            bits = plane[same].view(torch.uint8) != other[same].view(torch.uint8)
+            self.flipped = max(self.flipped, float(bits.float().mean()) if bits.numel() else 0.0)
 
 
 def _alike(tensors: list[Tensor]) -> bool:
@@ -131,16 +159,12 @@ def repeated(k: int, spec: str, calls: int) -> dict[str, Any]:
         _delay(call)
         made.append(collectives.all_reduce(part, residual, weight, 1e-6, "after_cast", spec, call % 2 == 0, group))
     torch.cuda.synchronize()
-    compared: list[tuple[bool, float]] = []
+    apart = Apart()
     for call, found in enumerate(made):
         part, residual = _inputs((1, 16, 3, 64, 2)[call % 5], k, call)
         given = (part, residual, weight, 1e-6, "after_cast", spec, call % 2 == 0, group)
-        compared.append(_apart(found, collectives.reference(*given)))
-    return {
-        "same": [call for call, (same, _) in enumerate(compared) if not same],
-        "flipped": max(share for _, share in compared),
-        "alike": _alike([plane for found in made for plane in found]),
-    }
+        apart.add(call, found, collectives.reference(*given))
+    return {"apart": apart, "alike": _alike([plane for found in made for plane in found])}
 
 
 def replayed(k: int, rows: int, spec: str, replays: int) -> dict[str, Any]:
@@ -171,13 +195,9 @@ def replayed(k: int, rows: int, spec: str, replays: int) -> dict[str, Any]:
         graph.replay()
         kept.append([plane.clone() for plane in results])
     torch.cuda.synchronize()
-    compared: list[tuple[bool, float]] = []
+    apart = Apart()
     for call, found in enumerate(kept):
         for held, new in zip((part, residual), _inputs(rows, k, call), strict=True):
             held.copy_(new)
-        compared.append(_apart(found, chain(collectives.reference)))
-    return {
-        "same": [call for call, (same, _) in enumerate(compared) if not same],
-        "flipped": max(share for _, share in compared),
-        "alike": _alike([plane for found in kept for plane in found]),
-    }
+        apart.add(call, found, chain(collectives.reference))
+    return {"apart": apart, "alike": _alike([plane for found in kept for plane in found])}

@@ -96,6 +96,16 @@ def test_sums_of_codes(world: World, folder: Path, codes: str, error: float) -> 
         assert rank["notes"] == [f"sums over ranks: 4 by {codes} codes with a scale for each 128 values"]
 
 
+def test_ranks_agree_on_why_they_share_no_memory(world: World) -> None:
+    for rank in world.run(sums.agreed):
+        assert rank == [
+            None,
+            "rank 1 of the group: no reason but this",
+            "its ranks are on 2 hosts",
+            "the group's backend is gloo, not NCCL",
+        ]
+
+
 def test_sums_without_shared_memory_stay(world: World, folder: Path) -> None:
     for rank in world.run(sums.plain, checks.make("one_layer", folder)):
         assert rank == ["sums over ranks: 2 by torch's collective: a CPU has no symmetric memory"]

@@ -13,6 +13,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -94,7 +95,10 @@ def _serve(rank: int, port: int, pipe: Connection, backend: str) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend, device_id=torch.device("cuda", rank) if backend == "nccl" else None)
+    if backend == "nccl":  # a kernel that waits for ever must not take the machine's time
+        dist.init_process_group(backend, device_id=torch.device("cuda", rank), timeout=timedelta(seconds=120))
+    else:
+        dist.init_process_group(backend)
     while True:
         try:
             job, args = pipe.recv()

@@ -61,14 +61,15 @@ def test_a_damaged_part_shows(world: World, folder: Path) -> None:
 
 # --- sums over ranks and what follows them, by one kernel ---
 
-# Codes and normed values of which sums of squares in another order move some across a tie.
-FLIPPED = 0.002
+# Sums of squares in another order move some codes and normed values across a tie, and a row's largest value once in a great while.
+FLIPPED, RESCALED, STEP = 0.002, 0.01, 2**-7
 
 
 def check_sums(found: list[dict[str, Any]]) -> None:
     for rank in found:
-        assert rank["same"] == [], "sums that are not NCCL's, by call"
-        assert rank["flipped"] <= FLIPPED
+        apart = rank["apart"]
+        assert apart.sums == [], "calls whose sums are not NCCL's"
+        assert apart.flipped <= FLIPPED and apart.rescaled <= RESCALED * apart.rows and apart.steps <= STEP, apart
         assert rank["alike"]
 
 
