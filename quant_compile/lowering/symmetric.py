@@ -144,10 +144,9 @@ def _agreed(group: Any, device: torch.device) -> str | None:
 
 def _alone(group: Any) -> str:
     """Why this rank cannot share memory, as far as it knows; empty: nothing stands against it."""
-    import torch.distributed as dist
-
-    if dist.get_backend(group) != "nccl":
-        return f"the group's backend is {dist.get_backend(group)}, not NCCL"
+    backend = group._get_backend(torch.device("cuda")).name()
+    if backend != "nccl":
+        return f"the group's backend is {backend}, not NCCL"
     try:
         from torch.distributed import _symmetric_memory  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:

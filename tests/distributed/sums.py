@@ -185,7 +185,7 @@ def replayed(k: int, rows: int, spec: str, replays: int) -> dict[str, Any]:
         chain(collectives.all_reduce)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = chain(collectives.all_reduce)
     kept: list[list[Tensor]] = []
     for call in range(replays):
