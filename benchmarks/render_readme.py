@@ -277,7 +277,11 @@ def generate_start(results: Path) -> str:
     result = read("generate", results)
     if result is None:
         return ""
-    rows = [row for found in [result, *read_all(["generate_first"], results)] for row in _starts(found)]
+    rows = [
+        row
+        for found in [result, *read_all(["generate_first", "generate_first_w4a16"], results)]
+        for row in _starts(found)
+    ]
     header = ["model", "stack", "processes at a time", "first call, s", "in a second process, s", "to HF's"]
     text = (
         "**`generate`, the first call**: everything that happens once, with empty caches and in a second process that finds them, "
@@ -287,7 +291,12 @@ def generate_start(results: Path) -> str:
     header += ["GiB at the peak", "GiB held"]
     alone = [{"rows": [{"wrapper": row} for row in found["rows"]]} for found in read_all(["wrapper_cost"], results)]
     return "\n".join(
-        [text, markdown(header, rows), *generate_calls([result, *read_all(["generate_default"], results), *alone])]
+        [
+            text,
+            markdown(header, rows),
+            *generate_calls(read_all(["single_calls"], results)),
+            *generate_calls([result, *read_all(["generate_default"], results), *alone]),
+        ]
     )
 
 
@@ -306,17 +315,18 @@ def _starts(result: Result) -> list[list[str]]:
 
 def generate_calls(results: Sequence[Result]) -> list[str]:
     """Host and wall time of single calls without CUDA graphs, of the last run that has them, and what the wrapper costs."""
-    of_each = [[row for row in result["rows"] if row.get("calls")] for result in results]
-    found = next((rows for rows in reversed(of_each) if rows), [])
+    of_each = [(result, [row for row in result["rows"] if row.get("calls")]) for result in results]
+    result, found = next((each for each in reversed(of_each) if each[1]), ({}, []))
     names = list(dict.fromkeys(name for row in found for name in row["calls"]))
     rows = [
         [generate_name(row)]
         + [f"{c['host_ms']:.2f} / {c['wall_ms']:.2f}" if (c := row["calls"].get(name)) else NONE for name in names]
         for row in found
     ]
-    out = ["", "One call without CUDA graphs, B=1: milliseconds until it returns / until the GPU is done.", ""] * bool(
-        rows
-    )
+    how = "stacks in turns" if result.get("benchmark") == "single_calls" else "one stack after the other"
+    how += f", {result['date']}" if "date" in result else ""
+    text = f"One call without CUDA graphs, B=1, {how}: milliseconds until it returns / until the GPU is done."
+    out = ["", text, ""] * bool(rows)
     out += [markdown(["stack", *names], rows)] * bool(rows)
     costs = [row["wrapper"] for result in results for row in result["rows"] if "wrapper" in row]
     for cost in costs[-1:]:
@@ -951,6 +961,23 @@ def export(results: Path) -> str:
     return f"{place(result)}.\n\n{markdown(header, rows)}"
 
 
+def tensor_parallel(results: Path) -> str:
+    """A call of models divided over GPUs, by the wall clock, to bf16 that is divided alike."""
+    result = read("tensor_parallel", results)
+    if result is None:
+        return ""
+    shown = sorted(result["rows"], key=lambda row: (row["model"], row["cell"], row["gpus"]))
+    rows = [
+        [row["model"], row["cell"], str(row["gpus"]), row["stack"].removesuffix(" graphs")]
+        + ["yes" if row["stack"].endswith(" graphs") else "no", number(row["ms"])]
+        + [times(row.get("speedup")) if "reason" not in row else row["reason"], number(row.get("cosine"), 3)]
+        for row in shown
+        if "ms" in row
+    ]
+    header = ["model", "call", "GPUs", "stack", "CUDA graphs", "ms", "to bf16", "cosine of logits to bf16's"]
+    return f"{place(result)}.\n\n{markdown(header, rows)}"
+
+
 def all_reduce(results: Path) -> str:
     """A sum over two ranks and what follows it, by NCCL and Inductor and by kernels of ours."""
     result = read("all_reduce", results)
@@ -1229,6 +1256,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "self_contained": self_contained,
     "export": export,
+    "tensor_parallel": tensor_parallel,
     "all_reduce": all_reduce,
     "all_reduce_error": all_reduce_error,
     "checkpoint_logits": checkpoint_logits,

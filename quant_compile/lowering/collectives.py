@@ -51,7 +51,8 @@ def fits(x: Tensor, group: str) -> Reject | None:
     Args:
         x: a rank's part as it is traced, [..., k].
 
-    A collective where a group is asked about for the first time.
+    A collective where a group, or rows of a size, are asked about for the first time: the ranks then make their buffers too. A first
+    call would make them in the memory of a CUDA graph, if it is recorded.
     """
     sizes: tuple[Any, ...] = tuple(x.shape)
     if not all(isinstance(size, int) for size in sizes):
@@ -59,7 +60,10 @@ def fits(x: Tensor, group: str) -> Reject | None:
     rows, size = math.prod(sizes[:-1]), math.prod(sizes) * x.dtype.itemsize
     if rows > MOST_ROWS or size > MOST_BYTES:
         return Reject(f"it has {rows} rows and {size} bytes, and NCCL's serves more than {MOST_ROWS} or {MOST_BYTES}")
-    return _kernel().fit(sizes[-1], x.dtype) or unshared(group, x.device)
+    refusal = _kernel().fit(sizes[-1], x.dtype) or unshared(group, x.device)
+    if refusal is None:
+        GROUPS.workspace(group, sizes[-1], x.dtype, x.device)
+    return refusal
 
 
 def all_reduced(x: Tensor, group: str) -> Tensor:

@@ -6,12 +6,14 @@ Whether a group has such memory is agreed by all of its ranks, once, while they 
 from __future__ import annotations
 
 import socket
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from quant_compile.ir.errors import GraphError
 from quant_compile.ir.family import Reject
@@ -118,9 +120,11 @@ def unshared(name: str, device: torch.device) -> Reject | None:
     return None if reason is None else Reject(reason)
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one, which collectives of objects use."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def _current(device: torch.device) -> Generator[None]:
+    """Makes a GPU the current one, which collectives of objects use, and tensors real while a graph is traced with fake ones."""
+    with unset_fake_temporarily(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def _agreed(group: Any, device: torch.device) -> str | None:

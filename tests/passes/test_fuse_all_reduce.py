@@ -300,8 +300,12 @@ def test_switched_off() -> None:
 
 
 def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[Any]()
     monkeypatch.setattr(collectives, "unshared", lambda group, device: None)
-    assert collectives.fits(torch.empty(1, symmetric.MOST_ROWS, K, dtype=BF16), "0") is None
+    monkeypatch.setattr(collectives.GROUPS, "workspace", lambda *asked: made.append(asked))
+    x = torch.empty(1, symmetric.MOST_ROWS, K, dtype=BF16)
+    assert collectives.fits(x, "0") is None
+    assert made == [("0", K, BF16, x.device)], "a first call, which may be recorded, would have to make it"
     for x, reason in (
         (torch.empty(1, symmetric.MOST_ROWS + 1, K, dtype=BF16), "rows"),
         (torch.empty(2, K), "float32"),
@@ -309,6 +313,7 @@ def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         found = collectives.fits(x, "0")
         assert isinstance(found, Reject) and reason in found.reason
+    assert len(made) == 1
     _, report, _ = rewritten(usual, sums=collectives.fits, dynamic=True)
     assert "symbol" in report.refused[0]
 
