@@ -94,6 +94,16 @@ def test_first_token_smoke(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_single_calls_smoke(tmp_path: Path) -> None:
+    rows = run("single_calls.py", tmp_path, "--stacks", "inductor,W8A16", "--profile", str(tmp_path))["rows"]
+    assert [row["stack"] for row in rows] == ["inductor", "W8A16:default"]
+    for row in rows:
+        assert set(row["calls"]) == {"decode", "prefill 8"}
+        assert all(call["wall_ms"] >= call["host_ms"] > 0 for call in row["calls"].values())
+    assert (tmp_path / "W8A16.txt").read_text().startswith("median ")
+
+
+@pytest.mark.slow
 def test_long_context_smoke(tmp_path: Path) -> None:
     rows = run("long_context.py", tmp_path, "--stacks", "hf-auto,W8A16 as written,bf16 + INT8")["rows"]
     assert sorted(row["stack"] for row in rows) == ["W8A16 as written"] * 2 + ["bf16 + INT8"] * 2 + ["hf-auto"] * 2
