@@ -20,7 +20,8 @@ from quant_compile.checkpoints.description import shown
 from quant_compile.checkpoints.errors import CheckpointError, cut
 from quant_compile.checkpoints.files import Files, read_json
 from quant_compile.inspect.models import construct, load_config
-from quant_compile.ir.errors import QuantError
+from quant_compile.ir.errors import OptionError, QuantError
+from quant_compile.model.division import Division
 
 AGAIN = "Fix: correct config.json, or download it again."
 # Keys that count parts, each of which has a tensor: num_hidden_layers, n_layer, decoder_layers, depth, n_routed_experts.
@@ -56,19 +57,21 @@ def read_config(files: Files) -> Any:
         _fail(path, _reason(error), AGAIN)
 
 
-def build(config: Any, dtype: torch.dtype, files: Files) -> nn.Module:
-    """The model of a checkpoint's config, Parameters on the meta device.
+def build(config: Any, dtype: torch.dtype, files: Files, division: Division | None = None) -> nn.Module:
+    """The model of a checkpoint's config, Parameters on the meta device; those that ranks share are DTensors under a ``division``.
 
     Raises:
         CheckpointError: transformers cannot build it, or it computes large tables.
+        OptionError: the ranks cannot share it.
     """
     path = files.config_file
     try:
         model = construct(config, None, dtype, _EmptyOnMeta(path, COMPUTED + files.nbytes))
+        model = model if division is None else division.divide(model)
         if hasattr(model, "tie_weights"):
             model.tie_weights()  # type: ignore[operator]
         return model
-    except CheckpointError:
+    except (CheckpointError, OptionError):
         raise
     except Exception as error:
         _fail(path, _reason(error), AGAIN)

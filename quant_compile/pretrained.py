@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from quant_compile.checkpoints.gguf.model import GgufModel, read_model
 from quant_compile.checkpoints.names import Mapped, Resolver
 from quant_compile.checkpoints.packed import AGAIN, FILE, Packed
 from quant_compile.checkpoints.packed import read as read_packed
+from quant_compile.checkpoints.slices import divided
 from quant_compile.checkpoints.wishes import Wishes
 from quant_compile.generation.blocks import layer_names
 from quant_compile.generation.facts import kv_heads, mixin
@@ -48,9 +49,11 @@ from quant_compile.lowering.tune import imported
 from quant_compile.lowering.weights import claim_before_tracing
 from quant_compile.model import cache_scales
 from quant_compile.model.cache_scales import CacheScales
+from quant_compile.model.division import Division
 from quant_compile.model.ledger import LEDGER
 from quant_compile.options import Options
 from quant_compile.policy import Policy
+from quant_compile.runtime.ranks import together
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ def load(
     max_memory: int | None = None,
     progress: bool | None = None,
     fallback: str | None = None,
+    distributed_config: Any = None,
+    tp_plan: Any = None,
     **options: Any,
 ) -> nn.Module:
     """A checkpoint as a compiled, released model: what is quantized in its files is taken over as it is.
@@ -173,10 +178,13 @@ def load(
             checkpoint that is not quantized. Rules with ``requantize: true`` hold for what is quantized as well.
         device: None: the GPU if there is one.
         dtype: of everything that is not quantized; None: the config's.
-        max_memory: bytes that the weights may take on the device; more is an error before any is read.
+        max_memory: bytes that the weights may take on the device, of several each rank's; more is an error before any is read.
         progress: show a bar; None: on a terminal.
         fallback: what serves where the device has no kernel for a scheme: ``weight_only`` (its codes under 16-bit inputs) or ``fp8`` (4-bit
             floats become FP8_DYNAMIC); None: as the policy says, else that is an error.
+        distributed_config: transformers' DistributedConfig, as for its ``from_pretrained``: every process that torchrun started calls this,
+            and each has and reads its parts of the weights.
+        tp_plan: ``"auto"``, or a plan: short for ``DistributedConfig(tp_plan=...)``.
         options: of ``compile``.
 
     Returns:
@@ -186,15 +194,27 @@ def load(
         CheckpointError: a file, a tensor or a config is wrong, or does not fit the model; nothing is left on the device.
         PolicyError: the policy contradicts the checkpoint.
         NoKernelError: the device has no kernel for a linear's scheme; names the fallbacks that would do.
+        OptionError: the processes cannot share the model.
+        RankError: another process failed.
     """
-    target = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    plan = plan_of(path, policy, target, dtype, fallback=fallback, options=options)
+    division = Division.of(distributed_config, tp_plan, device)
+    if division is not None:
+        target = division.device
+    else:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with nullcontext() if division is None else together(f"load of {path}"):
+        plan = plan_of(path, policy, target, dtype, fallback=fallback, options=options, division=division)
+        return _loaded(plan, target, max_memory, progress, options)
+
+
+def _loaded(
+    plan: Plan, target: torch.device, max_memory: int | None, progress: bool | None, options: dict[str, Any]
+) -> nn.Module:
+    """What a plan says, done."""
     plan.serving()  # an error shows before anything is read
     if max_memory is not None and plan.nbytes > max_memory:
         raise OptionError(
-            f"{path} takes {plan.nbytes / 1e9:.2f} GB, and max_memory is {max_memory / 1e9:.2f} GB.\n"
+            f"{plan.files.folder} takes {plan.nbytes / 1e9:.2f} GB, and max_memory is {max_memory / 1e9:.2f} GB.\n"
             "Fix: a policy with fewer bits for what is not quantized, or a larger device."
         )
     scales = plan.cache_scales()
@@ -289,11 +309,13 @@ def plan_of(
     fallback: str | None = None,
     options: Mapping[str, Any] | None = None,
     target: Target | None = None,
+    division: Division | None = None,
 ) -> Plan:
     """What ``load`` would do; reads headers and configs only.
 
     Args:
         target: that kernels are asked for; None: that of the device.
+        division: among processes; the plan is then this rank's.
 
     Raises:
         CheckpointError, PolicyError: as ``load``, but for faults of values.
@@ -307,7 +329,9 @@ def plan_of(
         raise OptionError(f"{path} is packed for {own}. Fix: load it without dtype.")
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # transformers would replace modules
-    model = build(config, wanted, files)
+    if division is not None:
+        _refuse_whole(opened)
+    model = build(config, wanted, files, division)
     if opened.gguf is None:
         _set_generation(model, files.folder)
     if description.method == PACKED:
@@ -319,10 +343,38 @@ def plan_of(
     cached = _plan_cache(model, files, description, mapped, given, options)
     mapped = replace(mapped, ignored={**mapped.ignored, **cached.unused})
     wishes = Wishes.of(model, given, fallback, target, _request(options, given))
-    filler = Filler(files, description, wanted, torch.device("meta"), wishes)
-    outcomes = tuple(filler.plan(mapped))
+    mapped, outcomes = _planned(mapped, files, description, wanted, wishes, division)
     policy_of(model, outcomes, description, given, fallback)  # a contradiction shows before anything is read
     return Plan(model, files, description, mapped, outcomes, wanted, given, fallback, wishes, cache=cached)
+
+
+def _planned(
+    mapped: Mapped, files: Files, description: Description, dtype: torch.dtype, wishes: Wishes, division: Division | None
+) -> tuple[Mapped, tuple[Outcome, ...]]:
+    """The jobs, and what will become of each weight; among processes those of this rank, once the whole ones are known to be right."""
+
+    def outcomes(jobs: Mapped) -> tuple[Outcome, ...]:
+        return tuple(Filler(files, description, dtype, torch.device("meta"), wishes).plan(jobs))
+
+    found = outcomes(mapped)
+    if division is None:
+        return mapped, found
+    parts = divided(mapped, files, description)
+    return parts, outcomes(parts)
+
+
+def _refuse_whole(opened: _Opened) -> None:
+    """Refuse files that only one process can load.
+
+    Raises:
+        OptionError: a GGUF file, or planes laid out for one device's kernels.
+    """
+    if opened.gguf is not None or opened.description.method == PACKED:
+        what = "a GGUF file" if opened.gguf is not None else "packed for one device"
+        raise OptionError(
+            f"{opened.files.folder} is {what}, of which ranks cannot read their parts.\n"
+            "Fix: load it on one GPU, or divide a checkpoint of safetensors, quantized (compressed-tensors, FP8, AWQ, GPTQ) or not."
+        )
 
 
 @dataclass(frozen=True)

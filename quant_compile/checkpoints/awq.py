@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from quant_compile.checkpoints.description import Description, Keys, Stored, Target
-from quant_compile.checkpoints.weight import REAL, Integers, Module, Read, integer_weight, unpack_bits
+from quant_compile.checkpoints.weight import (
+    REAL,
+    Axes,
+    Axis,
+    Integers,
+    K,
+    Module,
+    N,
+    Read,
+    integer_weight,
+    packed_along,
+    unpack_bits,
+)
 
 SUFFIXES = ("qweight", "qzeros", "scales")
 FORMAT = "awq"
@@ -35,6 +47,12 @@ def describe(keys: Keys) -> Description:
     return Description(
         "awq", keys.where, (Target(stored),), keys.texts("modules_to_not_convert"), notes=keys.ignored(_HARMLESS)
     )
+
+
+def axes(stored: Stored) -> Axes:
+    """Dimensions of a module's tensors."""
+    words, group = packed_along("n", 4), Axis("k", stored.group)
+    return {"qweight": (K, words), "qzeros": (group, words), "scales": (group, N)}
 
 
 def read(module: Module, stored: Stored) -> Read:

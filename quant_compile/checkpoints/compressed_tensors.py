@@ -23,8 +23,12 @@ from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.gptq import order_of, ordered
 from quant_compile.checkpoints.weight import (
     REAL,
+    Axes,
+    Axis,
     Integers,
+    K,
     Module,
+    N,
     Read,
     check_e8m0,
     check_fp8,
@@ -34,6 +38,7 @@ from quant_compile.checkpoints.weight import (
     integer_weight,
     mxfp4_weight,
     nvfp4_weight,
+    packed_along,
     packed_floats,
     unpack_bits,
 )  # fmt: skip
@@ -57,6 +62,8 @@ _HARMLESS = (
     "provider",
     "autoround_version",
 )
+# Columns that share a scale, where that is the format's and not the config's.
+_GROUPS = {NVFP4: 16, MXFP4: 32, "mxfp8-quantized": 32, "mxfp8-pack-quantized": 32}
 _STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group", "token")
 
 
@@ -126,6 +133,20 @@ def _inputs(keys: Keys | None) -> QuantArgs | None:
         keys.fail(str(error))
 
 
+def axes(stored: Stored) -> Axes:
+    """Dimensions of a module's tensors."""
+    rows, columns = map(int, stored.variant.split("x")) if "x" in stored.variant else (None, _GROUPS.get(stored.format, stored.group))
+    scale = (Axis("n", rows), Axis("k", columns))
+    if stored.format != PACKED:  # two codes of a float in a byte; zero points in a container each
+        codes, zero = Axis("k", 2), scale
+    else:
+        codes, zero = packed_along("k", stored.bits), (packed_along("n", stored.bits), scale[1])
+    return {
+        "weight": (N, K), "weight_packed": (N, codes), "weight_scale": scale, "weight_scale_inv": scale, "weight_zero_point": zero,
+        "weight_g_idx": (K,),
+    }  # fmt: skip
+
+
 def read(module: Module, stored: Stored) -> Read:
     """A linear's planes."""
     if stored.format == PACKED:
@@ -174,10 +195,11 @@ def _check_shape(module: Module) -> None:
     if not module.has("weight_shape"):
         return
     shape = module.tensor("weight_shape", (torch.int64, torch.int32), (2,))
-    if not module.dry and shape.tolist() != [module.n, module.k]:
+    n, k = module.whole or (module.n, module.k)
+    if not module.dry and shape.tolist() != [n, k]:
         where = module.info("weight_shape").where
         raise CheckpointError(
-            f"{where} says {shape.tolist()}, the model has {module.n}x{module.k}.\nFix: load the model's own checkpoint."
+            f"{where} says {shape.tolist()}, the model has {n}x{k}.\nFix: load the model's own checkpoint."
         )
 
 

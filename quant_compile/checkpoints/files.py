@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.checkpoints.errors import CheckpointError, cut
+from quant_compile.ir.shards import Runs, take
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -86,12 +87,14 @@ class Part:
         index: of the expert, where the tensor holds all of them.
         transposed: its two last dimensions are swapped.
         rows: the first and last row of what ``index`` left, where gate and up share a tensor.
+        cuts: what a rank has of what these left: (dimension, runs of it); none: all.
     """
 
     name: str
     index: int | None = None
     transposed: bool = False
     rows: tuple[int, int] | None = None
+    cuts: tuple[tuple[int, Runs], ...] = ()
 
     def info(self, whole: TensorInfo) -> TensorInfo:
         """What a module sees of the header's entry."""
@@ -100,14 +103,31 @@ class Part:
             shape = (*shape[:-2], shape[-1], shape[-2])
         if self.rows is not None and shape:
             shape = (min(self.rows[1], shape[0]) - self.rows[0], *shape[1:])
-        return replace(whole, shape=shape)
+        sizes = list(shape)
+        for dim, runs in self.cuts:
+            sizes[dim] = sum(last - first for first, last in runs)
+        return replace(whole, shape=tuple(sizes))
 
     def of(self, whole: Tensor) -> Tensor:
         """That part of the tensor."""
         found = whole[self.index] if self.index is not None and whole.dim() else whole
         if self.transposed and found.dim() > 1:
             found = found.transpose(-1, -2)
-        return found[self.rows[0] : self.rows[1]] if self.rows is not None and found.dim() else found
+        found = found[self.rows[0] : self.rows[1]] if self.rows is not None and found.dim() else found
+        for dim, runs in self.cuts:
+            found = take(found, dim, runs)
+        return found
+
+    def cut(self, dim: int, runs: Runs) -> Part:
+        """The part of it that lies in these runs of a dimension; one run of rows in a file stays one run of bytes."""
+        if dim == 0 and len(runs) == 1 and not self.transposed and not self.cuts:
+            start = 0 if self.rows is None else self.rows[0]
+            return replace(self, rows=(start + runs[0][0], start + runs[0][1]))
+        return replace(self, cuts=(*self.cuts, (dim, runs)))
+
+    def nbytes(self, whole: TensorInfo) -> int:
+        """Bytes of it in the file."""
+        return prod(self.info(whole).shape) * whole.dtype.itemsize
 
     def span(self, whole: TensorInfo) -> TensorInfo:
         """The bytes that it is in: an expert's, and of these the rows, unless they are columns in the file."""
@@ -118,6 +138,7 @@ class Part:
 
     def of_span(self, found: Tensor) -> Tensor:
         """That part of what ``span`` names."""
+        assert not self.cuts  # whose bytes are no neighbours
         whole = replace(self, index=None, rows=None) if self._rows_in_file(found) else replace(self, index=None)
         part = whole.of(found)
         return part if part.numel() == found.numel() else part.clone()  # so that the rest can go
@@ -136,6 +157,7 @@ class Files:
         metadata: of each file, joined.
         staged: the device that tensors are on their way to, and what hands them over; None: they are copied when they are asked for.
         notes: what was to be said while they were read, one sentence each.
+        taken: bytes of tensors that ``load`` has handed over.
     """
 
     folder: Path
@@ -143,6 +165,7 @@ class Files:
     metadata: dict[str, str] = field(default_factory=dict)
     staged: tuple[torch.device, Callable[[TensorInfo], Tensor]] | None = None
     notes: list[str] = field(default_factory=list[str])
+    taken: int = 0
     _mapped: tuple[Path, Tensor] | None = None
     on_disk: ClassVar[bool] = True
 
@@ -197,7 +220,8 @@ class Files:
         Raises:
             CheckpointError: the file is shorter than it was, or cannot be read.
         """
-        if self.staged is not None and self.staged[0] == torch.device(device):
+        self.taken += part.nbytes(self.tensors[part.name])
+        if self.staged is not None and self.staged[0] == torch.device(device) and not part.cuts:
             return part.of_span(self.staged[1](part.span(self.tensors[part.name])))
         return part.of(self.get(part.name)).to(device, copy=copy)
 

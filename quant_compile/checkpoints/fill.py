@@ -22,17 +22,22 @@ from quant_compile.checkpoints.names import Copy, ExpertBias, Experts, Job, Line
 from quant_compile.checkpoints.staging import staged
 from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Read
 from quant_compile.checkpoints.wishes import Again, Wishes
-from quant_compile.ir.errors import RangeError
+from quant_compile.ir.errors import PolicyError, RangeError
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.moe import NONE, gates_first, may_differ
 from quant_compile.ir.numerics import all_finite, dtype_name
 from quant_compile.ir.scheme import Scheme
+from quant_compile.ir.shards import is_distributed
+from quant_compile.lowering.identity import local_of, shard_of
 from quant_compile.lowering.rounding.recipe import TO_NEAREST, Rounding
+from quant_compile.lowering.shards import refusal, shares_scale
 from quant_compile.lowering.weights import STORE, Key, quantize, quantize_expert
+from quant_compile.model.distributed import with_part
 from quant_compile.model.weights import _stores_columns
 
 Progress = Callable[[int], None]
 AS_READ = "quantized as it was read"
+LATER = "quantized at the first call, since its planes depend on more than this rank's part"
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Filler:
     _orders: dict[bytes, Tensor] = field(default_factory=dict)
     _apart: dict[str, str] = field(default_factory=dict)
     _kept: dict[str, str] = field(default_factory=dict)
+    _later: dict[str, str] = field(default_factory=dict)
 
     def plan(self, mapped: Mapped) -> list[Outcome]:
         """What each job will do; every header is checked, and no tensor is read.
@@ -88,7 +94,7 @@ class Filler:
         Raises:
             CheckpointError: a tensor's dtype or shape is wrong, or the config contradicts the tensors.
         """
-        self._find_apart(mapped)
+        self._prepare(mapped)
         return [self._run(job, dry=True) for job in mapped.jobs]
 
     def fill(self, mapped: Mapped) -> list[Outcome]:
@@ -98,8 +104,9 @@ class Filler:
             CheckpointError: as ``plan``, or values that cannot be.
         """
         out: list[Outcome] = []
-        self._find_apart(mapped)
-        steps = [[part.span(self.files.tensors[part.name]) for part in step] for step in self._steps(mapped)]
+        self._prepare(mapped)
+        tensors = self.files.tensors
+        steps = [[part.span(tensors[part.name]) for part in step if not part.cuts] for step in self._steps(mapped)]
         with torch.no_grad(), staged(self.files, steps, self.device):
             for job in mapped.jobs:
                 try:
@@ -109,7 +116,7 @@ class Filler:
                     done = zip(mapped.jobs, out, strict=False)
                     out = [self._run(old, False) if old.slot.name in self._kept else made for old, made in done]
                     out.append(self._run(job, dry=False))
-                self.progress(sum(self.files.tensors[name].nbytes for name in sources_of(job)))
+                self.progress(sum(part.nbytes(tensors[part.name]) for part in parts_of(job)))
         self.files.close()
         return out
 
@@ -118,23 +125,90 @@ class Filler:
         slots = [job.slot for job in mapped.jobs if job.slot.owner is slot.owner and job.slot.tensor.dim() == 3]
         self._kept |= dict.fromkeys([other.name for other in (slots if slot.tensor.dim() == 3 else [slot])], reason)
 
+    def _prepare(self, mapped: Mapped) -> None:
+        """What one weight's outcome depends on besides itself."""
+        for job in mapped.jobs:
+            if job.slot.name not in self._kept and self._has_values(job):
+                self._find_unquantized(job.slot, mapped)
+        self._find_apart(mapped)
+
+    def _has_values(self, job: Job) -> bool:
+        """Whether the checkpoint has a weight in 16 or 32 bits, or its first expert."""
+        if not isinstance(job, Experts):
+            return isinstance(job, Copy)
+        stem = job.stems[0][0]
+        return set(stem.tensors) == {"weight"} and self.files.tensors[stem.tensors["weight"].name].dtype in REAL
+
+    def _find_unquantized(self, slot: Slot, mapped: Mapped) -> None:
+        """Parts of weights that the policy names and that are not quantized as they are read."""
+        scheme = self.wishes.plain(slot)
+        if scheme is None or slot.tensor.dim() < 2:
+            return
+        reason = self._unfit(slot, scheme)
+        if reason:
+            self._keep(slot, mapped, reason)
+        elif shares_scale(slot.tensor, scheme) or self._is_recorded(slot):
+            self._later[slot.name] = LATER
+
+    def _unfit(self, slot: Slot, scheme: Scheme) -> str:
+        """Why the parts that ranks have of a weight cannot have a scheme."""
+        refused = refusal(slot.tensor, scheme, _is_transposed(slot))
+        return "" if refused is None else refused.reason
+
+    def _is_recorded(self, slot: Slot) -> bool:
+        """Whether how to round a weight that ranks have in parts was recorded of the whole one."""
+        shard = shard_of(slot.tensor)
+        return shard is not None and bool(shard.cuts) and self.wishes.rounding(slot) != TO_NEAREST
+
+    def _check_cut(self, slot: Slot, found: Read) -> None:
+        """Refuse to adopt planes that the ranks' parts would cut through.
+
+        Raises:
+            CheckpointError: a cut goes through a group or a block.
+        """
+        reason = self._unfit(slot, found.scheme) if isinstance(found, Quantized) else ""
+        if reason:
+            raise CheckpointError(
+                f"{self.files.folder}: {slot.name}: {reason}\nOr load it on fewer ranks, or on one GPU."
+            )
+
+    def _notes(self, slot: Slot) -> tuple[str, ...]:
+        """Why a weight that the policy names has values."""
+        return tuple(known[slot.name] for known in (self._kept, self._later) if slot.name in known)
+
     def _plain(self, slot: Slot) -> Scheme | None:
-        """As ``Wishes.plain``, but for what is kept."""
-        return None if slot.name in self._kept else self.wishes.plain(slot)
+        """As ``Wishes.plain``, but for what is kept, or quantized later."""
+        return None if slot.name in self._kept or slot.name in self._later else self.wishes.plain(slot)
 
     def _again(self, slot: Slot, scheme: Scheme | None) -> Again | None:
-        """As ``Wishes.again``; values of what is kept."""
+        """As ``Wishes.again``; values of what is kept.
+
+        Raises:
+            PolicyError: the parts that ranks have of the weight cannot be quantized so as they are read.
+        """
         again = self.wishes.again(slot, scheme)
-        return again if again is None or slot.name not in self._kept else replace(again, scheme=None)
+        if again is None or again.scheme is None:
+            return again
+        if slot.name in self._kept:
+            return replace(again, scheme=None)
+        reason = self._unfit(slot, again.scheme)
+        if not reason and shares_scale(slot.tensor, again.scheme):
+            reason = f"{again.scheme.spec} has a scale of the whole weight, of which each rank reads a part"
+        if reason:
+            raise PolicyError(
+                f"{slot.name} cannot become {again.scheme.spec} in parts: {reason}\n"
+                "Fix: take it out of the rule, or give it a scheme with a scale per channel."
+            )
+        return again
 
     def _steps(self, mapped: Mapped) -> Iterator[list[Part]]:
         """What jobs read together, in their order."""
         for job in mapped.jobs:
             if isinstance(job, Copy):
                 by_expert = job.slot.tensor.dim() == 3 and self.wishes.plain(job.slot) is not None
-                yield from ([part] for part in (_experts_of(job.source, job.slot) if by_expert else [Part(job.source)]))
+                yield from ([part] for part in (_experts_of(job.part, job.slot) if by_expert else [job.part]))
             elif isinstance(job, ExpertBias):
-                yield from ([Part(source) for source in sources] for sources in job.sources)
+                yield from (list(parts) for parts in job.sources)
             else:
                 stems = [(job.stem,)] if isinstance(job, Linear) else job.stems
                 yield from (list(stem.tensors.values()) for own in stems for stem in own)
@@ -186,7 +260,9 @@ class Filler:
             CheckpointError: the config says nothing of it or something else, or a tensor is not of its format.
         """
         dtype = dtype or self.dtype
-        module = Module(stem.name, self.files, stem.tensors, stem.n, stem.k, dtype, dry, self.device)
+        module = Module(
+            stem.name, self.files, stem.tensors, stem.n, stem.k, dtype, dry, self.device, True, stem.whole, stem.column
+        )
         if set(stem.tensors) == {"weight"} and module.info("weight").dtype in REAL:
             values = module.tensor("weight", REAL, (stem.n, stem.k))
             return Dense(values.to(dtype), "")
@@ -208,7 +284,7 @@ class Filler:
     # --- jobs ---
 
     def _copy(self, job: Copy, dry: bool) -> Outcome:
-        slot, info = job.slot, self.files.tensors[job.source]
+        slot, info = job.slot, job.part.info(self.files.tensors[job.source])
         if info.shape != tuple(slot.tensor.shape):
             have, want = list(info.shape), list(slot.tensor.shape)
             text = f"{info.where} has shape {have}; {slot.name} of the model has {want}"
@@ -218,26 +294,25 @@ class Filler:
             raise CheckpointError(f"{info.where} is {info.dtype} without scales.\nFix: write the checkpoint again.")
         scheme = self._plain(slot)
         if scheme is not None:
-            return self._quantize(slot, scheme, job.source, dry)
+            return self._quantize(slot, scheme, job.part, dry)
         if not dry:
             same = info.dtype == slot.tensor.dtype
-            values = self.files.load(Part(job.source), self.device, copy=same)
+            values = self.files.load(job.part, self.device, copy=same)
             place(slot, values.to(slot.tensor.dtype))
-        notes = (self._kept[slot.name],) if slot.name in self._kept else ()
-        return Outcome(slot.name, None, _source(self.files, job.source), _nbytes(slot), notes)
+        return Outcome(slot.name, None, _source(self.files, job.source), _nbytes(slot), self._notes(slot))
 
-    def _quantize(self, slot: Slot, scheme: Scheme, source: str, dry: bool) -> Outcome:
+    def _quantize(self, slot: Slot, scheme: Scheme, source: Part, dry: bool) -> Outcome:
         """A weight in 16 bits, by the user's policy, on its way to the device."""
-        text = f"{_source(self.files, source)}, {AS_READ}"
+        text = f"{_source(self.files, source.name)}, {AS_READ}"
         if not dry:
             self._adopt_quantized(slot, scheme, source, text)
         experts = slot.tensor.shape[0] if slot.tensor.dim() == 3 else 1
         nbytes = experts * _plane_bytes(slot, scheme, key_of(slot, scheme, self.dtype), self.dtype)
         return Outcome(slot.name, scheme, text, nbytes)
 
-    def _adopt_quantized(self, slot: Slot, scheme: Scheme, source: str, text: str) -> None:
+    def _adopt_quantized(self, slot: Slot, scheme: Scheme, source: Part, text: str) -> None:
         if slot.tensor.dim() < 3:
-            values = self.files.load(Part(source), self.device, copy=False)
+            values = self.files.load(source, self.device, copy=False)
             adopt_values(slot, values, scheme, self.dtype, self.device, text, self.wishes.rounding(slot))
             return
         key = key_of(slot, scheme, self.dtype)
@@ -248,6 +323,7 @@ class Filler:
 
     def _linear(self, job: Linear, dry: bool) -> Outcome:
         slot, found = job.slot, self.read(job.stem, dry)
+        self._check_cut(slot, found)
         text, was = self._text(job.stem), self._was(job.stem, found)
         again = self._again(slot, found.scheme if isinstance(found, Quantized) else None) if was else None
         if again is not None and not _same_codes(found, again):
@@ -289,6 +365,7 @@ class Filler:
         first = self._apart.get(slot.name) or self._expert(job, 0, dry)
         if isinstance(first, str):
             return self._dense_experts(job, first, text, dry)
+        self._check_cut(slot, first)
         was = first.scheme.spec
         again = self._again(slot, first.scheme)
         if again is not None and not _same_codes(first, again):
@@ -354,7 +431,7 @@ class Filler:
         if again is not None:
             return self._experts_again(job, again, self._stored(job.stems[0][0]), text, dry)
         notes = (
-            ()
+            self._notes(slot)
             if not reason
             else (reason if "kept in" in reason else f"{reason}: its values are kept in {dtype_name(self.dtype)}",)
         )
@@ -425,17 +502,17 @@ class Filler:
         slot, (count, n) = job.slot, job.slot.tensor.shape
         for sources in job.sources:
             for source in sources:
-                info = self.files.tensors[source]
+                info = source.info(self.files.tensors[source.name])
                 if info.dtype not in REAL or info.shape != (n // len(sources),):
                     text = f"{info.where} is {info.dtype} {list(info.shape)}; {slot.name} needs {n // len(sources)} numbers"
                     raise CheckpointError(f"{text}.\nFix: write the checkpoint again.")
         if not dry:
             out = torch.empty(count, n, dtype=slot.tensor.dtype, device=self.device)
             for expert, sources in enumerate(job.sources):
-                parts = [self.files.load(Part(source), self.device, copy=False) for source in sources]
+                parts = [self.files.load(source, self.device, copy=False) for source in sources]
                 out[expert].copy_(torch.stack(parts, 1).flatten() if job.alternates else torch.cat(parts))
             place(slot, out)
-        return Outcome(slot.name, None, _source(self.files, job.sources[0][0]), _nbytes(slot))
+        return Outcome(slot.name, None, _source(self.files, job.sources[0][0].name), _nbytes(slot))
 
     # --- writing ---
 
@@ -474,7 +551,7 @@ def _scale(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def hollow(slot: Slot, device: torch.device) -> nn.Parameter:
-    """A Parameter without values in every place of the slot."""
+    """A Parameter without values in every place of the slot; of a rank's part that part."""
     meta = slot.tensor
     values = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=device)
     values.untyped_storage().resize_(0)
@@ -482,14 +559,20 @@ def hollow(slot: Slot, device: torch.device) -> nn.Parameter:
 
 
 def place(slot: Slot, values: Tensor) -> nn.Parameter:
-    """Make ``values`` the Parameter or buffer in every place of a slot; returns it."""
+    """Make ``values`` the Parameter or buffer in every place of a slot; returns it.
+
+    Where ranks have the Parameter in parts, ``values`` are this rank's, and the Parameter is distributed; returns the part.
+    """
+    held = slot.owner._parameters.get(slot.places[0][1])
     made: Any = nn.Parameter(values, requires_grad=False) if isinstance(slot.tensor, nn.Parameter) else values
+    if is_distributed(held):
+        made = with_part(held, values)
     for module, attribute in slot.places:
-        if isinstance(slot.tensor, nn.Parameter):
+        if isinstance(slot.tensor, nn.Parameter) or is_distributed(held):
             module._parameters[attribute] = made
         else:
             module._buffers[attribute] = made
-    return made
+    return local_of(made)
 
 
 def _same_codes(found: Read, again: Again) -> bool:
@@ -554,8 +637,13 @@ def _inputs(module: nn.Module, gather: Tensor | None, factor: Tensor | None, ord
 def key_of(slot: Slot, scheme: Scheme, dtype: torch.dtype) -> Key:
     """What the planes of a weight depend on, of one linear's or of experts'."""
     if slot.tensor.dim() == 3:
-        return Key(scheme.spec, "experts", _stores_columns(slot.owner), dtype, alternates(slot))
-    return Key(scheme.spec, "rows", type(slot.owner).__name__ == "Conv1D", dtype)
+        return Key(scheme.spec, "experts", _is_transposed(slot), dtype, alternates(slot))
+    return Key(scheme.spec, "rows", _is_transposed(slot), dtype)
+
+
+def _is_transposed(slot: Slot) -> bool:
+    """Whether a weight is stored [k, n], or [E, k, n]."""
+    return _stores_columns(slot.owner) if slot.tensor.dim() == 3 else type(slot.owner).__name__ == "Conv1D"
 
 
 def adopt_values(
@@ -603,20 +691,27 @@ def adopt_experts(
     return made
 
 
-def sources_of(job: Job) -> list[str]:
-    """Tensors that a job reads."""
+def parts_of(job: Job) -> list[Part]:
+    """What a job reads."""
     if isinstance(job, Copy):
-        return [job.source]
+        return [job.part]
     if isinstance(job, Linear):
-        return [part.name for part in job.stem.tensors.values()]
+        return list(job.stem.tensors.values())
     if isinstance(job, ExpertBias):
-        return [name for sources in job.sources for name in sources]
-    return list({part.name: None for stems in job.stems for stem in stems for part in stem.tensors.values()})
+        return [part for parts in job.sources for part in parts]
+    return list(dict.fromkeys(part for stems in job.stems for stem in stems for part in stem.tensors.values()))
 
 
-def _experts_of(source: str, slot: Slot) -> list[Part]:
+def _experts_of(part: Part, slot: Slot) -> list[Part]:
     """A block's weight that one tensor holds, expert by expert."""
-    return [Part(source, index) for index in range(slot.tensor.shape[0])]
+    first = 0 if part.rows is None else part.rows[0]
+    out: list[Part] = []
+    for index in range(first, first + slot.tensor.shape[0]):
+        own = Part(part.name, index)
+        for dim, runs in part.cuts:
+            own = own.cut(dim - 1, runs)
+        out.append(own)
+    return out
 
 
 def _finite(values: Tensor, where: str) -> None:

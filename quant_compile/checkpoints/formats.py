@@ -18,7 +18,7 @@ from quant_compile.checkpoints import (
 )
 from quant_compile.checkpoints.description import PACKED, Description, Keys, Stored
 from quant_compile.checkpoints.gguf import reader as gguf
-from quant_compile.checkpoints.weight import Module, Read
+from quant_compile.checkpoints.weight import Axes, Module, Read
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,27 @@ class Format:
     Attributes:
         suffixes: tensors that a module may have, after its name and a dot.
         read: ``(module, stored) -> Quantized | Dense``; also with a dry module.
+        axes: which rows and columns of the weight its tensors' dimensions go with, so that ranks read their parts only; None: that is
+            not known, and weights are read whole.
     """
 
     suffixes: tuple[str, ...]
     read: Callable[[Module, Stored], Read]
+    axes: Callable[[Stored], Axes | None] = lambda stored: None
 
 
 FORMATS: dict[str, Format] = {
-    gptq.FORMAT: Format(gptq.SUFFIXES, gptq.read),
-    awq.FORMAT: Format(awq.SUFFIXES, awq.read),
-    fp8_block.FORMAT: Format(fp8_block.SUFFIXES, fp8_block.read),
-    mxfp4.FORMAT: Format(mxfp4.SUFFIXES, mxfp4.read),
+    gptq.FORMAT: Format(gptq.SUFFIXES, gptq.read, gptq.axes),
+    awq.FORMAT: Format(awq.SUFFIXES, awq.read, awq.axes),
+    fp8_block.FORMAT: Format(fp8_block.SUFFIXES, fp8_block.read, fp8_block.axes),
+    mxfp4.FORMAT: Format(mxfp4.SUFFIXES, mxfp4.read, mxfp4.axes),
     bitsandbytes.FORMAT: Format(bitsandbytes.SUFFIXES, bitsandbytes.read),
     torchao.FORMAT: Format(torchao.SUFFIXES, torchao.read),
     gguf.FORMAT: Format(gguf.SUFFIXES, gguf.read),
-    **{name: Format(compressed_tensors.SUFFIXES, compressed_tensors.read) for name in compressed_tensors.FORMATS},
+    **{
+        name: Format(compressed_tensors.SUFFIXES, compressed_tensors.read, compressed_tensors.axes)
+        for name in compressed_tensors.FORMATS
+    },
     **{name: Format(modelopt.SUFFIXES, modelopt.read) for name in modelopt.FORMATS},
 }
 

@@ -14,7 +14,19 @@ from torch import Tensor
 
 from quant_compile.checkpoints.cache import static_of, stored_of
 from quant_compile.checkpoints.description import CacheStored, Description, Keys, Stored, Target
-from quant_compile.checkpoints.weight import REAL, Module, Read, check_e8m0, check_fp8, fp8_blocks, fp8_weight
+from quant_compile.checkpoints.weight import (
+    REAL,
+    Axes,
+    Axis,
+    K,
+    Module,
+    N,
+    Read,
+    check_e8m0,
+    check_fp8,
+    fp8_blocks,
+    fp8_weight,
+)
 from quant_compile.ir.scheme import QuantArgs
 
 _INPUT_SCALES = ("input_scale", "activation_scale", "act_scale")
@@ -48,6 +60,13 @@ def _cache(keys: Keys) -> CacheStored | None:
     if isinstance(scheme, str):
         return static_of(scheme, f"{keys.where}.kv_cache_scheme")
     return stored_of(Keys(scheme, f"{keys.where}.kv_cache_scheme"))
+
+
+def axes(stored: Stored) -> Axes:
+    """Dimensions of a module's tensors."""
+    rows, columns = map(int, stored.variant.split("x")) if stored.variant else (None, None)
+    scale = (Axis("n", rows), Axis("k", columns))
+    return {"weight": (N, K), "weight_scale_inv": scale, "weight_scale": scale}
 
 
 def read(module: Module, stored: Stored) -> Read:

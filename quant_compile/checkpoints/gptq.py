@@ -18,7 +18,21 @@ from torch import Tensor
 
 from quant_compile.checkpoints.description import Description, Keys, Stored, Target, check_pattern
 from quant_compile.checkpoints.errors import CheckpointError, cut
-from quant_compile.checkpoints.weight import REAL, Integers, Module, Quantized, Read, dense, integer_weight, unpack_bits
+from quant_compile.checkpoints.weight import (
+    REAL,
+    Axes,
+    Axis,
+    Integers,
+    K,
+    Module,
+    N,
+    Quantized,
+    Read,
+    dense,
+    integer_weight,
+    packed_along,
+    unpack_bits,
+)
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 FORMAT = "gptq"
@@ -79,6 +93,19 @@ def _dynamic(keys: Keys, stored: Stored) -> tuple[tuple[Target, ...], tuple[str,
         made = replace(stored, bits=bits, group=group, symmetric=own.get("sym", bool, stored.symmetric))
         targets.append(Target(made, (f"re:{regex}",)))
     return tuple(targets), tuple(ignored)
+
+
+def axes(stored: Stored) -> Axes | None:
+    """Dimensions of a module's tensors; None where codes are cut into planes, which lie between each other."""
+    if stored.variant == "gptq_p" and stored.bits not in (2, 4, 8):
+        return None
+    columns, group = packed_along("k", stored.bits), Axis("k", stored.group)
+    return {
+        "qweight": (columns, N),
+        "qzeros": (group, packed_along("n", stored.bits)),
+        "scales": (group, N),
+        "g_idx": (K,),
+    }
 
 
 def read(module: Module, stored: Stored) -> Read:
@@ -158,8 +185,13 @@ def order_of(module: Module, suffix: str, group: int | None) -> Tensor | str | N
     index = module.tensor(suffix, (torch.int32, torch.int64), (module.k,))
     if module.dry or group is None:
         return None
-    index = index.long()
+    index = index.long() - module.column // group
     groups = module.k // group
+    if module.whole is not None and module.whole[1] != module.k and not bool((index // groups == 0).all()):
+        raise CheckpointError(
+            f"{module.info(suffix).where}: groups of its inputs are spread over all of them (desc_act), and ranks have parts of these.\n"
+            "Fix: quantize without desc_act (compressed-tensors: actorder `weight`), or load it on one GPU."
+        )
     if int(index.min()) < 0 or int(index.max()) >= groups:
         info = module.info(suffix)
         raise CheckpointError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from quant_compile.checkpoints.description import Description, Keys, Stored, Target
-from quant_compile.checkpoints.weight import Module, Read, check_e8m0, mxfp4_weight
+from quant_compile.checkpoints.weight import Axes, Axis, Module, N, Read, check_e8m0, mxfp4_weight
 
 SUFFIXES = ("blocks", "scales")
 FORMAT = "mxfp4"
@@ -24,6 +24,12 @@ def describe(keys: Keys) -> Description:
     return Description(
         "mxfp4", keys.where, (Target(stored),), ignored, notes=keys.ignored(("quant_method", "dequantize"))
     )
+
+
+def axes(stored: Stored) -> Axes:
+    """Dimensions of a module's tensors."""
+    group = Axis("k", 32)
+    return {"blocks": (N, group), "scales": (N, group)}
 
 
 def read(module: Module, stored: Stored) -> Read:

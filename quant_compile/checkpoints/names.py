@@ -47,12 +47,16 @@ class Stem:
         tensors: by suffix.
         n: rows.
         k: columns.
+        whole: rows and columns of the weight that these are a rank's part of; None: they are all.
+        column: the first of the weight's columns.
     """
 
     name: str
     tensors: Mapping[str, Part]
     n: int
     k: int
+    whole: tuple[int, int] | None = None
+    column: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Slot:
 
     Attributes:
         name: its first name.
-        tensor: the Parameter or buffer.
+        tensor: the Parameter or buffer; in jobs of a rank's parts this rank's part of it.
         places: (module, attribute), aliases included.
     """
 
@@ -78,10 +82,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor that is a Parameter's or a buffer's whole content."""
+    """A tensor that is a Parameter's or a buffer's whole content; of a rank's part ``part`` is that of the tensor."""
 
     slot: Slot
-    source: str
+    part: Part
+
+    @property
+    def source(self) -> str:
+        """The tensor's name."""
+        return self.part.name
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class ExpertBias:
     """A bias [E, n] out of those of its experts, gate and up in one or in two tensors; ``alternates`` as in ``Experts``."""
 
     slot: Slot
-    sources: tuple[tuple[str, ...], ...]
+    sources: tuple[tuple[Part, ...], ...]
     alternates: bool
 
 
@@ -292,7 +301,7 @@ class Resolver:
         claims = self._claims
         for slot in dict.fromkeys(self.slots.values()):
             if slot.name in claims.plain:
-                yield Copy(slot, claims.plain[slot.name])
+                yield Copy(slot, Part(claims.plain[slot.name]))
             elif slot.name in claims.linear:
                 yield self._linear(slot, claims.linear[slot.name])
             elif slot.name in claims.experts:
@@ -304,7 +313,7 @@ class Resolver:
 
     def _linear(self, slot: Slot, tensors: Mapping[str, Part]) -> Job:
         if set(tensors) == {"weight"} and self.files.tensors[tensors["weight"].name].shape == tuple(slot.tensor.shape):
-            return Copy(slot, tensors["weight"].name)
+            return Copy(slot, tensors["weight"])
         transposed = type(slot.owner).__name__ == "Conv1D"
         n, k = reversed(slot.tensor.shape) if transposed else slot.tensor.shape
         return Linear(slot, Stem(self._claims.stems[slot.name], tensors, n, k), transposed)
@@ -353,7 +362,7 @@ class Resolver:
     def _fused(self, slot: Slot, tensors: Mapping[str, str]) -> Job:
         info = {suffix: self.files.tensors[name] for suffix, name in tensors.items()}
         if set(tensors) == {"weight"} and info["weight"].shape == tuple(slot.tensor.shape):
-            return Copy(slot, tensors["weight"])
+            return Copy(slot, Part(tensors["weight"]))
         transposed, alternates, n, k = self._shape(slot)
         data = next((info[key] for key in ("weight", "weight_packed", "blocks") if key in info), None)
         if data is None:
@@ -379,12 +388,12 @@ class Resolver:
     def _bias(self, slot: Slot, parts: Mapping[tuple[int, str], str]) -> ExpertBias:
         alternates = slot.places[0][1].startswith("gate_up") and not getattr(slot.owner, "is_concatenated", True)
         kinds = _kinds(slot, parts)
-        sources: list[tuple[str, ...]] = []
+        sources: list[tuple[Part, ...]] = []
         for expert in range(slot.tensor.shape[0]):
             absent = [kind for kind in kinds if (expert, kind) not in parts]
             if absent:
                 self._fail(f"expert {expert} of {slot.name} has no {absent[0]} bias", "Fix: download the rest of it.")
-            sources.append(tuple(parts[expert, kind] for kind in kinds))
+            sources.append(tuple(Part(parts[expert, kind]) for kind in kinds))
         return ExpertBias(slot, tuple(sources), alternates and kinds != (BOTH,))
 
     # --- what is left ---

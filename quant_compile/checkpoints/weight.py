@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import NoReturn
 
 import torch
@@ -81,6 +82,29 @@ Read = Quantized | Dense
 
 
 @dataclass(frozen=True)
+class Axis:
+    """What a dimension of a stored tensor goes with.
+
+    Attributes:
+        of: ``n``, the weight's rows, or ``k``, its columns.
+        unit: rows or columns that an item stands for: 8 where a word packs eight, a group's size for its scale; None: all of them.
+    """
+
+    of: str
+    unit: Fraction | int | None = 1
+
+
+N, K = Axis("n"), Axis("k")
+Axes = Mapping[str, tuple[Axis, ...]]
+"""Of each suffix the dimensions of its tensor; what a suffix does not list goes with nothing, and is every rank's."""
+
+
+def packed_along(of: str, bits: int) -> Axis:
+    """A dimension of 32-bit words, in which codes of so many bits lie one after the other."""
+    return Axis(of, Fraction(32, bits))
+
+
+@dataclass(frozen=True)
 class Module:
     """The tensors of one linear weight in a checkpoint.
 
@@ -94,6 +118,8 @@ class Module:
         dry: tensors are read on the meta device, and their values are not looked at.
         device: where the planes are made.
         copy: planes must not share memory with the tensors.
+        whole: rows and columns of the weight that this is a rank's part of; None: it is the weight.
+        column: the first of the weight's columns that the part has.
     """
 
     name: str
@@ -105,6 +131,8 @@ class Module:
     dry: bool = False
     device: str | torch.device = "cpu"
     copy: bool = True
+    whole: tuple[int, int] | None = None
+    column: int = 0
 
     def has(self, suffix: str) -> bool:
         """Whether the module has this tensor."""

@@ -40,6 +40,10 @@ class MissingLibraryError(QuantError, ImportError):
     """An optional library is needed that is not installed; names the command that installs it."""
 
 
+class RankError(QuantError, RuntimeError):
+    """Another process of the group failed at what all of them do together; has that one's error."""
+
+
 class GradModeError(QuantError, RuntimeError):
     """The model was called with gradients enabled; quantized graphs are for inference only."""
 

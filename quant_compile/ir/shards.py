@@ -7,7 +7,7 @@ DTensors and copied Dynamo graphs; ``localize`` edits such a graph. torch.distri
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -20,6 +20,8 @@ from quant_compile.ir.graph import STATIC_INPUT
 from quant_compile.ir.operands import op_of
 
 TO_LOCAL = {"to_local", "prim_to_local"}
+Runs = tuple[tuple[int, int], ...]
+"""Parts of a dimension: (first, last) of each, as slices have them."""
 _HELD = ("Shard", "_StridedShard", "Replicate")
 
 
@@ -83,21 +85,48 @@ class Shard:
                 runs = [piece for run in runs for part in _chunks(run, sections) for piece in _chunks(part, count)]
         return runs
 
+    def runs(self, dim: int) -> Runs:
+        """Where this rank's part of a dimension lies in the whole, (first, last) of each run of neighbours, in the part's order.
+
+        Chunks are those of ``torch.chunk``, but for empty ones, which it leaves out.
+        """
+        runs: Runs = ((0, self.shape[dim]),)
+        for (cut, count, axis), sections in zip(self.cuts, self.sections, strict=True):
+            if cut != dim:
+                continue
+            rank, found, start = self.mesh.get_local_rank(axis), list[tuple[int, int]](), 0
+            for size in _chunks(sum(last - first for first, last in runs), sections):
+                parts = _chunks(size, count)
+                first = start + sum(parts[:rank])
+                found += within(runs, first, first + parts[rank])
+                start += size
+            runs = tuple(found)
+        return runs
+
     def part_of(self, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor of the whole weight's shape, as ``torch.chunk`` cuts it; a view where nothing is joined."""
+        """This rank's part of a tensor of the whole weight's shape; a view where nothing is joined."""
         part = whole
-        for (dim, count, axis), sections in zip(self.cuts, self.sections, strict=True):
-            rank = self.mesh.get_local_rank(axis)
-            own = [_chunk(section, count, rank, dim) for section in part.chunk(sections, dim)]
-            part = own[0] if len(own) == 1 else torch.cat(own, dim)
+        for dim in dict.fromkeys(cut for cut, _, _ in self.cuts):
+            part = take(part, dim, self.runs(dim))
         return part
 
 
-def _chunk(tensor: Tensor, count: int, index: int, dim: int) -> Tensor:
-    """One of ``torch.chunk``'s parts; the last ones may be empty, which ``torch.chunk`` leaves out."""
-    step = -(-tensor.shape[dim] // count)
-    start = min(index * step, tensor.shape[dim])
-    return tensor.narrow(dim, start, min(step, tensor.shape[dim] - start))
+def within(runs: Runs, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Of what some runs hold, one after the other, that from ``first`` to ``last``."""
+    at = 0
+    for start, stop in runs:
+        low, high = max(first - at, 0), min(last - at, stop - start)
+        if low < high:
+            yield start + low, start + high
+        at += stop - start
+
+
+def take(tensor: Tensor, dim: int, runs: Runs) -> Tensor:
+    """Runs of one dimension of a tensor, joined; a view of one."""
+    if not runs:
+        return tensor.narrow(dim, 0, 0)
+    parts = [tensor.narrow(dim, first, last - first) for first, last in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _chunks(size: int, count: int) -> list[int]:

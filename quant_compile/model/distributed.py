@@ -45,9 +45,20 @@ class Whole:
 
     def of(self, part: Tensor) -> Tensor:
         """The DTensor that has this local tensor."""
-        from torch.distributed.tensor import DTensor
+        return _distributed(part, self.spec)
 
-        return DTensor(part, self.spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
+
+def with_part(whole: Any, part: Tensor) -> Tensor:
+    """A distributed Parameter that is divided as ``whole`` is, and whose local tensor is ``part``, the very object."""
+    made = _distributed(part, whole._spec)
+    made._is_param = True  # type: ignore[attr-defined]
+    return made
+
+
+def _distributed(part: Tensor, spec: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(part, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
 
 
 def stand_in(model: nn.Module, wanted: Callable[[Parameter], bool] = lambda _: True) -> None:

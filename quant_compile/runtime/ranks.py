@@ -12,6 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from quant_compile.ir.errors import RankError
+
 KEY = "sglquant/failed"
 LONGEST = 4000
 _told = False
@@ -30,6 +32,32 @@ def telling() -> Generator[None]:
         _told = False
         with suppress(Exception):
             _store().delete_key(f"{KEY}/{dist.get_rank()}")
+
+
+@contextmanager
+def together(what: str) -> Generator[None]:
+    """Around what every rank does without collectives: where one fails all fail, as soon as all have come to its end.
+
+    Args:
+        what: is done, for messages.
+
+    Raises:
+        RankError: another rank failed, and this one did not.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    rank, texts = dist.get_rank(), list[Any]([None] * dist.get_world_size())
+    dist.all_gather_object(texts, None if failure is None else f"{type(failure).__name__}: {failure}"[:LONGEST])
+    if failure is not None:
+        failure.add_note(f"This is rank {rank} of {len(texts)}.")
+        raise failure
+    failed = {other: text for other, text in enumerate(texts) if text is not None}
+    if failed:
+        first, text = next(iter(failed.items()))
+        raise RankError(f"{what} failed on rank {', '.join(map(str, failed))} of {len(texts)}, so nothing is kept here. Rank {first}: {text}")
 
 
 def _tell(error: Exception) -> None:

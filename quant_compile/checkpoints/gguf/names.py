@@ -198,7 +198,7 @@ class GgufResolver:
             fail(self.files.folder, f"{slot.name} has {', '.join(map(cut, tensors.values()))} and no codes")
         block = self.files.types[name].name
         if block in PLAIN or slot.tensor.dim() != 2:
-            return Copy(slot, name)
+            return Copy(slot, Part(name))
         stem = name.removesuffix(".weight")
         parts = {BLOCKS if suffix == "weight" else suffix: Part(tensor) for suffix, tensor in tensors.items()}
         self.kinds[stem] = blocks_of(block, _reader(slot))
@@ -273,7 +273,7 @@ class GgufResolver:
         for name in parts.values():
             if self.files.tensors[name].shape[:1] != (count,):
                 fail(self.files.tensors[name].where, f"is not of {count} experts", _FIX)
-        sources = tuple(tuple(self._own(parts[kind], expert) for kind in kinds) for expert in range(count))
+        sources = tuple(tuple(Part(self._own(parts[kind], expert)) for kind in kinds) for expert in range(count))
         for kind in kinds:
             del self.files.tensors[parts[kind]]
         return ExpertBias(slot, sources, alternates(slot) and kinds != (BOTH,))
