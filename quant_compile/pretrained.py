@@ -27,7 +27,7 @@ from quant_compile.checkpoints.config import describe
 from quant_compile.checkpoints.description import PACKED, Description, shown
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, read_json
-from quant_compile.checkpoints.fill import Filler, Outcome, Progress
+from quant_compile.checkpoints.fill import Filler, Outcome, Progress, parts_of
 from quant_compile.checkpoints.gguf.container import MARK, is_gguf
 from quant_compile.checkpoints.gguf.files import GgufFiles
 from quant_compile.checkpoints.gguf.model import GgufModel, read_model
@@ -49,6 +49,7 @@ from quant_compile.lowering.tune import imported
 from quant_compile.lowering.weights import claim_before_tracing
 from quant_compile.model import cache_scales
 from quant_compile.model.cache_scales import CacheScales
+from quant_compile.model.distributed import has_parts
 from quant_compile.model.division import Division
 from quant_compile.model.ledger import LEDGER
 from quant_compile.options import Options
@@ -90,6 +91,13 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of the loaded model."""
         return sum(outcome.nbytes for outcome in self.outcomes)
+
+    @property
+    def reads(self) -> int:
+        """Bytes of files that filling the model reads."""
+        if not has_parts(self.model):
+            return self.files.nbytes
+        return sum(part.nbytes(self.files.tensors[part.name]) for job in self.mapped.jobs for part in parts_of(job))
 
     def serving(self) -> tuple[str, ...]:
         """What the device makes of schemes that it has no kernels for, one sentence each.
@@ -227,6 +235,8 @@ def _loaded(
     _move_buffers(plan.model, target)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
     notes = [*plan.notes, *plan.files.notes]
+    if has_parts(plan.model):
+        notes.append(f"read {plan.files.taken / 1e6:,.2f} MB of {plan.files.nbytes / 1e6:,.2f} MB in files, this rank's parts")
     if plan.packed is not None:
         notes += used_times(plan.packed, Target.of(target if target.type == "cuda" else "cpu"))
     options.setdefault("release_weights", True)
@@ -512,5 +522,5 @@ def _bar(plan: Plan, wanted: bool | None) -> Generator[Progress]:
         return
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading", total=plan.files.nbytes)
+        task = bar.add_task("loading", total=plan.reads)
         yield lambda count: bar.advance(task, count)

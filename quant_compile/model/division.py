@@ -58,12 +58,13 @@ class Division:
         return None if mesh is None else Division(config, mesh, torch.device(where or "cpu"))
 
     def divide(self, model: nn.Module) -> nn.Module:
-        """Make Parameters DTensors; on the meta device, before weights are tied.
+        """Make Parameters DTensors, on the meta device. Weights that were tied are to be tied again.
 
         Raises:
             OptionError: the model has no plan, or the ranks cannot share its heads or rows.
         """
         maker: Any = type(model)
+        _untie(model)
         try:
             made = maker.maybe_distribute_model(model, self.config, self.mesh)
         except Exception as error:
@@ -122,6 +123,16 @@ def _check_even(model: nn.Module) -> None:
         shard = shard_of(local_of(parameter))
         if shard is not None and shard.cuts and shard.uneven and not _is_table(model, name):
             _fail(name, f"{'x'.join(map(str, shard.shape))} is divided as {shard.placements}, which does not come out even")
+
+
+def _untie(model: nn.Module) -> None:
+    """Let each place have a Parameter of its own, as plans of transformers expect it."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+            seen.add(id(parameter))
 
 
 def _is_cut(parameter: Any) -> bool:

@@ -110,6 +110,22 @@ def quantized(folder: Path, model: nn.Module, pack: Pack, quantization: dict[str
     return write(folder, model, tensors, quantization)
 
 
+def quantized_experts(folder: Path, model: nn.Module, pack: Pack, quantization: dict[str, Any]) -> Path:
+    """A checkpoint of which only the experts are packed, each projection of each in tensors of its own, as libraries write them."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if "experts" not in name:
+            tensors[name] = tensor
+            continue
+        for expert, whole in enumerate(tensor):
+            kinds = ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",)
+            for kind, part in zip(kinds, whole.chunk(len(kinds)), strict=True):
+                module = f"{name.rpartition('.')[0]}.{expert}.{kind}"
+                tensors |= {f"{module}.{suffix}": made for suffix, made in pack(module, part.float())[0].items()}
+    ignored = ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]
+    return write(folder, model, tensors, {**quantization, "ignore": ignored})
+
+
 def stream(codes: np.ndarray, bits: int) -> Tensor:
     """[r, c] of small numbers -> i32 [r, ceil(c bits / 32)]: field j at bit ``bits * j``. One bit after the other."""
     rows = codes.shape[0]

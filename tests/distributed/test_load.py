@@ -1,0 +1,169 @@
+"""``load`` under a tp_plan: each rank reads and holds its parts of a checkpoint, and computes what one process does with the whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.checkpoints import packers
+from tests.checkpoints.support import quantized, quantized_experts, tiny_llama, tiny_moe
+from tests.distributed import checks, loads
+from tests.distributed.world import RANKS, World
+
+TP = {"tp_plan": "auto"}
+# As in test_tensor_parallel: ranks add the same products in another order.
+CLOSE = 1e-5
+# A scale per row of a weight that is cut along its inputs is on every rank; nothing else is held twice but norms.
+TWICE = 1.03
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def llama(folder: Path, case: packers.Case) -> Path:
+    return quantized(folder, tiny_llama(layers=1), case.pack, case.config)
+
+
+def check(found: list[loads.Loaded], close: float = CLOSE) -> None:
+    """What holds of every checkpoint."""
+    for rank in found:
+        assert rank.report.coverage == 1.0, rank.report.skips
+        assert rank.wrong == [] and rank.cut > 1
+        assert rank.off < close
+        assert rank.tokens[0] == rank.tokens[1]
+        assert rank.report.bytes_after < rank.one.bytes_after / RANKS * TWICE
+        assert rank.total.bytes_total == rank.one.bytes_total
+        assert {(line.names, line.scheme) for line in rank.total.lines} == {
+            (line.names, line.scheme) for line in rank.one.lines
+        }
+        assert rank.read[0] < rank.read[1] / RANKS * TWICE
+    assert found[0].total == found[1].total
+
+
+def test_integers_in_groups(world: World, folder: Path) -> None:
+    path = llama(folder / "w4", packers.ct_packed(4, 64, True))
+    check(world.run(loads.beside, path, None, TP))
+    damaged = world.run(loads.beside, path, None, TP, "model.layers.0.mlp.down_proj.weight")
+    with pytest.raises(AssertionError):
+        check(damaged)
+    assert all(rank.off > 100 * CLOSE for rank in damaged)
+
+
+def test_experts_of_floats(world: World, folder: Path) -> None:
+    """Inputs are scaled per token by each rank for itself, so that logits are near, and planes alone are equal."""
+    case = packers.ct_fp8("channel")
+    path = quantized_experts(folder / "moe", tiny_moe(), case.pack, case.config)
+    check(world.run(loads.beside, path, {"rules": [], "default": "keep"}, TP), 0.1)
+
+
+def test_weights_are_quantized_as_their_parts_are_read(world: World, folder: Path) -> None:
+    for rank in world.run(loads.on_the_way, checks.make("one_block", folder), "W8A16", TP):
+        assert rank["same"] and rank["ledger"] and rank["coverage"] == 1.0
+
+
+def broken(path: Path, copy: Path) -> Path:
+    """The same checkpoint with a scale that is NaN."""
+    shutil.copytree(path, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_scale"][-1, 0] = torch.nan
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def one_kv_head() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {**checks.ONE_LAYER, "num_key_value_heads": 1}
+    return LlamaForCausalLM._from_config(LlamaConfig(**sizes, intermediate_size=128), dtype=torch.bfloat16)
+
+
+def test_failures(world: World, folder: Path) -> None:
+    path = llama(folder / "good", packers.ct_packed(4, 64, True))
+    cut = llama(folder / "cut", packers.ct_packed(4, 128, True))
+    one_kv_head().save_pretrained(folder / "heads")
+    paths = [path, broken(path, folder / "broken")]
+    gguf = Path(__file__).parents[1] / "nothing.gguf"
+    plain = checks.make("one_layer", folder)
+    first, second = world.run(loads.failures, paths, plain, folder / "heads", cut, gguf)
+    assert second["broken"].startswith("CheckpointError") and "up_proj.weight_scale holds a scale of nan" in second["broken"]
+    assert first["broken"].startswith("RankError") and "rank 1 of 2" in first["broken"] and "up_proj" in first["broken"]
+    for rank in (first, second):
+        assert rank["seconds"] < 60  # and no timeout of the process group
+        assert "num_key_value_heads 1, which 2 processes cannot share" in rank["heads"]
+        assert "down_proj" in rank["cut"] and "k_local=192 of k=384" in rank["cut"] and "Fix: " in rank["cut"]
+        assert rank["gguf"].startswith("CheckpointError")
+        assert "device='cpu' is given beside a tp_plan" in rank["device"]
+        assert rank["device_map"].startswith("OptionError")
+        assert "max_memory is" in rank["memory"]
+        assert "both given" in rank["both"] and "not by FSDP" in rank["fsdp"]
+        assert rank["world"].startswith("OptionError") and "torchrun" in rank["world"]
+        assert rank["after"]
+
+
+CASES: dict[str, packers.Case] = {
+    "zeros": packers.ct_packed(4, 64, False),
+    "fp8 of the tensor": packers.ct_fp8("tensor"),
+    "int8": packers.ct_int8(False, True),
+    "nvfp4": packers.ct_nvfp4(False),
+    "mxfp4": packers.ct_mxfp4(),
+    "gptq": packers.gptq(4, 64, True),
+    "gptq 3 bits": packers.gptq(3, 64, False),
+}
+DYNAMIC = {"int8"}  # see test_experts_of_floats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_format(world: World, folder: Path, name: str) -> None:
+    check(world.run(loads.beside, llama(folder / name, CASES[name]), None, TP), 0.1 if name in DYNAMIC else CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["awq", "blocks"])
+def test_formats_of_larger_groups(world: World, folder: Path, name: str) -> None:
+    """Sizes that 2 x 128 divide."""
+    case = {"awq": packers.awq(False), "blocks": packers.deepseek()}[name]
+    path = quantized(folder / name, wide_llama(), case.pack, case.config)
+    check(world.run(loads.beside, path, None, TP), 0.1 if name == "blocks" else CLOSE)
+
+
+def wide_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {**checks.ONE_LAYER, "hidden_size": 256, "head_dim": 128, "intermediate_size": 512, "vocab_size": 256}
+    return LlamaForCausalLM._from_config(LlamaConfig(**sizes, dtype="bfloat16"), dtype=torch.bfloat16).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["NVFP4", checks.TENSOR, checks.GROUP32], ids=["nvfp4", "tensor", "group32"])
+@pytest.mark.parametrize("family", ["one_block", "tied", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("experts", [False, True], ids=["tp", "ep"])
+def test_every_family(world: World, folder: Path, family: str, policy: Any, experts: bool) -> None:
+    if experts and family == "tied":
+        pytest.skip("has no experts")
+    for rank in world.run(loads.on_the_way, checks.make(family, folder), policy, checks.plan(experts)):
+        assert rank["same"] and rank["ledger"] and rank["coverage"] == 1.0
+
+
+@pytest.mark.slow
+def test_expert_parallel(world: World, folder: Path) -> None:
+    case = packers.ct_packed(4, 64, True)
+    path = quantized_experts(folder / "ep", tiny_moe(), case.pack, case.config)
+    check(world.run(loads.beside, path, {"rules": [], "default": "keep"}, checks.plan(True)), 0.1)
