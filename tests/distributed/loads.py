@@ -27,7 +27,8 @@ class Loaded:
 
     Attributes:
         off: relative distance of logits.
-        tokens: that this rank generates, and those of one process.
+        damaged: the same once a rank's scales are off.
+        tokens: that this rank generates, and those of one process, where asked for.
         wrong: weights whose planes do not stand for this rank's part of what the whole ones stand for.
         cut: how many planes were compared of weights that are cut.
         report: of this rank.
@@ -37,7 +38,8 @@ class Loaded:
     """
 
     off: float
-    tokens: tuple[Any, Any]
+    damaged: float
+    tokens: list[Any]
     wrong: list[str]
     cut: int
     report: Any
@@ -53,11 +55,11 @@ def divided(path: Path, policy: Any, plan: dict[str, Any], **options: Any) -> An
     return quant_compile.load(path, policy, distributed_config=DistributedConfig(**plan), dtype=torch.float32, **options)
 
 
-def beside(path: Path, policy: Any, plan: dict[str, Any], damage: str = "") -> Loaded:
+def beside(path: Path, policy: Any, plan: dict[str, Any], damage: str = "", generate: bool = False) -> Loaded:
     """A checkpoint in parts and in one process.
 
     Args:
-        damage: name of a weight; the scales of this rank's part of it are multiplied by 1.05 on rank 1.
+        damage: name of a weight; the scales of this rank's part of it are multiplied by 1.05 on rank 1, in the end.
     """
     import torch.distributed as dist
 
@@ -66,14 +68,17 @@ def beside(path: Path, policy: Any, plan: dict[str, Any], damage: str = "") -> L
         one = quant_compile.load(path, policy, dtype=torch.float32)
         made = divided(path, policy, plan)
         wrong, cut = compared(one, made)
+        wanted = one(ids).logits
+        off = _distance(made(ids).logits, wanted)
+        both = (made, one) if generate else ()
+        tokens = [model.generate(ids[:1], max_new_tokens=4, do_sample=False).tolist() for model in both]
+        reports = quant_compile.report(made), quant_compile.report(one)
         if damage and dist.get_rank() == 1:
             scales_of(made.get_parameter(damage)).mul_(1.05)
-        off = _distance(made(ids).logits, one(ids).logits)
-        tokens = [m.generate(ids[:1], max_new_tokens=5, do_sample=False).tolist() for m in (made, one)]
-        reports = quant_compile.report(made), quant_compile.report(one)
+        damaged = _distance(made(ids).logits, wanted) if damage else 0.0
     read = [float(note.split()[1].replace(",", "")) for note in reports[0].notes if note.startswith("read ")]
     whole = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) / 1e6
-    return Loaded(off, (tokens[0], tokens[1]), wrong, cut, reports[0], reports[0].all_ranks(), reports[1], (read[0], whole))
+    return Loaded(off, damaged, tokens, wrong, cut, reports[0], reports[0].all_ranks(), reports[1], (read[0], whole))
 
 
 def compared(one: Any, made: Any) -> tuple[list[str], int]:
