@@ -26,6 +26,8 @@ from quant_compile.checkpoints.loaded_experts import Twins, jobs_of
 from quant_compile.checkpoints.names import Mapped, Slot
 from quant_compile.checkpoints.weight import REAL, Dense, Module
 from quant_compile.ir.family import Reject
+from quant_compile.ir.shards import Shard
+from quant_compile.lowering.identity import local_of, shard_of
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.places import modules_of
 
@@ -125,6 +127,8 @@ def adopt(model: nn.Module) -> Loaded:
         dtype = _dtype(model)
         for name, module in modules_of(model):
             found = _mark(module) or holding_of(name, module)
+            if found is not None:
+                _refuse_parts(name, module)
             if isinstance(found, Holding):
                 fresh.append(module)
                 found = _adopt(name, module, found, dtype, twins, orders)
@@ -140,6 +144,25 @@ def adopt(model: nn.Module) -> Loaded:
         _set_hook(model, on=False)
     method = marks[0].method if marks else ""
     return Loaded(method, tuple(outcome for mark in marks for outcome in mark.outcomes), tuple(stays))
+
+
+def _refuse_parts(name: str, module: nn.Module) -> None:
+    """Refuse a library's module whose tensors ranks have in parts: integers and scales of whole modules are taken over.
+
+    Raises:
+        CheckpointError: torch divides one of its tensors.
+    """
+    parameters = module._parameters.items()
+    cut = next((key for key, held in parameters if (shard := _shard(held)) is not None and shard.cuts), None)
+    if cut is not None:
+        raise CheckpointError(
+            f"{name} was loaded quantized by transformers, and ranks have its {cut} in parts; integers are taken over of whole modules only.\n"
+            "Fix: quant_compile.load(directory, policy, distributed_config=...), which reads each rank's parts of the checkpoint."
+        )
+
+
+def _shard(held: Tensor | None) -> Shard | None:
+    return None if held is None else shard_of(local_of(held))
 
 
 def undo(model: nn.Module) -> int:

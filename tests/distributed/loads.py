@@ -153,3 +153,8 @@ def failures(paths: Sequence[Path], path: Path, heads: Path, cut: Path, gguf: Pa
         made = quant_compile.load(path, "W8A16", tp_plan="auto")
         found["after"] = made(torch.arange(3, 11).view(1, 8)).logits.isfinite().all().item()
     return found
+
+
+def through_transformers(path: Path) -> list[str]:
+    """What ``compile`` says of a quantized checkpoint that transformers has divided."""
+    return [_said(lambda: quant_compile.compile(loaded(path, {"tp_plan": "auto"}, torch.bfloat16)))]

@@ -169,3 +169,11 @@ def test_expert_parallel(world: World, folder: Path) -> None:
     case = packers.ct_packed(4, 64, True)
     path = quantized_experts(folder / "ep", tiny_moe(), case.pack, case.config)
     check(world.run(loads.beside, path, {"rules": [], "default": "keep"}, checks.plan(True)), 0.1)
+
+
+@pytest.mark.slow
+def test_what_transformers_loads_quantized_in_parts_is_refused(world: World, folder: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    path = llama(folder / "theirs", packers.ct_packed(4, 64, True))
+    for rank in world.run(loads.through_transformers, path):
+        assert rank[0].startswith("CheckpointError") and "q_proj" in rank[0] and "quant_compile.load(" in rank[0]
