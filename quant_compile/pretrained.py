@@ -236,7 +236,9 @@ def _loaded(
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
     notes = [*plan.notes, *plan.files.notes]
     if has_parts(plan.model):
-        notes.append(f"read {plan.files.taken / 1e6:,.2f} MB of {plan.files.nbytes / 1e6:,.2f} MB in files, this rank's parts")
+        notes.append(
+            f"read {plan.files.taken / 1e6:,.2f} MB of {plan.files.nbytes / 1e6:,.2f} MB in files, this rank's parts"
+        )
     if plan.packed is not None:
         notes += used_times(plan.packed, Target.of(target if target.type == "cuda" else "cpu"))
     options.setdefault("release_weights", True)
@@ -359,7 +361,12 @@ def plan_of(
 
 
 def _planned(
-    mapped: Mapped, files: Files, description: Description, dtype: torch.dtype, wishes: Wishes, division: Division | None
+    mapped: Mapped,
+    files: Files,
+    description: Description,
+    dtype: torch.dtype,
+    wishes: Wishes,
+    division: Division | None,
 ) -> tuple[Mapped, tuple[Outcome, ...]]:
     """The jobs, and what will become of each weight; among processes those of this rank, once the whole ones are known to be right."""
 

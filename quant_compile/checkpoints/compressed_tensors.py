@@ -135,7 +135,11 @@ def _inputs(keys: Keys | None) -> QuantArgs | None:
 
 def axes(stored: Stored) -> Axes:
     """Dimensions of a module's tensors."""
-    rows, columns = map(int, stored.variant.split("x")) if "x" in stored.variant else (None, _GROUPS.get(stored.format, stored.group))
+    rows, columns = (
+        map(int, stored.variant.split("x"))
+        if "x" in stored.variant
+        else (None, _GROUPS.get(stored.format, stored.group))
+    )
     scale = (Axis("n", rows), Axis("k", columns))
     if stored.format != PACKED:  # two codes of a float in a byte; zero points in a container each
         codes, zero = Axis("k", 2), scale

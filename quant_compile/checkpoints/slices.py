@@ -88,7 +88,9 @@ class _Slicer:
         for dim in sorted({cut for cut, _, _ in shard.cuts}):
             runs = shard.runs(dim)
             if dim == 0 and len(shard.shape) == 3 and len(runs) != 1:
-                self._fail(job.slot, f"its experts are divided as {shard.placements}", "Fix: whole experts for each rank")
+                self._fail(
+                    job.slot, f"its experts are divided as {shard.placements}", "Fix: whole experts for each rank"
+                )
             part = part.cut(dim, runs)
         return part
 
@@ -113,7 +115,9 @@ class _Slicer:
     def _biases(self, job: ExpertBias, slot: Slot, shard: Shard) -> ExpertBias:
         numbers = _Cut(shard.runs(1), shard.shape[1])
         if job.alternates and not numbers.is_all:
-            self._fail(slot, "its numbers of gate and up alternate, and those of the files do not", "Fix: expert parallelism")
+            self._fail(
+                slot, "its numbers of gate and up alternate, and those of the files do not", "Fix: expert parallelism"
+            )
         out: list[tuple[Part, ...]] = []
         for expert in [expert for first, last in shard.runs(0) for expert in range(first, last)]:
             size = shard.shape[1] // len(job.sources[expert])
@@ -140,7 +144,11 @@ class _Slicer:
         found = FORMATS[stored.format].axes(stored) if stored is not None else None
         if found is None:
             text = stored.text if stored is not None else "no known format"
-            self._fail(slot, f"it is stored as {text}, of which no parts are read", "Fix: write it as compressed-tensors (sglquant convert SRC DST)")
+            self._fail(
+                slot,
+                f"it is stored as {text}, of which no parts are read",
+                "Fix: write it as compressed-tensors (sglquant convert SRC DST)",
+            )
         return found
 
     def _part(self, part: Part, axes: tuple[Axis, ...], rows: _Cut, columns: _Cut, slot: Slot) -> Part:

@@ -29,7 +29,7 @@ def whole_shape(parameter: Parameter) -> tuple[int, ...]:
     return tuple(parameter.shape) if shard is None else shard.shape
 
 
-def refusal(parameter: Parameter, scheme: Scheme, transposed: bool) -> Reject | None:
+def refusal(parameter: Tensor, scheme: Scheme, transposed: bool) -> Reject | None:
     """Why a weight cannot have a scheme in the parts that ranks have; the same answer on every rank.
 
     Args:
@@ -85,7 +85,7 @@ class Agreed:
     amax: Tensor
 
 
-def shares_scale(parameter: Parameter, scheme: Scheme) -> bool:
+def shares_scale(parameter: Tensor, scheme: Scheme) -> bool:
     """Whether a weight's scales depend on other ranks' parts."""
     return scheme.weights.strategy in OF_THE_TENSOR and bool(_reduced(parameter))
 
@@ -132,7 +132,7 @@ def _amax(parameter: Parameter) -> Tensor:
     return torch.maximum(-low, high).to(torch.float32).nan_to_num(nan=float("inf"))
 
 
-def _reduced(parameter: Parameter) -> list[Any]:
+def _reduced(parameter: Tensor) -> list[Any]:
     """The process groups whose ranks have parts of the same matrices; experts that are whole on a rank have none."""
     shard = shard_of(parameter)
     if shard is None:

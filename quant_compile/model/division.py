@@ -51,8 +51,9 @@ class Division:
             )
         from transformers import PreTrainedModel
 
+        maker: Any = PreTrainedModel
         try:
-            config, where, mesh = PreTrainedModel.prepare_distribute_model(config)
+            config, where, mesh = maker.prepare_distribute_model(config)
         except Exception as error:  # whatever transformers and torch raise
             raise OptionError(f"transformers cannot divide the model: {_text(error)}.\n{WITH}.") from error
         return None if mesh is None else Division(config, mesh, torch.device(where or "cpu"))
@@ -96,11 +97,15 @@ def _config(distributed_config: Any, tp_plan: Any) -> Any:
 
 def _refuse_others(config: Any) -> None:
     """Refuse ways of several processes other than tensor and expert parallelism."""
-    for name, what in (("fsdp_size", "FSDP"), ("dp_replicate_size", "FSDP replicas"), ("pp_size", "pipeline parallelism")):
+    for name, what in (
+        ("fsdp_size", "FSDP"),
+        ("dp_replicate_size", "FSDP replicas"),
+        ("pp_size", "pipeline parallelism"),
+    ):
         if (getattr(config, name, None) or 1) > 1:
             raise OptionError(
                 f"{name}={getattr(config, name)}: load divides models by tensor and expert parallelism, and not by {what}.\n"
-                "Fix: DistributedConfig(tp_plan=\"auto\") over all processes."
+                'Fix: DistributedConfig(tp_plan="auto") over all processes.'
             )
 
 
@@ -122,7 +127,10 @@ def _check_even(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         shard = shard_of(local_of(parameter))
         if shard is not None and shard.cuts and shard.uneven and not _is_table(model, name):
-            _fail(name, f"{'x'.join(map(str, shard.shape))} is divided as {shard.placements}, which does not come out even")
+            _fail(
+                name,
+                f"{'x'.join(map(str, shard.shape))} is divided as {shard.placements}, which does not come out even",
+            )
 
 
 def _untie(model: nn.Module) -> None:

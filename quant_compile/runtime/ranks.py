@@ -57,7 +57,9 @@ def together(what: str) -> Generator[None]:
     failed = {other: text for other, text in enumerate(texts) if text is not None}
     if failed:
         first, text = next(iter(failed.items()))
-        raise RankError(f"{what} failed on rank {', '.join(map(str, failed))} of {len(texts)}, so nothing is kept here. Rank {first}: {text}")
+        raise RankError(
+            f"{what} failed on rank {', '.join(map(str, failed))} of {len(texts)}, so nothing is kept here. Rank {first}: {text}"
+        )
 
 
 def _tell(error: Exception) -> None:

@@ -61,7 +61,9 @@ def cut(plan: Plan, job: Any, made: Shard) -> Any:
 def values(plan: Plan, job: Any) -> Tensor:
     filler = Filler(plan.files, plan.description, plan.dtype, torch.device("cpu"))
     stems = [[job.stem]] if isinstance(job, Linear) else job.stems
-    return torch.stack([torch.cat([filler.read(stem, False).dequantized() for stem in own]) for own in stems]).squeeze(0)
+    return torch.stack([torch.cat([filler.read(stem, False).dequantized() for stem in own]) for own in stems]).squeeze(
+        0
+    )
 
 
 def named(plan: Plan, ending: str) -> Any:
@@ -100,7 +102,7 @@ def test_rows_of_an_ordered_input(checkpoints: Any) -> None:
     job = named(plan, "down_proj")
     whole = values(plan, job)
     assert torch.equal(values(plan, cut(plan, job, shard(tuple(whole.shape), 0, 1))), whole.chunk(RANKS, 0)[1])
-    with pytest.raises(CheckpointError, match="desc_act(.|\n)*Fix: quantize without desc_act"):
+    with pytest.raises(CheckpointError, match=r"desc_act(.|\n)*Fix: quantize without desc_act"):
         values(plan, cut(plan, job, shard(tuple(whole.shape), 1, 1)))
 
 
@@ -117,7 +119,7 @@ def test_rows_of_an_ordered_input(checkpoints: Any) -> None:
 def test_a_cut_through_what_belongs_together(case: packers.Case, dim: int, what: str, tmp_path: Path) -> None:
     plan = plan_of(quantized(tmp_path, tiny_llama(layers=1), case.pack, case.config), dtype=torch.bfloat16)
     job = named(plan, "down_proj")
-    with pytest.raises(CheckpointError, match=f"down_proj.weight(.|\n)*{what}(.|\n)*Fix: "):
+    with pytest.raises(CheckpointError, match=rf"down_proj.weight(.|\n)*{what}(.|\n)*Fix: "):
         cut(plan, job, shard((256, 384), dim, 0))
 
 

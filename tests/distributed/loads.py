@@ -18,7 +18,7 @@ from quant_compile.lowering.identity import local_of, shard_of
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.distributed import own_part
 from quant_compile.model.weights import linear_weights
-from tests.distributed.checks import _distance, _said, loaded, without_inductor
+from tests.distributed.checks import _distance, _said, _same_bits, loaded, without_inductor
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ def divided(path: Path, policy: Any, plan: dict[str, Any], **options: Any) -> An
     """The checkpoint in parts."""
     from transformers.distributed import DistributedConfig
 
-    return quant_compile.load(path, policy, distributed_config=DistributedConfig(**plan), dtype=torch.float32, **options)
+    return quant_compile.load(
+        path, policy, distributed_config=DistributedConfig(**plan), dtype=torch.float32, **options
+    )
 
 
 def beside(path: Path, policy: Any, plan: dict[str, Any], damage: str = "", generate: bool = False) -> Loaded:
@@ -152,6 +154,24 @@ def failures(paths: Sequence[Path], path: Path, heads: Path, cut: Path, gguf: Pa
     with torch.no_grad(), without_inductor():
         made = quant_compile.load(path, "W8A16", tp_plan="auto")
         found["after"] = made(torch.arange(3, 11).view(1, 8)).logits.isfinite().all().item()
+    return found
+
+
+def saved(path: Path, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """What was taken over in parts, saved: names of tensors that are not those of the checkpoint."""
+    import torch.distributed as dist
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = {}
+    with torch.no_grad(), without_inductor():
+        made = divided(path, None, plan)
+        found["said"] = _said(lambda: quant_compile.save(made, folder / "saved"))
+        if dist.get_rank() == 0 and not found["said"]:
+            quant_compile.save(quant_compile.load(path, dtype=torch.float32), folder / "one")
+            ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("saved", "one"))
+            found["differ"] = [
+                n for n in ours.keys() | theirs.keys() if n not in ours or not _same_bits(ours[n], theirs[n])
+            ]
     return found
 
 

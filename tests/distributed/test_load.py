@@ -101,7 +101,10 @@ def test_failures(world: World, folder: Path) -> None:
     gguf = Path(__file__).parents[1] / "nothing.gguf"
     plain = checks.make("one_layer", folder)
     first, second = world.run(loads.failures, paths, plain, folder / "heads", cut, gguf)
-    assert second["broken"].startswith("CheckpointError") and "up_proj.weight_scale holds a scale of nan" in second["broken"]
+    assert (
+        second["broken"].startswith("CheckpointError")
+        and "up_proj.weight_scale holds a scale of nan" in second["broken"]
+    )
     assert first["broken"].startswith("RankError") and "rank 1 of 2" in first["broken"] and "up_proj" in first["broken"]
     for rank in (first, second):
         assert rank["seconds"] < 60  # and no timeout of the process group
@@ -177,3 +180,12 @@ def test_what_transformers_loads_quantized_in_parts_is_refused(world: World, fol
     path = llama(folder / "theirs", packers.ct_packed(4, 64, True))
     for rank in world.run(loads.through_transformers, path):
         assert rank[0].startswith("CheckpointError") and "q_proj" in rank[0] and "quant_compile.load(" in rank[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pack-quantized", "fp8"])
+def test_what_was_loaded_in_parts_is_saved_whole(world: World, folder: Path, tmp_path: Path, name: str) -> None:
+    """Scales that all ranks have are one scale again."""
+    case = {"pack-quantized": packers.ct_packed(4, 64, True), "fp8": packers.ct_fp8("channel")}[name]
+    for rank in world.run(loads.saved, llama(folder / f"to save {name}", case), tmp_path, TP):
+        assert rank["said"] == "" and rank.get("differ", []) == []

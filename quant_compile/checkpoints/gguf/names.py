@@ -202,7 +202,8 @@ class GgufResolver:
         stem = name.removesuffix(".weight")
         parts = {BLOCKS if suffix == "weight" else suffix: Part(tensor) for suffix, tensor in tensors.items()}
         self.kinds[stem] = blocks_of(block, _reader(slot))
-        return Linear(slot, Stem(stem, parts, *slot.tensor.shape))
+        n, k = slot.tensor.shape
+        return Linear(slot, Stem(stem, parts, n, k))
 
     def _latents(self, slot: Slot, tensors: Mapping[str, str]) -> Job:
         absent = {KEYS, VALUES} - set(tensors)
@@ -215,9 +216,8 @@ class GgufResolver:
         keys, values = (self.files.types[tensors[suffix]].name for suffix in (KEYS, VALUES))
         stem = tensors[KEYS].replace("attn_k_b.weight", "attn_kv_b")
         self.kinds[stem] = blocks_of(values, keys=keys)
-        return Linear(
-            slot, Stem(stem, {suffix: Part(tensors[suffix]) for suffix in (KEYS, VALUES)}, *slot.tensor.shape)
-        )
+        n, k = slot.tensor.shape
+        return Linear(slot, Stem(stem, {suffix: Part(tensors[suffix]) for suffix in (KEYS, VALUES)}, n, k))
 
     def _experts(self, slot: Slot, parts: Mapping[tuple[str, int | None], Mapping[str, str]]) -> Job:
         transposed = _stores_columns(slot.owner)
