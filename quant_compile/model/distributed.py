@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from quant_compile.ir.shards import Shard, is_distributed, local_tensor
 from quant_compile.lowering.identity import anchor_of, peek_anchor, shard_of
 from quant_compile.lowering.weights import claim, disclaim
 from quant_compile.model.places import Place, by_parameter, is_a, parameters_of, places
+
+FORWARD = "_sglquant_forward"
+"""Where a module keeps its ``forward`` that another stands for."""
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -74,6 +78,31 @@ def stand_in(model: nn.Module, wanted: Callable[[Parameter], bool] = lambda _: T
     for held in by_parameter(model).values():
         if len(held) == 1 and not isinstance(held[0].module, nn.Embedding) and wanted(held[0].parameter):
             _stand_in(held[0])
+            _keep_sum(held[0])
+
+
+def _keep_sum(place: Place) -> None:
+    """Let ranks' experts be added still, where transformers' hook does so only while a Parameter of the module is a DTensor."""
+    module, shard = place.module, shard_of(place.parameter)
+    if shard is None or not shard.cuts or FORWARD in vars(module) or not _asks_for_dtensors(module.forward):
+        return
+    if any(is_distributed(parameter) for parameter in module._parameters.values()):
+        return
+    from transformers.distributed import tensor_parallel
+
+    before, group = module.forward, shard.mesh.get_group(shard.cuts[0][2])
+    add: Any = tensor_parallel._AllReduceForward  # pyright: ignore[reportPrivateUsage]
+    vars(module)[FORWARD] = before
+    module.forward = lambda *args, **kwargs: add.apply(before(*args, **kwargs), group)
+
+
+def _asks_for_dtensors(forward: Any) -> bool:
+    """Whether a module's hook is the one of transformers 5.17 for experts, which is told where its output comes from and looks itself."""
+    names: tuple[str, ...] = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    cells = dict(zip(names, getattr(forward, "__closure__", None) or (), strict=False))
+    style = cells["self"].cell_contents if "self" in cells else None
+    after = getattr(style, "transform_output_post_forward", None)
+    return type(style).__name__ == "MoeExpertsParallel" and "source" in inspect.signature(after).parameters  # type: ignore[arg-type]
 
 
 def _stand_in(place: Place) -> None:
@@ -106,6 +135,8 @@ def put_back(model: nn.Module) -> None:
         whole = anchor.whole.of(part)
         whole._is_param = True
         place.module._parameters[place.attribute] = whole
+        if FORWARD in vars(place.module):
+            place.module.forward = vars(place.module).pop(FORWARD)
         anchor.whole.hook.remove()
         anchor.whole = None
 
