@@ -156,7 +156,7 @@ def _refuse_parts(name: str, module: nn.Module) -> None:
     cut = next((key for key, held in parameters if (shard := _shard(held)) is not None and shard.cuts), None)
     if cut is not None:
         raise CheckpointError(
-            f"{name} was loaded quantized by transformers, and ranks have its {cut} in parts; integers are taken over of whole modules only.\n"
+            f"{name} was loaded quantized by transformers, and ranks have its {cut} in parts; only whole modules are taken over.\n"
             "Fix: quant_compile.load(directory, policy, distributed_config=...), which reads each rank's parts of the checkpoint."
         )
 

@@ -59,7 +59,9 @@ def check(found: list[loads.Loaded], close: float = CLOSE) -> None:
             (line.names, line.scheme) for line in rank.one.lines
         }
         table = sum(line.bytes_before for line in rank.report.lines if "embed" in line.names[0])
-        assert rank.read[0] < rank.read[1] / RANKS * TWICE + table / 1e6  # which some versions of transformers do not divide
+        assert (
+            rank.read[0] < rank.read[1] / RANKS * TWICE + table / 1e6
+        )  # which some versions of transformers do not divide
     assert found[0].total == found[1].total and found[0].tokens == found[1].tokens
 
 
