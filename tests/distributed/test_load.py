@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,6 @@ CLOSE = 1e-5
 KEEP = {"rules": [], "default": "keep"}
 # A scale per row of a weight that is cut along its inputs is on every rank; nothing else is held twice but norms.
 TWICE = 1.03
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
 
 
 def llama(folder: Path, case: packers.Case) -> Path:

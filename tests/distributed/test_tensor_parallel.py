@@ -6,7 +6,6 @@ One world of two processes serves all tests. Inductor is left out, as in most te
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,6 @@ EP = {"tp_plan": "auto", "ep_size": 2}
 # of a step would show as 1e-3 or more.
 CLOSE = 1e-5
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
 
 
 def check(found: list[checks.Compared]) -> None:
