@@ -129,7 +129,7 @@ def _gather(plane: Tensor, shard: Shard) -> list[Tensor]:
 
 
 _FIX = (
-    "Fix: save before release, or quant_compile.convert(checkpoint, folder, policy), which needs no ranks, or a scheme with a scale per "
+    "Fix: save before release, or `sglquant convert CHECKPOINT FOLDER --policy P`, which needs no ranks, or a scheme with a scale per "
     "group of inputs."
 )
 

@@ -135,7 +135,7 @@ def _save_parts(model: nn.Module, directory: str | Path, format: str, beside: It
     if _format(format, Path(directory)) == packed.FORMAT:
         raise SaveError(
             "planes of ranks' parts are laid out for each rank's kernels, and the format packed is for one device.\n"
-            'Fix: save it as "compressed-tensors", and that on one GPU as "packed": quant_compile.convert(folder, other, format="packed").'
+            'Fix: save it as "compressed-tensors", and on one GPU: sglquant convert FOLDER OTHER --format packed.'
         )
     first = gathered(_checked(model), _key)
     outcome: list[Any] = [None]
