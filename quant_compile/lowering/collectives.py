@@ -20,7 +20,7 @@ from quant_compile.ir.family import Reject, family_of
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.ops import LIBRARY, normed
 from quant_compile.lowering.registry import Norm
-from quant_compile.lowering.symmetric import GROUPS, MOST_ROWS, unshared
+from quant_compile.lowering.symmetric import GROUPS, MOST_ROWS, buffers
 
 # Of one rank's part of a sum. Above, a sum takes as long as its bytes, of which every rank reads all others' in one shot.
 MOST_BYTES = 1 << 20
@@ -51,8 +51,7 @@ def fits(x: Tensor, group: str) -> Reject | None:
     Args:
         x: a rank's part as it is traced, [..., k].
 
-    A collective where a group, or rows of a size, are asked about for the first time: the ranks then make their buffers too. A first
-    call would make them in the memory of a CUDA graph, if it is recorded.
+    A collective where a group, or rows of a size, are asked about for the first time: the ranks then make their buffers.
     """
     sizes: tuple[Any, ...] = tuple(x.shape)
     if not all(isinstance(size, int) for size in sizes):
@@ -60,10 +59,7 @@ def fits(x: Tensor, group: str) -> Reject | None:
     rows, size = math.prod(sizes[:-1]), math.prod(sizes) * x.dtype.itemsize
     if rows > MOST_ROWS or size > MOST_BYTES:
         return Reject(f"it has {rows} rows and {size} bytes, and NCCL's serves more than {MOST_ROWS} or {MOST_BYTES}")
-    refusal = _kernel().fit(sizes[-1], x.dtype) or unshared(group, x.device)
-    if refusal is None:
-        GROUPS.workspace(group, sizes[-1], x.dtype, x.device)
-    return refusal
+    return _kernel().fit(sizes[-1], x.dtype) or buffers(group, sizes[-1], x.dtype, x.device)
 
 
 def all_reduced(x: Tensor, group: str) -> Tensor:

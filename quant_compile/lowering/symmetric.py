@@ -120,6 +120,17 @@ def unshared(name: str, device: torch.device) -> Reject | None:
     return None if reason is None else Reject(reason)
 
 
+def buffers(name: str, k: int, dtype: torch.dtype, device: torch.device) -> Reject | None:
+    """Make what sums of rows of k values need, or say why the ranks share no memory, the same answer on each.
+
+    A collective where the group or the size is new. A first call would make them in the memory of a CUDA graph, if it is recorded.
+    """
+    refusal = unshared(name, device)
+    if refusal is None:
+        GROUPS.workspace(name, k, dtype, device)
+    return refusal
+
+
 @contextmanager
 def _current(device: torch.device) -> Generator[None]:
     """Makes a GPU the current one, which collectives of objects use, and tensors real while a graph is traced with fake ones."""

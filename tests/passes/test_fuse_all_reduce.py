@@ -301,8 +301,8 @@ def test_switched_off() -> None:
 
 def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     made = list[Any]()
-    monkeypatch.setattr(collectives, "unshared", lambda group, device: None)
-    monkeypatch.setattr(collectives.GROUPS, "workspace", lambda *asked: made.append(asked))
+    monkeypatch.setattr(symmetric, "unshared", lambda group, device: None)
+    monkeypatch.setattr(symmetric.GROUPS, "workspace", lambda *asked: made.append(asked))
     x = torch.empty(1, symmetric.MOST_ROWS, K, dtype=BF16)
     assert collectives.fits(x, "0") is None
     assert made == [("0", K, BF16, x.device)], "a first call, which may be recorded, would have to make it"
