@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor
 import quant_compile
 from quant_compile import demo
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.rounding.recipe import METHODS, NEAREST, SEARCH, Rounding, planes_of
+from quant_compile.lowering.rounding.recipe import COMPENSATE, METHODS, NEAREST, SEARCH, Rounding, planes_of
 from quant_compile.measure.simulate import Simulation, Values
 from quant_compile.measure.weights import chosen_by
 from quant_compile.measure.windows import divergence, losses, windows_of
@@ -49,7 +49,7 @@ class Row:
     """One rounding.
 
     Attributes:
-        method: nearest, search (no data), or one of calibrate's, with ``, data`` behind it.
+        method: nearest, search, compensate (no data), or one of calibrate's, with ``, data`` behind it.
         extra: perplexity to that of 16 bits, less one.
         kl: mean divergence of the logits from 16 bits', nats.
         to_nearest: ``extra`` over nearest's.
@@ -131,35 +131,37 @@ def judged(at: Setting, found: Iterable[Tensor]) -> tuple[float, float]:
     return math.expm1(statistics.fmean(loss) - at.loss), statistics.fmean(kl)
 
 
-def measure(at: Setting, spec: str, methods: Iterable[str], seeds: int, count: int, deadline: Deadline) -> list[Row]:
-    """Rows of one scheme, nearest first."""
-    rows: list[Row] = []
+def measure(
+    at: Setting, spec: str, methods: Iterable[str], seeds: int, count: int, deadline: Deadline
+) -> Iterator[Row]:
+    """Rows of one scheme, nearest first, as they are measured."""
+    base: Row | None = None
 
-    def add(method: str, seed: int, policy: Policy, seconds: float) -> None:
+    def row(method: str, seed: int, policy: Policy, seconds: float) -> Row:
         extra, kl = evaluate(at, policy)
-        base = rows[0] if rows else None
         ratios = (1.0, 1.0) if base is None else (extra / base.extra, kl / base.kl)
-        rows.append(Row(at.name, spec, method, seed, extra, kl, *ratios, seconds))
         print(
             f"{at.name} {spec} {method} {seed}: {extra:+.3%} KL {kl:.5f}, of nearest's {ratios[0]:.3f} {ratios[1]:.3f}",
             flush=True,
         )
+        return Row(at.name, spec, method, seed, extra, kl, *ratios, seconds)
 
-    for method in (NEAREST, SEARCH):
+    for method in (NEAREST, SEARCH, COMPENSATE):
         start = time.perf_counter()
         round_all(at.model, spec, Rounding(method))
-        add(method, 0, Policy.load({"default": spec, "rounding": method}), time.perf_counter() - start)
+        found = row(method, 0, Policy.load({"default": spec, "rounding": method}), time.perf_counter() - start)
+        base = base or found
+        yield found
     with tempfile.TemporaryDirectory() as folder:
         for method in methods:
             for seed in range(seeds):
                 if deadline.passed:
-                    return rows
+                    return
                 start, policy = time.perf_counter(), {"default": spec, "method": method}
                 path = Path(folder) / f"{method}{seed}.safetensors"
                 batches = batches_of(at.trained_on, seed, count)
                 made = quant_compile.calibrate(at.model, batches, policy, path=path, progress=False)
-                add(f"{method}, data", seed, made, time.perf_counter() - start)
-    return rows
+                yield row(f"{method}, data", seed, made, time.perf_counter() - start)
 
 
 def round_all(model: Any, spec: str, how: Rounding) -> None:
@@ -181,11 +183,12 @@ def large(device: torch.device, methods: Iterable[str], count: int) -> list[dict
     held = torch.cuda.memory_allocated()
     rows: list[dict[str, Any]] = []
     ids = torch.randint(0, model.config.vocab_size, (count, LENGTH), generator=torch.Generator().manual_seed(0))
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    torch.cuda.reset_peak_memory_stats()
-    round_all(model, "W4A16", Rounding(SEARCH))
-    rows.append(_large_row("W4A16", SEARCH, start, held))
+    for how in (SEARCH, COMPENSATE):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch.cuda.reset_peak_memory_stats()
+        round_all(model, "W4A16", Rounding(how))
+        rows.append(_large_row("W4A16", how, start, held))
     with tempfile.TemporaryDirectory() as folder:
         for method in methods:
             torch.cuda.reset_peak_memory_stats()
@@ -257,8 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if deadline.passed:
                 print(f"{name} {spec}: not run, the time was up")
                 continue
-            rows += map(asdict, measure(at, spec, args.methods, args.seeds, args.calibration, deadline))
-            write_result(out, rows, meta)
+            for row in measure(at, spec, args.methods, args.seeds, args.calibration, deadline):
+                rows.append(asdict(row))
+                write_result(out, rows, meta)
     print_rows(rows)
     return 0
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import quant_compile
 from quant_compile import demo
-from quant_compile.lowering.rounding.recipe import METHODS
+from quant_compile.lowering.rounding.recipe import COMPENSATE, METHODS, NEAREST, SEARCH
 from quant_compile.measure.simulate import Simulation, Values
 from quant_compile.measure.weights import chosen_by
 from quant_compile.policy import Policy
@@ -64,7 +64,7 @@ class Row:
 
 
 def ours(at: Setting, method: str, scheme: str, seed: int) -> Row:
-    """``nearest`` and ``search`` without data, the others with it."""
+    """``nearest``, ``search`` and ``compensate`` without data, the others with it."""
     start, rule = time.perf_counter(), {"match": "lm_head.weight", "scheme": "keep"}
     with tempfile.TemporaryDirectory() as folder:
         if method in METHODS:
@@ -74,7 +74,7 @@ def ours(at: Setting, method: str, scheme: str, seed: int) -> Row:
                 at.model, batches_of(at.trained_on, seed, CALIBRATION), policy, path=path, progress=False
             )
         else:
-            made = Policy.load({"default": scheme, "rules": [rule], "rounding": method.partition(",")[0]})
+            made = Policy.load({"default": scheme, "rules": [rule], "rounding": method})
         chosen, values = chosen_by(made, at.model), Values(kept_bytes=1 << 34)
         for each in chosen:
             values.of(each, False)
@@ -113,7 +113,7 @@ def rows_of(at: Setting, args: argparse.Namespace) -> Iterator[Row]:
     """As they are measured."""
     pythons = dict(part.split("=", 1) for part in args.python)
     for scheme in args.schemes:
-        for method in ("nearest", "search"):
+        for method in (NEAREST, SEARCH, COMPENSATE):
             yield ours(at, method, scheme, 0)
         for seed in range(args.seeds):
             for method in METHODS:

@@ -414,6 +414,27 @@ def gptq_values(w: Tensor, moments: Tensor, step: Tensor, lowest: float, highest
     return out
 
 
+def compensated_values(w: Tensor, moments: Tensor, scale: Tensor, damping: float, at_once: int) -> Tensor:
+    """Codes -8 to 7 of ``at_once`` inputs at a time, in f64: of the rest, the values of least damped error given what was rounded.
+
+    No factor of an inverse: those to come are solved for anew each time, out of the whole matrix.
+
+    Args:
+        w: [n, k].
+        moments: [k, k].
+        scale: [n, 1].
+    """
+    w, scale, hessian = w.double(), scale.double(), moments.double()
+    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    out = w.clone()
+    for start in range(0, w.shape[1], at_once):
+        stop = start + at_once
+        out[:, start:stop] = (out[:, start:stop] / scale).round().clamp(-8, 7) * scale
+        error = (out[:, :stop] - w[:, :stop]) @ hessian[:stop, stop:]
+        out[:, stop:] = w[:, stop:] - torch.linalg.solve(hessian[stop:, stop:], error.t()).t()
+    return out
+
+
 def least_int4_error(group: Tensor, importance: Tensor, steps: int = 4000) -> float:
     """Least weighted square error of one group [size] under any scale, 16 codes from -8: a fine scan, in f64."""
     group, importance = group.double(), importance.double()

@@ -9,10 +9,12 @@ from torch import Tensor
 import quant_compile.lowering.schemes  # noqa: F401  registers the families
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.scheme import Scheme, parse
-from quant_compile.lowering.rounding.gptq import DAMPING, gptq
+from quant_compile.lowering.rounding.gptq import DAMPING, OWN_DAMPING, OWN_STEP, compensated, gptq
 from quant_compile.lowering.rounding.recipe import (
     AUTO,
+    AUTO_COMPENSATED_ON_CPU,
     AUTO_LARGEST_ON_CPU,
+    COMPENSATE,
     NEAREST,
     SEARCH,
     Rounding,
@@ -132,22 +134,87 @@ def test_gptq_refuses_moments_of_no_use() -> None:
     assert gptq(w, scheme, rank_one) is not None
 
 
-def test_a_group_of_zeros_stays_zero() -> None:
-    for spec in SPECS:
-        scheme = parse(spec)
-        assert not values_of(searched(torch.zeros(4, 64, dtype=torch.bfloat16), scheme), scheme, 64).any(), spec
+def learned(n: int, k: int) -> Tensor:
+    """A weight whose rows lie where a few inputs vary together, as gradients leave them."""
+    generator = torch.Generator().manual_seed(5)
+    seen = torch.randn(n, k // 8, generator=generator) @ torch.randn(k // 8, k, generator=generator)
+    return (seen / seen.std() + 0.3 * torch.randn(n, k, generator=generator)).bfloat16()
 
 
-def test_auto_is_nearest_where_a_search_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("k", [64, 200])
+def test_compensation_is_the_textbooks(k: int) -> None:
+    scheme, w = parse("int4.channel+16"), learned(48, k).float()
+    planes = compensated(w, scheme)
+    assert planes is not None
+    theirs = textbook.compensated_values(w, w.t() @ w, planes[1].float(), OWN_DAMPING, OWN_STEP)
+    same = (values_of(planes, scheme, k) - theirs).abs() <= 1e-4 * planes[1].float().abs()
+    assert float(same.double().mean()) > 0.99
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_compensated_planes_are_those_of_the_family(spec: str, size: tuple[int, int]) -> None:
+    """As far from the weight as a search's by no more than what was moved, and of the right form."""
+    scheme, (n, k) = parse(spec), size
+    w = weight(n, k)
+    planes = planes_of(w, scheme, Rounding(COMPENSATE))
+    wanted = [(spec.shape, spec.dtype) for spec in family_of(scheme).weight_planes(scheme, n, k, w.dtype)]
+    assert [(tuple(plane.shape), plane.dtype) for plane in planes] == wanted
+    found, nearest = (
+        (values_of(each, scheme, k) - w.float()).norm()
+        for each in (planes, family_of(scheme).quantize_weight(w, scheme))
+    )
+    assert found <= 1.25 * nearest
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_compensation_loses_less_where_rows_lie_as_inputs_do(spec: str) -> None:
+    scheme, w = parse(spec), learned(96, 320)
+    moments = w.float().t() @ w.float()
+
+    def error(planes: Planes) -> float:
+        difference = values_of(planes, scheme, 320) - w.float()
+        return float(((difference @ moments) * difference).sum())
+
+    searching, compensating = (planes_of(w, scheme, Rounding(how)) for how in (SEARCH, COMPENSATE))
+    assert error(compensating) < 0.9 * error(searching)
+
+
+def test_compensation_refuses_values_of_no_use() -> None:
     scheme, w = parse("W4A16"), weight(8, 128)
-    nearest = family_of(scheme).quantize_weight(w, scheme)
-    assert not torch.equal(planes_of(w, scheme, Rounding(AUTO))[1], nearest[1])
-    assert Rounding(AUTO).label(scheme, w) == "rounding: search"
-    assert not Rounding(NEAREST).label(scheme, w)
+    assert compensated(w, parse("FP8_DYNAMIC")) is None and compensated(w[:0], scheme) is None
+    for bad in (0.0, float("nan"), float("inf")):
+        broken = torch.full_like(w, bad)
+        assert compensated(broken, scheme) is None
+        for ours, theirs in zip(planes_of(broken, scheme, Rounding(COMPENSATE)), searched(broken, scheme), strict=True):
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    before = w.clone()
+    assert compensated(w, scheme) is not None and torch.equal(w, before)
+
+
+@pytest.mark.parametrize("method", [SEARCH, COMPENSATE])
+def test_a_group_of_zeros_stays_zero(method: str) -> None:
+    for spec in SPECS:
+        scheme, w = parse(spec), torch.zeros(4, 64, dtype=torch.bfloat16)
+        assert not values_of(planes_of(w, scheme, Rounding(method)), scheme, 64).any(), spec
+        w[0] = 1
+        assert not values_of(planes_of(w, scheme, Rounding(method)), scheme, 64)[1:].any(), spec
+
+
+def test_auto_is_what_does_not_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, w = parse("W4A16"), weight(8, 128)
+    assert AUTO_COMPENSATED_ON_CPU == 1 << 20 and AUTO_LARGEST_ON_CPU == 1 << 24
+    for limits, wanted in (((1024, 4096), COMPENSATE), ((1023, 1024), SEARCH), ((100, 1023), NEAREST)):
+        for name, limit in zip(("AUTO_COMPENSATED_ON_CPU", "AUTO_LARGEST_ON_CPU"), limits, strict=True):
+            monkeypatch.setattr(f"quant_compile.lowering.rounding.recipe.{name}", limit)
+        planes, named = (planes_of(w, scheme, Rounding(how)) for how in (AUTO, wanted))
+        assert all(torch.equal(a, b) for a, b in zip(planes, named, strict=True))
+        label = Rounding(AUTO).label(scheme, w)
+        assert label == ("" if wanted == NEAREST else f"rounding: {wanted}")
+        assert label == Rounding(AUTO).label(scheme, w.expand(3, -1, -1)), "of experts each counts for itself"
+        others = {COMPENSATE, SEARCH, NEAREST} - {wanted}
+        assert all(not torch.equal(planes[0], planes_of(w, scheme, Rounding(how))[0]) for how in others)
     assert not Rounding(AUTO).label(parse("FP8_DYNAMIC"), w)
-    monkeypatch.setattr("quant_compile.lowering.rounding.recipe.AUTO_LARGEST_ON_CPU", 100)
-    assert all(torch.equal(a, b) for a, b in zip(planes_of(w, scheme, Rounding(AUTO)), nearest, strict=True))
-    assert AUTO_LARGEST_ON_CPU == 1 << 24
 
 
 @pytest.mark.parametrize("spec", ["MXFP4", "MXFP4A16", "FP8_DYNAMIC"])
@@ -156,7 +223,8 @@ def test_a_search_without_choices_is_nearest_and_said_so(spec: str) -> None:
     nearest = family_of(scheme).quantize_weight(w, scheme)
     for plane, wanted in zip(planes_of(w, scheme, Rounding(SEARCH)), nearest, strict=True):
         assert torch.equal(plane.view(torch.uint8), wanted.view(torch.uint8))
-    assert not Rounding(SEARCH).label(scheme, w) and not Rounding(AUTO).label(scheme, w)
+    assert not Rounding(SEARCH).label(scheme, w)
+    assert Rounding(COMPENSATE).label(scheme, w) == ("" if "FP8" in spec else "rounding: compensate")
 
 
 @pytest.mark.parametrize("spec", SPECS[:-1])

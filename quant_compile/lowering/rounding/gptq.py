@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_compile.ir.family import Planes, family_of
+from quant_compile.ir.family import Grid, Planes, family_of
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.rounding.search import best, grouped, positive
 
 BLOCK = 128
 DAMPING = 0.01
+# Of a weight's own moments, and how many inputs are rounded at once under them.
+OWN_DAMPING, OWN_STEP = 2.0, 8
 # Damping is raised until the matrix has a Cholesky factor; with this much it is all but diagonal.
 MOST_DAMPING = 100.0
 
@@ -29,14 +31,33 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
     grid = family_of(scheme).grid(w, scheme)
     if grid is None:
         return None
+    weights = positive(moments.diagonal())
+    upper = _inverse_factor(moments, DAMPING)
+    return None if upper is None else _spread(w, grid, upper, weights, 1)
+
+
+def compensated(w: Tensor, scheme: Scheme) -> Planes | None:
+    """[n, k] -> planes in row form, by no data; None where the scheme's codes cannot be chosen, or values are zero or not finite.
+
+    Holds two matrices [k, k] in f32 besides the weight in f32.
+    """
+    grid = family_of(scheme).grid(w, scheme)
+    if grid is None or not w.numel():
+        return None
+    values = w.float()
+    upper = _inverse_factor(values.t() @ values, OWN_DAMPING)
+    return None if upper is None else _spread(w, grid, upper, None, OWN_STEP)
+
+
+def _spread(w: Tensor, grid: Grid, backwards: Tensor, weights: Tensor | None, step: int) -> Planes:
+    """Inputs are rounded ``step`` at a time, and their errors spread over those to come.
+
+    Args:
+        backwards: factor of the inverse [k, k], as ``_inverse_factor`` gives it.
+        weights: [k], what errors cost where scales are searched for; None: all alike.
+        step: divides the grid's size, or the size is all of k.
+    """
     size, k = grid.size, w.shape[1]
-    diagonal = moments.diagonal().clone()
-    if not _finite(moments) or not bool(diagonal.max() > 0):
-        return None
-    weights = positive(diagonal)
-    backwards = _inverse_factor(moments, diagonal.mean())
-    if backwards is None:
-        return None
     values = w.to(torch.float32, copy=True)
     chosen: list[Planes] = []
     own: Planes = ()
@@ -45,30 +66,40 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
         block, errors = values[:, start:stop], values.new_empty((w.shape[0], stop - start))
         upper = backwards[k - stop : k - start].flip(0, 1)
         factor = upper[:, start:stop]
-        for i in range(stop - start):
-            at = start + i
+        for i in range(0, stop - start, step):
+            at, j = start + i, min(i + step, stop - start)
             if at % size == 0:
                 end = min(at + size, k)
-                scales, _ = best(grid, grouped(values[:, at:end], size), grouped(weights[None, at:end], size))
+                cost = None if weights is None else grouped(weights[None, at:end], size)
+                scales, _ = best(grid, grouped(values[:, at:end], size), cost)
                 chosen.append(scales)
                 own = tuple(plane.squeeze(-1) for plane in scales)
-            column = block[:, i : i + 1]
-            rounded = grid.values(column, own)
-            error = (column - rounded) / factor[i, i]
-            errors[:, i : i + 1] = error
-            block[:, i + 1 :].addr_(error[:, 0], factor[i, i + 1 :], alpha=-1)
-            block[:, i : i + 1] = rounded
+            part = block[:, i:j]
+            rounded = grid.values(part, own)
+            error = _solved(part - rounded, factor[i:j, i:j])
+            errors[:, i:j] = error
+            block[:, j:].addmm_(error, factor[i:j, j:], alpha=-1)
+            part.copy_(rounded)
         values[:, stop:].addmm_(errors, upper[:, stop:], alpha=-1)
     return grid.planes(values, tuple(torch.cat(parts, 1) for parts in zip(*chosen, strict=True)))
 
 
-def _inverse_factor(moments: Tensor, mean: Tensor) -> Tensor | None:
+def _solved(difference: Tensor, factor: Tensor) -> Tensor:
+    """X with X factor = difference [n, s], factor [s, s] upper."""
+    if factor.shape[0] == 1:
+        return difference / factor
+    return torch.linalg.solve_triangular(factor, difference, upper=True, left=False)
+
+
+def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
     """Upper Cholesky factor of the inverse of damped moments [k, k], read backwards; two such matrices are held, as k may be large.
 
     Read from its last input to its first, the matrix is M M^T with a lower M. Read forwards, M is an upper R, and the matrix R R^T: R^-1 is
-    the factor, and M^-1 the factor read backwards. The inverse itself is never made.
+    the factor, and M^-1 the factor read backwards. The inverse itself is never made. None: the moments are zero, or not finite.
     """
-    damping, failed = DAMPING, moments.new_empty((), dtype=torch.int32)
+    if not _finite(moments) or not bool(moments.diagonal().max() > 0):
+        return None
+    mean, failed = moments.diagonal().mean(), moments.new_empty((), dtype=torch.int32)
     backwards, factor = moments.flip(0, 1), moments.mT  # columns first, as LAPACK's, or torch makes a third
     while damping <= MOST_DAMPING:
         backwards.diagonal().add_(damping * mean)

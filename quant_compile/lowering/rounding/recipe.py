@@ -18,10 +18,11 @@ from quant_compile.ir.errors import WeightError
 from quant_compile.ir.family import Grid, Planes, family_of
 from quant_compile.ir.numerics import checksum
 from quant_compile.ir.scheme import Scheme
+from quant_compile.lowering.rounding.gptq import compensated
 from quant_compile.lowering.rounding.search import searched
 
-AUTO, NEAREST, SEARCH = "auto", "nearest", "search"
-ROUNDINGS = (AUTO, NEAREST, SEARCH)
+AUTO, NEAREST, SEARCH, COMPENSATE = "auto", "nearest", "search", "compensate"
+ROUNDINGS = (AUTO, NEAREST, SEARCH, COMPENSATE)
 GPTQ, AWQ, SMOOTHQUANT = "gptq", "awq", "smoothquant"
 # Methods of ``calibrate``: the search weighted by E[x^2], GPTQ, and factors of inputs before one of these.
 METHODS = (SEARCH, GPTQ, AWQ, f"{AWQ}+{GPTQ}", SMOOTHQUANT, f"{SMOOTHQUANT}+{GPTQ}")
@@ -31,8 +32,9 @@ PLANES_OF, TOKEN = "planes_of", "token"
 FACTOR = "factor"
 # What a policy that says nothing gets.
 DEFAULT = AUTO
-# Of a weight on a CPU, above which ``auto`` is nearest: a search takes several times as long as nearest.
-AUTO_LARGEST_ON_CPU = 1 << 24
+# Of a weight on a CPU, above which ``auto`` is a search and nearest: a search takes several times as long as nearest, compensation
+# (whose products grow with a third power) several times as long as a search.
+AUTO_COMPENSATED_ON_CPU, AUTO_LARGEST_ON_CPU = 1 << 20, 1 << 24
 
 
 def uses(method: str | None, part: str) -> bool:
@@ -73,9 +75,9 @@ class Rounding:
 
     def label(self, scheme: Scheme, w: Tensor) -> str:
         """What a ledger says; empty for nearest."""
-        if self.planes is None and not has_choices(scheme):
-            return ""
-        found = self.method if self.method != AUTO else _auto(w.numel() // (w.shape[0] if w.dim() == 3 else 1), w)
+        if self.planes is not None:
+            return f"rounding: {self.method}"
+        found = _found(self.method, scheme, w.numel() // (w.shape[0] if w.dim() == 3 else 1), w)
         return "" if found == NEAREST else f"rounding: {found}"
 
 
@@ -118,8 +120,18 @@ def token_of(path: Path) -> str:
         return "absent"
 
 
-def _auto(numel: int, w: Tensor) -> str:
-    return NEAREST if w.device.type == "cpu" and numel > AUTO_LARGEST_ON_CPU else SEARCH
+def _found(method: str, scheme: Scheme, numel: int, w: Tensor) -> str:
+    """What a method that needs no data is for a matrix of ``numel`` under a scheme."""
+    if method == AUTO:
+        method = _auto(numel, w.device)
+    usable = {SEARCH: has_choices, COMPENSATE: searchable}.get(method)
+    return method if usable is None or usable(scheme) else NEAREST
+
+
+def _auto(numel: int, device: torch.device) -> str:
+    if device.type != "cpu":
+        return SEARCH
+    return COMPENSATE if numel <= AUTO_COMPENSATED_ON_CPU else SEARCH if numel <= AUTO_LARGEST_ON_CPU else NEAREST
 
 
 def planes_of(w: Tensor, scheme: Scheme, rounding: Rounding, expert: int | None = None) -> Planes:
@@ -144,5 +156,8 @@ def planes_of(w: Tensor, scheme: Scheme, rounding: Rounding, expert: int | None 
                 "Fix: quant_compile.calibrate(model, batches, policy) makes them for this model."
             )
         return planes
-    method = rounding.method if rounding.method != AUTO else _auto(w.numel(), w)
-    return searched(w, scheme) if method == SEARCH and has_choices(scheme) else family.quantize_weight(w, scheme)
+    method = _found(rounding.method, scheme, w.numel(), w)
+    if method == NEAREST:
+        return family.quantize_weight(w, scheme)
+    planes = compensated(w, scheme) if method == COMPENSATE else None
+    return searched(w, scheme) if planes is None else planes
