@@ -63,11 +63,11 @@ class Row:
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d", time.gmtime()))
 
 
-def ours(at: Setting, method: str, scheme: str, seed: int) -> Row:
-    """``nearest``, ``search`` and ``compensate`` without data, the others with it."""
+def ours(at: Setting, method: str, scheme: str, seed: int, data: bool) -> Row:
+    """A policy's ``method`` with data, its ``rounding`` without."""
     start, rule = time.perf_counter(), {"match": "lm_head.weight", "scheme": "keep"}
     with tempfile.TemporaryDirectory() as folder:
-        if method in METHODS:
+        if data:
             policy = {"default": scheme, "rules": [rule], "method": method}
             path = Path(folder) / "planes.safetensors"
             made = quant_compile.calibrate(
@@ -81,8 +81,7 @@ def ours(at: Setting, method: str, scheme: str, seed: int) -> Row:
         seconds = time.perf_counter() - start
         with torch.inference_mode(), Simulation(chosen, values):
             logits = [logits_of(at.model, window) for window in at.windows]
-    name = f"{method}, data" if method in METHODS else f"{method}, no data"
-    return Row(OURS, name, scheme, seed, *judged(at, logits), seconds, {"torch": torch.__version__})
+    return Row(OURS, f"{method}, {'data' if data else 'no data'}", scheme, seed, *judged(at, logits), seconds, {"torch": torch.__version__})
 
 
 def theirs(at: Setting, library: str, python: str, method: str, scheme: str, seed: int, limit: float) -> Row:
@@ -114,10 +113,10 @@ def rows_of(at: Setting, args: argparse.Namespace) -> Iterator[Row]:
     pythons = dict(part.split("=", 1) for part in args.python)
     for scheme in args.schemes:
         for method in (NEAREST, SEARCH, COMPENSATE):
-            yield ours(at, method, scheme, 0)
+            yield ours(at, method, scheme, 0, False)
         for seed in range(args.seeds):
-            for method in METHODS:
-                yield ours(at, method, scheme, seed)
+            for method in args.methods:
+                yield ours(at, method, scheme, seed, True)
             for library, python in pythons.items():
                 for method in PEERS[library]:
                     yield theirs(at, library, python, method, scheme, seed, args.limit)
@@ -128,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--python", action="append", default=[], metavar="LIBRARY=PATH", help=", ".join(PEERS))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="ours, with data")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds for one library's run")
     parser.add_argument("--out", type=Path, default=RESULTS / "rounding_peers.json")
