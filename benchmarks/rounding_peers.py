@@ -81,7 +81,8 @@ def ours(at: Setting, method: str, scheme: str, seed: int, data: bool) -> Row:
         seconds = time.perf_counter() - start
         with torch.inference_mode(), Simulation(chosen, values):
             logits = [logits_of(at.model, window) for window in at.windows]
-    return Row(OURS, f"{method}, {'data' if data else 'no data'}", scheme, seed, *judged(at, logits), seconds, {"torch": torch.__version__})
+    name = f"{method}, {'data' if data else 'no data'}"
+    return Row(OURS, name, scheme, seed, *judged(at, logits), seconds, {"torch": torch.__version__})
 
 
 def theirs(at: Setting, library: str, python: str, method: str, scheme: str, seed: int, limit: float) -> Row:
