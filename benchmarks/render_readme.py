@@ -625,7 +625,7 @@ def _roundings(result: Result) -> str:
             spread([row["to_nearest"] for row in found]),
             spread([row["kl"] for row in found], lambda x: number(x, 4)),
             spread([row["kl_to_nearest"] for row in found]),
-            number(max(row["seconds"] for row in found), 1),
+            NONE if any(row["seconds"] is None for row in found) else number(max(row["seconds"] for row in found), 1),
         ]
         for (model, scheme, method), found in cells.items()
     ]
@@ -653,6 +653,37 @@ def _roundings(result: Result) -> str:
             markdown(["scheme, rounding", "s", "GiB of the model", "GiB at the peak"], large),
         ]
     return "\n".join(out)
+
+
+def rounding_peers(results: Path) -> str:
+    """Our roundings and those of other libraries by scheme, least KL first; below them those that could not be run."""
+    result = read("rounding_peers", results)
+    if result is None:
+        return ""
+    settings, versions = result["settings"], dict[str, str]()
+    for row in result["rows"]:
+        versions |= {
+            name: value for name, value in (row["versions"] or {}).items() if name not in ("torch", "transformers")
+        }
+    measured = sorted(
+        (row for row in result["rows"] if not row["reason"]),
+        key=lambda row: (row["scheme"] != "W4A16", row["scheme"], row["kl"]),
+    )
+    lines = [
+        [row["scheme"], row["library"], row["method"], percent(row["extra"]), number(row["kl"], 4)] for row in measured
+    ]
+    failed = [
+        f"- {row['scheme']}, {row['library']} {row['method']}: {row['reason']}"
+        for row in result["rows"]
+        if row["reason"]
+    ]
+    text = (
+        f"**Other libraries**: the bundled dense model in f32, all linears but `lm_head`, {settings['windows']} held-out windows of "
+        f"{settings['length']} tokens; data, where a method takes any, are the same {settings['calibration']} windows for all. "
+        f"{', '.join(f'{name} {value}' for name, value in sorted(versions.items()))}. {place(result, 'transformers')}.\n"
+    )
+    out = [text, markdown(["scheme", "library", "method", "extra perplexity", "KL"], lines)]
+    return "\n".join([*out, *(["\nNot measured:\n", *failed] if failed else [])])
 
 
 def spread(values: Sequence[float], shown: Callable[[float], str] = lambda x: number(x)) -> str:
@@ -1249,6 +1280,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality": quality,
     "kv_quality": kv_quality,
     "rounding": rounding,
+    "rounding_peers": rounding_peers,
     "compile_time": compile_time,
     "newcomer": newcomer,
     "cpu_decode": cpu_decode,

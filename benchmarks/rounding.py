@@ -40,6 +40,7 @@ from quant_compile.policy import Policy
 SOURCE = source_hash()
 LENGTH, WINDOWS, CALIBRATION = 448, 32, 128
 SCHEMES = ("W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16", "W4A8", "NVFP4", "MXFP4", "W8A8")
+WITHOUT_DATA = (SEARCH, COMPENSATE)
 TRAINED_ON = 6_000_000
 """Bytes of the standard library that calibration windows are drawn from."""
 
@@ -54,7 +55,7 @@ class Row:
         kl: mean divergence of the logits from 16 bits', nats.
         to_nearest: ``extra`` over nearest's.
         kl_to_nearest: ``kl`` over nearest's.
-        seconds: of the rounding, calibration included.
+        seconds: of the rounding, calibration included; None: other work ran beside it.
     """
 
     model: str
@@ -65,7 +66,7 @@ class Row:
     kl: float
     to_nearest: float
     kl_to_nearest: float
-    seconds: float
+    seconds: float | None
     source: str = SOURCE
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d", time.gmtime()))
 
@@ -132,7 +133,7 @@ def judged(at: Setting, found: Iterable[Tensor]) -> tuple[float, float]:
 
 
 def measure(
-    at: Setting, spec: str, methods: Iterable[str], seeds: int, count: int, deadline: Deadline
+    at: Setting, spec: str, roundings: Iterable[str], methods: Iterable[str], seeds: int, count: int, deadline: Deadline
 ) -> Iterator[Row]:
     """Rows of one scheme, nearest first, as they are measured."""
     base: Row | None = None
@@ -146,7 +147,7 @@ def measure(
         )
         return Row(at.name, spec, method, seed, extra, kl, *ratios, seconds)
 
-    for method in (NEAREST, SEARCH, COMPENSATE):
+    for method in (NEAREST, *roundings):
         start = time.perf_counter()
         round_all(at.model, spec, Rounding(method))
         found = row(method, 0, Policy.load({"default": spec, "rounding": method}), time.perf_counter() - start)
@@ -183,7 +184,7 @@ def large(device: torch.device, methods: Iterable[str], count: int) -> list[dict
     held = torch.cuda.memory_allocated()
     rows: list[dict[str, Any]] = []
     ids = torch.randint(0, model.config.vocab_size, (count, LENGTH), generator=torch.Generator().manual_seed(0))
-    for how in (SEARCH, COMPENSATE):
+    for how in WITHOUT_DATA:
         torch.cuda.synchronize()
         start = time.perf_counter()
         torch.cuda.reset_peak_memory_stats()
@@ -224,12 +225,12 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             len(found),
             *(
                 f"{statistics.fmean(r[name] for r in found):.4f}"
-                for name in ("extra", "kl", "to_nearest", "kl_to_nearest", "seconds")
+                for name in ("extra", "kl", "to_nearest", "kl_to_nearest")
             ),
         ]
         for key, found in cells.items()
     ]
-    print(table(("model", "scheme", "method", "seeds", "extra", "kl", "to nearest", "kl to nearest", "s"), lines))
+    print(table(("model", "scheme", "method", "seeds", "extra", "kl", "to nearest", "kl to nearest"), lines))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,12 +238,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="*", default=["dense", "moe"], choices=("dense", "moe"))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--roundings", nargs="*", default=list(WITHOUT_DATA), choices=WITHOUT_DATA, help="without data")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="with data")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=WINDOWS, help=f"held-out windows of {LENGTH} tokens")
     parser.add_argument("--calibration", type=int, default=CALIBRATION, help=f"windows of {LENGTH} tokens")
     parser.add_argument("--large", action="store_true", help="the Llama-3-8B shape too; needs a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--busy", action="store_true", help="other work runs beside it: seconds are not written")
     parser.add_argument("--seconds", type=float, default=1800.0, help="begin nothing after this")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args(argv)
@@ -260,8 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if deadline.passed:
                 print(f"{name} {spec}: not run, the time was up")
                 continue
-            for row in measure(at, spec, args.methods, args.seeds, args.calibration, deadline):
-                rows.append(asdict(row))
+            for row in measure(at, spec, args.roundings, args.methods, args.seeds, args.calibration, deadline):
+                rows.append(asdict(row) | ({"seconds": None} if args.busy else {}))
                 write_result(out, rows, meta)
     print_rows(rows)
     return 0
