@@ -122,8 +122,8 @@ def token_of(path: Path) -> str:
 
 def _found(method: str, scheme: Scheme, numel: int, w: Tensor) -> str:
     """What a method that needs no data is for a matrix of ``numel`` under a scheme."""
-    if method == AUTO:
-        method = _auto(numel, w.device)
+    if method == AUTO:  # without a choice of scales, compensation raised one bundled model's perplexity
+        method = _auto(numel, w.device) if has_choices(scheme) else NEAREST
     usable = {SEARCH: has_choices, COMPENSATE: searchable}.get(method)
     return method if usable is None or usable(scheme) else NEAREST
 
