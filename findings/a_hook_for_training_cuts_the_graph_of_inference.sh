@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # transformers 5.17.0 with torch 2.13.0: tp_plan="auto" gives the norms of queries and keys of a divided Qwen3-MoE a full backward hook, which
 # sums gradients over ranks. Nothing of it runs without gradients, and eager inference does not notice. torch.compile ends a graph at every
-# module that has such a hook, under torch.no_grad() too: a model of two layers is one graph whole and eleven divided, five more for each
-# layer, so that decoding is launched in pieces. Dense Llama, whose plan has no such norms, is one graph divided as well.
+# module that has such a hook, under torch.no_grad() too: a model of two layers is one graph whole and eleven divided, so that decoding is
+# launched in pieces. Dense Llama, whose plan has no such norms, is one graph divided as well.
 # transformers 5.24.0 registers no hooks there: one graph. Two processes over gloo. Exits 1 if that changes.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -121,6 +121,9 @@ QUICK: Mapping[str, int | Sequence[str]] = {
     "generation/test_encoder_decoder.py::test_released": 2,
     "checkpoints/test_adopted_modules.py::test_a_model_runs_on_them_and_comes_back": 2,
     "generation/test_prompts.py::test_a_prompt_is_replayed_from_the_third_time_on": 1,
+    "distributed/test_tensor_parallel.py::test_sums_of_codes": 1,
+    "distributed/test_tensor_parallel.py::test_sums_joined_with_what_follows": 1,
+    "distributed/test_tensor_parallel.py::test_codes_are_those_of_the_whole_weight": ("nvfp4",),
     "checkpoints/test_cache_scales.py::test_generate_uses_the_checkpoints_scales": (),
 }
 
