@@ -6,7 +6,6 @@ Only attributes of the instance are set, and ``generation_config.disable_compile
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from quant_compile.generation import caches
+from quant_compile.generation.backward import BackwardHooks
 from quant_compile.generation.blocks import (
     CALL,
     Active,
@@ -148,9 +148,9 @@ def install(
     kept = _kept(model, parsed, note)
     uninstall(model)
     installed, outside = Installed(), Outside(model, options["policy"])
-    _without_backward_hooks(model, installed)
-    compiled = partial(_compiled, dynamic=dynamic, fullgraph=fullgraph)
-    compiled_function = partial(_compiled_function, options=_inside(options), dynamic=dynamic, fullgraph=fullgraph)
+    arguments: dict[str, Any] = {"hooks": BackwardHooks(model), "dynamic": dynamic, "fullgraph": fullgraph}
+    compiled = partial(_compiled, **arguments)
+    compiled_function = partial(_compiled_function, options=_inside(options), **arguments)
     active = Active()
     kind = mixin(model)
     if kind is None:
@@ -182,18 +182,6 @@ def install(
     if config is not None:
         # transformers would compile decode a second time, with its own backend.
         installed.set(config, "disable_compile", True)
-
-
-def _without_backward_hooks(model: nn.Module, installed: Installed) -> None:
-    """Take a model's backward hooks away while it is compiled.
-
-    A compiled call refuses gradients, so that none of them would run; and Dynamo ends a graph at every module that has one
-    (transformers 5.17 gives them to the norms of divided attention).
-    """
-    for module in model.modules():
-        for name in ("_backward_hooks", "_backward_pre_hooks"):
-            if vars(module).get(name):
-                installed.set(module, name, OrderedDict[int, Callable[..., Any]]())
 
 
 def _kept(model: nn.Module, options: Options, note: Callable[[str], None]) -> Kept:
@@ -314,9 +302,10 @@ def _compiled(module: nn.Module, options: dict[str, Any], **arguments: Any) -> C
 
 
 def _compiled_function(
-    call: Callable[..., Any], options: dict[str, Any], dynamic: bool | None, fullgraph: bool
+    call: Callable[..., Any], options: dict[str, Any], hooks: BackwardHooks, dynamic: bool | None, fullgraph: bool
 ) -> Callable[..., Any]:
-    return torch.compile(_of_its_own(call), backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)
+    run = torch.compile(_of_its_own(call), backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)
+    return hooks.out_of_sight(run)
 
 
 _COUNT = count()

@@ -160,9 +160,7 @@ def test_signatures_are_kept(plain_inductor: CompileCounter) -> None:
         ("register_full_backward_hook", False),
     ],
 )
-def test_backward_hooks_end_no_graph_and_come_back(
-    register: str, generates: bool, plain_inductor: CompileCounter
-) -> None:
+def test_backward_hooks_end_no_graph_and_stay(register: str, generates: bool, plain_inductor: CompileCounter) -> None:
     # transformers 5.17 registers them on the norms of divided attention
     model: Any = llama() if generates else Stack(2)
     part = model.model.layers[0].self_attn.q_proj if generates else model.layers[1]
@@ -171,9 +169,15 @@ def test_backward_hooks_end_no_graph_and_come_back(
     quant_compile.compile(model, "w8a8", **REFERENCE)
     model(**prompt(), use_cache=False) if generates else model(torch.randn(2, 32))
     assert len(plain_inductor) == 1
+    held = "_backward_pre_hooks" if "pre" in register else "_backward_hooks"
+    copied = quant_compile.uncompile(copy.deepcopy(model))
+    assert [len(getattr(module, held)) for module in copied.modules()].count(1) == 1, "a copy keeps them"
+    later = getattr(part, register)(lambda *args: None)
     quant_compile.uncompile(model)
+    assert len(getattr(part, held)) == 2
     with torch.enable_grad():
         part(torch.randn(2, part.in_features if generates else 32, requires_grad=True)).sum().backward()
     assert seen
+    later.remove()
     handle.remove()
-    assert not part._backward_hooks and not part._backward_pre_hooks
+    assert not getattr(part, held)
