@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,14 @@ from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.weights import STORE, disclaim
 from quant_compile.model import names as naming
 from quant_compile.model import offload
-from quant_compile.model.distributed import own_part, put_back, refuse_wrapped, stand_in
+from quant_compile.model.distributed import has_parts, own_part, put_back, refuse_wrapped, stand_in
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.places import parameters_of, places, unwrap, without_reserved, wrapped_by_peft
 from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options, PolicySource
 from quant_compile.policy import Policy
 from quant_compile.runtime.locked import begin as begin_lock
+from quant_compile.runtime.ranks import together
 
 
 def compile(
@@ -205,8 +206,20 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
     Raises:
         StaleWeightError: the source lacks a weight or has another shape; nothing has been changed.
         OptionError: the source is no safetensors file, and no folder of them; nothing has been changed.
+        RankError: the source of another rank of a divided model is none of its; nothing has been changed on any.
     """
     model = unwrap(model)
+    with together("restore") if has_parts(model) else nullcontext():
+        get, found = _restorable(model, source)
+    for parameter, name in found:
+        STORE.restore(parameter, own_part(parameter, get(name)))
+    return len(found)
+
+
+def _restorable(
+    model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Module
+) -> tuple[Callable[[str], Tensor], list[tuple[nn.Parameter, str]]]:
+    """How a source is read, and each released weight with its name there."""
     names = naming.names_in(model)
     released = [p for p in parameters_of(model) if (entry := STORE.peek(p)) is not None and entry.released]
     get, known = _reader(source)
@@ -225,9 +238,7 @@ def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Mod
         if shape not in (tuple(parameter.shape), whole_shape(parameter)):
             raise StaleWeightError(f"{name}: the source has shape {shape}, the model {tuple(parameter.shape)}")
         found.append((parameter, name))
-    for parameter, name in found:
-        STORE.restore(parameter, own_part(parameter, get(name)))
-    return len(found)
+    return get, found
 
 
 def refresh(model: nn.Module) -> int:

@@ -50,11 +50,11 @@ from quant_compile.lowering.weights import claim_before_tracing
 from quant_compile.model import cache_scales
 from quant_compile.model.cache_scales import CacheScales
 from quant_compile.model.distributed import has_parts
-from quant_compile.model.division import Division
+from quant_compile.model.division import ALONE, Division, asked
 from quant_compile.model.ledger import LEDGER
 from quant_compile.options import Options
 from quant_compile.policy import Policy
-from quant_compile.runtime.ranks import together
+from quant_compile.runtime.ranks import in_group, together
 
 
 @dataclass(frozen=True)
@@ -205,18 +205,28 @@ def load(
         OptionError: the processes cannot share the model.
         RankError: another process failed.
     """
-    division = Division.of(distributed_config, tp_plan, device)
+    what = f"load of {path}"
+    with together(what) if in_group() else nullcontext():
+        config = asked(distributed_config, tp_plan, device)
+    division = None if config is None else Division.of(config)
     if division is not None:
         target = division.device
     else:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with nullcontext() if division is None else together(f"load of {path}"):
+    with nullcontext({}) if division is None else together(what) as alike:
         plan = plan_of(path, policy, target, dtype, fallback=fallback, options=options, division=division)
-        return _loaded(plan, target, max_memory, progress, options)
+        alike["policy"] = "none" if plan.given is None else str(plan.given.to_dict())
+        notes = [ALONE] if config is not None and division is None else []
+        return _loaded(plan, target, max_memory, progress, options, notes)
 
 
 def _loaded(
-    plan: Plan, target: torch.device, max_memory: int | None, progress: bool | None, options: dict[str, Any]
+    plan: Plan,
+    target: torch.device,
+    max_memory: int | None,
+    progress: bool | None,
+    options: dict[str, Any],
+    notes: Sequence[str],
 ) -> nn.Module:
     """What a plan says, done."""
     plan.serving()  # an error shows before anything is read
@@ -234,7 +244,7 @@ def _loaded(
         vars(plan.model)[MARK] = plan.files.head  # for ``save``
     _move_buffers(plan.model, target)
     claim_before_tracing(p for p in plan.model.parameters() if p.dim() > 1)
-    notes = [*plan.notes, *plan.files.notes]
+    notes = [*notes, *plan.notes, *plan.files.notes]
     if has_parts(plan.model):
         notes.append(
             f"read {plan.files.taken / 1e6:,.2f} MB of {plan.files.nbytes / 1e6:,.2f} MB in files, this rank's parts"

@@ -158,7 +158,11 @@ class _Slicer:
             cut = rows if axis.of == "n" else columns
             runs = None if cut.is_all else _items(axis, cut, items)
             if isinstance(runs, str):
-                self._fail(slot, f"{part.name} {runs}", "Fix: fewer ranks, a checkpoint with smaller groups")
+                self._fail(
+                    slot,
+                    f"{part.name} {runs}",
+                    "Fix: fewer ranks, a checkpoint with smaller groups (or without zero points, where these are cut)",
+                )
             if runs is not None and runs != ((0, items),):
                 part = part.cut(dim, runs)
         return part

@@ -6,7 +6,8 @@ first call, heads that ranks cannot share and rows that do not come out even, is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +17,9 @@ from quant_compile.ir.errors import MissingLibraryError, OptionError
 from quant_compile.lowering.identity import local_of, shard_of
 
 WITH = "Fix: start the processes by torchrun --nproc-per-node N, and call load on each"
+
+
+ALONE = "a plan for several processes was given, and there is one, which has the model whole (torchrun --nproc-per-node N starts several)"
 
 
 @dataclass(frozen=True)
@@ -33,22 +37,12 @@ class Division:
     device: torch.device
 
     @staticmethod
-    def of(distributed_config: Any, tp_plan: Any, device: Any) -> Division | None:
-        """What the arguments of ``load`` ask for; None: one process has the model whole. A collective where they ask for several.
+    def of(config: Any) -> Division | None:
+        """The mesh of a DistributedConfig; None: one process has the model whole. A collective where several are asked for.
 
         Raises:
-            OptionError: they contradict each other, or ask for what is not done here, or there are not as many processes.
-            MissingLibraryError: transformers is too old for it.
+            OptionError: there are not as many processes.
         """
-        config = _config(distributed_config, tp_plan)
-        if config is None:
-            return None
-        _refuse_others(config)
-        if (config.tp_size or 1) > 1 and device is not None:
-            raise OptionError(
-                f"device={device!r} is given beside a tp_plan, under which each process has a device of its own.\n"
-                "Fix: leave device out; torchrun's LOCAL_RANK says which GPU it is."
-            )
         from transformers import PreTrainedModel
 
         maker: Any = PreTrainedModel
@@ -70,11 +64,34 @@ class Division:
             made = maker.maybe_distribute_model(model, self.config, self.mesh)
         except Exception as error:
             raise OptionError(
-                f"transformers cannot divide {maker.__name__}: {_text(error)}.\nFix: another number of processes, or load it on one GPU."
+                f"transformers cannot divide {maker.__name__}: {_text(error)}.\n"
+                "Fix: a plan that fits it (tp_plan={name: style}), another number of processes, or load it on one GPU."
             ) from error
         _check_heads(made, self.config.tp_size)
         _check_even(made)
         return made
+
+
+def asked(distributed_config: Any, tp_plan: Any, device: Any) -> Any:
+    """The DistributedConfig that the arguments of ``load`` ask for; None where they ask for none.
+
+    Raises:
+        OptionError: they contradict each other, have unknown names, or ask for what is not done here.
+        MissingLibraryError: transformers is too old for it.
+    """
+    config = _config(distributed_config, tp_plan)
+    if config is None:
+        return None
+    plan = getattr(config, "tp_plan", None)
+    if plan is not None and plan != "auto" and not isinstance(plan, Mapping):
+        raise OptionError(f'tp_plan must be "auto", or a dict of names and styles, got {plan!r}.')
+    _refuse_others(config)
+    if (config.tp_size or 1) > 1 and device is not None:
+        raise OptionError(
+            f"device={device!r} is given beside a tp_plan, under which each process has a device of its own.\n"
+            "Fix: leave device out; torchrun's LOCAL_RANK says which GPU it is."
+        )
+    return config
 
 
 def _config(distributed_config: Any, tp_plan: Any) -> Any:
@@ -89,6 +106,16 @@ def _config(distributed_config: Any, tp_plan: Any) -> Any:
     if isinstance(distributed_config, DistributedConfig):
         return distributed_config
     given = {"tp_plan": tp_plan} if distributed_config is None else distributed_config
+    if not isinstance(given, Mapping):
+        raise OptionError(
+            f"distributed_config is a {type(given).__name__}.\nFix: transformers' DistributedConfig, or a dict of its keys."
+        )
+    known = {each.name for each in fields(DistributedConfig)} if is_dataclass(DistributedConfig) else set(given)
+    wrong = [str(key) for key in given if key not in known]
+    if wrong:
+        raise OptionError(
+            f"DistributedConfig has no {', '.join(wrong)}.\nFix: its keys are {', '.join(sorted(known))}."
+        )
     try:
         return DistributedConfig.from_dict(dict(given))
     except Exception as error:
@@ -112,7 +139,7 @@ def _refuse_others(config: Any) -> None:
 def _check_heads(model: Any, ranks: int) -> None:
     """Refuse ranks among which attention heads do not come out even; transformers' code would take parts of heads for heads."""
     config = model.config.get_text_config(decoder=True)
-    cut = [name for name, parameter in model.named_parameters() if "attn" in name.lower() and _is_cut(parameter)]
+    cut = [name for name, parameter in model.named_parameters() if "att" in name.lower() and _is_cut(parameter)]
     sizes = {"num_attention_heads": True, "num_key_value_heads": any("k_proj" in name for name in cut)}
     for key, matters in sizes.items():
         heads: Any = getattr(config, key, None)

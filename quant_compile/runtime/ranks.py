@@ -34,23 +34,34 @@ def telling() -> Generator[None]:
             _store().delete_key(f"{KEY}/{dist.get_rank()}")
 
 
+def in_group() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 @contextmanager
-def together(what: str) -> Generator[None]:
+def together(what: str) -> Generator[dict[str, str]]:
     """Around what every rank does without collectives: where one fails all fail, as soon as all have come to its end.
 
     Args:
         what: is done, for messages.
 
+    Yields:
+        A dict for what must be alike on all ranks: names, and texts that are compared.
+
     Raises:
-        RankError: another rank failed, and this one did not.
+        RankError: another rank failed, and this one did not; or something is not alike.
     """
     failure: Exception | None = None
+    alike: dict[str, str] = {}
     try:
-        yield
+        yield alike
     except Exception as error:
         failure = error
-    rank, texts = dist.get_rank(), list[Any]([None] * dist.get_world_size())
-    dist.all_gather_object(texts, None if failure is None else f"{type(failure).__name__}: {failure}"[:LONGEST])
+    rank, answers = dist.get_rank(), list[Any]([None] * dist.get_world_size())
+    own = None if failure is None else f"{type(failure).__name__}: {failure}"[:LONGEST]
+    dist.all_gather_object(answers, (own, alike))
+    texts = [text for text, _ in answers]
     if failure is not None:
         failure.add_note(f"This is rank {rank} of {len(texts)}.")
         raise failure
@@ -60,6 +71,13 @@ def together(what: str) -> Generator[None]:
         raise RankError(
             f"{what} failed on rank {', '.join(map(str, failed))} of {len(texts)}, so nothing is kept here. Rank {first}: {text}"
         )
+    for name, text in alike.items():
+        other = next((other for other, (_, said) in enumerate(answers) if said.get(name) != text), None)
+        if other is not None:
+            both = f"here {text[:500]}, there {answers[other][1].get(name)[:500]}"
+            raise RankError(
+                f"{what}: ranks {rank} and {other} have different values of {name}: {both}.\nFix: the same arguments on every rank."
+            )
 
 
 def _tell(error: Exception) -> None:

@@ -136,6 +136,7 @@ def on_the_way(path: Path, policy: Any, plan: dict[str, Any]) -> dict[str, Any]:
 def failures(paths: Sequence[Path], path: Path, heads: Path, cut: Path, gguf: Path) -> dict[str, Any]:
     """What is said of one rank's broken file, and of what cannot be divided; every rank goes on afterwards."""
     import torch.distributed as dist
+    from safetensors.torch import load_file
 
     plan, found = {"tp_plan": "auto"}, dict[str, Any]()
     started = time.monotonic()
@@ -150,10 +151,20 @@ def failures(paths: Sequence[Path], path: Path, heads: Path, cut: Path, gguf: Pa
     found["both"] = _said(lambda: divided(path, "W8A16", plan, tp_plan="auto"))
     found["fsdp"] = _said(lambda: divided(path, "W8A16", {"fsdp_size": 2}))
     found["world"] = _said(lambda: divided(path, "W8A16", {"tp_size": 3, "tp_plan": "auto"}))
+    second = dist.get_rank() == 1
+    found["plan"] = _said(lambda: quant_compile.load(path, "W8A16", tp_plan="autoo"))
+    found["key"] = _said(lambda: quant_compile.load(path, "W8A16", distributed_config={"tp_pln": "auto"}))
+    found["one device"] = _said(lambda: divided(path, "W8A16", plan, **({"device": "cpu"} if second else {})))
+    found["policies"] = _said(lambda: divided(path, "W8A16" if second else "W4A16", plan))
     dist.barrier()
     with torch.no_grad(), without_inductor():
         made = quant_compile.load(path, "W8A16", tp_plan="auto")
-        found["after"] = made(torch.arange(3, 11).view(1, 8)).logits.isfinite().all().item()
+        ids = torch.arange(3, 11).view(1, 8)
+        before = made(ids).logits
+        found["restore"] = _said(
+            lambda: quant_compile.restore(made, {} if second else load_file(path / "model.safetensors"))
+        )
+        found["after"] = torch.equal(made(ids).logits, before)
     return found
 
 

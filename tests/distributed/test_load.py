@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import quant_compile
 from tests.checkpoints import packers
 from tests.checkpoints.support import quantized, quantized_experts, tiny_llama, tiny_moe
 from tests.distributed import checks, loads
@@ -111,7 +112,17 @@ def test_failures(world: World, folder: Path) -> None:
         assert "max_memory is" in rank["memory"]
         assert "both given" in rank["both"] and "not by FSDP" in rank["fsdp"]
         assert rank["world"].startswith("OptionError") and "torchrun" in rank["world"]
-        assert rank["after"]
+        assert rank["plan"].startswith("OptionError") and "'autoo'" in rank["plan"]
+        assert rank["key"].startswith("OptionError") and "tp_pln" in rank["key"]
+        assert rank["policies"].startswith("RankError") and "different values of policy" in rank["policies"]
+        assert rank["after"], "a restore that failed on one rank changed another"
+    assert first["one device"].startswith("RankError") and second["one device"].startswith("OptionError")
+    assert first["restore"].startswith("RankError") and second["restore"].startswith("StaleWeightError")
+
+
+def test_one_process_with_a_plan_says_so(tmp_path: Path) -> None:
+    made = quant_compile.load(checks.make("one_layer", tmp_path), "W8A16", tp_plan="auto")
+    assert any("there is one, which has the model whole" in note for note in quant_compile.report(made).notes)
 
 
 CASES: dict[str, packers.Case] = {
