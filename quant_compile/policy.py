@@ -135,6 +135,7 @@ class Policy:
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "all_reduce", codes_of_sums(self.all_reduce))
         if isinstance(self.kv_cache, str):
             object.__setattr__(
                 self, "kv_cache", CacheRules(None if self.kv_cache.lower() == KEEP else parse_cache(self.kv_cache))
@@ -334,6 +335,19 @@ def _read_file(path: Path) -> Policy:
     return _Reader(read_yaml(text, str(path)), path.parent, path.stem, str(path)).policy()
 
 
+def codes_of_sums(value: Any) -> str | None:
+    """What ranks send of what they add; None: 16 bits.
+
+    Raises:
+        PolicyError: it is no such name.
+    """
+    if value is None or value is False or (isinstance(value, str) and value.lower() == KEEP):
+        return None
+    if not isinstance(value, str) or value.upper() not in CODES:
+        raise PolicyError(f"all_reduce must be {KEEP}, {' or '.join(CODES)}, got {_shown(value)}")
+    return value.upper()
+
+
 class _Reader:
     """Turns a document into a Policy, checking every key and value."""
 
@@ -397,11 +411,10 @@ class _Reader:
         return value or AUTO
 
     def _all_reduce(self, value: Any) -> str | None:
-        if value is None or (isinstance(value, str) and value.lower() == KEEP):
-            return None
-        if not isinstance(value, str) or value.upper() not in CODES:
-            self.fail(("all_reduce",), f"all_reduce must be {KEEP}, {' or '.join(CODES)}, got {_shown(value)}")
-        return value.upper()
+        try:
+            return codes_of_sums(value)
+        except PolicyError as error:
+            self.fail(("all_reduce",), str(error))
 
     def _kv_cache(self, path: KeyPath, value: Any) -> CacheRules | None:
         if value is None or isinstance(value, CacheRules):

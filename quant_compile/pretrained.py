@@ -215,7 +215,7 @@ def load(
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with nullcontext({}) if division is None else together(what) as alike:
         plan = plan_of(path, policy, target, dtype, fallback=fallback, options=options, division=division)
-        alike["policy"] = "none" if plan.given is None else str(plan.given.to_dict())
+        alike["policy"] = "none" if plan.given is None else f"{plan.given.content_hash} {plan.given.to_dict()}"
         notes = [ALONE] if config is not None and division is None else []
         return _loaded(plan, target, max_memory, progress, options, notes)
 

@@ -140,9 +140,22 @@ EDITS: list[dict[str, Any]] = [
     {"strict": True},
     {"allow_reference": True},
     {"fuse": {"share_quant": False}},
+    {"fuse": {"all_reduce": True}},
+    {"all_reduce": "INT8"},
     {"attention": "keep"},
     {"release_weights": True},
 ]
+
+
+@pytest.mark.parametrize("value", ["bogus", 3, ["FP8"], True])
+def test_what_ranks_send_has_a_name(value: Any) -> None:
+    for make in (lambda: Policy(None, all_reduce=value), lambda: Policy.load({"default": "W8A8", "all_reduce": value})):
+        with pytest.raises(PolicyError, match="keep, FP8 or INT8"):
+            make()
+    assert (
+        Policy.load({"default": "W8A8", "all_reduce": False}).all_reduce is None
+        and Policy(None, all_reduce="int8").all_reduce == "INT8"
+    )
 
 
 @pytest.mark.parametrize("edit", EDITS)
