@@ -15,7 +15,16 @@ import quant_compile
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.weights import STORE
 from quant_compile.pretrained import plan_of
-from tests.checkpoints.fixtures.common import FIXTURES, IDS, MOST, SOME, tiny, tiny_deepseek, tiny_mixtral
+from tests.checkpoints.fixtures.common import (
+    FIXTURES,
+    IDS,
+    MOST,
+    SOME,
+    tiny,
+    tiny_deepseek,
+    tiny_mixtral,
+    tiny_qwen3_moe,
+)
 from tests.checkpoints.support import distance, logits
 
 # None: values of a table that no scheme has.
@@ -43,6 +52,8 @@ WHOLE: dict[str, tuple[str, Callable[[], Any]]] = {
     "autoround-fp8-static-kv": ("fp8e4m3.channel+fp8e4m3.tensor", tiny),
     "llmcompressor-fp8-block-deepseek": ("FP8_BLOCK", tiny_deepseek),
     "llmcompressor-fp8-dynamic-mixtral": ("FP8_DYNAMIC", tiny_mixtral),
+    "llmcompressor-nvfp4a16-qwen3-moe": ("NVFP4A16", tiny_qwen3_moe),
+    "llmcompressor-w4a16-qwen3-moe": ("W4A16", tiny_qwen3_moe),
     "modelopt-fp8-mixtral": ("FP8", tiny_mixtral),
 }
 KEPT_CACHE = ("autofp8-kv", "autofp8-kv-scale", "autoround-fp8-static-kv")
@@ -100,9 +111,8 @@ def test_whole_models(name: str, tmp_path: Path) -> None:
     folder, source = checkpoint(name, tmp_path / name), make().float()
     exact = quant_compile.load(folder, {"default": "keep", "requantize": True}, device="cpu", dtype="fp32")
     for (path, found), wanted in zip(exact.named_parameters(), source.parameters(), strict=True):
-        assert distance(found, wanted.detach()) < 0.04, (
-            path
-        )  # e4m3 rounds by 0.027 in the mean square; another order is above 1
+        # e4m3 rounds by 0.027 in the mean square, 4 bits by 0.1; another order is above 1.
+        assert distance(found, wanted.detach()) < (0.15 if scheme.endswith("4A16") else 0.04), path
     torch._dynamo.reset()
     model = quant_compile.load(folder, device="cpu")
     held = [entry for p in model.parameters() if (entry := STORE.held(p)) is not None]
@@ -113,11 +123,13 @@ def test_whole_models(name: str, tmp_path: Path) -> None:
         found = model(torch.tensor([*IDS])[None]).logits.float()
     ours = off(found, wanted)
     # One or two tokens whose two best experts are nearly equal go to the other one, and are off by 0.5 or more; the library has such, too.
-    assert int((ours > 0.3).sum()) <= 3
     if library is None:
+        assert int((ours > 0.3).sum()) <= 3
         assert float(ours.median()) < 0.15
     else:
-        assert float(ours.median()) <= 1.1 * float(off(library, wanted).median())
+        theirs = off(library, wanted)
+        assert int((ours > 0.3).sum()) <= int((theirs > 0.3).sum()) + 3
+        assert float(ours.median()) <= 1.1 * float(theirs.median())
         assert float(off(found, library).median()) < 0.1
 
 
