@@ -50,6 +50,7 @@ SCHEMES: dict[str, str | None] = {
 WHOLE: dict[str, tuple[str, Callable[[], Any]]] = {
     "autoround-fp8-block-deepseek": ("FP8_BLOCK", tiny_deepseek),
     "autoround-fp8-static-kv": ("fp8e4m3.channel+fp8e4m3.tensor", tiny),
+    "autoround-w4a16-qwen3-moe": ("W4A16", tiny_qwen3_moe),
     "llmcompressor-fp8-block-deepseek": ("FP8_BLOCK", tiny_deepseek),
     "llmcompressor-fp8-dynamic-mixtral": ("FP8_DYNAMIC", tiny_mixtral),
     "llmcompressor-nvfp4a16-qwen3-moe": ("NVFP4A16", tiny_qwen3_moe),
