@@ -797,7 +797,7 @@ def newcomer(results: Path) -> str:
     what = (
         "with an environment that is there" if result["installed"] else "with everything that is installed on the way"
     )
-    text = f"**How long it takes**, {what}, on a CPU, by the wall clock. {place(result, 'torch')}.\n"
+    text = f"**How long it takes**, {what}, on a CPU, by the wall clock. {place(result)}.\n"
     return "\n".join([text, markdown(["step", "seconds", ""], rows)])
 
 
