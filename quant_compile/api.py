@@ -196,7 +196,7 @@ def release(model: nn.Module) -> int:
 
 
 def restore(model: nn.Module, source: str | Path | Mapping[str, Tensor] | nn.Module) -> int:
-    """Put the original values of released weights back; returns how many.
+    """Put the original values of released weights back; returns how many. Every rank of a divided model must call it.
 
     Args:
         model: the model.

@@ -205,8 +205,8 @@ def load(
         OptionError: the processes cannot share the model.
         RankError: another process failed.
     """
-    what = f"load of {path}"
-    with together(what) if in_group() else nullcontext():
+    what, divides = f"load of {path}", distributed_config is not None or tp_plan is not None
+    with together(what) if divides and in_group() else nullcontext():  # one rank may load a model for itself
         config = asked(distributed_config, tp_plan, device)
     division = None if config is None else Division.of(config)
     if division is not None:

@@ -156,6 +156,8 @@ def failures(paths: Sequence[Path], path: Path, heads: Path, cut: Path, gguf: Pa
     found["key"] = _said(lambda: quant_compile.load(path, "W8A16", distributed_config={"tp_pln": "auto"}))
     found["one device"] = _said(lambda: divided(path, "W8A16", plan, **({"device": "cpu"} if second else {})))
     found["policies"] = _said(lambda: divided(path, "W8A16" if second else "W4A16", plan))
+    if second:
+        found["alone"] = _said(lambda: quant_compile.load(path, "W8A16"))
     dist.barrier()
     with torch.no_grad(), without_inductor():
         made = quant_compile.load(path, "W8A16", tp_plan="auto")

@@ -117,6 +117,7 @@ def test_failures(world: World, folder: Path) -> None:
         assert rank["policies"].startswith("RankError") and "different values of policy" in rank["policies"]
         assert rank["after"], "a restore that failed on one rank changed another"
     assert first["one device"].startswith("RankError") and second["one device"].startswith("OptionError")
+    assert second["alone"] == "", "a rank that loads a model for itself waits for nobody"
     assert first["restore"].startswith("RankError") and second["restore"].startswith("StaleWeightError")
 
 
