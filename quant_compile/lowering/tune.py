@@ -279,7 +279,7 @@ def _measure_layout(
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
         packed = weights(layout, problem, device)
         compile_together(jobs, lambda kernel, m: _calls(kernel, problem, m, packed, 1))
-        take_times(out, known, problem, jobs, lambda kernel, m: graph_time(_calls(kernel, problem, m, packed)) / CALLS)
+        take_times(out, known, problem, jobs, lambda kernel, m: timed(_calls(kernel, problem, m, packed), CALLS))
     torch.cuda.empty_cache()
     return out
 
@@ -305,10 +305,7 @@ def take_times(
     jobs: Sequence[tuple[Any, int]],
     time: Callable[[Any, int], float],
 ) -> None:
-    """Fill in the times of ``jobs``: RAISED for a kernel that raises, which selection then never picks.
-
-    A kernel without room to run counts as one that raised, in this process only.
-    """
+    """Fill in the times of ``jobs``; a kernel without room to run counts as one that raised, in this process only."""
     for kernel, m in jobs:
         name = f"{kernel.name}@{m}"
         try:
@@ -317,9 +314,21 @@ def take_times(
             torch.cuda.empty_cache()
             del out[name]
             known.hold(problem, {name: RAISED})
-        except Exception:  # whatever a library raises, another kernel serves
-            torch.cuda.synchronize()
-            out[name] = RAISED
+
+
+def timed(calls: Callable[[], Any], count: int) -> float:
+    """Median microseconds of one of ``count`` calls of a kernel; RAISED for one that raises, which selection then never picks.
+
+    Raises:
+        OutOfMemoryError: there is no room to run it in.
+    """
+    try:
+        return graph_time(calls) / count
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a library raises, another kernel serves
+        torch.cuda.synchronize()
+        return RAISED
 
 
 def _prepare(kernel: Kernel, m: int, problem: Problem, device: torch.device) -> None:

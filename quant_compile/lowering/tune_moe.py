@@ -15,7 +15,7 @@ from quant_compile.ir.family import Planes, PlaneSpec, family_of
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.lowering.moe import CostOf, MoeKernel, moe_kernels, planes_of
 from quant_compile.lowering.target import Target
-from quant_compile.lowering.tune import Timings, compile_together, graph_time, measured_by, missing_jobs, take_times
+from quant_compile.lowering.tune import Timings, compile_together, measured_by, missing_jobs, take_times, timed
 
 CALLS = 4
 
@@ -35,7 +35,7 @@ def _measure_layout(
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=["cuda"]):
         planes = random_planes(layout, problem)
         compile_together(jobs, lambda kernel, m: _calls(kernel, problem, m, planes, 1))
-        take_times(out, known, problem, jobs, lambda kernel, m: graph_time(_calls(kernel, problem, m, planes)) / CALLS)
+        take_times(out, known, problem, jobs, lambda kernel, m: timed(_calls(kernel, problem, m, planes), CALLS))
     torch.cuda.empty_cache()
     return out
 

@@ -148,3 +148,23 @@ def test_triton_kernels_are_compiled_together_before_they_are_timed() -> None:
     assert jit.compiled == [1, 512] and jit.launched == []
     enqueue(jit, (1,), 16)
     assert jit.launched == [16] and jit.compiled == [1, 512]
+
+
+def test_a_kernel_that_raises_is_not_picked_and_inputs_that_cannot_be_made_are_an_error(
+    choosing: tune.Timings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = kernels()["triton_w4a16"]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(tune, "graph_time", lambda calls: calls())
+
+    def broken() -> None:
+        raise RuntimeError("no such instruction")
+
+    def no_inputs(kernel: Any, m: int) -> float:
+        raise ValueError("our own fault")
+
+    out: dict[str, float] = {}
+    tune.take_times(out, choosing, PROBLEM, [(kernel, 1)], lambda kernel, m: tune.timed(broken, 12))
+    assert out == {f"{kernel.name}@1": tune.RAISED}
+    with pytest.raises(ValueError, match="our own fault"):
+        tune.take_times(out, choosing, PROBLEM, [(kernel, 16)], no_inputs)
