@@ -429,21 +429,25 @@ class Worker:
 
     def time_call(self, tokens: int, filled: int) -> tuple[list[float], list[float]]:
         """(ms until the call returned, ms until the device was done) of some calls at one position of the cache."""
-        cache = static_cache(self.model.config, 1, filled + tokens + self.setup.new_tokens, self.device, torch.bfloat16)
+        call = self.call_of(tokens, filled, self.setup.new_tokens)
+        samples = [call() for _ in range(4 + CALLS)][4:]
+        return [host for host, _ in samples], [wall for _, wall in samples]
+
+    def call_of(self, tokens: int, filled: int, room: int) -> Callable[[], tuple[float, float]]:
+        """A call at one position of a static cache with room for more: ms until it returned, and until the device was done."""
+        cache = static_cache(self.model.config, 1, filled + tokens + room, self.device, torch.bfloat16)
         ids = torch.arange(tokens, device=self.device).reshape(1, tokens) % self.model.config.vocab_size
-        host: list[float] = []
-        wall: list[float] = []
-        for turn in range(4 + CALLS):
+
+        def call() -> tuple[float, float]:
             set_position(cache, filled)
             synchronize(self.device)
             started = time.perf_counter()
             self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             returned = time.perf_counter()
             synchronize(self.device)
-            if turn >= 4:
-                host.append((returned - started) * 1e3)
-                wall.append((time.perf_counter() - started) * 1e3)
-        return host, wall
+            return (returned - started) * 1e3, (time.perf_counter() - started) * 1e3
+
+        return call
 
     # -- the lock while compiling --------------------------------------------------------------------------------------
 

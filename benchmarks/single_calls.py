@@ -24,37 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine, set_position, static_cache, table, write_result
-from e2e import synchronize
+from common import RESULTS, machine, table, write_result
 from first_token import worker
 from generate_worker import DEFAULT, LLAMA, Worker
 
 STACKS = ("inductor", "FP8_DYNAMIC", "W4A16")
 TURNS, WARM = 40, 4
 PROFILED = 300  # calls
+ROOM = 64  # tokens of a cache behind the call's
 Call = Callable[[], tuple[float, float]]
-
-
-def call_of(stack: Worker, tokens: int, filled: int) -> Call:
-    """A call of the model at one position of a static cache: milliseconds until it returns, and until the device is done."""
-    cache = static_cache(stack.model.config, 1, filled + tokens + 64, stack.device, torch.bfloat16)
-    ids = torch.arange(tokens, device=stack.device).reshape(1, tokens) % stack.model.config.vocab_size
-
-    def call() -> tuple[float, float]:
-        set_position(cache, filled)
-        synchronize(stack.device)
-        started = time.perf_counter()
-        stack.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        returned = time.perf_counter()
-        synchronize(stack.device)
-        return (returned - started) * 1e3, (time.perf_counter() - started) * 1e3
-
-    return call
 
 
 def measure(stacks: dict[str, Worker], tokens: int, filled: int, turns: int) -> tuple[dict[str, Call], dict[str, Any]]:
     """The calls, and the median of their host and wall times."""
-    calls = {name: call_of(stack, tokens, filled) for name, stack in stacks.items()}
+    calls = {name: stack.call_of(tokens, filled, ROOM) for name, stack in stacks.items()}
     for name, call in calls.items():
         if name == "inductor":
             stacks[name].model.compile(dynamic=False)
