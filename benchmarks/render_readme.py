@@ -96,6 +96,7 @@ GENERATE_STACKS = {
     "torchao-fp8": "torchao FP8 per row, compiled by HF",
     "torchao-int4": "torchao int4, group 128, compiled by HF",
 }
+TOKEN_KEYS, FIRST_TOKEN_KEYS = ("ms_per_token", "speedup"), ("first_token_ms", "first_token_speedup")
 
 
 def generate(results: Path) -> str:
@@ -110,7 +111,7 @@ def generate(results: Path) -> str:
         f"bf16 that Hugging Face's own `generate` compiles with CUDA graphs. {options_of(result)}"
         f"{place(result, 'triton', 'transformers', 'torchao')}.\n"
     )
-    return "\n".join([text, generate_table(result, "ms_per_token", "speedup")])
+    return "\n".join([text, generate_table(result, *TOKEN_KEYS)])
 
 
 def generate_first_token(results: Path) -> str:
@@ -124,7 +125,21 @@ def generate_first_token(results: Path) -> str:
         + (f"{result['settings']['gpus']} GPUs of one host." if result["settings"]["gpus"] > 1 else "One GPU.")
         + "\n"
     )
-    return "\n".join([text, generate_table(result, "first_token_ms", "first_token_speedup")])
+    return "\n".join([text, generate_table(result, *FIRST_TOKEN_KEYS)])
+
+
+def generate_rest(results: Path) -> str:
+    """The other batches and prompts of ``generate``, in a run of their own."""
+    result = read("generate_rest", results)
+    if result is None:
+        return ""
+    text = (
+        f"**`generate`, the other batches and prompts**: {shapes_of(result)}, a run of its own with its own first row. "
+        f"{options_of(result)}{place(result, 'triton', 'transformers')}. Milliseconds a token:\n"
+    )
+    first = "\nMilliseconds to the first token:\n"
+    tables = [generate_table(result, *keys) for keys in (TOKEN_KEYS, FIRST_TOKEN_KEYS)]
+    return "\n".join([text, tables[0], first, tables[1]])
 
 
 def first_token(results: Path) -> str:
@@ -347,7 +362,7 @@ def generate_cpu(results: Path) -> str:
         "milliseconds a token by the wall clock and speed relative to bf16 that Hugging Face compiles. "
         f"{place(result, 'transformers')}.\n"
     )
-    return "\n".join([text, generate_table(result, "ms_per_token", "speedup")])
+    return "\n".join([text, generate_table(result, *TOKEN_KEYS)])
 
 
 def generate_table(result: Result, name: str, ratio: str) -> str:
@@ -355,6 +370,7 @@ def generate_table(result: Result, name: str, ratio: str) -> str:
     cells = list(dict.fromkeys(cell for row in result["rows"] for cell in row["cells"]))
     cells.sort(key=lambda cell: [int(part) for part in reversed(re.findall(r"\d+", cell))])
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    cells = [cell for cell in cells if any(_asked(row["cells"].get(cell, {})) for row in result["rows"])]
     empty = [cell for cell in cells if not any(row["cells"].get(cell, {}).get(name) for row in result["rows"])]
     cells = [cell for cell in cells if cell not in empty]
     rows: list[list[str]] = []
@@ -363,10 +379,15 @@ def generate_table(result: Result, name: str, ratio: str) -> str:
         found = [generate_cell(row["cells"].get(cell, {}), name, ratio) for cell in cells]
         if set(found) - {NONE}:
             rows.append([*([row["model"]] if len(models) > 1 else []), generate_name(row), *found])
-        elif row["stack"] != "wrapper" and any("not asked" not in c.get("reason", "") for c in row["cells"].values()):
+        elif row["stack"] != "wrapper" and any(_asked(cell) for cell in row["cells"].values()):
             missing.append(generate_name(row))
     table = markdown([*(["model"] if len(models) > 1 else []), "stack", *cells], rows)
     return f"{table}\n\nNot measured: {'; '.join(dict.fromkeys([*missing, *empty]))}." if missing or empty else table
+
+
+def _asked(cell: Result) -> bool:
+    """Whether it was to be measured."""
+    return bool(cell) and "not asked" not in cell.get("reason", "")
 
 
 def generate_cell(cell: Result, name: str, ratio: str) -> str:
@@ -380,7 +401,10 @@ def generate_cell(cell: Result, name: str, ratio: str) -> str:
 
 def generate_name(row: Result) -> str:
     """A stack in words."""
-    policy, _, mode = row["stack"].partition(":")
+    policy, cache = row["stack"].partition("+kv:")[::2]
+    if cache:
+        return f"{policy}, KV cache {cache}"
+    policy, _, mode = policy.partition(":")
     return f"{policy}, no CUDA graphs" if mode else GENERATE_STACKS.get(policy, policy)
 
 
@@ -1265,6 +1289,7 @@ def cell(text: str) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "generate": generate,
     "generate_first_token": generate_first_token,
+    "generate_rest": generate_rest,
     "first_token": first_token,
     "load": load,
     "attention_decode": attention_decode,

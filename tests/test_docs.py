@@ -267,6 +267,7 @@ def test_the_limit_of_experts_in_four_bits_is_what_the_table_says() -> None:
 MACHINE = {"gpu": "NVIDIA H200", "cpu": "some", "threads": 2, "versions": {"torch": "2.11.0", "triton": None}}
 CELL = {"ms": 2.0, "speedup": 1.5, "wall_ms": 2.25}
 TOKEN = {"ms_per_token": 4.0, "first_token_ms": 14.0, "speedup": 1.0, "first_token_speedup": 1.0}
+NOT_ASKED = {"reason": "not run: not asked for"}
 FAMILY = {
     "class": "M",
     "status": "right",
@@ -326,6 +327,13 @@ RESULTS: dict[str, dict[str, Any]] = {
                 "cells": {},
                 "wrapper": {"weights": 300, "us_1": 9.6, "us_10": 9.9},
             },
+        ],
+    },
+    "generate_rest": {
+        "settings": {"layers": {"Llama-3-8B": 16}, "options": {}, "new_tokens": 64},
+        "rows": [
+            {"model": "Llama-3-8B", "stack": "hf-auto", "cells": {"B=1 P=32": TOKEN, "B=1 P=128": NOT_ASKED}},
+            {"model": "Llama-3-8B", "stack": "W4A8+kv:FP8", "cells": {"B=1 P=32": TOKEN, "B=1 P=128": NOT_ASKED}},
         ],
     },
     "generate_cpu": {
@@ -455,6 +463,7 @@ EXPECTED = {
         "| W4A8, no CUDA graphs | 1.25 / 2.50 |",
         "Python of a call of a graph with 300 weights, by the number of models: 10 µs with 1 bound to it, 10 µs with 10 bound to it.",
     ],
+    "generate_rest": ["| stack | B=1 P=32 |", "| W4A8, KV cache FP8 | 4.00 (1.00×) |"],
     "generate_cpu": ["| HF bf16, static cache, compiled by HF | 4.00 (1.00×) |"],
     "e2e": [
         "| stack | decode B=1 | prefill 1x2048 | linears alone, B=1 | weights held, GiB |",

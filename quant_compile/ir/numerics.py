@@ -18,8 +18,9 @@ FLOAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
 # Rows whose largest value is below this become zeros. Large enough that scale and 1/scale are normal f32 numbers.
 SMALLEST_AMAX = 2.0**-100
 CHUNK_ELEMENTS = 1 << 21
-# On a GPU a chunk costs some hundred launches in a search for scales: 64 MiB of f32, which occupy it for longer than these take.
-GPU_CHUNK_ELEMENTS = 1 << 24
+# On a GPU a chunk costs some hundred launches in a search for scales: 16 MiB of f32 occupy it for about as long as these take. Several
+# temporaries of this size are held at once, and all of them together should be less than a layer.
+GPU_CHUNK_ELEMENTS = 1 << 22
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -74,14 +75,21 @@ def tensor_amax(w: Tensor) -> Tensor:
     return torch.maximum(-low, high).to(torch.float32).clamp_min(SMALLEST_AMAX)
 
 
-def by_row_chunks(w: Tensor, rows: int, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Apply ``function`` to slices of ``w`` ([n, k]) of a multiple of ``rows`` rows and join the planes it returns.
+def row_chunks(w: Tensor, rows: int, elements: int | None = None) -> list[Tensor]:
+    """Slices of ``w`` ([n, k]) of a multiple of ``rows`` rows and about as many ``elements``; None: as the device likes them."""
+    elements = elements or (GPU_CHUNK_ELEMENTS if w.is_cuda else CHUNK_ELEMENTS)
+    step = max(rows, elements // max(1, w.shape[1]) // rows * rows)
+    return [w[start : start + step] for start in range(0, w.shape[0], step)] if w.shape[0] > step else [w]
+
+
+def by_row_chunks(
+    w: Tensor, rows: int, function: Callable[[Tensor], tuple[Tensor, ...]], elements: int | None = None
+) -> tuple[Tensor, ...]:
+    """Apply ``function`` to ``row_chunks`` and join the planes it returns.
 
     Keeps f32 temporaries at a few chunks instead of a whole layer.
     """
-    elements = GPU_CHUNK_ELEMENTS if w.is_cuda else CHUNK_ELEMENTS
-    step = max(rows, elements // max(1, w.shape[1]) // rows * rows)
-    if w.shape[0] <= step:
+    chunks = row_chunks(w, rows, elements)
+    if len(chunks) == 1:
         return function(w)
-    chunks = [function(w[start : start + step]) for start in range(0, w.shape[0], step)]
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return tuple(torch.cat(parts) for parts in zip(*map(function, chunks), strict=True))

@@ -9,6 +9,7 @@ from torch import Tensor
 import quant_compile.lowering.schemes  # noqa: F401  registers the families
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.scheme import Scheme, parse
+from quant_compile.lowering.rounding import gptq as rounding
 from quant_compile.lowering.rounding.gptq import DAMPING, OWN_DAMPING, OWN_STEP, compensated, gptq
 from quant_compile.lowering.rounding.recipe import (
     AUTO,
@@ -178,6 +179,20 @@ def test_compensation_loses_less_where_rows_lie_as_inputs_do(spec: str) -> None:
 
     searching, compensating = (planes_of(w, scheme, Rounding(how)) for how in (SEARCH, COMPENSATE))
     assert error(compensating) < 0.9 * error(searching)
+
+
+@pytest.mark.parametrize("spec", ["W4A16", "NVFP4A16", "MXFP4A16"])
+def test_a_weight_of_many_rows_is_rounded_a_part_at_a_time(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head's f32 would be larger than all else; NVFP4's one scale of the tensor stays that of all rows."""
+    scheme, w = parse(spec), learned(100, 256)
+    w[70] *= 3
+    whole = compensated(w, scheme), gptq(w, scheme, moments_of(256))
+    monkeypatch.setattr(rounding, "ELEMENTS", 32 * 256)
+    for planes, in_one in zip((compensated(w, scheme), gptq(w, scheme, moments_of(256))), whole, strict=True):
+        assert planes is not None and in_one is not None
+        assert [(plane.shape, plane.dtype) for plane in planes] == [(plane.shape, plane.dtype) for plane in in_one]
+        apart = values_of(planes, scheme, 256) != values_of(in_one, scheme, 256)
+        assert float(apart.double().mean()) < 0.01, "other than by sums in another order"
 
 
 def test_compensation_refuses_values_of_no_use() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Grid, Planes, family_of
+from quant_compile.ir.numerics import by_row_chunks, row_chunks
 from quant_compile.ir.scheme import Scheme
 from quant_compile.lowering.rounding.search import best, grouped, positive
 
@@ -18,6 +19,8 @@ BLOCK = 128
 DAMPING = 0.01
 # Of a weight's own moments, and how many inputs are rounded at once under them.
 OWN_DAMPING, OWN_STEP = 2.0, 8
+# Rows are independent of each other, and a head of a large vocabulary in f32 is several layers: these are 256 MiB.
+ELEMENTS = 1 << 26
 # Damping is raised until the matrix has a Cholesky factor; with this much it is all but diagonal.
 MOST_DAMPING = 100.0
 
@@ -33,20 +36,27 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
         return None
     weights = positive(moments.diagonal())
     upper = _inverse_factor(moments, DAMPING)
-    return None if upper is None else _spread(w, grid, upper, weights, 1)
+    return None if upper is None else _by_rows(w, grid, upper, weights, 1)
 
 
 def compensated(w: Tensor, scheme: Scheme) -> Planes | None:
     """[n, k] -> planes in row form, by no data; None where the scheme's codes cannot be chosen, or values are zero or not finite.
 
-    Holds two matrices [k, k] in f32 besides the weight in f32.
+    Holds two matrices [k, k] in f32 besides some rows in f32.
     """
     grid = family_of(scheme).grid(w, scheme)
     if grid is None or not w.numel():
         return None
-    values = w.float()
-    upper = _inverse_factor(values.t() @ values, OWN_DAMPING)
-    return None if upper is None else _spread(w, grid, upper, None, OWN_STEP)
+    moments = torch.zeros(w.shape[1], w.shape[1], device=w.device)
+    for rows in row_chunks(w, 1, ELEMENTS):
+        values = rows.float()
+        moments.addmm_(values.t(), values)
+    upper = _inverse_factor(moments, OWN_DAMPING)
+    return None if upper is None else _by_rows(w, grid, upper, None, OWN_STEP)
+
+
+def _by_rows(w: Tensor, grid: Grid, backwards: Tensor, weights: Tensor | None, step: int) -> Planes:
+    return by_row_chunks(w, 1, lambda rows: _spread(rows, grid, backwards, weights, step), ELEMENTS)
 
 
 def _spread(w: Tensor, grid: Grid, backwards: Tensor, weights: Tensor | None, step: int) -> Planes:
