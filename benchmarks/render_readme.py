@@ -144,7 +144,7 @@ def generate_rest(results: Path) -> str:
 
 def first_token(results: Path) -> str:
     """Time to the first token, with all stacks taking turns."""
-    found = [result for name in ("first_token", "first_token_short") if (result := read(name, results)) is not None]
+    found = [result for name in ("first_token", "first_token_later") if (result := read(name, results)) is not None]
     parts: list[str] = []
     for result in found:
         rows = result["rows"]

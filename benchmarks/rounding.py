@@ -178,13 +178,13 @@ def round_all(model: Any, spec: str, how: Rounding) -> None:
         torch.cuda.synchronize()
 
 
-def large(device: torch.device, methods: Iterable[str], count: int) -> list[dict[str, Any]]:
+def large(device: torch.device, roundings: Iterable[str], methods: Iterable[str], count: int) -> list[dict[str, Any]]:
     """The Llama-3-8B shape, 16 layers of random weights, random tokens: seconds and peak memory."""
     model: Any = build_llama(LLAMA_3_8B, 16, device)
     held = torch.cuda.memory_allocated()
     rows: list[dict[str, Any]] = []
     ids = torch.randint(0, model.config.vocab_size, (count, LENGTH), generator=torch.Generator().manual_seed(0))
-    for how in WITHOUT_DATA:
+    for how in roundings:
         torch.cuda.synchronize()
         start = time.perf_counter()
         torch.cuda.reset_peak_memory_stats()
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     meta["settings"] = {"length": LENGTH, "windows": args.windows, "calibration": args.calibration}
     rows: list[dict[str, Any]] = []
     if args.large:
-        meta["large"] = large(device, args.methods, args.calibration)
+        meta["large"] = large(device, args.roundings, args.methods, args.calibration)
         write_result(out, rows, meta)
     for name in args.models:
         at = setting(name, device, args.windows)

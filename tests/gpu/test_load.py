@@ -152,6 +152,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("source"), model, dict(model.state_dict()), None)
 
 
+def rounding_of_bf16(source: Path) -> float:
+    """How far the unquantized model's logits in bf16 are from those in f32: two that compute in bf16 are about 1.4 times as far apart."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(GPU)
+    in_bf16 = logits(model).float()
+    exact = logits(model.float())
+    return float((in_bf16 - exact).norm() / exact.norm())
+
+
 @pytest.mark.parametrize("policy", ["FP8_DYNAMIC", "W4A16"])
 def test_a_model_is_that_of_mapped_files(
     source: Path, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,8 +175,10 @@ def test_a_model_is_that_of_mapped_files(
     quant_compile.save(found, tmp_path / "packed", "packed")
     again = quant_compile.load(tmp_path / "packed", device=GPU)
     assert_same_slabs(again, found)
-    if policy == "W4A16":  # the order of its kernel's split sums varies from call to call
-        assert (logits(again) - wanted).norm() < 0.01 * wanted.norm()  # single logits in bf16 move by more
+    if (
+        policy == "W4A16"
+    ):  # kernels are chosen by time and may be others, and split sums vary in order: both are bf16's rounding
+        assert (logits(again) - wanted).norm() < 2 * rounding_of_bf16(source) * wanted.norm()
     else:
         assert torch.equal(logits(again), wanted)
 

@@ -21,6 +21,7 @@ DAMPING = 0.01
 OWN_DAMPING, OWN_STEP = 2.0, 8
 # Rows are independent of each other, and a head of a large vocabulary in f32 is several layers: these are 256 MiB.
 ELEMENTS = 1 << 26
+INVERTED = 1024  # columns of an inverse at a time
 # Damping is raised until the matrix has a Cholesky factor; with this much it is all but diagonal.
 MOST_DAMPING = 100.0
 
@@ -115,11 +116,17 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
         backwards.diagonal().add_(damping * mean)
         torch.linalg.cholesky_ex(backwards, out=(factor, failed))
         if not bool(failed):
-            inverse = backwards.zero_().fill_diagonal_(1.0)
-            torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
-            return inverse if _finite(inverse) else None
+            return _inverted(factor, backwards)
         damping *= 10
     return None
+
+
+def _inverted(lower: Tensor, into: Tensor) -> Tensor | None:
+    """The inverse of a lower triangle, some columns at a time, since a solve copies them. None: not finite."""
+    into.zero_().fill_diagonal_(1.0)
+    for columns in into.split(INVERTED, 1):
+        columns.copy_(torch.linalg.solve_triangular(lower, columns, upper=False))
+    return into if _finite(into) else None
 
 
 def _finite(matrix: Tensor) -> bool:
