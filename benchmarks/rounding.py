@@ -4,7 +4,7 @@
     python benchmarks/rounding.py --models dense --schemes W4A16 --methods gptq --seeds 1
     python benchmarks/rounding.py --models --large                 # the Llama-3-8B shape alone: seconds and peak memory
 
-Quantization is simulated in the eager model (``quant_compile/measure/simulate.py``), so that all schemes are measured alike and no
+Quantization is simulated in the eager model (``quant_compile/simulate.py``), so that all schemes are measured alike and no
 kernel plays a part. Measured is held-out text; calibrated is with windows of what the models were trained on, drawn anew by each seed.
 Extra perplexity is relative to 16 bits, and a method's ratio is its extra to nearest's. KL to 16 bits is beside it, since a perplexity
 is one draw: of two roundings alike one may happen to please this text.
@@ -31,11 +31,11 @@ import quant_compile
 from quant_compile import demo
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.rounding.recipe import COMPENSATE, METHODS, NEAREST, SEARCH, Rounding, planes_of
-from quant_compile.measure.simulate import Simulation, Values
 from quant_compile.measure.weights import chosen_by
 from quant_compile.measure.windows import divergence, losses, windows_of
 from quant_compile.model.weights import linear_weights
 from quant_compile.policy import Policy
+from quant_compile.simulate import Simulation, Values
 
 SOURCE = source_hash()
 LENGTH, WINDOWS, CALIBRATION = 448, 32, 128

@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 import quant_compile
 from quant_compile import demo
 from quant_compile.lowering.rounding.recipe import COMPENSATE, METHODS, NEAREST, SEARCH
-from quant_compile.measure.simulate import Simulation, Values
 from quant_compile.measure.weights import chosen_by
 from quant_compile.policy import Policy
+from quant_compile.simulate import Simulation, Values
 
 PEERS = {"llm-compressor": ("rtn", "gptq", "awq"), "modelopt": ("rtn", "awq"), "auto-round": ("rtn", "light")}
 OURS = "sglquant"

@@ -105,8 +105,9 @@ class Policy:
         rounding: ``nearest``; ``search``: of each group the scale of least error, where the scheme's scales can be chosen; ``auto``:
             search, but for weights on a CPU that are so large that it takes long.
         scales: safetensors file of calibrated input scales; in a policy file, relative to that file's folder.
-        method: how ``calibrate`` makes planes by example batches: ``search`` (scales of least error, weighted by E[x^2]), ``gptq``, or
-            ``awq`` or ``smoothquant`` (the weight over factors of its inputs) before one of these, as in ``awq+gptq``.
+        method: how ``calibrate`` makes planes by example batches: ``search`` (scales of least error, weighted by E[x^2]), ``gptq``,
+            ``gptaq`` (gptq over what the quantized weights before leave of inputs), or ``awq`` or ``smoothquant`` (the weight over
+            factors of its inputs) before one of these, as in ``awq+gptq``.
         planes: safetensors file of what it made; in a policy file, relative to that file's folder.
         name: label in reports.
         source: file it came from.

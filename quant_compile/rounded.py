@@ -31,15 +31,18 @@ from quant_compile.lowering.rounding.factors import (
     multiplied,
     smoothquant_factors,
 )
-from quant_compile.lowering.rounding.gptq import gptq
+from quant_compile.lowering.rounding.gptq import corrected, gptq
 from quant_compile.lowering.rounding.recipe import (
     AWQ,
     FACTOR,
+    GPTAQ,
     GPTQ,
     METHODS,
     PLANES_OF,
     SMOOTHQUANT,
     TOKEN,
+    Factor,
+    Rounding,
     factor_key,
     plane_key,
     searchable,
@@ -48,11 +51,14 @@ from quant_compile.lowering.rounding.recipe import (
 from quant_compile.lowering.rounding.search import searched
 from quant_compile.model.follow import eagerly, run_batch, weights_by_address
 from quant_compile.model.inputs import KEPT, Readers, Samples
-from quant_compile.model.moments import Moments, Size
+from quant_compile.model.moments import Moments, Pairs, Rows, Size
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.policy import Policy
+from quant_compile.simulate import Chosen, Simulation, Values
 
 MOMENTS_BYTES = 1 << 30
+# Passes over the batches at most by which weights see what those before them became; more where ``MOMENTS_BYTES`` hold fewer weights.
+STAGES = 24
 # Moments of fewer tokens than inputs have too low a rank for GPTQ, which then does harm: scales are searched for.
 FEWER = "fewer tokens than inputs"
 # Why a weight's inputs have no factors.
@@ -139,20 +145,27 @@ def round_weights(
         MissingScalesError: a weight met no input, or NaN or inf.
     """
     jobs, out = _jobs(model, policy), dict[str, Rounded]()
-    whole, before = uses(policy.method, GPTQ), _before(policy.method)
-    if before:
+    paired, before = uses(policy.method, GPTAQ), _before(policy.method)
+    whole = paired or uses(policy.method, GPTQ)
+    if before or paired:
         jobs = _with_readers(model, batches[0], jobs, before)
-    groups = list(_groups(jobs, whole))
+    groups = list(_stages(jobs) if paired else _groups(jobs, lambda job: job.nbytes(whole), MOMENTS_BYTES))
+    simulated, values = list[Chosen](), Values()
     for number, group in enumerate(groups, 1):
         part = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
-        addresses = _addresses(group)
-        moments = Moments(addresses, {job.name: job.size for job in group}, whole)
+        addresses, sizes = _addresses(group), {job.name: job.size for job in group}
+        moments = Pairs(addresses, sizes) if simulated else Moments(addresses, sizes, whole)
         wanted = {job.name: job.size for job in group if before and job.leader == job.name and not job.without}
         samples = Samples(addresses, wanted, len(batches))
         with eagerly(), torch.inference_mode():
             for batch in track(batches, f"reading inputs{part}"):
-                with moments, samples if wanted else nullcontext():
+                rows = Rows(addresses, sizes) if simulated else moments
+                with rows, samples if wanted else nullcontext():
                     run_batch(model, batch)
+                if isinstance(moments, Pairs) and isinstance(rows, Rows):
+                    moments.plain = rows.rows
+                    with Simulation(simulated, values), moments:
+                        run_batch(model, batch)
         with torch.inference_mode():  # as the sums were made
             if wanted:
                 group = _with_factors(
@@ -162,7 +175,19 @@ def round_weights(
                 made = _round(job, moments, policy.method)
                 if made is not None:
                     out[job.name] = made
+                    # Static scales of inputs are calibrated after the weights.
+                    simulated += [_simulated(job, made)] if paired and not job.scheme.static else []
     return out
+
+
+def _simulated(job: _Job, made: Rounded) -> Chosen:
+    """A weight as it was rounded."""
+
+    def planes(scheme: Scheme, expert: int | None) -> Planes:
+        return made.planes if expert is None else tuple(plane[expert] for plane in made.planes)
+
+    factor = None if made.factor is None else Factor(job.name, lambda kept=made.factor: kept)
+    return Chosen(job.weight, job.scheme, rounding=Rounding(made.method, job.name, planes, made.checksums, factor))
 
 
 def _before(method: str | None) -> str:
@@ -186,7 +211,7 @@ def _with_readers(model: nn.Module, batch: Any, jobs: Sequence[_Job], before: st
     for leader, group in together.items():
         quantized = any(job.scheme.input_activations is not None for job in group)
         for job in group:
-            without = INSIDE if readers.inside(job.name) else ""
+            without = INSIDE if before and readers.inside(job.name) else ""
             without = without or (NOT_QUANTIZED if before == SMOOTHQUANT and not quantized else "")
             out.append(replace(job, leader=leader, without=without))
     return out
@@ -236,14 +261,24 @@ def _jobs(model: nn.Module, policy: Policy) -> list[_Job]:
     return jobs
 
 
-def _groups(jobs: Iterable[_Job], whole: bool) -> Iterable[list[_Job]]:
-    """As many weights as the bytes hold, at least one; those that have their factors together are not parted."""
+def _stages(jobs: Sequence[_Job]) -> Iterable[list[_Job]]:
+    """Weights that are rounded by the same inputs, of a model whose weights before them are quantized; in order."""
+    leaders = len({job.leader for job in jobs})
+    size = -(-leaders // STAGES)
+    groups = [list(group) for _, group in groupby(jobs, lambda job: job.leader)]
+    for start in range(0, len(groups), size):
+        several = [job for group in groups[start : start + size] for job in group]
+        yield from _groups(several, lambda job: 2 * job.nbytes(True), MOMENTS_BYTES)
+
+
+def _groups(jobs: Iterable[_Job], nbytes: Callable[[_Job], int], most: int) -> Iterable[list[_Job]]:
+    """As many weights as the bytes hold, at least one; those that read the same input are not parted."""
     group: list[_Job] = []
     held = 0
     for _, several in groupby(jobs, lambda job: job.leader or job.name):
         more = list(several)
-        size = sum(job.nbytes(whole) for job in more)
-        if group and held + size > MOMENTS_BYTES:
+        size = sum(map(nbytes, more))
+        if group and held + size > most:
             yield group
             group, held = [], 0
         group += more
@@ -269,8 +304,17 @@ def _round(job: _Job, moments: Moments, method: str | None) -> Rounded | None:
     _multiply_moments(sums, job.factor, moments.whole)
     factor = None if job.factor is None else job.factor.cpu()
     if not job.size.experts:
-        planes, text = _matrix(job, None, sums[0].div_(int(tokens[0])), int(tokens[0]), moments.whole, None)
-        told, values = job.label(text, method), (checksum(job.matrix(None)),)
+        count, w = int(tokens[0]), job.scaled(None)
+        sums, paired = sums[0].div_(count), uses(method, GPTAQ)
+        if isinstance(moments, Pairs):
+            cross = moments.cross.pop(job.name, None)
+            paired = cross is not None
+            if cross is not None and count >= job.size.k:
+                _multiply_moments(cross.div_(count), job.factor, True)
+                w = corrected(w, sums, cross)
+        planes, text = _matrix(job, w, sums, count, moments.whole, None)
+        told = job.label(GPTAQ if paired and text == GPTQ else text, method)
+        values = (checksum(job.matrix(None)),)
         return Rounded(tuple(plane.cpu() for plane in planes), job.scheme, told, values, factor)
     # What the others met stands for an expert that met too little.
     squares = sums.diagonal(dim1=1, dim2=2).sum(0) if moments.whole else sums.sum(0)
@@ -278,7 +322,7 @@ def _round(job: _Job, moments: Moments, method: str | None) -> Rounded | None:
     parts: list[Planes] = []
     methods: dict[str, int] = {}
     for expert, count in enumerate(tokens.tolist()):
-        planes, text = _matrix(job, expert, sums[expert].div_(max(1, count)), count, moments.whole, shared)
+        planes, text = _matrix(job, job.scaled(expert), sums[expert].div_(max(1, count)), count, moments.whole, shared)
         parts.append(tuple(plane.cpu() for plane in planes))
         methods[text] = methods.get(text, 0) + 1
     stacked = tuple(torch.stack([_bytes(p) for p in plane]).view(plane[0].dtype) for plane in zip(*parts, strict=True))
@@ -299,10 +343,8 @@ def _bytes(plane: Tensor) -> Tensor:
     return plane.view(torch.uint8) if plane.dtype.is_floating_point and plane.element_size() == 1 else plane
 
 
-def _matrix(
-    job: _Job, expert: int | None, sums: Tensor, tokens: int, whole: bool, shared: Tensor | None
-) -> tuple[Planes, str]:
-    w, few = job.scaled(expert), tokens < job.size.k
+def _matrix(job: _Job, w: Tensor, sums: Tensor, tokens: int, whole: bool, shared: Tensor | None) -> tuple[Planes, str]:
+    few = tokens < job.size.k
     squares = sums.diagonal().clone() if whole else sums
     if whole and not few:
         planes = gptq(w, job.scheme, sums)

@@ -21,6 +21,7 @@ ORDER = (
     ("yaml_lines",),
     ("rules",),
     ("model",),
+    ("simulate",),
     ("policy",),
     ("options",),
     ("checkpoints",),

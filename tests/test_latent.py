@@ -20,9 +20,9 @@ from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.kernels.attention import torch_latent
 from quant_compile.lowering.latent import ABSORBED
-from quant_compile.measure.simulate import quantized_values
 from quant_compile.measure.weights import chosen_by
 from quant_compile.passes.absorb_latent import EXPANDED
+from quant_compile.simulate import quantized_values
 from tests.attention_support import MLA, decoder, generated, seeded, static_cache
 from tests.generation.support import prompt, tokens
 from tests.runtime_support import CompileCounter, plain_inductor

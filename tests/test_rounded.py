@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from quant_compile.ir.scheme import parse
 from quant_compile.lowering.rounding.gptq import gptq
 from quant_compile.lowering.rounding.recipe import plane_key
 from quant_compile.lowering.weights import STORE
-from quant_compile.measure.simulate import Simulation
 from quant_compile.measure.weights import chosen_by
 from quant_compile.rounded import FEWER
+from quant_compile.simulate import Simulation
 from tests.moe_support import FAMILIES
 from tests.runtime_support import CompileCounter, Stack, plain_inductor
 
@@ -178,6 +179,93 @@ def test_experts(implementation: str, plain_inductor: CompileCounter) -> None:
     assert ours.norm() < nearest.norm()
     reasons = [line.reason for line in quant_compile.report(model).lines if "experts" in line.names[0]]
     assert all("gptq" in reason for reason in reasons)
+
+
+# --- weights that make good what those before them lost ---
+
+
+def error_of(model: nn.Module, policy: Policy) -> float:
+    """Of the outputs for new inputs, to the model's own."""
+    apart, whole = 0.0, 0.0
+    for x in data(4, seed=9):
+        plain = model(x).float()
+        with torch.inference_mode(), Simulation(chosen_by(policy, model)):
+            apart += float((model(x).float() - plain).square().sum())
+        whole += float(plain.square().sum())
+    return (apart / whole) ** 0.5
+
+
+@pytest.mark.parametrize(("before", "spec"), [("", "int4.group16+16"), ("", "NVFP4A16"), ("awq+", "MXFP4")])
+def test_later_weights_make_good_what_earlier_ones_lost(before: str, spec: str) -> None:
+    """The output is nearer to the model's, for inputs that were not calibrated with."""
+    torch.manual_seed(0)
+    model = Stack(4).bfloat16()
+    kept = copy.deepcopy(model.state_dict())
+    custom = parse(spec).to_fields() if "." in spec else spec
+    policies = [
+        quant_compile.calibrate(
+            model,
+            data(8, rows=200),
+            {"default": custom, "method": f"{before}{method}"},
+            path=f"{method}.safetensors",
+            progress=False,
+        )
+        for method in ("gptq", "gptaq")
+    ]
+    unpaired, paired = (error_of(model, policy) for policy in policies)
+    assert paired < unpaired
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    quant_compile.compile(model, policy=policies[1], **REFERENCE)
+    model(data(1)[0])
+    assert all("gptaq" in line.reason for line in quant_compile.report(model).lines if line.scheme)
+
+
+def test_experts_are_rounded_by_what_the_quantized_model_gives_them() -> None:
+    """Other tokens may reach an expert there, so that there are no pairs: GPTQ, over those that do; matrices have pairs."""
+    model = FAMILIES["mixtral"].make("grouped_mm")
+    ids = torch.randint(0, model.config.vocab_size, (16, 60), generator=torch.Generator().manual_seed(2))
+    batches = [{"input_ids": ids, "use_cache": False}]
+    policy = quant_compile.calibrate(model, batches, {"default": "int4.group16+16", "method": "gptaq"}, progress=False)
+    quant_compile.compile(model, policy=policy, **REFERENCE)
+    model(input_ids=ids, use_cache=False)
+    lines = [line for line in quant_compile.report(model).lines if line.scheme]
+    experts, others = ([line.reason for line in lines if ("experts" in line.names[0]) == of] for of in (True, False))
+    assert experts and others and all("gptq" in reason for reason in experts)
+    assert all("gptaq" in reason for reason in others)
+
+
+class Chosen(nn.Module):
+    """A weight that meets those rows alone which another one chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(32, 32, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, 32] -> [fewer, 32]."""
+        y = self.first(x)
+        return self.second(y[y[:, 0] > 0])
+
+
+def test_rows_that_the_quantized_model_chooses_otherwise_have_no_pairs(plain_inductor: CompileCounter) -> None:
+    torch.manual_seed(0)
+    model = Chosen().bfloat16()
+    policy = quant_compile.calibrate(
+        model, data(), {"default": parse("int4.group16+16").to_fields(), "method": "gptaq"}, progress=False
+    )
+    assert policy.planes is not None
+    with safe_open(str(policy.planes), "pt") as file:
+        told = json.loads(file.metadata()["planes_of"])
+    assert told["first"]["method"] == "gptaq" and told["second"]["method"] == "gptq"
+
+
+def test_static_inputs_under_pairs(plain_inductor: CompileCounter) -> None:
+    """Their scales are calibrated after the weights: later weights see them as they are in 16 bits."""
+    model, policy = made("gptaq", "W8A8_STATIC")
+    assert policy.scales is not None and policy.planes is not None
+    quant_compile.compile(model, policy=policy, **REFERENCE)
+    model(data(1, seed=4)[0])
+    assert all("gptaq" in line.reason for line in quant_compile.report(model).lines if line.scheme)
 
 
 @pytest.mark.parametrize("method", ["search", "gptq", "awq"])

@@ -16,9 +16,9 @@ from quant_compile import MissingScalesError, SaveError, WeightError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering.rounding.recipe import plane_key
-from quant_compile.measure.simulate import Simulation
 from quant_compile.measure.weights import chosen_by
 from quant_compile.rounded import FEWER, INSIDE, NOT_QUANTIZED
+from quant_compile.simulate import Simulation
 from tests.moe_support import FAMILIES
 from tests.runtime_support import CompileCounter, Stack, plain_inductor
 

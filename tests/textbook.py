@@ -435,6 +435,17 @@ def compensated_values(w: Tensor, moments: Tensor, scale: Tensor, damping: float
     return out
 
 
+def corrected_values(w: Tensor, x: Tensor, y: Tensor, damping: float) -> Tensor:
+    """The weight [n, k] whose products with rows of y [t, k] are nearest to w's with x, in f64: least squares, pulled towards w.
+
+    Args:
+        damping: share of y's mean square by which a change of the weight costs.
+    """
+    w, x, y = w.double(), x.double() / len(x) ** 0.5, y.double() / len(y) ** 0.5
+    pull = (damping * y.square().sum(0).mean()).sqrt() * torch.eye(w.shape[1], dtype=torch.float64)
+    return torch.linalg.lstsq(torch.cat([y, pull]), torch.cat([x @ w.t(), pull @ w.t()])).solution.t()
+
+
 def least_int4_error(group: Tensor, importance: Tensor, steps: int = 4000) -> float:
     """Least weighted square error of one group [size] under any scale, 16 codes from -8: a fine scan, in f64."""
     group, importance = group.double(), importance.double()

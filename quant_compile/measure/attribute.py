@@ -27,11 +27,11 @@ from torch import nn
 from quant_compile.ir.errors import MeasureError, OptionError
 from quant_compile.measure.figures import drawable, figure_class
 from quant_compile.measure.outputs import Reference, checked, still
-from quant_compile.measure.simulate import Chosen, Simulation, Values, Watching
 from quant_compile.measure.weights import chosen_by
 from quant_compile.model.distributed import refuse_parts
 from quant_compile.model.follow import Meeting, run_batch
 from quant_compile.policy import Policy
+from quant_compile.simulate import Chosen, Simulation, Values, Watching
 
 WIDTH = 170
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -17,11 +17,11 @@ from quant_compile.ir.errors import MeasureError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.measure.outputs import still
-from quant_compile.measure.simulate import Chosen, Watching
 from quant_compile.measure.weights import all_weights
 from quant_compile.model.follow import Meeting, run_batch
 from quant_compile.model.weights import Weight
 from quant_compile.rules import conventional
+from quant_compile.simulate import Chosen, Watching
 
 # Experts that are modules of their own: all below this belong together.
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..+")

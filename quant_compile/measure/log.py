@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from quant_compile.lowering.weights import fingerprint
-from quant_compile.measure.simulate import stored_values
 from quant_compile.model.places import parameters_of
+from quant_compile.simulate import stored_values
 
 # Of the meaning of a number; another version does not read what an older one wrote.
 VERSION = 1

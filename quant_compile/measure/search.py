@@ -32,11 +32,11 @@ from quant_compile.measure.log import Log, subject_of
 from quant_compile.measure.outputs import Reference, batches_hash, checked
 from quant_compile.measure.rules import Decided, rules_of, scheme_text, text_of
 from quant_compile.measure.sensitivity import KL, METHODS, measure
-from quant_compile.measure.simulate import Simulation, Values
 from quant_compile.measure.weights import all_weights
 from quant_compile.model.distributed import refuse_parts
 from quant_compile.model.places import parameters_of
 from quant_compile.policy import Policy
+from quant_compile.simulate import Simulation, Values
 
 WIDTH = 170
 BITS = "bits"

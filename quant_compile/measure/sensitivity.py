@@ -22,8 +22,8 @@ from quant_compile.ir.scheme import Scheme
 from quant_compile.measure.groups import Group
 from quant_compile.measure.log import Log
 from quant_compile.measure.outputs import Reference, kept_rows, logits_of
-from quant_compile.measure.simulate import Chosen, Simulation, Values
 from quant_compile.model.follow import Meeting, eagerly, run_batch
+from quant_compile.simulate import Chosen, Simulation, Values
 
 KL, FISHER = "kl", "fisher"
 METHODS = (KL, FISHER)

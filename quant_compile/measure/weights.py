@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from quant_compile.ir.errors import MeasureError, MissingScalesError, SchemeError
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import Scheme
-from quant_compile.measure.simulate import Chosen
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.options import PolicySource
 from quant_compile.policy import Policy
 from quant_compile.rules import scale_key
+from quant_compile.simulate import Chosen
 
 
 def all_weights(model: nn.Module) -> list[Weight]:

@@ -86,6 +86,52 @@ class Moments(Seeing):
         self.tokens[name][expert] += x.shape[0]
 
 
+class Rows(Seeing):
+    """All rows of one batch that the matrices met, in order.
+
+    Attributes:
+        rows: by name, each call's [t, k].
+    """
+
+    def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size]) -> None:
+        super().__init__(weights, sizes)
+        self.rows: dict[str, list[Tensor]] = {}
+
+    def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
+        if not size.experts:
+            self.rows.setdefault(name, []).append(x)
+
+
+class Pairs(Moments):
+    """Sums over the inputs y that weights meet in a quantized model, and over those with the inputs x of the model itself.
+
+    Attributes:
+        plain: of the batch that runs, what the matrices met in the model itself; taken from as the batch runs.
+        cross: by name of a matrix, [k, k] f32, sums of x y^T; none where the two runs did not meet it alike.
+    """
+
+    def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size]) -> None:
+        super().__init__(weights, sizes, whole=True)
+        self.plain: dict[str, list[Tensor]] = {}
+        self.cross: dict[str, Tensor] = {}
+        self.unlike: set[str] = set()
+
+    def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
+        super().see(name, size, expert, x)
+        rows = self.plain.get(name)
+        if size.experts or name in self.unlike:
+            return
+        if not rows or rows[0].shape != x.shape:
+            self.unlike.add(name)
+            self.cross.pop(name, None)
+            return
+        into = self.cross.get(name)
+        if into is None:
+            into = self.cross[name] = torch.zeros(size.k, size.k, dtype=torch.float32, device=x.device)
+        for plain, part in zip(rows.pop(0).split(ROWS), x.split(ROWS), strict=True):
+            into.addmm_(plain.float().t(), part.float())
+
+
 def _rows(found: Meeting, size: Size) -> Iterator[tuple[int, Tensor]]:
     """(expert, its inputs [t, k]); nothing where a product is of another form."""
     x = found.x.mT if found.swapped else found.x

@@ -10,7 +10,7 @@ import quant_compile.lowering.schemes  # noqa: F401  registers the families
 from quant_compile.ir.family import Planes, family_of
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.rounding import gptq as rounding
-from quant_compile.lowering.rounding.gptq import DAMPING, OWN_DAMPING, OWN_STEP, compensated, gptq
+from quant_compile.lowering.rounding.gptq import DAMPING, OWN_DAMPING, OWN_STEP, compensated, corrected, gptq
 from quant_compile.lowering.rounding.recipe import (
     AUTO,
     AUTO_COMPENSATED_ON_CPU,
@@ -125,6 +125,41 @@ def test_gptq_loses_less_of_the_output(spec: str) -> None:
         return float(((difference @ moments) * difference).sum())
 
     assert error(gptq(w, scheme, moments.clone())) < 0.8 * error(searched(w, scheme, moments.diagonal()))
+
+
+def inputs_of(k: int, noise: float, tokens: int = 3000) -> tuple[Tensor, Tensor]:
+    """What a model and its quantized self feed one weight."""
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(tokens, k, generator=generator) @ (torch.randn(k, k, generator=generator) * 0.3 + torch.eye(k))
+    return x, x + noise * x.std() * torch.randn(tokens, k, generator=generator)
+
+
+@pytest.mark.parametrize("k", [64, 200])
+def test_correction_is_the_textbooks(k: int) -> None:
+    w, (x, y) = weight(24, k, dtype=torch.float32), inputs_of(k, 0.3)
+    moments, cross = y.t() @ y / len(y), x.t() @ y / len(y)
+    before = moments.clone()
+    found, theirs = corrected(w, moments, cross), textbook.corrected_values(w, x, y, DAMPING)
+    assert torch.allclose(found.double(), theirs, atol=1e-4 * float(theirs.abs().max()))
+    assert torch.allclose(moments, before, rtol=1e-5, atol=0)
+    error, uncorrected = ((y @ each.t() - x @ w.t()).norm() for each in (found, w))
+    assert error < 0.9 * uncorrected
+
+
+def test_correction_leaves_a_weight_whose_inputs_are_the_same() -> None:
+    w, (x, _) = weight(24, 96), inputs_of(96, 0.0)
+    moments = x.t() @ x / len(x)
+    found = corrected(w, moments.clone(), moments.clone())
+    assert found.dtype == w.dtype and torch.allclose(found.float(), w.float(), rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_correction_refuses_moments_of_no_use(bad: float) -> None:
+    w, (x, y) = weight(8, 64), inputs_of(64, 0.1)
+    good = y.t() @ y / len(y), x.t() @ y / len(y)
+    assert corrected(w, torch.full((64, 64), bad), good[1].clone()) is w
+    if bad != 0.0:
+        assert corrected(w, good[0].clone(), torch.full((64, 64), bad)) is w
 
 
 def test_gptq_refuses_moments_of_no_use() -> None:

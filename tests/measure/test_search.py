@@ -20,10 +20,10 @@ from quant_compile.measure.groups import find_groups
 from quant_compile.measure.log import Log
 from quant_compile.measure.outputs import Reference
 from quant_compile.measure.rules import Decided, rules_of, text_of
-from quant_compile.measure.simulate import Simulation
 from quant_compile.measure.weights import chosen_by
 from quant_compile.model.plan import Plan
 from quant_compile.model.weights import linear_weights
+from quant_compile.simulate import Simulation
 from tests.measure.test_attribute import batches, tiny
 from tests.test_calibrate_experts import tiny_moe
 

@@ -40,6 +40,31 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
     return None if upper is None else _by_rows(w, grid, upper, weights, 1)
 
 
+def corrected(w: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
+    """[n, k] -> the weight whose products with a quantized model's inputs y come nearest to w's with the model's own x, in w's dtype.
+
+    It is W E[x y^T] E[y y^T]^-1, both damped alike, so that it is W where the inputs are the same. Source: Li et al. 2025, arXiv
+    2504.02692, which spreads the same difference while it rounds; here it is taken whole, before.
+
+    Args:
+        moments: [k, k] f32, E[y y^T].
+        cross: [k, k] f32, E[x y^T]; its memory is used.
+    """
+    damping = DAMPING * moments.diagonal().mean()
+    moments.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(moments)
+    moments.diagonal().sub_(damping)
+    cross.diagonal().add_(damping)
+    if bool(failed) or not _finite(cross):
+        return w
+
+    def rows(part: Tensor) -> Planes:
+        return (torch.cholesky_solve((part.float() @ cross).t(), factor).t().to(w.dtype),)
+
+    (found,) = by_row_chunks(w, 1, rows, ELEMENTS)
+    return found if bool(torch.isfinite(found.sum(dtype=torch.float64))) else w
+
+
 def compensated(w: Tensor, scheme: Scheme) -> Planes | None:
     """[n, k] -> planes in row form, by no data; None where the scheme's codes cannot be chosen, or values are zero or not finite.
 

@@ -23,9 +23,15 @@ from quant_compile.lowering.rounding.search import searched
 
 AUTO, NEAREST, SEARCH, COMPENSATE = "auto", "nearest", "search", "compensate"
 ROUNDINGS = (AUTO, NEAREST, SEARCH, COMPENSATE)
-GPTQ, AWQ, SMOOTHQUANT = "gptq", "awq", "smoothquant"
-# Methods of ``calibrate``: the search weighted by E[x^2], GPTQ, and factors of inputs before one of these.
-METHODS = (SEARCH, GPTQ, AWQ, f"{AWQ}+{GPTQ}", SMOOTHQUANT, f"{SMOOTHQUANT}+{GPTQ}")
+GPTQ, GPTAQ, AWQ, SMOOTHQUANT = "gptq", "gptaq", "awq", "smoothquant"
+# Methods of ``calibrate``: the search weighted by E[x^2], GPTQ, GPTQ over what the quantized weights before make of inputs, and factors
+# of inputs before one of these.
+METHODS = (
+    SEARCH,
+    GPTQ,
+    GPTAQ,
+    *(f"{before}{step}" for before in (AWQ, SMOOTHQUANT) for step in ("", f"+{GPTQ}", f"+{GPTAQ}")),
+)
 # Metadata of a file of planes: JSON of each weight's scheme and method; a hash of all planes.
 PLANES_OF, TOKEN = "planes_of", "token"
 # In these metadata, of a weight whose inputs have factors: a hash of them, by which the file keeps them once.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quant_compile import simulate
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import PRESETS, parse
-from quant_compile.measure import simulate
-from quant_compile.measure.simulate import Chosen, Simulation, Values, quantized_input, quantized_values
 from quant_compile.measure.weights import all_weights, chosen_by
 from quant_compile.policy import Policy
+from quant_compile.simulate import Chosen, Simulation, Values, quantized_input, quantized_values
 from tests import textbook
 from tests.runtime_support import reference_of
 from tests.test_calibrate_experts import FORMS, tiny_moe, tokens
