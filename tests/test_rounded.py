@@ -259,6 +259,35 @@ def test_rows_that_the_quantized_model_chooses_otherwise_have_no_pairs(plain_ind
     assert told["first"]["method"] == "gptaq" and told["second"]["method"] == "gptq"
 
 
+class Reused(nn.Module):
+    """Writes over what a weight has read."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Linear(32, 32, bias=False) for _ in range(2))
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, 32] -> [t, 32]."""
+        h = self.first(x)
+        y = self.second(h)
+        return y + h.zero_() if self.again else y
+
+
+def test_an_input_that_is_written_over_after_it_was_read(plain_inductor: CompileCounter) -> None:
+    planes = list[Tensor]()
+    for again in (False, True):
+        policy = quant_compile.calibrate(
+            Reused(again).bfloat16(), data(), {"default": parse("int4.group16+16").to_fields(), "method": "gptaq"},
+            path=f"{again}.safetensors", progress=False,
+        )  # fmt: skip
+        assert policy.planes is not None
+        with safe_open(str(policy.planes), "pt") as file:
+            planes.append(file.get_tensor(plane_key("second", 0)))
+    assert torch.equal(*planes)
+
+
 def test_static_inputs_under_pairs(plain_inductor: CompileCounter) -> None:
     """Their scales are calibrated after the weights: later weights see them as they are in 16 bits."""
     model, policy = made("gptaq", "W8A8_STATIC")

@@ -99,7 +99,7 @@ class Rows(Seeing):
 
     def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
         if not size.experts:
-            self.rows.setdefault(name, []).append(x)
+            self.rows.setdefault(name, []).append(x.clone())  # the model may write over it
 
 
 class Pairs(Moments):
