@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -51,14 +51,14 @@ from quant_compile.lowering.rounding.recipe import (
 from quant_compile.lowering.rounding.search import searched
 from quant_compile.model.follow import eagerly, run_batch, weights_by_address
 from quant_compile.model.inputs import KEPT, Readers, Samples
-from quant_compile.model.moments import Moments, Pairs, Rows, Size
+from quant_compile.model.moments import Enough, Moments, Pairs, Rows, Seeing, Size
 from quant_compile.model.weights import Weight, linear_weights, possible_weights
 from quant_compile.policy import Policy
 from quant_compile.simulate import Chosen, Simulation, Values
 
 MOMENTS_BYTES = 1 << 30
 # Passes over the batches at most by which weights see what those before them became; more where ``MOMENTS_BYTES`` hold fewer weights.
-STAGES = 24
+STAGES = 8
 # Moments of fewer tokens than inputs have too low a rank for GPTQ, which then does harm: scales are searched for.
 FEWER = "fewer tokens than inputs"
 # Why a weight's inputs have no factors.
@@ -97,6 +97,7 @@ class _Job:
         leader: the first weight that reads what this one reads; they have their factors together.
         without: why its inputs cannot have factors; empty: they can.
         factor: of its inputs.
+        once: a run meets it once.
     """
 
     name: str
@@ -107,6 +108,7 @@ class _Job:
     leader: str = ""
     without: str = ""
     factor: Tensor | None = None
+    once: bool = False
 
     def nbytes(self, whole: bool) -> int:
         """Of what is kept of its inputs; ``whole``: moments beside the diagonal too."""
@@ -161,11 +163,11 @@ def round_weights(
             for batch in track(batches, f"reading inputs{part}"):
                 rows = Rows(addresses, sizes) if simulated else moments
                 with rows, samples if wanted else nullcontext():
-                    run_batch(model, batch)
+                    _run(model, batch, rows, group if paired else ())
                 if isinstance(moments, Pairs) and isinstance(rows, Rows):
                     moments.plain = rows.rows
                     with Simulation(simulated, values), moments:
-                        run_batch(model, batch)
+                        _run(model, batch, moments, group)
         with torch.inference_mode():  # as the sums were made
             if wanted:
                 group = _with_factors(
@@ -178,6 +180,13 @@ def round_weights(
                     # Static scales of inputs are calibrated after the weights.
                     simulated += [_simulated(job, made)] if paired and not job.scheme.static else []
     return out
+
+
+def _run(model: nn.Module, batch: Any, seeing: Seeing, group: Sequence[_Job]) -> None:
+    """A batch, no further than behind the last weight of a group whose weights are met once each."""
+    seeing.left = {job.name for job in group} if group and all(job.once for job in group) else None
+    with suppress(Enough):
+        run_batch(model, batch)
 
 
 def _simulated(job: _Job, made: Rounded) -> Chosen:
@@ -213,7 +222,8 @@ def _with_readers(model: nn.Module, batch: Any, jobs: Sequence[_Job], before: st
         for job in group:
             without = INSIDE if before and readers.inside(job.name) else ""
             without = without or (NOT_QUANTIZED if before == SMOOTHQUANT and not quantized else "")
-            out.append(replace(job, leader=leader, without=without))
+            once = readers.met[job.name] == 1 and not job.size.experts
+            out.append(replace(job, leader=leader, without=without, once=once))
     return out
 
 

@@ -259,6 +259,15 @@ def test_rows_that_the_quantized_model_chooses_otherwise_have_no_pairs(plain_ind
     assert told["first"]["method"] == "gptaq" and told["second"]["method"] == "gptq"
 
 
+def test_a_pass_ends_behind_the_last_weight_of_its_stage() -> None:
+    """Two weights of each layer read one input: eight stages, of which the last alone reaches the last weight, in 16 bits and quantized."""
+    model, calls = Stack(4).bfloat16(), list[int]()
+    model.layers[3].down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+    custom = parse("int4.group16+16").to_fields()
+    quant_compile.calibrate(model, data(), {"default": custom, "method": "gptaq"}, progress=False)
+    assert len(calls) == 1 + 2 * len(data())
+
+
 class Reused(nn.Module):
     """Writes over what a weight has read."""
 

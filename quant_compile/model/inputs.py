@@ -5,6 +5,7 @@ Reads the calls of a model that runs eagerly; changes nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ class Readers(Following):
     Attributes:
         leader: by name, the first weight that reads what this one reads.
         first: by the name of a block, the first of its weights that was met: its input is the block's own.
+        met: by name, how often.
     """
 
     def __init__(self, weights: Mapping[int, str], experts: set[str]) -> None:
@@ -32,11 +34,13 @@ class Readers(Following):
         self.experts = experts
         self.leader: dict[str, str] = {}
         self.first: dict[str, str] = {}
+        self.met: Counter[str] = Counter()
         self._read_by: Any = WeakTensorKeyDictionary()
 
     def meet(self, meetings: list[Meeting]) -> Any:
         for found in meetings:
             name = found.made.weight
+            self.met[name] += 1
             if name in self.experts:
                 self.first.setdefault(name.rpartition(".")[0], name)
             self._join(name, self._read_by.setdefault(found.x, name))

@@ -36,12 +36,21 @@ class Size:
         return 4 * max(1, self.experts) * self.k * (self.k if whole else 1)
 
 
+class Enough(BaseException):
+    """Ends a run whose every weight of interest has been met."""
+
+
 class Seeing(Following):
-    """Shows the inputs of some weights, rows [t, k] of a matrix or an expert at a time, and computes what the model does."""
+    """Shows the inputs of some weights, rows [t, k] of a matrix or an expert at a time, and computes what the model does.
+
+    Attributes:
+        left: weights that are still to be met in this run, which ends with ``Enough`` behind the last; None: it goes on to its end.
+    """
 
     def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size]) -> None:
         super().__init__(weights)
         self.sizes = sizes
+        self.left: set[str] | None = None
 
     def meet(self, meetings: list[Meeting]) -> Any:
         for found in meetings:
@@ -49,6 +58,10 @@ class Seeing(Following):
             if size is not None:
                 for expert, x in _rows(found, size):
                     self.see(found.made.weight, size, expert, x.detach())
+            if self.left is not None:
+                self.left.discard(found.made.weight)
+        if self.left is not None and not self.left:
+            raise Enough
         return meetings[0].call()
 
     def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
