@@ -103,7 +103,7 @@ class Policy:
         kv_cache: how layers keep K and V in ``generate``; None: in 16 bits.
         release_weights: free the original weights after packing; None leaves it to the backend's option.
         rounding: ``nearest``; ``search``: of each group the scale of least error, where the scheme's scales can be chosen; ``auto``:
-            search, but for weights on a CPU that are so large that it takes long.
+            search, or on a CPU by the size of a weight: ``compensate``, search, nearest.
         scales: safetensors file of calibrated input scales; in a policy file, relative to that file's folder.
         method: how ``calibrate`` makes planes by example batches: ``search`` (scales of least error, weighted by E[x^2]), ``gptq``,
             ``gptaq`` (gptq over what the quantized weights before leave of inputs), or ``awq`` or ``smoothquant`` (the weight over

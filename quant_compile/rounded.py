@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -97,7 +98,7 @@ class _Job:
         leader: the first weight that reads what this one reads; they have their factors together.
         without: why its inputs cannot have factors; empty: they can.
         factor: of its inputs.
-        once: a run meets it once.
+        once: no batch meets it twice.
     """
 
     name: str
@@ -146,11 +147,21 @@ def round_weights(
     Raises:
         MissingScalesError: a weight met no input, or NaN or inf.
     """
+    with _evaluating(model):
+        return _rounded(model, batches, policy, track)
+
+
+def _rounded(
+    model: nn.Module,
+    batches: Sequence[Any],
+    policy: Policy,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> dict[str, Rounded]:
     jobs, out = _jobs(model, policy), dict[str, Rounded]()
     paired, before = uses(policy.method, GPTAQ), _before(policy.method)
     whole = paired or uses(policy.method, GPTQ)
     if before or paired:
-        jobs = _with_readers(model, batches[0], jobs, before)
+        jobs = _with_readers(model, batches if paired else batches[:1], jobs, before)
     groups = list(_stages(jobs) if paired else _groups(jobs, lambda job: job.nbytes(whole), MOMENTS_BYTES))
     simulated, values = list[Chosen](), Values()
     for number, group in enumerate(groups, 1):
@@ -182,9 +193,28 @@ def round_weights(
     return out
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    """Without dropout and the like, as the model is served; each module's mode comes back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether code of somebody runs behind a module's forward, which expects to."""
+    return any(module._forward_hooks or hasattr(module, "_hf_hook") for module in model.modules())
+
+
 def _run(model: nn.Module, batch: Any, seeing: Seeing, group: Sequence[_Job]) -> None:
     """A batch, no further than behind the last weight of a group whose weights are met once each."""
-    seeing.left = {job.name for job in group} if group and all(job.once for job in group) else None
+    ends = group and all(job.once for job in group) and not _has_hooks(model)
+    seeing.left = {job.name for job in group} if ends else None
     with suppress(Enough):
         run_batch(model, batch)
 
@@ -208,13 +238,19 @@ def _addresses(jobs: Iterable[_Job]) -> dict[int, str]:
     return weights_by_address({job.name: job.weight.parameter for job in jobs})
 
 
-def _with_readers(model: nn.Module, batch: Any, jobs: Sequence[_Job], before: str) -> list[_Job]:
-    """Jobs with their leaders, those of one leader beside each other, by what one batch shows."""
+def _with_readers(model: nn.Module, batches: Sequence[Any], jobs: Sequence[_Job], before: str) -> list[_Job]:
+    """Jobs with their leaders, those of one leader beside each other, in the order in which batches meet them."""
     readers = Readers(_addresses(jobs), {job.name for job in jobs if job.size.experts})
-    with eagerly(), torch.inference_mode(), readers:
-        run_batch(model, batch)
+    most: Counter[str] = Counter()
+    with eagerly(), torch.inference_mode():
+        for batch in batches:
+            readers.met.clear()
+            with readers:
+                run_batch(model, batch)
+            most |= readers.met
+    order = {name: place for place, name in enumerate(most)}
     together: dict[str, list[_Job]] = {}
-    for job in jobs:
+    for job in sorted(jobs, key=lambda job: order.get(job.name, len(order))):
         together.setdefault(readers.leader.get(job.name, job.name), []).append(job)
     out: list[_Job] = []
     for leader, group in together.items():
@@ -222,7 +258,7 @@ def _with_readers(model: nn.Module, batch: Any, jobs: Sequence[_Job], before: st
         for job in group:
             without = INSIDE if before and readers.inside(job.name) else ""
             without = without or (NOT_QUANTIZED if before == SMOOTHQUANT and not quantized else "")
-            once = readers.met[job.name] == 1 and not job.size.experts
+            once = most[job.name] == 1 and not job.size.experts
             out.append(replace(job, leader=leader, without=without, once=once))
     return out
 
@@ -306,6 +342,11 @@ def _round(job: _Job, moments: Moments, method: str | None) -> Rounded | None:
             )
         return None
     if not bool(torch.isfinite(sums).all()):
+        if isinstance(moments, Pairs):
+            raise MissingScalesError(
+                f"the inputs of {job.name} were NaN or inf once the weights before it were quantized; nothing was written.\n"
+                "Fix: `method: gptq`, or `keep` in the policy what loses too much."
+            )
         raise MissingScalesError(
             f"the inputs of {job.name} were NaN or inf somewhere in these batches; nothing was written.\n"
             "Fix: other batches, or `keep` it in the policy."
@@ -315,15 +356,13 @@ def _round(job: _Job, moments: Moments, method: str | None) -> Rounded | None:
     factor = None if job.factor is None else job.factor.cpu()
     if not job.size.experts:
         count, w = int(tokens[0]), job.scaled(None)
-        sums, paired = sums[0].div_(count), uses(method, GPTAQ)
-        if isinstance(moments, Pairs):
-            cross = moments.cross.pop(job.name, None)
-            paired = cross is not None
-            if cross is not None and count >= job.size.k:
-                _multiply_moments(cross.div_(count), job.factor, True)
-                w = corrected(w, sums, cross)
-        planes, text = _matrix(job, w, sums, count, moments.whole, None)
-        told = job.label(GPTAQ if paired and text == GPTQ else text, method)
+        sums, better = sums[0].div_(count), None
+        cross = moments.cross.pop(job.name, None) if isinstance(moments, Pairs) else None
+        if cross is not None and count >= job.size.k:
+            _multiply_moments(cross.div_(count), job.factor, True)
+            better = corrected(w, sums, cross)
+        planes, text = _matrix(job, w if better is None else better, sums, count, moments.whole, None)
+        told = job.label(GPTAQ if better is not None and text == GPTQ else text, method)
         values = (checksum(job.matrix(None)),)
         return Rounded(tuple(plane.cpu() for plane in planes), job.scheme, told, values, factor)
     # What the others met stands for an expert that met too little.

@@ -195,7 +195,7 @@ def error_of(model: nn.Module, policy: Policy) -> float:
     return (apart / whole) ** 0.5
 
 
-@pytest.mark.parametrize(("before", "spec"), [("", "int4.group16+16"), ("", "NVFP4A16"), ("awq+", "MXFP4")])
+@pytest.mark.parametrize(("before", "spec"), [("", "int4.group16+16"), ("", "NVFP4A16"), ("awq+", "int4.group16+16")])
 def test_later_weights_make_good_what_earlier_ones_lost(before: str, spec: str) -> None:
     """The output is nearer to the model's, for inputs that were not calibrated with."""
     torch.manual_seed(0)
@@ -217,7 +217,11 @@ def test_later_weights_make_good_what_earlier_ones_lost(before: str, spec: str) 
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     quant_compile.compile(model, policy=policies[1], **REFERENCE)
     model(data(1)[0])
-    assert all("gptaq" in line.reason for line in quant_compile.report(model).lines if line.scheme)
+    lines = [line for line in quant_compile.report(model).lines if line.scheme]
+    # The first weights' inputs are the model's own.
+    assert [line.names[0] for line in lines if "gptaq" not in line.reason] == [
+        f"layers.0.{name}_proj.weight" for name in ("gate", "up")
+    ]
 
 
 def test_experts_are_rounded_by_what_the_quantized_model_gives_them() -> None:
@@ -231,32 +235,86 @@ def test_experts_are_rounded_by_what_the_quantized_model_gives_them() -> None:
     lines = [line for line in quant_compile.report(model).lines if line.scheme]
     experts, others = ([line.reason for line in lines if ("experts" in line.names[0]) == of] for of in (True, False))
     assert experts and others and all("gptq" in reason for reason in experts)
-    assert all("gptaq" in reason for reason in others)
+    assert any("gptaq" in reason for reason in others)
 
 
 class Chosen(nn.Module):
-    """A weight that meets those rows alone which another one chose."""
+    """A weight that meets those rows alone which another one chose: those above zero, or the largest, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int | None) -> None:
         super().__init__()
         self.first, self.second = (nn.Linear(32, 32, bias=False) for _ in range(2))
+        self.count = count
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, 32] -> [fewer, 32]."""
         y = self.first(x)
-        return self.second(y[y[:, 0] > 0])
+        return self.second(y[y[:, 0] > 0] if self.count is None else y[y[:, 0].topk(self.count).indices])
 
 
-def test_rows_that_the_quantized_model_chooses_otherwise_have_no_pairs(plain_inductor: CompileCounter) -> None:
+@pytest.mark.parametrize("count", [None, 60])
+def test_rows_that_the_quantized_model_chooses_otherwise_have_no_pairs(count: int | None) -> None:
     torch.manual_seed(0)
-    model = Chosen().bfloat16()
+    model = Chosen(count).bfloat16()
     policy = quant_compile.calibrate(
         model, data(), {"default": parse("int4.group16+16").to_fields(), "method": "gptaq"}, progress=False
     )
     assert policy.planes is not None
     with safe_open(str(policy.planes), "pt") as file:
         told = json.loads(file.metadata()["planes_of"])
-    assert told["first"]["method"] == "gptaq" and told["second"]["method"] == "gptq"
+    assert told["first"]["method"] == told["second"]["method"] == "gptq"
+
+
+class Backwards(nn.Module):
+    """Runs its parts in another order than it has them in; drops some of what they make while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third, self.second, self.first = (nn.Linear(32, 32, bias=False) for _ in range(3))
+        self.times = 1
+
+    def forward(self, x: Tensor, times: int = 1) -> Tensor:
+        """[t, 32] -> [t, 32]."""
+        y = torch.dropout(self.first(x), 0.5, self.training)
+        for _ in range(times):
+            y = self.second(torch.tanh(y))
+        return self.third(y)
+
+
+def planes_by(model: nn.Module, batches: list[Any]) -> dict[str, Any]:
+    policy = quant_compile.calibrate(
+        model, batches, {"default": parse("int4.group16+16").to_fields(), "method": "gptaq"}, progress=False
+    )
+    assert policy.planes is not None
+    with safe_open(str(policy.planes), "pt") as file:
+        told = json.loads(file.metadata()["planes_of"])
+        return {name: (told[name]["method"], file.get_tensor(plane_key(name, 0))) for name in told}
+
+
+def test_stages_are_in_the_order_of_the_run_and_without_dropout() -> None:
+    torch.manual_seed(0)
+    model = Backwards().bfloat16()
+    found = planes_by(model, data())
+    assert model.training and all(module.training for module in model.modules())
+    assert {name: method for name, (method, _) in found.items()} == {
+        "first": "gptq",
+        "second": "gptaq",
+        "third": "gptaq",
+    }
+    again = planes_by(model.eval(), data())
+    assert all(torch.equal(found[name][1], again[name][1]) for name in found), "it was calibrated as it is served"
+    assert not any(module.training for module in model.modules())
+
+
+def test_what_a_later_batch_meets_more_often_is_seen_in_any_order() -> None:
+    torch.manual_seed(0)
+    model = Backwards().bfloat16().eval()
+    batches = [(x, times) for x, times in zip(data(), (1, 3, 2, 1), strict=True)]
+    found, reverse = planes_by(model, batches), planes_by(model, batches[::-1])
+    alike = (
+        (found["second"][1] == reverse["second"][1]).float().mean()
+    )  # sums in another order move a code now and then
+    assert found["second"][0] == "gptaq" and float(alike) > 0.98
 
 
 def test_a_pass_ends_behind_the_last_weight_of_its_stage() -> None:
@@ -265,7 +323,7 @@ def test_a_pass_ends_behind_the_last_weight_of_its_stage() -> None:
     model.layers[3].down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
     custom = parse("int4.group16+16").to_fields()
     quant_compile.calibrate(model, data(), {"default": custom, "method": "gptaq"}, progress=False)
-    assert len(calls) == 1 + 2 * len(data())
+    assert len(calls) == 3 * len(data()), "one pass shows what reads what"
 
 
 class Reused(nn.Module):
@@ -298,12 +356,12 @@ def test_an_input_that_is_written_over_after_it_was_read(plain_inductor: Compile
 
 
 def test_static_inputs_under_pairs(plain_inductor: CompileCounter) -> None:
-    """Their scales are calibrated after the weights: later weights see them as they are in 16 bits."""
+    """Their scales are calibrated after the weights: later weights see them as they are in 16 bits, and have nothing to make good."""
     model, policy = made("gptaq", "W8A8_STATIC")
     assert policy.scales is not None and policy.planes is not None
     quant_compile.compile(model, policy=policy, **REFERENCE)
     model(data(1, seed=4)[0])
-    assert all("gptaq" in line.reason for line in quant_compile.report(model).lines if line.scheme)
+    assert all("rounding: gptq" in line.reason for line in quant_compile.report(model).lines if line.scheme)
 
 
 @pytest.mark.parametrize("method", ["search", "gptq", "awq"])

@@ -15,6 +15,8 @@ from torch import Tensor
 from quant_compile.model.follow import Following, Meeting
 
 ROWS = 8192  # of inputs in f32 at a time
+# A row that is further than this share of its norm from its pair is another one, and this share of rows may be.
+FAR, OTHERS = 0.7, 0.05
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Pairs(Moments):
 
     Attributes:
         plain: of the batch that runs, what the matrices met in the model itself; taken from as the batch runs.
-        cross: by name of a matrix, [k, k] f32, sums of x y^T; none where the two runs did not meet it alike.
+        cross: by name of a matrix, [k, k] f32, sums of x y^T; none where the two runs did not meet it with the same rows.
     """
 
     def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size]) -> None:
@@ -134,7 +136,7 @@ class Pairs(Moments):
         rows = self.plain.get(name)
         if size.experts or name in self.unlike:
             return
-        if not rows or rows[0].shape != x.shape:
+        if not rows or not _alike(rows[0], x):
             self.unlike.add(name)
             self.cross.pop(name, None)
             return
@@ -143,6 +145,17 @@ class Pairs(Moments):
             into = self.cross[name] = torch.zeros(size.k, size.k, dtype=torch.float32, device=x.device)
         for plain, part in zip(rows.pop(0).split(ROWS), x.split(ROWS), strict=True):
             into.addmm_(plain.float().t(), part.float())
+
+
+def _alike(plain: Tensor, quantized: Tensor) -> bool:
+    """Whether two runs fed a weight the same rows: one that picks rows by their values may pick others, or in another order."""
+    if plain.shape != quantized.shape:
+        return False
+    other = 0
+    for x, y in zip(plain.split(ROWS), quantized.split(ROWS), strict=True):
+        x, y = x.float(), y.float()
+        other += int(((y - x).square().sum(-1) > FAR**2 * x.square().sum(-1)).sum())
+    return other <= OTHERS * len(plain)
 
 
 def _rows(found: Meeting, size: Size) -> Iterator[tuple[int, Tensor]]:

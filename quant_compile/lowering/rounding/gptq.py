@@ -40,11 +40,11 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
     return None if upper is None else _by_rows(w, grid, upper, weights, 1)
 
 
-def corrected(w: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
+def corrected(w: Tensor, moments: Tensor, cross: Tensor) -> Tensor | None:
     """[n, k] -> the weight whose products with a quantized model's inputs y come nearest to w's with the model's own x, in w's dtype.
 
-    It is W E[x y^T] E[y y^T]^-1, both damped alike, so that it is W where the inputs are the same. Source: Li et al. 2025, arXiv
-    2504.02692, which spreads the same difference while it rounds; here it is taken whole, before.
+    It is W E[x y^T] E[y y^T]^-1, both damped alike, so that it is W where the inputs are the same. None: moments of no use.
+    Source: Li et al. 2025, arXiv 2504.02692, which spreads the same difference while it rounds; here it is taken whole, before.
 
     Args:
         moments: [k, k] f32, E[y y^T].
@@ -56,13 +56,13 @@ def corrected(w: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
     moments.diagonal().sub_(damping)
     cross.diagonal().add_(damping)
     if bool(failed) or not _finite(cross):
-        return w
+        return None
 
     def rows(part: Tensor) -> Planes:
         return (torch.cholesky_solve((part.float() @ cross).t(), factor).t().to(w.dtype),)
 
     (found,) = by_row_chunks(w, 1, rows, ELEMENTS)
-    return found if bool(torch.isfinite(found.sum(dtype=torch.float64))) else w
+    return found if _finite(found) else None
 
 
 def compensated(w: Tensor, scheme: Scheme) -> Planes | None:
@@ -155,5 +155,5 @@ def _inverted(lower: Tensor, into: Tensor) -> Tensor | None:
 
 
 def _finite(matrix: Tensor) -> bool:
-    """Whether all of a matrix in f32 is finite, told by a sum, which takes no memory."""
+    """Whether all of a matrix is finite, told by a sum, which takes no memory."""
     return bool(torch.isfinite(matrix.sum(dtype=torch.float64)))
