@@ -14,8 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import quant_compile
-from quant_compile import MeasureError, MissingScalesError, OptionError
-from quant_compile.measure import simulate
+from quant_compile import MeasureError, MissingScalesError, OptionError, simulate
 from tests.runtime_support import CompileCounter, plain_inductor
 from tests.test_calibrate_experts import tiny_moe
 
