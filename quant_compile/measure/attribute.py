@@ -36,7 +36,10 @@ from quant_compile.simulate import Chosen, Simulation, Values, Watching
 WIDTH = 170
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What multiplies for a model and is not its own code.
-_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(_PACKAGE / "measure"), str(_PACKAGE / "model"))
+_NOT_THE_MODEL = (
+    str(Path(torch.__file__).parent),
+    *(str(_PACKAGE / part) for part in ("measure", "model", "simulate.py")),
+)
 _HELPERS = ("/transformers/integrations/", "/peft/tuners/", "/accelerate/")
 
 
