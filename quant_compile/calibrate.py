@@ -27,7 +27,7 @@ from quant_compile.ir.kv import HEAD, CacheScheme
 from quant_compile.ir.numerics import SMALLEST_AMAX
 from quant_compile.ir.scheme import Scheme
 from quant_compile.model.distributed import refuse_parts
-from quant_compile.model.follow import Following, Meeting, eagerly, listed, run_batch
+from quant_compile.model.follow import Following, Meeting, eagerly, evaluating, listed, run_batch
 from quant_compile.model.weights import linear_weights, possible_weights
 from quant_compile.options import PolicySource
 from quant_compile.policy import Policy
@@ -117,9 +117,10 @@ def calibrate(
         for kind, wanted in (("scales", weights or layers), ("planes", loaded.method))
         if wanted
     }
-    rounded = _rounded(model, given, loaded, progress) if loaded.method is not None else {}
-    factors = _factors(loaded, weights, rounded)
-    scales = _scales(model, given, weights, factors, layers, percentile, progress) if weights or layers else {}
+    with evaluating(model):
+        rounded = _rounded(model, given, loaded, progress) if loaded.method is not None else {}
+        factors = _factors(loaded, weights, rounded)
+        scales = _scales(model, given, weights, factors, layers, percentile, progress) if weights or layers else {}
     # All is measured before anything is written, so that what fails leaves nothing behind.
     if "planes" in targets:
         write_planes(targets["planes"], rounded, loaded)

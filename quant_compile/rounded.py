@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -147,38 +147,29 @@ def round_weights(
     Raises:
         MissingScalesError: a weight met no input, or NaN or inf.
     """
-    with _evaluating(model):
-        return _rounded(model, batches, policy, track)
-
-
-def _rounded(
-    model: nn.Module,
-    batches: Sequence[Any],
-    policy: Policy,
-    track: Callable[[Iterable[Any], str], Iterable[Any]],
-) -> dict[str, Rounded]:
     jobs, out = _jobs(model, policy), dict[str, Rounded]()
     paired, before = uses(policy.method, GPTAQ), _before(policy.method)
     whole = paired or uses(policy.method, GPTQ)
     if before or paired:
         jobs = _with_readers(model, batches if paired else batches[:1], jobs, before)
-    groups = list(_stages(jobs) if paired else _groups(jobs, lambda job: job.nbytes(whole), MOMENTS_BYTES))
-    simulated, values = list[Chosen](), Values()
+    groups = list(_stages(jobs) if paired else _groups(jobs, lambda job: job.nbytes(whole)))
+    simulated, values, hooked = list[Chosen](), Values(), _has_hooks(model)
     for number, group in enumerate(groups, 1):
         part = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
         addresses, sizes = _addresses(group), {job.name: job.size for job in group}
         moments = Pairs(addresses, sizes) if simulated else Moments(addresses, sizes, whole)
         wanted = {job.name: job.size for job in group if before and job.leader == job.name and not job.without}
         samples = Samples(addresses, wanted, len(batches))
+        ends = {job.name for job in group} if paired and not hooked and all(job.once for job in group) else None
         with eagerly(), torch.inference_mode():
             for batch in track(batches, f"reading inputs{part}"):
                 rows = Rows(addresses, sizes) if simulated else moments
                 with rows, samples if wanted else nullcontext():
-                    _run(model, batch, rows, group if paired else ())
+                    _run(model, batch, rows, ends)
                 if isinstance(moments, Pairs) and isinstance(rows, Rows):
                     moments.plain = rows.rows
                     with Simulation(simulated, values), moments:
-                        _run(model, batch, moments, group)
+                        _run(model, batch, moments, ends)
         with torch.inference_mode():  # as the sums were made
             if wanted:
                 group = _with_factors(
@@ -193,28 +184,14 @@ def _rounded(
     return out
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Without dropout and the like, as the model is served; each module's mode comes back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _has_hooks(model: nn.Module) -> bool:
     """Whether code of somebody runs behind a module's forward, which expects to."""
     return any(module._forward_hooks or hasattr(module, "_hf_hook") for module in model.modules())
 
 
-def _run(model: nn.Module, batch: Any, seeing: Seeing, group: Sequence[_Job]) -> None:
-    """A batch, no further than behind the last weight of a group whose weights are met once each."""
-    ends = group and all(job.once for job in group) and not _has_hooks(model)
-    seeing.left = {job.name for job in group} if ends else None
+def _run(model: nn.Module, batch: Any, seeing: Seeing, ends: set[str] | None) -> None:
+    """A batch, no further than behind the last of some weights, each of which is met once; None: to its end."""
+    seeing.left = None if ends is None else set(ends)
     with suppress(Enough):
         run_batch(model, batch)
 
@@ -314,17 +291,17 @@ def _stages(jobs: Sequence[_Job]) -> Iterable[list[_Job]]:
     groups = [list(group) for _, group in groupby(jobs, lambda job: job.leader)]
     for start in range(0, len(groups), size):
         several = [job for group in groups[start : start + size] for job in group]
-        yield from _groups(several, lambda job: 2 * job.nbytes(True), MOMENTS_BYTES)
+        yield from _groups(several, lambda job: 2 * job.nbytes(True))
 
 
-def _groups(jobs: Iterable[_Job], nbytes: Callable[[_Job], int], most: int) -> Iterable[list[_Job]]:
+def _groups(jobs: Iterable[_Job], nbytes: Callable[[_Job], int]) -> Iterable[list[_Job]]:
     """As many weights as the bytes hold, at least one; those that read the same input are not parted."""
     group: list[_Job] = []
     held = 0
     for _, several in groupby(jobs, lambda job: job.leader or job.name):
         more = list(several)
         size = sum(map(nbytes, more))
-        if group and held + size > most:
+        if group and held + size > MOMENTS_BYTES:
             yield group
             group, held = [], 0
         group += more

@@ -271,7 +271,6 @@ class Backwards(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.third, self.second, self.first = (nn.Linear(32, 32, bias=False) for _ in range(3))
-        self.times = 1
 
     def forward(self, x: Tensor, times: int = 1) -> Tensor:
         """[t, 32] -> [t, 32]."""
@@ -534,3 +533,17 @@ def test_attribute_measures_the_policys_rounding() -> None:
         for how, given in (("gptq", policy), ("nearest", {"default": policy.default, "rounding": "nearest"}))
     }
     assert totals["gptq"] != totals["nearest"]
+
+
+def test_static_scales_are_of_the_model_without_dropout() -> None:
+    """As weights are: a model that trains gets its mode back."""
+    torch.manual_seed(0)
+    model, scales = Backwards().bfloat16(), list[Tensor]()
+    for name in ("train", "eval"):
+        policy = quant_compile.calibrate(
+            getattr(model, name)(), data(), "W8A8_STATIC", path=f"{name}.safetensors", progress=False
+        )
+        assert policy.scales is not None and model.training == (name == "train")
+        with safe_open(str(policy.scales), "pt") as file:
+            scales.append(torch.cat([file.get_tensor(key).reshape(-1) for key in sorted(file.keys())]))
+    assert torch.equal(*scales)

@@ -6,7 +6,8 @@ storage of its own. Reads the calls; what becomes of a product says the class th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -199,3 +200,16 @@ def run_batch(model: nn.Module, batch: Any, more: Mapping[str, Any] | None = Non
 def eagerly() -> Any:
     """A context in which a model's compiled code is not used."""
     return torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Without dropout and the like, as the model is served; each module's mode comes back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
