@@ -18,11 +18,12 @@ from quant_compile.ir.errors import GradModeError, GraphError, NoKernelError, Op
 from quant_compile.ir.family import Reject
 from quant_compile.ir.graph import copy_graph, planes_of
 from quant_compile.ir.moe import MoeProblem
-from quant_compile.lowering.expand import expanding, is_late
+from quant_compile.lowering.expand import expanding
 from quant_compile.lowering.guard import Chain, Rows, Verdict, compare
 from quant_compile.lowering.moe import MoeDispatch, choose_moe, serves
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, choose
+from quant_compile.lowering.sides import is_late
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.trace import analysed_once
 from quant_compile.lowering.tune import begin, measured, serve, source_hash

@@ -294,7 +294,7 @@ def test_inductor_compiles_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "attention_kernels", lambda: {"kernel": kernel})
     monkeypatch.setattr(
         "quant_compile.runtime.variant.choose_attention",
-        lambda p, target: attention.choose_attention(p, Target.fake("sm90")),
+        lambda p, target, rows: attention.choose_attention(p, Target.fake("sm90"), rows),
     )
     model = seeded(
         decoder(hf.GptOssConfig, hf.GptOssForCausalLM, num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1)

@@ -237,3 +237,11 @@ def _product(
 def stack_planes(parts: Sequence[Planes]) -> Planes:
     """Planes of single experts as planes of the block (for tests and tools; the store fills preallocated planes)."""
     return tuple(torch.stack(planes) for planes in zip(*parts, strict=True))
+
+
+def random_ids(
+    tokens: int, experts: int, top_k: int, device: torch.device | str, generator: torch.Generator | None = None
+) -> Tensor:
+    """[T, top_k] int64: distinct experts for each token, as a router gives them, or all of them where a rank holds fewer than that."""
+    scores = torch.rand(tokens, max(experts, top_k), generator=generator, device=device, dtype=torch.float32)
+    return scores.topk(top_k, -1).indices % experts

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn import Parameter
 
+from quant_compile.ir.moe import random_ids
 from quant_compile.ir.operands import Operands, op_of, operands_of
 from quant_compile.ir.stored import CASTS, KEEPS, permutation
 
@@ -214,8 +215,7 @@ class _Runner:
     def _ids(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Distinct experts for each token, as a router gives them."""
         if len(shape) == 2 and shape[1] <= self.experts:
-            scores = torch.rand(shape[0], self.experts, generator=generator, dtype=torch.float32)
-            return scores.topk(shape[1], -1).indices
+            return random_ids(shape[0], self.experts, shape[1], "cpu", generator)
         return torch.randint(self.experts, shape, generator=generator)
 
     def run(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:

@@ -9,8 +9,9 @@ Modules under ``lowering/kernels`` offer kernels as ``ATTENTION_KERNELS``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from quant_compile.ir.kv import HEAD, TOKEN
 from quant_compile.ir.operands import op_of
 from quant_compile.ir.scores import agrees, known, tensor_of
 from quant_compile.lowering.registry import Rank, _modules
+from quant_compile.lowering.sides import beyond, equal
 from quant_compile.lowering.target import Target
 
 MOST_TOKENS = 16
@@ -50,6 +52,7 @@ class AttentionProblem:
         repeated: as written, K and V are repeated in memory.
         cached: they are a static cache that the graph has written to.
         products: written as products around a softmax, not as ``scaled_dot_product_attention``.
+        many: while batch or tokens is a symbol, whether they are more than SPLIT tokens together; None where nobody knows.
         codes: format of the codes of K and V in ``ir/kv.py``; empty: they are in ``dtype``.
         scale: ``token`` or ``head``: what has a scale of its own; ``none`` without codes.
     """
@@ -72,6 +75,7 @@ class AttentionProblem:
     products: bool = False
     codes: str = ""
     scale: str = "none"
+    many: bool | None = None
 
     @property
     def text(self) -> str:
@@ -91,11 +95,12 @@ class AttentionKernel:
         name: provider, then job.
         fit: ``(problem, target) -> Rank | Reject``.
         run: ``(q, k, v, mask [B|1, 1|Hq, T, L] | None, scale, softcap, sinks [Hq] | None) -> y``: [B, Hq, T, Dv], contiguous as
-            [B, T, Hq, Dv]; after sinks come ``k_scale, v_scale [B, Hkv, L, 1] or [1, Hkv or 1, 1, 1] | None, codes``, and as a
-            keyword ``reach``, where the kernel has ``blocks``.
+            [B, T, Hq, Dv]; after sinks come ``k_scale, v_scale [B, Hkv, L, 1] or [1, Hkv or 1, 1, 1] | None, codes``, and as
+            keywords ``reach`` and the ``blocks`` that it is of, where the kernel has ``blocks``.
         blocks: ``(problem, target) -> (queries, keys)`` of the blocks of a mask that the kernel wants read beforehand, by
             ``sglq_kernels.reach``: once for all attention of a graph under one mask; None: it reads masks itself.
-        recorded: ``run`` may be recorded in Inductor's graph, which launches it itself then, where all sizes are known.
+        recorded: ``run`` may be recorded in Inductor's graph, which launches it itself then: where all sizes are known, or its
+            blocks of a mask are given.
     """
 
     name: str
@@ -155,8 +160,14 @@ def _mask_heads(site: AttentionSite) -> bool:
     return mask is not None and mask.dim() >= 3 and mask.shape[-3] != 1
 
 
-def choose_attention(problem: AttentionProblem, target: Target) -> AttentionChoice:
-    """What runs a problem on a target."""
+def choose_attention(problem: AttentionProblem, target: Target, rows: Any = None) -> AttentionChoice:
+    """What runs a problem on a target.
+
+    Args:
+        problem: what is asked.
+        target: where.
+        rows: batch times tokens; of a symbol, Dynamo checks from now on whether it is more than SPLIT.
+    """
     if target.device != "cuda":
         return AttentionChoice(WRITTEN, "attention kernels run on a GPU")
     unfit = _unfit(problem)
@@ -174,8 +185,10 @@ def choose_attention(problem: AttentionProblem, target: Target) -> AttentionChoi
             best = answer.cost, name
     if best is None:
         return AttentionChoice(WRITTEN, "; ".join(reasons) or "no attention kernel is installed")
-    blocks = attention_kernels()[best[1]].blocks
-    sizes = None if blocks is None or problem.mask == "none" else blocks(problem, target)
+    blocks, sizes = attention_kernels()[best[1]].blocks, None
+    if blocks is not None and problem.mask != "none":
+        symbol = rows is not None and (problem.batch is None or problem.tokens is None)
+        sizes = blocks(replace(problem, many=beyond(rows)) if symbol else problem, target)
     return AttentionChoice(best[1], FEW if _is_few(problem) else MANY, sizes)
 
 
@@ -232,6 +245,15 @@ def check_sizes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     if not whole:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, mask) if x is not None)
         raise ValueError(f"q, k, v and mask of attention do not fit each other: {shapes}")
+
+
+def surely_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether ``check_sizes`` holds whatever the symbols among the sizes are, or because Dynamo checks it from now on."""
+    same = [(q.shape[0], k.shape[0]), (k.shape[0], v.shape[0]), (v.shape[2], k.shape[2]), (v.shape[1], k.shape[1])]
+    if mask is not None:
+        same += [(mask.shape[2], q.shape[2]), (mask.shape[3], k.shape[2])]
+        same += [(mask.shape[i], q.shape[i]) for i in (0, 1) if known(mask.shape[i]) != 1]
+    return all(equal(a, b) for a, b in same)
 
 
 def flat_scale(scale: Tensor | None) -> Tensor | None:

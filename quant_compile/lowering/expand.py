@@ -1,7 +1,7 @@
 """Replace kernel ops by what they run, while Inductor's graph is traced: no Python of ours runs at a call then.
 
-Reads the dispatch of ``sglq_kernels.linear``, and the sizes of ``sglq_kernels.attention`` and ``reach``, which are recorded where all
-are known.
+Reads the dispatch of ``sglq_kernels.linear``, and the sizes of ``sglq_kernels.attention`` and ``reach``: attention of many tokens is
+recorded for any number of sequences, tokens and keys, other attention where all are known.
 For linears: where the number of rows m is known, its kernel is recorded. Where it is a
 symbol, one kernel is recorded for all m up to SPLIT or for all above: Dynamo guards on which side m is, and compiles the other
 side when a call first has it. A kernel that cannot be recorded stays a call of the op, which looks m up at each call.
@@ -23,16 +23,14 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from quant_compile.ir.family import Reject
 from quant_compile.lowering import ops
-from quant_compile.lowering.attention import attention_kernels
+from quant_compile.lowering.attention import MOST_TOKENS, attention_kernels, full_mask, surely_fit
 from quant_compile.lowering.registry import Kernel, kernels
 from quant_compile.lowering.select import BUCKETS, Dispatch, parse_dispatch
+from quant_compile.lowering.sides import SPLIT, beyond
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import tracing
 
 _EXPANDING: ContextVar[bool] = ContextVar("sglquant_expanding", default=False)
-_LATE: ContextVar[bool] = ContextVar("sglquant_late", default=False)
-# Graphs whose m is a symbol are compiled once for m up to it and once for more, each when first met.
-SPLIT = 1024
 # Fewer rows do not count there: prompts of a few tokens are rare.
 FEWEST = 16
 # Stands for all m above the last bucket.
@@ -47,21 +45,6 @@ def expanding() -> Generator[None]:
         yield
     finally:
         _EXPANDING.reset(token)
-
-
-@contextmanager
-def without_guards() -> Generator[None]:
-    """Inside, Dynamo is done with the graph, so that no condition on sizes may be added."""
-    token = _LATE.set(True)
-    try:
-        yield
-    finally:
-        _LATE.reset(token)
-
-
-def is_late() -> bool:
-    """Whether Dynamo is done with the graph that is being compiled."""
-    return _LATE.get()
 
 
 @dataclass(frozen=True)
@@ -123,33 +106,46 @@ def _expand(x: list[Tensor], w: list[Tensor], bias: Tensor | None, dispatch: str
 
 def _expand_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
-    *coded: Any,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "", reach: Tensor | None = None,
+    blocks: list[int] | None = None,
 ) -> Any:  # fmt: skip
     """What ``sglq_kernels.attention`` runs, where its launch can be cut up now; else NotImplemented."""
-    sizes: tuple[Any, ...] = (*q.shape, *k.shape, *v.shape, *(() if mask is None else mask.shape))
-    known = all(isinstance(size, int) and size > 0 for size in sizes)
-    if not known or Target.of(q.device).device != "cuda" or not attention_kernels()[kernel].recorded:
+    if Target.of(q.device).device != "cuda" or not attention_kernels()[kernel].recorded:
         return NotImplemented
+    if not _known(*(x for x in (q, k, v, mask) if x is not None)):
+        # Blocks that were chosen before cut a launch up for any sizes; few tokens are another kernel's.
+        if blocks is None or reach is None or not surely_fit(q, k, v, full_mask(mask)):
+            return NotImplemented
+        if not beyond(q.shape[2], MOST_TOKENS):
+            return NotImplemented
     with tracing(None):
-        return ops.run_attention(q, k, v, mask, scale, softcap, sinks, kernel, *coded)
+        return ops.run_attention(q, k, v, mask, scale, softcap, sinks, kernel, k_scale, v_scale, codes, reach, blocks)
 
 
 def _expand_reach(mask: Tensor, queries: int, keys: int) -> Any:
-    """What ``sglq_kernels.reach`` launches, where all sizes are known."""
-    sizes: tuple[Any, ...] = tuple(mask.shape)
-    known = all(isinstance(size, int) and size > 0 for size in sizes)
-    if not known or Target.of(mask.device).device != "cuda":
+    """What ``sglq_kernels.reach`` launches."""
+    if Target.of(mask.device).device != "cuda" or _unbacked(mask) or _is_zero(mask):
         return NotImplemented
     with tracing(None):
         return ops.run_reach(mask, queries, keys)
 
 
+def _known(*tensors: Tensor) -> bool:
+    """Whether all sizes are numbers, and none is zero."""
+    sizes: list[Any] = [size for x in tensors for size in x.shape]
+    return all(isinstance(size, int) and size > 0 for size in sizes)
+
+
+def _unbacked(x: Tensor) -> bool:
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols(x))
+
+
 def _expand_latents(q: Tensor, turned: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None, *more: Any) -> Any:
     """What ``sglq_kernels.sum_latents`` runs, as ``_expand_attention``."""
     tensors = (q, turned, latent, rope, *(() if mask is None else (mask,)))
-    sizes: list[Any] = [size for x in tensors for size in x.shape]
-    known = all(isinstance(size, int) and size > 0 for size in sizes)
-    if not known or Target.of(q.device).device != "cuda":
+    if not _known(*tensors) or Target.of(q.device).device != "cuda":
         return NotImplemented
     with tracing(None):
         return ops.run_latents(q, turned, latent, rope, mask, *more)
@@ -158,17 +154,6 @@ def _expand_latents(q: Tensor, turned: Tensor, latent: Tensor, rope: Tensor, mas
 def _expand_dequantize(w: list[Tensor], dispatch: str) -> Any:
     """What ``sglq_kernels.dequantize`` computes, which Inductor makes one kernel of; a kernel's layout is taken apart by the op."""
     return ops.dequantized(w, dispatch) if parse_dispatch(dispatch).layout == "rows" else NotImplemented
-
-
-def beyond(m: Any) -> bool | None:
-    """Whether a symbol m is above SPLIT, which Dynamo checks at each call from now on; None where it cannot, or no longer."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
-
-    if statically_known_true(m > SPLIT):
-        return True
-    if statically_known_true(m <= SPLIT):
-        return False
-    return None if is_late() or free_unbacked_symbols(m) else bool(m > SPLIT)
 
 
 def _is_zero(data: Tensor) -> bool:

@@ -17,9 +17,10 @@ import torch
 from quant_compile.ir.family import Reject
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.scheme import Scheme
-from quant_compile.lowering.expand import FEWEST, SPLIT, recorded_for
+from quant_compile.lowering.expand import FEWEST, recorded_for
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import WEIGHTS, Dispatch
+from quant_compile.lowering.sides import SPLIT
 from quant_compile.lowering.target import Target
 
 NEVER_SLOWER = "never_slower"

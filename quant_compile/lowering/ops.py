@@ -7,7 +7,8 @@ Inputs that Inductor would quantize in several kernels have ops too, which name 
     sglq_kernels.batched(x planes, row-form w planes [E, ...], dispatch) -> [E, M, n]
     sglq_kernels.moe(x planes, ids?, weights?, w13 planes, b13?, w2 planes, b2?, scale2?, dispatch) -> [T, H]
     sglq_kernels.reach(mask, queries, keys) -> what anyone sees in each block of a mask, as ``triton_prefill.reach_of`` has it
-    sglq_kernels.attention(q, k, v, mask?, scale, softcap, sinks?, kernel, k_scale?, v_scale?, codes, reach?)
+    sglq_kernels.attention(q, k, v, mask?, scale, softcap, sinks?, kernel, k_scale?, v_scale?, codes, reach?,
+        blocks?)
         -> [B, Hq, T, Dv], contiguous as [B, T, Hq, Dv]
     sglq_kernels.latent_attention(q, w, latent, rope, mask?, scale, rope_at, key_row, value_row, value_size, form, latent_scale?,
         rope_scale?, codes) -> [B, Hq, T, value_size]: two products with w, and between them
@@ -167,7 +168,7 @@ torch.library.register_fake("sglq_kernels::linear", _linear_fake, lib=LIBRARY)
 
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, Tensor? sinks, str kernel, "
-    "Tensor? k_scale=None, Tensor? v_scale=None, str codes='', Tensor? reach=None) -> Tensor"
+    "Tensor? k_scale=None, Tensor? v_scale=None, str codes='', Tensor? reach=None, int[]? blocks=None) -> Tensor"
 )
 LIBRARY.define("reach(Tensor mask, int queries, int keys) -> Tensor")
 
@@ -198,9 +199,10 @@ torch.library.register_fake("sglq_kernels::reach", _reach_fake, lib=LIBRARY)
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "", reach: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     if q.is_cuda:
-        return run_attention(q, k, v, mask, scale, softcap, sinks, kernel, k_scale, v_scale, codes, reach)
+        return run_attention(q, k, v, mask, scale, softcap, sinks, kernel, k_scale, v_scale, codes, reach, blocks)
     y = attend(q, k, v, mask, scale, False, softcap, sinks, None, k_scale, v_scale, codes)
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -208,19 +210,21 @@ def _attention(
 def run_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "", reach: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """One kernel; the last dimension of q, k and v contiguous, which it nearly always is."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     mask = full_mask(mask)
     check_sizes(q, k, v, mask)
     coded = (flat_scale(k_scale), flat_scale(v_scale), codes) if codes else ()
-    given = {} if reach is None else {"reach": reach}
+    given = {} if reach is None or blocks is None else {"reach": reach, "blocks": (blocks[0], blocks[1])}
     return attention_kernels()[kernel].run(q, k, v, mask, scale, softcap, sinks, *coded, **given)
 
 
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None, kernel: str,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "", reach: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, PlaneSpec, family_of
-from quant_compile.ir.moe import MoeProblem
+from quant_compile.ir.moe import MoeProblem, random_ids
 from quant_compile.lowering.moe import CostOf, MoeKernel, moe_kernels, planes_of
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.tune import Timings, compile_together, measured_by, missing_jobs, take_times, timed
@@ -62,7 +62,7 @@ def _calls(
 ) -> Callable[[], None]:
     """What is timed: ``count`` calls of a kernel on random tokens, each with other experts."""
     x = _tokens(problem, tokens)
-    routes = [_route(problem, tokens) for _ in range(count)]
+    routes = [random_ids(tokens, problem.experts, problem.top_k, "cuda") for _ in range(count)]
     scores = torch.full((tokens, problem.top_k), 1.0 / problem.top_k, device="cuda") if problem.has_weights else None
     b13, b2 = (torch.zeros(problem.experts, n, dtype=problem.dtype, device="cuda") if problem.has_bias else None
                for n in (problem.up_rows, problem.hidden))  # fmt: skip
@@ -82,7 +82,3 @@ def _tokens(problem: MoeProblem, tokens: int) -> Planes:
     scale = torch.full((1,), 0.02, device="cuda") if problem.scheme.static else None
     planes = family_of(problem.scheme).quantize_input(x, problem.scheme, scale)
     return tuple(plane.contiguous() for plane in planes)
-
-
-def _route(problem: MoeProblem, tokens: int) -> Tensor:
-    return torch.rand(tokens, problem.experts, device="cuda").topk(problem.top_k, -1).indices

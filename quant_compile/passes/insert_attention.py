@@ -54,7 +54,8 @@ def insert_attention(gm: fx.GraphModule, plan: Plan) -> tuple[fx.GraphModule, Pa
 def _choice(site: AttentionSite, problem: AttentionProblem, plan: Plan) -> AttentionChoice:
     if plan.choose_attention is None:
         return KEPT
-    choice = plan.choose_attention(problem)
+    q = site.q.meta["example_value"].shape
+    choice = plan.choose_attention(problem, q[0] * q[2])
     if choice.runs not in (WRITTEN, GROUPED) and layout_matters(site):
         return AttentionChoice(WRITTEN, "its result is viewed in a way that its order in memory must allow")
     return choice

@@ -192,7 +192,7 @@ def _lower_attention(graph: fx.Graph, node: fx.Node, reached: Reached | None) ->
             y = graph.call_function(F.scaled_dot_product_attention, (q, k, v), more)
         else:
             if reached is not None and choice.blocks is not None and isinstance(mask, fx.Node):
-                more = {"reach": reached.of(graph, mask, choice.blocks, node)}
+                more = {"reach": reached.of(graph, mask, choice.blocks, node), "blocks": choice.blocks}
             given = (q, k, v, mask, scale, softcap, sinks, choice.runs, *coded)
             y = graph.call_function(kernel_ops.attention, given, more)
     y.meta = {key: node.meta[key] for key in ("site", "example_value")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -76,7 +77,7 @@ class Plan:
         merge_siblings: one GEMM for linears that read one input.
         target: the device that is compiled for; None: inputs are quantized by the families' torch code alone.
         attention: in graph order; attention_misses: what looks like some and stays as it is.
-        choose_attention: ``problem -> AttentionChoice``; None: all attention stays as it was written.
+        choose_attention: ``(problem, batch times tokens) -> AttentionChoice``; None: all attention stays as it was written.
         choose_latent: ``problem -> AttentionChoice`` for attention over latents; None: K and V are computed as they were written.
         replaced: node of a site that a pass replaced -> what stands in its place.
         absorbed: nodes of linears that attention has absorbed.
@@ -97,7 +98,7 @@ class Plan:
     target: Target | None = None
     attention: tuple[AttentionSite, ...] = ()
     attention_misses: tuple[AttentionMiss, ...] = ()
-    choose_attention: Callable[[AttentionProblem], AttentionChoice] | None = None
+    choose_attention: Callable[[AttentionProblem, Any], AttentionChoice] | None = None
     choose_latent: Callable[[LatentProblem], AttentionChoice] | None = None
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     absorbed: set[fx.Node] = field(default_factory=set)

@@ -23,9 +23,9 @@ from quant_compile.ir.family import Reject, family_of
 from quant_compile.ir.graph import is_view
 from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import MIX_METHODS, MIXES, LinearSite
-from quant_compile.lowering.expand import beyond, without_guards
 from quant_compile.lowering.guard import Chain, Plain, Quantize, Rows, Verdict
 from quant_compile.lowering.registry import Problem
+from quant_compile.lowering.sides import beyond, without_guards
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.ledger import Sessions
 from quant_compile.options import Options, PolicySource

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,8 +24,8 @@ from quant_compile.ir.family import Reject
 from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_inductor
 from quant_compile.lowering import collectives
 from quant_compile.lowering.attention import choose_attention
-from quant_compile.lowering.expand import without_guards
 from quant_compile.lowering.latent import choose_latent
+from quant_compile.lowering.sides import without_guards
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE
 from quant_compile.model.ledger import Sessions
@@ -169,13 +170,13 @@ class Variants:
             None if late and self._scalars else self.target,
             found.attention,
             found.attention_misses,
-            partial(choose_attention, target=self.target) if attends else None,
+            (lambda problem, rows: choose_attention(problem, self.target, rows)) if attends else None,
             partial(choose_latent, target=self.target) if attends else None,
             factor_class=factors,
             sums=self._sums(),
             coded=None if self.options.verifies(self.source.policy) else self.source.policy.all_reduce,
         )
-        with choosing:
+        with choosing, without_guards() if late else nullcontext():
             gm, reports = _rewritten(gm, plan, sessions)
         prepare_for_inductor(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")

@@ -129,7 +129,7 @@ def absorbed(
     attention, misses = find_attention(traced.gm)
     plan = plan_for(
         traced, {"w": spec}, attention=tuple(attention), attention_misses=tuple(misses),
-        choose_attention=lambda problem: AttentionChoice(WRITTEN, "no kernel"), choose_latent=lambda problem: choice,
+        choose_attention=lambda problem, rows: AttentionChoice(WRITTEN, "no kernel"), choose_latent=lambda problem: choice,
     )  # fmt: skip
     gm, reports = traced.gm, list[PassReport]()
     for one_pass in (absorb_latent, insert_attention, insert_quant, lower):

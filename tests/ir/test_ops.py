@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quant_compile.ir import ops
 from quant_compile.ir.family import family_of
+from quant_compile.ir.moe import random_ids
 from quant_compile.ir.scheme import PRESETS, Scheme, parse
 from quant_compile.lowering import ops as kernel_ops
 from quant_compile.lowering.registry import Problem
@@ -92,3 +93,12 @@ def test_kernel_op_over_a_strided_input() -> None:
     assert torch.equal(
         kernel_ops.linear([x], planes, None, text), kernel_ops.linear([x.contiguous()], planes, None, text)
     )
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (4, 4), (4, 8), (1, 3)])
+def test_random_ids_are_those_of_a_router(experts: int, top_k: int) -> None:
+    """Distinct for each token; a rank that holds fewer experts than a token has gets them all."""
+    ids = random_ids(50, experts, top_k, "cpu", torch.Generator().manual_seed(0))
+    assert ids.shape == (50, top_k) and int(ids.min()) >= 0 and int(ids.max()) < experts
+    assert {len(set(row)) for row in ids.tolist()} == {min(experts, top_k)}
+    assert set(ids.flatten().tolist()) == set(range(experts))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch._inductor.graph import GraphLowering
 from quant_compile.ir.attend import attend
 from quant_compile.ir.family import Reject
 from quant_compile.ir.kv import decode, encode, parse_cache
-from quant_compile.lowering import attention, ops
+from quant_compile.lowering import attention, ops, sides
 from quant_compile.lowering.attention import (
     GROUPED,
     WRITTEN,
@@ -25,11 +27,12 @@ from quant_compile.lowering.attention import (
     choose_attention,
 )
 from quant_compile.lowering.expand import expanding
-from quant_compile.lowering.kernels.attention import offered
+from quant_compile.lowering.kernels.attention import offered, triton_prefill
 from quant_compile.lowering.registry import Rank
+from quant_compile.lowering.sides import without_guards
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import analysed_once
-from tests.lowering.test_expand import Stop, on_sm90
+from tests.lowering.test_expand import Stop, cubins, on_sm90
 from tests.passes.test_fusion import sm90
 
 __all__ = ["on_sm90", "sm90"]
@@ -217,8 +220,13 @@ def test_sizes_that_do_not_fit_are_an_error_before_memory_is_read(shorter: str, 
         ops.run_attention(*given.values(), 0.25, 0.0, None, "triton_decode")  # type: ignore[arg-type]
 
 
-def code_of(call: Callable[..., Tensor], given: Sequence[Any], monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> str:
-    """Inductor's code for a function of tensors."""
+def code_of(
+    call: Callable[..., Tensor],
+    given: Sequence[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    dynamic: Mapping[int, Sequence[int]],
+) -> str:
+    """Inductor's code for a function of tensors, some of whose sizes (number of the tensor -> dimensions) are symbols."""
     codes: list[str] = []
 
     def save(code: str) -> None:
@@ -233,8 +241,8 @@ def code_of(call: Callable[..., Tensor], given: Sequence[Any], monkeypatch: pyte
 
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(save))
     torch._dynamo.reset()
-    if dynamic:
-        torch._dynamo.mark_dynamic(given[1], 2)
+    for tensor, sizes in dynamic.items():
+        torch._dynamo.mark_dynamic(given[tensor], list(sizes))
     with torch.no_grad(), pytest.raises(Exception, match=r"Stop|code is there"):
         torch.compile(call, backend=backend)(*given)
     return codes[-1]
@@ -261,7 +269,7 @@ def test_inductors_code_launches_the_kernel_itself(
         (torch.arange(512) < 6).expand(2, 1, 1, 512),
         torch.randn(8, dtype=half),
     )
-    call = code_of(step, given, monkeypatch, dynamic)
+    call = code_of(step, given, monkeypatch, {1: [2]} if dynamic else {})
     call = call[call.index("def call") :]
     if dynamic:
         assert "sglq_kernels.attention" in call
@@ -279,17 +287,19 @@ def test_inductors_code_launches_the_kernel_itself(
 @pytest.mark.parametrize("codes", ["", "e4m3"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductors_code_launches_prefill_itself(
-    dynamic: bool, codes: str, on_sm90: None, monkeypatch: pytest.MonkeyPatch
+    dynamic: bool, codes: str, on_sm90: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Words of the mask once, then attention twice, and nothing repeated. A symbol leaves the op."""
+    """Words of the mask once, then attention twice, and nothing repeated: for any number of sequences, tokens and keys too."""
+    blocks = 32 if codes else 64, 64  # fewer tiles than SMs
 
     def prompt(q: Tensor, keys: Tensor, values: Tensor, at: Tensor, new: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
         keys.index_copy_(2, at, new)
         values.index_copy_(2, at, new)
         coded = (scale, scale, codes) if codes else ()
-        reach = ops.reach(mask, 32 if codes else 64, 64)  # fewer tiles than SMs
+        reach = ops.reach(mask, *blocks)
+        more = {"reach": reach, "blocks": blocks}
         for _ in range(2):
-            q = ops.attention(q, keys, values, mask, 0.125, 0.0, None, "triton_prefill", *coded, reach=reach)
+            q = ops.attention(q, keys, values, mask, 0.125, 0.0, None, "triton_prefill", *coded, **more)
         return q
 
     half, kept = torch.bfloat16, torch.uint8 if codes else torch.bfloat16
@@ -302,16 +312,67 @@ def test_inductors_code_launches_prefill_itself(
         torch.ones(2, 1, 40, 512, dtype=torch.bool).tril(),
         torch.ones(2, 2, 512, 1),
     )
-    call = code_of(prompt, given, monkeypatch, dynamic)
-    call = call[call.index("def call") :]
-    if dynamic:
-        assert "sglq_kernels.attention" in call
-        return
+    symbols = {0: [0, 2], 1: [0, 2], 2: [0, 2], 3: [0], 4: [0, 2], 5: [0, 2, 3], 6: [0, 2]} if dynamic else {}
+    code = code_of(prompt, given, monkeypatch, symbols)
+    call = code[code.index("def call") :]
     assert "sglq_kernels" not in call, "an op of ours is called"
     launches = re.findall(r"(reach|values|prefill|codes)_kernel\w*\.run\(", call)
     assert launches == ["reach", *["codes" if codes else "prefill"] * 2]
+    assert all(cubins(code, tmp_path).values())
+    if dynamic:
+        return
     sizes = [
         tuple(map(int, re.findall(r"\d+", found))) for found in re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", call)
     ]
     repeated = 2 * 8 * 512 * 64
     assert sizes and all(torch.Size(size).numel() < repeated for size in sizes), sizes
+
+
+@pytest.mark.parametrize("missing", ["blocks", "tokens", "guards"])
+def test_what_stays_an_op_under_symbols(missing: str, on_sm90: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that nobody has cut up; few tokens, which are another kernel's; sizes that no one can check any more."""
+
+    def prompt(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        more = {} if missing == "blocks" else {"blocks": (64, 64)}
+        reach = ops.reach(mask, 64, 64)
+        return ops.attention(q, keys, values, mask, 0.125, 0.0, None, "triton_prefill", reach=reach, **more)
+
+    half, tokens = torch.bfloat16, 12 if missing == "tokens" else 40
+    caches = [torch.zeros(1, 2, 512, 64, dtype=half) for _ in range(2)]
+    given = (torch.randn(1, 8, tokens, 64, dtype=half), *caches, torch.ones(1, 1, tokens, 512, dtype=torch.bool).tril())
+    with without_guards() if missing == "guards" else nullcontext():
+        call = code_of(prompt, given, monkeypatch, {0: [2], 1: [2], 2: [2], 3: [2, 3]})
+    call = call[call.index("def call") :]
+    assert len(re.findall(r"= torch\.ops\.sglq_kernels\.attention\.default\(", call)) == 1
+    assert len(re.findall(r"reach_kernel\w*\.run\(", call)) == 1, "the mask's words need no question"
+
+
+def test_sizes_that_are_asked_for_are_checked_at_each_call() -> None:
+    """Equal sizes of two tensors, and a side: what differs is compiled anew, and nothing else is."""
+    compiled: list[tuple[bool, bool | None]] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        values = (node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder"))
+        x, y = (value.shape for value in values if isinstance(value, Tensor))
+        compiled.append((sides.equal(x[0], y[1]), sides.beyond(x[0], 16)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    call = torch.compile(lambda x, y: (x * 2, y * 2), backend=backend, dynamic=True)
+    for first, second in ((20, 20), (30, 30), (40, 50), (60, 70), (8, 8), (9, 9), (20, 20)):
+        call(torch.zeros(first, 3), torch.zeros(4, second))
+    assert compiled == [(True, True), (False, True), (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "many", "found"), [(1, False, (64, 64)), (1, True, (128, 128)), (16, False, (128, 128))]
+)
+def test_blocks_of_prompts_of_any_length(batch: int, many: bool, found: tuple[int, int]) -> None:
+    """Small ones for a prompt on this side of SPLIT, unless sequences make enough tiles; and there is a plan by them."""
+    problem = replace(PROMPT, batch=batch, heads=32, kv_heads=8, size=128, value_size=128, many=many)
+    blocks = offered.blocks_of(problem, SM90)
+    assert blocks == found
+    plan = triton_prefill.plan_by(offered._in_its_words(replace(problem, tokens=3, length=77)), SM90, blocks)
+    assert (plan.block_m, plan.block_n) == blocks
+    with pytest.raises(ValueError, match="no plan has blocks of 48 queries and 64 keys on sm90"):
+        triton_prefill.plan_by(offered._in_its_words(problem), SM90, (48, 64))

@@ -26,9 +26,10 @@ pytest.importorskip("triton")
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import parse
 from quant_compile.lowering import ops
-from quant_compile.lowering.expand import BEYOND, SPLIT, Served, expanding, served, without_guards
+from quant_compile.lowering.expand import BEYOND, Served, expanding, served
 from quant_compile.lowering.registry import Problem, kernels, layouts
 from quant_compile.lowering.select import Dispatch
+from quant_compile.lowering.sides import SPLIT, without_guards
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import analysed_once
 from tests.passes.test_fusion import FakeDriver, sm90

@@ -32,7 +32,7 @@ def inserted(
     """A function's graph after the pass, under a chooser that always says the same; None: no chooser."""
     traced = trace(Holder(lambda m, *x: function(*x)), *inputs)
     sites, misses = find_attention(traced.gm)
-    choose = None if runs is None else (lambda problem: AttentionChoice(runs, "a test", blocks))
+    choose = None if runs is None else (lambda problem, rows: AttentionChoice(runs, "a test", blocks))
     plan = plan_for(traced, {}, attention=tuple(sites), attention_misses=tuple(misses), choose_attention=choose)
     gm, report = insert_attention(traced.gm, plan)
     return traced, plan, gm, report

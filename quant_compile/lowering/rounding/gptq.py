@@ -21,7 +21,7 @@ DAMPING = 0.01
 OWN_DAMPING, OWN_STEP = 2.0, 8
 # Rows are independent of each other, and a head of a large vocabulary in f32 is several layers: these are 256 MiB.
 ELEMENTS = 1 << 26
-INVERTED = 1024  # columns of an inverse at a time
+INVERTED = 1024  # rows of an inverse at a time
 # Damping is raised until the matrix has a Cholesky factor; with this much it is all but diagonal.
 MOST_DAMPING = 100.0
 
@@ -147,10 +147,13 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
 
 
 def _inverted(lower: Tensor, into: Tensor) -> Tensor | None:
-    """The inverse of a lower triangle, some columns at a time, since a solve copies them. None: not finite."""
+    """The inverse of a lower triangle, some rows at a time by those above them: a solve copies its triangle. None: not finite."""
     into.zero_().fill_diagonal_(1.0)
-    for columns in into.split(INVERTED, 1):
-        columns.copy_(torch.linalg.solve_triangular(lower, columns, upper=False))
+    for start in range(0, lower.shape[0], INVERTED):
+        stop = min(start + INVERTED, lower.shape[0])
+        rows = into[start:stop, :stop]
+        rows[:, :start].addmm_(lower[start:stop, :start], into[:start, :start], alpha=-1)
+        rows.copy_(torch.linalg.solve_triangular(lower[start:stop, start:stop], rows, upper=False))
     return into if _finite(into) else None
 
 

@@ -16,10 +16,13 @@ from quant_compile.ir.family import Reject
 from quant_compile.ir.kv import BITS
 from quant_compile.lowering.attention import MOST_TOKENS, AttentionKernel, AttentionProblem
 from quant_compile.lowering.registry import Rank
+from quant_compile.lowering.sides import SPLIT
 from quant_compile.lowering.target import Target
 
-# Stand for sizes that are symbols: whether a kernel serves depends on none.
-BATCH, TOKENS, LENGTH = 1, 1024, 4096
+# Stand for sizes that are symbols: whether a kernel serves depends on none. Of tokens, by what is known of them: nothing, that all
+# sequences together have up to SPLIT, or that they have more.
+BATCH, LENGTH = 1, 4096
+TOKENS = {None: SPLIT, False: SPLIT // 2, True: 4 * SPLIT}
 CODES = {"e4m3": torch.float8_e4m3fn, BITS: torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
 
 
@@ -49,9 +52,9 @@ def fit_prefill(problem: AttentionProblem, target: Target) -> Rank | Reject:
 
 def _in_its_words(problem: AttentionProblem) -> Any:
     p = problem
-    kept = CODES.get(p.codes, p.dtype)
+    kept, batch = CODES.get(p.codes, p.dtype), p.batch or BATCH
     return _host().Attention(
-        p.batch or BATCH, p.heads, p.kv_heads, p.tokens or TOKENS, p.size, p.value_size, p.length or LENGTH, p.dtype, kept,
+        batch, p.heads, p.kv_heads, p.tokens or -(-TOKENS[p.many] // batch), p.size, p.value_size, p.length or LENGTH, p.dtype, kept,
         kept, p.mask, p.mask_heads, p.scale, p.scale, p.softcap, p.sinks,
     )  # fmt: skip
 
@@ -68,12 +71,13 @@ def run(
 def run_prefill(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, codes: str = "", reach: Tensor | None = None,
+    blocks: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The same; a graph for any number of tokens may be called with few, for which decode shares the keys out among programs."""
     if q.shape[2] <= MOST_TOKENS:
         return run(q, k, v, mask, scale, softcap, sinks, k_scale, v_scale, codes)
     k, v = _coded(k, v, codes)
-    more = {"k_scale": k_scale, "v_scale": v_scale, "reach": reach}
+    more = {"k_scale": k_scale, "v_scale": v_scale, "reach": reach, "blocks": blocks}
     return _prefill_host().prefill(q, k, v, mask, scale, softcap=softcap, sinks=sinks, **more)
 
 

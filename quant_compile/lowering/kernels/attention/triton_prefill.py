@@ -115,12 +115,29 @@ def plan_for(problem: Attention, target: Target) -> Plan:
     Codes are converted in registers then: each program by itself, but without a launch before it.
     """
     tiles = problem.batch * problem.heads * ceil(problem.tokens, 128)
+    return plan_of(problem, target) if tiles > target.sm_count else _small_plan(problem, target)
+
+
+def _small_plan(problem: Attention, target: Target) -> Plan:
+    """Of smaller tiles, where there are any."""
     sizes = problem.head_size, problem.value_size
-    if tiles > target.sm_count or max(sizes) > 128:
+    if max(sizes) > 128:
         return plan_of(problem, target)
     if problem.k_dtype in CODES and all(size == pow2(size) for size in sizes):
         return Plan(32, 64, 4, 3, False)
     return Plan(64, 64, 4, 3 if shared_memory(target) >= 160 * 1024 else 2)
+
+
+def plan_by(problem: Attention, target: Target, blocks: tuple[int, int]) -> Plan:
+    """The plan of ``blocks_of`` this problem with other sizes, whose blocks are these.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for plan in (plan_of(problem, target), _small_plan(problem, target)):
+        if (plan.block_m, plan.block_n) == blocks:
+            return plan
+    raise ValueError(f"no plan has blocks of {blocks[0]} queries and {blocks[1]} keys on {target.label}")
 
 
 def plans_of(problem: Attention, target: Target) -> list[Plan]:
@@ -190,6 +207,7 @@ def prefill(
     v_scale: Tensor | None = None,
     is_causal: bool = False,
     reach: Tensor | None = None,
+    blocks: tuple[int, int] | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
     """``reference.attention`` for many queries -> [b, hq, t, dv] in q's dtype, which is contiguous as [b, t, hq, dv].
@@ -200,6 +218,7 @@ def prefill(
     Args:
         is_causal: query i sees keys 0 to i; without a mask.
         reach: ``reach_of`` the mask; made anew where it is by other blocks than the plan's, or None.
+        blocks: those that ``reach`` is by, queries and keys: the plan is theirs.
         plan: how to cut the launches up, instead of ``plan_for``.
 
     Raises:
@@ -212,13 +231,13 @@ def prefill(
     if target.arch < 89:
         k, v = _bytes(k), _bytes(v)
     problem = problem_of(q, k, v, mask, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
-    settings = plan or plan_for(problem, target)
+    settings = plan or (plan_for(problem, target) if blocks is None else plan_by(problem, target, blocks))
     wrong = unsafe(problem, settings, target)
     if wrong is not None:
         raise ValueError(wrong)
     if scale < 0:  # the kernel takes the largest score for that of the largest product
         q, scale = -q, -scale
-    if mask is not None and (reach is None or not _by_blocks(reach, mask, settings)):
+    if mask is not None and (reach is None or not _by_blocks(reach, mask, settings, blocks is not None)):
         reach = reach_of(_unspread(mask), settings.block_m, settings.block_n)
     kind = MASKS.index("causal" if is_causal else problem.mask)
     if settings.values and problem.k_dtype in CODES:
@@ -306,15 +325,16 @@ def _unspread(mask: Tensor) -> Tensor:
     return mask
 
 
-def _by_blocks(reach: Tensor, mask: Tensor, plan: Plan) -> bool:
+def _by_blocks(reach: Tensor, mask: Tensor, plan: Plan, surely: bool) -> bool:
     """Whether words are those of a mask, by a plan's blocks.
 
-    Other blocks make other counts, but where one holds all keys: whether it is full would be that of a smaller block then.
+    Other blocks make other counts, but where one holds all keys: whether it is full would be that of a smaller block then. ``surely``:
+    they are known to be by these blocks.
     """
     sizes = ceil(mask.shape[2], plan.block_m), ceil(mask.shape[3], plan.block_n)
     fits = all(a in (1, b) for a, b in zip(reach.shape[:2], mask.shape[:2], strict=True))
-    surely = sizes[1] > 1 or mask.shape[3] < 32
-    return tuple(reach.shape[2:]) == sizes and fits and surely and reach.is_contiguous()
+    counts = all(a == b for a, b in zip(reach.shape[2:], sizes, strict=True))
+    return counts and fits and (surely or sizes[1] > 1 or mask.shape[3] < 32) and reach.is_contiguous()
 
 
 def _reach_strides(reach: Tensor | None) -> tuple[int, int]:

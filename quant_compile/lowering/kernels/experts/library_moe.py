@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
-from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, stack_planes
+from quant_compile.ir.moe import Activation, MoeProblem, moe_reference, random_ids, stack_planes
 from quant_compile.ir.numerics import FLOAT_MAX, SMALLEST_AMAX
 from quant_compile.lowering.kernels._library import arch_from, fp8_blocks, fp8_rows, multiple, row_scale
 from quant_compile.lowering.kernels.experts._moe import Groups, estimate_moe, group_pairs, weigh_and_sum
@@ -444,7 +444,7 @@ def _error(kernel: MoeKernel, problem: MoeProblem, device: torch.device, tokens:
     x = random(tokens, p.hidden)
     planes = (x,) if p.scheme.input_activations is None else family.quantize_input(x, p.scheme, scale)
     w13, w2 = weight(2 * p.intermediate, p.hidden), weight(p.hidden, p.intermediate)
-    ids = random(tokens, p.experts).float().topk(p.top_k).indices
+    ids = random_ids(tokens, p.experts, p.top_k, device, generator)
     weights = torch.rand((tokens, p.top_k), generator=generator, device=device)
     expected = moe_reference(planes, ids, weights, w13, None, w2, None, p.scheme, p.activation, p.dtype, scale).float()
     pack = moe_layouts()[kernel.layout].pack

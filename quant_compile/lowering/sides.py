@@ -1,0 +1,52 @@
+"""Questions about sizes that are symbols, above all which side of SPLIT a number of rows is on.
+
+Graphs for any number of rows are compiled once for each side. Dynamo checks what was asked at each call from the first question on, and
+compiles the other side when a call first has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+_LATE: ContextVar[bool] = ContextVar("sglquant_late", default=False)
+# Graphs whose m is a symbol are compiled once for m up to it and once for more, each when first met.
+SPLIT = 1024
+
+
+@contextmanager
+def without_guards() -> Generator[None]:
+    """Inside, Dynamo is done with the graph, so that no condition on sizes may be added."""
+    token = _LATE.set(True)
+    try:
+        yield
+    finally:
+        _LATE.reset(token)
+
+
+def is_late() -> bool:
+    """Whether Dynamo is done with the graph that is being compiled."""
+    return _LATE.get()
+
+
+def beyond(m: Any, bound: int = SPLIT) -> bool | None:
+    """Whether a symbol m is above ``bound``, which Dynamo checks at each call from now on; None where it cannot, or no longer."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+
+    if statically_known_true(m > bound):
+        return True
+    if statically_known_true(m <= bound):
+        return False
+    return None if is_late() or free_unbacked_symbols(m) else bool(m > bound)
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two sizes are equal, which Dynamo checks at each call from now on if they are of two symbols; False where it cannot."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+
+    if statically_known_true(first == second):
+        return True
+    symbols = free_unbacked_symbols(first) | free_unbacked_symbols(second)
+    return False if is_late() or symbols else bool(first == second)
