@@ -142,6 +142,23 @@ def generate_rest(results: Path) -> str:
     return "\n".join([text, tables[0], first, tables[1]])
 
 
+def generate_torchao(results: Path) -> str:
+    """torchao under Hugging Face's own compilation, in a run of its own."""
+    result = read("generate_torchao", results)
+    if result is None:
+        return ""
+    rows = [
+        [generate_name(row), *(generate_cell(cell, *keys) for keys in (TOKEN_KEYS, FIRST_TOKEN_KEYS))]
+        for row in result["rows"]
+        for cell in row["cells"].values()
+    ]
+    text = (
+        "**torchao in the same loop**: Llama-3-8B shape, 16 layers, B=1, a prompt of 128 tokens, each stack in processes of its own, by "
+        f"turns on one GPU. {place(result, 'triton', 'transformers', 'torchao')}."
+    )
+    return "\n\n".join([text, markdown(["stack", "ms a token", "ms to the first token"], rows)])
+
+
 def first_token(results: Path) -> str:
     """Time to the first token, with all stacks taking turns."""
     found = [result for name in ("first_token", "first_token_later") if (result := read(name, results)) is not None]
@@ -1290,6 +1307,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "generate": generate,
     "generate_first_token": generate_first_token,
     "generate_rest": generate_rest,
+    "generate_torchao": generate_torchao,
     "first_token": first_token,
     "load": load,
     "attention_decode": attention_decode,
