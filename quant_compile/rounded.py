@@ -60,6 +60,8 @@ from quant_compile.simulate import Chosen, Simulation, Values
 MOMENTS_BYTES = 1 << 30
 # Passes over the batches at most by which weights see what those before them became; more where ``MOMENTS_BYTES`` hold fewer weights.
 STAGES = 8
+# Rows that the unquantized model's weights meet, all batches together: kept where they take no more, else met anew in each stage.
+ROWS_BYTES = 1 << 30
 # Moments of fewer tokens than inputs have too low a rank for GPTQ, which then does harm: scales are searched for.
 FEWER = "fewer tokens than inputs"
 # Why a weight's inputs have no factors.
@@ -150,8 +152,10 @@ def round_weights(
     jobs, out = _jobs(model, policy), dict[str, Rounded]()
     paired, before = uses(policy.method, GPTAQ), _before(policy.method)
     whole = paired or uses(policy.method, GPTQ)
+    plain: list[Rows] | None = None
     if before or paired:
-        jobs = _with_readers(model, batches if paired else batches[:1], jobs, before)
+        plain = [] if paired and not before else None
+        jobs, plain = _with_readers(model, batches if paired else batches[:1], jobs, before, plain)
     groups = list(_stages(jobs) if paired else _groups(jobs, lambda job: job.nbytes(whole)))
     simulated, values, hooked = list[Chosen](), Values(), _has_hooks(model)
     for number, group in enumerate(groups, 1):
@@ -162,12 +166,15 @@ def round_weights(
         samples = Samples(addresses, wanted, len(batches))
         ends = {job.name for job in group} if paired and not hooked and all(job.once for job in group) else None
         with eagerly(), torch.inference_mode():
-            for batch in track(batches, f"reading inputs{part}"):
+            for index, batch in enumerate(track(batches, f"reading inputs{part}")):
                 rows = Rows(addresses, sizes) if simulated else moments
-                with rows, samples if wanted else nullcontext():
-                    _run(model, batch, rows, ends)
+                if isinstance(rows, Rows) and plain is not None:
+                    rows = plain[index]
+                else:
+                    with rows, samples if wanted else nullcontext():
+                        _run(model, batch, rows, ends)
                 if isinstance(moments, Pairs) and isinstance(rows, Rows):
-                    moments.plain = rows.rows
+                    moments.plain = {name: list(rows.rows.get(name, ())) for name in sizes}
                     with Simulation(simulated, values), moments:
                         _run(model, batch, moments, ends)
         with torch.inference_mode():  # as the sums were made
@@ -215,16 +222,26 @@ def _addresses(jobs: Iterable[_Job]) -> dict[int, str]:
     return weights_by_address({job.name: job.weight.parameter for job in jobs})
 
 
-def _with_readers(model: nn.Module, batches: Sequence[Any], jobs: Sequence[_Job], before: str) -> list[_Job]:
-    """Jobs with their leaders, those of one leader beside each other, in the order in which batches meet them."""
-    readers = Readers(_addresses(jobs), {job.name for job in jobs if job.size.experts})
+def _with_readers(
+    model: nn.Module, batches: Sequence[Any], jobs: Sequence[_Job], before: str, plain: list[Rows] | None
+) -> tuple[list[_Job], list[Rows] | None]:
+    """Jobs with their leaders, those of one leader beside each other, in the order in which batches meet them.
+
+    Args:
+        plain: gets the rows of each batch, and comes back, unless they take too much; None: no rows are asked for.
+    """
+    addresses, sizes = _addresses(jobs), {job.name: job.size for job in jobs}
+    readers = Readers(addresses, {job.name for job in jobs if job.size.experts})
     most: Counter[str] = Counter()
     with eagerly(), torch.inference_mode():
         for batch in batches:
             readers.met.clear()
-            with readers:
+            rows = None if plain is None else Rows(addresses, sizes, ROWS_BYTES - sum(each.taken for each in plain))
+            with readers, rows or nullcontext():
                 run_batch(model, batch)
             most |= readers.met
+            if plain is not None and rows is not None:
+                plain = None if rows.full else [*plain, rows]
     order = {name: place for place, name in enumerate(most)}
     together: dict[str, list[_Job]] = {}
     for job in sorted(jobs, key=lambda job: order.get(job.name, len(order))):
@@ -237,7 +254,7 @@ def _with_readers(model: nn.Module, batches: Sequence[Any], jobs: Sequence[_Job]
             without = without or (NOT_QUANTIZED if before == SMOOTHQUANT and not quantized else "")
             once = most[job.name] == 1 and not job.size.experts
             out.append(replace(job, leader=leader, without=without, once=once))
-    return out
+    return out, plain
 
 
 def _with_factors(

@@ -205,6 +205,7 @@ class Simulation(Following):
         self.chosen = {each.name: each for each in chosen}
         super().__init__(weights_by_address({name: each.weight.parameter for name, each in self.chosen.items()}))
         self.values = values or Values()
+        self._made: _MadeInput | None = None
         self._storages: dict[int, list[tuple[int, int, str]]] = {}
         for name, each in self.chosen.items():
             parameter = each.weight.parameter
@@ -232,11 +233,24 @@ class Simulation(Following):
         """
         chosen = chosen or self.chosen[found.made.weight]
         values = self._values(found, chosen)
-        return _product(found, _input(found, chosen), values)
+        return _product(found, self._input(found, chosen), values)
 
     def compared(self, found: Meeting, chosen: Chosen | None = None) -> Compared:
         """The product as it is and as the weight's scheme computes it, f32 both."""
         return Compared(_product(found, found.x.float(), found.weight.float()), self.quantized(found, chosen))
+
+    def _input(self, found: Meeting, chosen: Chosen) -> Tensor:
+        """x as the scheme makes it, f32; weights that read one input one after the other get it once."""
+        if chosen.scheme.input_activations is None or _summed(found)[0] is None:
+            return found.x.float()
+        last, factor = self._made, factor_of(chosen.rounding, found.x.device)
+        if last is not None and last.serves(found, chosen, factor):
+            return last.made
+        made = _quantized_input(found, chosen, factor)
+        self._made = _MadeInput(
+            found.x.clone(), found.x.data_ptr(), _kind_of(found, chosen), chosen.scale, factor, made
+        )
+        return made
 
     def _values(self, found: Meeting, chosen: Chosen) -> Tensor:
         """Quantized values in the shape of the product's operand."""
@@ -250,6 +264,41 @@ class Simulation(Following):
             offset = operand.storage_offset() - parameter.storage_offset()
             return values.as_strided(operand.shape, operand.stride(), offset)
         return found.made.of(values)
+
+
+@dataclass(frozen=True)
+class _MadeInput:
+    """An input that was quantized.
+
+    Attributes:
+        x: as it was, since a model may write over it.
+        address: of its first value then.
+        kind: what else than numbers made it.
+    """
+
+    x: Tensor
+    address: int
+    kind: tuple[Any, ...]
+    scale: Tensor | None
+    factor: Tensor | None
+    made: Tensor
+
+    def serves(self, found: Meeting, chosen: Chosen, factor: Tensor | None) -> bool:
+        """Whether it is what a product takes."""
+        if found.x.data_ptr() != self.address or self.kind != _kind_of(found, chosen):
+            return False
+        return _same(self.scale, chosen.scale) and _same(self.factor, factor) and torch.equal(self.x, found.x)
+
+
+def _kind_of(found: Meeting, chosen: Chosen) -> tuple[Any, ...]:
+    rows = None if found.rows is None else int(found.rows[-1])
+    return chosen.scheme, _summed(found)[0], rows, found.x.shape, found.x.stride(), found.x.dtype
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
 
 
 def _columns(found: Meeting, parameter: nn.Parameter) -> bool | None:
@@ -273,13 +322,12 @@ def _summed(found: Meeting) -> tuple[int | None, int | None]:
     return (x.index(both[0]), weight.index(both[0])) if len(both) == 1 else (None, None)
 
 
-def _input(found: Meeting, chosen: Chosen) -> Tensor:
+def _quantized_input(found: Meeting, chosen: Chosen, factor: Tensor | None) -> Tensor:
     """x as the scheme makes it, f32; the summed dimension is its last one while it is quantized."""
     dim = _summed(found)[0]
-    if chosen.scheme.input_activations is None or dim is None:
-        return found.x.float()
+    assert dim is not None
     x = found.x if found.rows is None else found.x[: int(found.rows[-1])]
-    rows, factor = x.movedim(dim, -1), factor_of(chosen.rounding, x.device)
+    rows = x.movedim(dim, -1)
     made = quantized_input(rows if factor is None else rows * factor.to(x.dtype), chosen.scheme, chosen.scale)
     made = (made if factor is None else made / factor.float()).movedim(-1, dim)
     if made.shape == found.x.shape:

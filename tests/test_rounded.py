@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import quant_compile
-from quant_compile import MissingScalesError, OptionError, Policy, PolicyError, WeightError
+from quant_compile import MissingScalesError, OptionError, Policy, PolicyError, WeightError, rounded
 from quant_compile.ir.errors import PolicyWarning
 from quant_compile.ir.family import family_of
 from quant_compile.ir.scheme import parse
@@ -316,13 +316,29 @@ def test_what_a_later_batch_meets_more_often_is_seen_in_any_order() -> None:
     assert found["second"][0] == "gptaq" and float(alike) > 0.98
 
 
-def test_a_pass_ends_behind_the_last_weight_of_its_stage() -> None:
-    """Two weights of each layer read one input: eight stages, of which the last alone reaches the last weight, in 16 bits and quantized."""
+@pytest.mark.parametrize(("room", "passes"), [(1 << 30, 2), (20_000, 3), (0, 3)])
+def test_a_pass_ends_behind_the_last_weight_of_its_stage(
+    room: int, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two weights of each layer read one input: eight stages, of which the last alone reaches the last weight, quantized, and in 16 bits
+    where its rows were not kept from the first pass, which shows what reads what.
+    """
+    monkeypatch.setattr(rounded, "ROWS_BYTES", room)
     model, calls = Stack(4).bfloat16(), list[int]()
     model.layers[3].down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
     custom = parse("int4.group16+16").to_fields()
     quant_compile.calibrate(model, data(), {"default": custom, "method": "gptaq"}, progress=False)
-    assert len(calls) == 3 * len(data()), "one pass shows what reads what"
+    assert len(calls) == passes * len(data())
+
+
+def test_rows_that_are_kept_are_those_that_are_met_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Backwards().bfloat16().eval()
+    batches = [(x, times) for x, times in zip(data(), (1, 3, 2, 1), strict=True)]
+    kept = planes_by(model, batches)
+    monkeypatch.setattr(rounded, "ROWS_BYTES", 0)
+    for name, (method, codes) in planes_by(model, batches).items():
+        assert method == kept[name][0] and torch.equal(codes, kept[name][1])
 
 
 class Reused(nn.Module):

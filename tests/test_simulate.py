@@ -147,3 +147,42 @@ def test_few_values_are_kept() -> None:
     assert len(values._kept) == simulate.FEW
     assert values.of(chosen[-1], False) is made[-1]
     assert values.of(chosen[0], False) is not made[0]
+
+
+class Siblings(nn.Module):
+    """Three weights that read one input, which ``between`` may write over after the first."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 32, bias=False) for _ in range(3))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, 64] -> [t, 32]."""
+        x = x * 1.0
+        q = self.q(x)
+        if self.between == "written":
+            x.mul_(-3.0)
+        elif self.between == "another":
+            x = x + 1.0
+        return q + self.k(x) + self.v(x)
+
+
+@pytest.mark.parametrize(("between", "inputs"), [("", 1), ("written", 2), ("another", 2)])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_weights_that_read_one_input_have_it_quantized_once(
+    context: Any, between: str, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, policy, x = Siblings(between).bfloat16(), Policy.load("NVFP4"), torch.randn(5, 64).bfloat16()
+    made: list[Tensor] = []
+    real = simulate.quantized_input
+    monkeypatch.setattr(simulate, "quantized_input", lambda x, *more: made.append(x.clone()) or real(x, *more))
+    with context():
+        with Simulation(chosen_by(policy, model)):
+            found = model(x)
+        assert len(made) == inputs
+        monkeypatch.setattr(simulate._MadeInput, "serves", lambda *given: False)
+        with Simulation(chosen_by(policy, model)):
+            assert torch.equal(model(x), found)
+    assert len(made) == inputs + 3

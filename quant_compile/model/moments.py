@@ -104,17 +104,33 @@ class Moments(Seeing):
 class Rows(Seeing):
     """All rows of one batch that the matrices met, in order.
 
+    Args:
+        room: bytes that rows may take; None: any number.
+
     Attributes:
-        rows: by name, each call's [t, k].
+        rows: by name, each call's [t, k]; those of weights that read one input are there once. Nothing where the room was too small.
+        taken: bytes that they take.
+        full: the room was too small.
     """
 
-    def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size]) -> None:
+    def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size], room: int | None = None) -> None:
         super().__init__(weights, sizes)
+        self.room, self.taken, self.full = room, 0, False
         self.rows: dict[str, list[Tensor]] = {}
+        self._last: Tensor | None = None
 
     def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
-        if not size.experts:
-            self.rows.setdefault(name, []).append(x.clone())  # the model may write over it
+        if size.experts or self.full:
+            return
+        last = self._last
+        if last is None or last.shape != x.shape or last.dtype != x.dtype or not torch.equal(last, x):
+            self._last = last = x.clone()  # the model may write over it
+            self.taken += last.nbytes
+        if self.room is not None and self.taken > self.room:
+            self.full, self._last = True, None
+            self.rows.clear()
+            return
+        self.rows.setdefault(name, []).append(last)
 
 
 class Pairs(Moments):
