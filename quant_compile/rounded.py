@@ -174,7 +174,7 @@ def round_weights(
                     with rows, samples if wanted else nullcontext():
                         _run(model, batch, rows, ends)
                 if isinstance(moments, Pairs) and isinstance(rows, Rows):
-                    moments.plain = {name: list(rows.rows.get(name, ())) for name in sizes}
+                    moments.plain = {key: list(met) for key, met in rows.rows.items() if key[0] in sizes}
                     with Simulation(simulated, values), moments:
                         _run(model, batch, moments, ends)
         with torch.inference_mode():  # as the sums were made
@@ -348,24 +348,23 @@ def _round(job: _Job, moments: Moments, method: str | None) -> Rounded | None:
     tokens = moments.tokens[job.name]
     _multiply_moments(sums, job.factor, moments.whole)
     factor = None if job.factor is None else job.factor.cpu()
+    cross = moments.cross.pop(job.name, None) if isinstance(moments, Pairs) else None
+    if cross is not None:
+        _multiply_moments(cross, job.factor, True)
     if not job.size.experts:
-        count, w = int(tokens[0]), job.scaled(None)
-        sums, better = sums[0].div_(count), None
-        cross = moments.cross.pop(job.name, None) if isinstance(moments, Pairs) else None
-        if cross is not None and count >= job.size.k:
-            _multiply_moments(cross.div_(count), job.factor, True)
-            better = corrected(w, sums, cross)
-        planes, text = _matrix(job, w if better is None else better, sums, count, moments.whole, None)
-        told = job.label(GPTAQ if better is not None and text == GPTQ else text, method)
+        planes, text = _matrix(
+            job, None, sums[0], int(tokens[0]), moments.whole, None, None if cross is None else cross[0]
+        )
         values = (checksum(job.matrix(None)),)
-        return Rounded(tuple(plane.cpu() for plane in planes), job.scheme, told, values, factor)
+        return Rounded(tuple(plane.cpu() for plane in planes), job.scheme, job.label(text, method), values, factor)
     # What the others met stands for an expert that met too little.
     squares = sums.diagonal(dim1=1, dim2=2).sum(0) if moments.whole else sums.sum(0)
     shared = squares / max(1, int(tokens.sum()))
     parts: list[Planes] = []
     methods: dict[str, int] = {}
     for expert, count in enumerate(tokens.tolist()):
-        planes, text = _matrix(job, job.scaled(expert), sums[expert].div_(max(1, count)), count, moments.whole, shared)
+        paired = None if cross is None else cross[expert]
+        planes, text = _matrix(job, expert, sums[expert], count, moments.whole, shared, paired)
         parts.append(tuple(plane.cpu() for plane in planes))
         methods[text] = methods.get(text, 0) + 1
     stacked = tuple(torch.stack([_bytes(p) for p in plane]).view(plane[0].dtype) for plane in zip(*parts, strict=True))
@@ -386,13 +385,18 @@ def _bytes(plane: Tensor) -> Tensor:
     return plane.view(torch.uint8) if plane.dtype.is_floating_point and plane.element_size() == 1 else plane
 
 
-def _matrix(job: _Job, w: Tensor, sums: Tensor, tokens: int, whole: bool, shared: Tensor | None) -> tuple[Planes, str]:
-    few = tokens < job.size.k
+def _matrix(
+    job: _Job, expert: int | None, sums: Tensor, tokens: int, whole: bool, shared: Tensor | None, cross: Tensor | None
+) -> tuple[Planes, str]:
+    """Planes of one matrix, and what made them; the memory of ``sums`` and ``cross`` is used."""
+    few, w = tokens < job.size.k, job.scaled(expert)
+    sums.div_(max(1, tokens))
     squares = sums.diagonal().clone() if whole else sums
     if whole and not few:
-        planes = gptq(w, job.scheme, sums)
+        better = None if cross is None else corrected(w, sums, cross.div_(tokens))
+        planes = gptq(w if better is None else better, job.scheme, sums)
         if planes is not None:
-            return planes, GPTQ
+            return planes, GPTQ if better is None else GPTAQ
     text = f"search by inputs ({FEWER})" if few and whole else "search by inputs"
     return searched(w, job.scheme, shared if few and shared is not None else squares), text
 

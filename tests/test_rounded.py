@@ -23,6 +23,7 @@ from quant_compile.lowering.rounding.gptq import gptq
 from quant_compile.lowering.rounding.recipe import plane_key
 from quant_compile.lowering.weights import STORE
 from quant_compile.measure.weights import chosen_by
+from quant_compile.model import moments
 from quant_compile.rounded import FEWER
 from quant_compile.simulate import Simulation
 from tests.moe_support import FAMILIES
@@ -224,18 +225,34 @@ def test_later_weights_make_good_what_earlier_ones_lost(before: str, spec: str) 
     ]
 
 
-def test_experts_are_rounded_by_what_the_quantized_model_gives_them() -> None:
-    """Other tokens may reach an expert there, so that there are no pairs: GPTQ, over those that do; matrices have pairs."""
-    model = FAMILIES["mixtral"].make("grouped_mm")
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_are_rounded_by_what_the_quantized_model_gives_them(implementation: str) -> None:
+    """Other tokens may reach an expert there: those that reach it in both are its pairs."""
+    model = FAMILIES["mixtral"].make(implementation)
     ids = torch.randint(0, model.config.vocab_size, (16, 60), generator=torch.Generator().manual_seed(2))
     batches = [{"input_ids": ids, "use_cache": False}]
     policy = quant_compile.calibrate(model, batches, {"default": "int4.group16+16", "method": "gptaq"}, progress=False)
-    quant_compile.compile(model, policy=policy, **REFERENCE)
-    model(input_ids=ids, use_cache=False)
-    lines = [line for line in quant_compile.report(model).lines if line.scheme]
-    experts, others = ([line.reason for line in lines if ("experts" in line.names[0]) == of] for of in (True, False))
-    assert experts and others and all("gptq" in reason for reason in experts)
-    assert any("gptaq" in reason for reason in others)
+    assert policy.planes is not None
+    with safe_open(str(policy.planes), "pt") as file:
+        told = {name: made["method"] for name, made in json.loads(file.metadata()["planes_of"]).items()}
+    experts, others = ([method for name, method in told.items() if ("experts" in name) == of] for of in (True, False))
+    assert experts and all(method == "gptaq" for method in experts) and "gptaq" in others
+
+
+@pytest.mark.parametrize(("noise", "room"), [(0.0, 2048), (0.2, 2048), (0.2, 100)])
+def test_rows_of_experts_are_paired_by_what_they_are(noise: float, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any order, with some in one run alone; what is no row of the other run has no partner."""
+    monkeypatch.setattr(moments, "PARTNERS", room)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 64, generator=generator)
+    order = torch.randperm(500, generator=generator)
+    plain, quantized = order[:400].sort().values, order[150:]
+    moved = rows[quantized] + noise * torch.randn(350, 64, generator=generator)
+    ours, theirs = moments._partners(rows[plain].bfloat16(), moved.bfloat16())
+    assert torch.equal(plain[ours], quantized[theirs])
+    assert len(ours) == 250, "all that both have"
+    assert not len(moments._partners(rows[:200], -rows[:200])[0]) and not len(moments._partners(rows[:0], rows)[0])
+    assert not len(moments._partners(rows, rows * float("nan"))[0])
 
 
 class Chosen(nn.Module):

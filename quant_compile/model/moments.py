@@ -15,6 +15,7 @@ from torch import Tensor
 from quant_compile.model.follow import Following, Meeting
 
 ROWS = 8192  # of inputs in f32 at a time
+PARTNERS = 2048  # rows whose distances to all others are held at a time
 # A row that is further than this share of its norm from its pair is another one, and this share of rows may be.
 FAR, OTHERS = 0.7, 0.05
 
@@ -102,13 +103,14 @@ class Moments(Seeing):
 
 
 class Rows(Seeing):
-    """All rows of one batch that the matrices met, in order.
+    """All rows of one batch that the weights met, in order.
 
     Args:
         room: bytes that rows may take; None: any number.
 
     Attributes:
-        rows: by name, each call's [t, k]; those of weights that read one input are there once. Nothing where the room was too small.
+        rows: by name and expert (0 of a matrix), each call's [t, k]; those of weights that read one input are there once. Nothing where the
+            room was too small.
         taken: bytes that they take.
         full: the room was too small.
     """
@@ -116,11 +118,11 @@ class Rows(Seeing):
     def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size], room: int | None = None) -> None:
         super().__init__(weights, sizes)
         self.room, self.taken, self.full = room, 0, False
-        self.rows: dict[str, list[Tensor]] = {}
+        self.rows: dict[tuple[str, int], list[Tensor]] = {}
         self._last: Tensor | None = None
 
     def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
-        if size.experts or self.full:
+        if self.full:
             return
         last = self._last
         if last is None or last.shape != x.shape or last.dtype != x.dtype or not torch.equal(last, x):
@@ -130,37 +132,68 @@ class Rows(Seeing):
             self.full, self._last = True, None
             self.rows.clear()
             return
-        self.rows.setdefault(name, []).append(last)
+        self.rows.setdefault((name, expert), []).append(last)
 
 
 class Pairs(Moments):
     """Sums over the inputs y that weights meet in a quantized model, and over those with the inputs x of the model itself.
 
+    The two runs feed a matrix the same rows in the same order, or it has no pairs. An expert gets others, where the router chooses
+    otherwise: rows are paired by what they are, and those without a partner are left out of all sums.
+
     Attributes:
-        plain: of the batch that runs, what the matrices met in the model itself; taken from as the batch runs.
-        cross: by name of a matrix, [k, k] f32, sums of x y^T; none where the two runs did not meet it with the same rows.
+        plain: of the batch that runs, what weights met in the model itself, as of ``Rows``; taken from as the batch runs.
+        cross: by name, [experts or 1, k, k] f32, sums of x y^T; none of a matrix which the two runs did not meet with the same rows.
     """
 
     def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size]) -> None:
         super().__init__(weights, sizes, whole=True)
-        self.plain: dict[str, list[Tensor]] = {}
+        self.plain: dict[tuple[str, int], list[Tensor]] = {}
         self.cross: dict[str, Tensor] = {}
         self.unlike: set[str] = set()
 
     def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
+        rows = self.plain.get((name, expert))
+        plain = rows.pop(0) if rows else None
+        if size.experts:
+            ours, theirs = _partners(x.new_empty(0, size.k) if plain is None else plain, x)
+            plain, x = x[:0] if plain is None else plain[ours], x[theirs]
         super().see(name, size, expert, x)
-        rows = self.plain.get(name)
-        if size.experts or name in self.unlike:
+        if name in self.unlike:
             return
-        if not rows or not _alike(rows[0], x):
+        if plain is None or not (size.experts or _alike(plain, x)):
             self.unlike.add(name)
             self.cross.pop(name, None)
             return
         into = self.cross.get(name)
         if into is None:
-            into = self.cross[name] = torch.zeros(size.k, size.k, dtype=torch.float32, device=x.device)
-        for plain, part in zip(rows.pop(0).split(ROWS), x.split(ROWS), strict=True):
-            into.addmm_(plain.float().t(), part.float())
+            into = self.cross[name] = torch.zeros_like(self.sums[name])
+        for before, part in zip(plain.split(ROWS), x.split(ROWS), strict=True):
+            into[expert].addmm_(before.float().t(), part.float())
+
+
+def _partners(plain: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of rows of either that are nearest to each other, and no further than FAR: two [pairs], by the rows of ``plain``."""
+    none = torch.zeros(0, dtype=torch.int64, device=quantized.device)
+    if not len(plain) or not len(quantized):
+        return none, none
+    y = quantized.float()
+    own, nearest = y.square().sum(-1), list[Tensor]()
+    least, partner = torch.full_like(own, float("inf")), torch.zeros_like(own, dtype=torch.int64)
+    close = list[Tensor]()
+    for start, part in zip(range(0, len(plain), PARTNERS), plain.split(PARTNERS), strict=True):
+        x = part.float()
+        size = x.square().sum(-1)
+        apart = (size[:, None] + own - 2 * (x @ y.t())).nan_to_num(nan=float("inf"))
+        found = apart.min(1)
+        nearest.append(found.indices)
+        close.append(found.values <= FAR**2 * size)
+        best = apart.min(0)
+        better = best.values < least
+        least, partner = torch.where(better, best.values, least), torch.where(better, best.indices + start, partner)
+    theirs, numbers = torch.cat(nearest), torch.arange(len(plain), device=y.device)
+    mutual = torch.cat(close) & (partner[theirs] == numbers)
+    return numbers[mutual], theirs[mutual]
 
 
 def _alike(plain: Tensor, quantized: Tensor) -> bool:
@@ -190,5 +223,6 @@ def _rows(found: Meeting, size: Size) -> Iterator[tuple[int, Tensor]]:
     if found.rows is not None:
         ends = [0, *found.rows.tolist()]
         yield from ((e, x[a:b]) for e, a, b in zip(ids, ends, ends[1:], strict=False) if b > a)
-    elif x.dim() == 3 and x.shape[0] == len(ids):
-        yield from zip(ids, x, strict=True)
+    elif x.dim() == 3 and x.shape[0] == len(ids):  # an expert may be there for each of its tokens
+        chosen = torch.tensor(ids, device=x.device)
+        yield from ((e, x[chosen == e].reshape(-1, size.k)) for e in dict.fromkeys(ids))
