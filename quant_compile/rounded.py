@@ -349,11 +349,14 @@ def _round(job: _Job, moments: Moments, method: str | None) -> Rounded | None:
     _multiply_moments(sums, job.factor, moments.whole)
     factor = None if job.factor is None else job.factor.cpu()
     cross = moments.cross.pop(job.name, None) if isinstance(moments, Pairs) else None
-    if cross is not None:
-        _multiply_moments(cross, job.factor, True)
+    apart = moments.apart.pop(job.name, None) if isinstance(moments, Pairs) else None
+    pairs = None if cross is None or apart is None else _Paired(cross, apart)
+    if pairs is not None:
+        _multiply_moments(pairs.cross, job.factor, True)
+        _multiply_moments(pairs.apart, job.factor, False)
     if not job.size.experts:
         planes, text = _matrix(
-            job, None, sums[0], int(tokens[0]), moments.whole, None, None if cross is None else cross[0]
+            job, None, sums[0], int(tokens[0]), moments.whole, None, None if pairs is None else pairs.of(0)
         )
         values = (checksum(job.matrix(None)),)
         return Rounded(tuple(plane.cpu() for plane in planes), job.scheme, job.label(text, method), values, factor)
@@ -363,7 +366,7 @@ def _round(job: _Job, moments: Moments, method: str | None) -> Rounded | None:
     parts: list[Planes] = []
     methods: dict[str, int] = {}
     for expert, count in enumerate(tokens.tolist()):
-        paired = None if cross is None else cross[expert]
+        paired = None if pairs is None else pairs.of(expert)
         planes, text = _matrix(job, expert, sums[expert], count, moments.whole, shared, paired)
         parts.append(tuple(plane.cpu() for plane in planes))
         methods[text] = methods.get(text, 0) + 1
@@ -385,15 +388,29 @@ def _bytes(plane: Tensor) -> Tensor:
     return plane.view(torch.uint8) if plane.dtype.is_floating_point and plane.element_size() == 1 else plane
 
 
+@dataclass(frozen=True)
+class _Paired:
+    """Sums over pairs of rows, as ``Pairs`` has them."""
+
+    cross: Tensor
+    apart: Tensor
+
+    def of(self, expert: int) -> _Paired:
+        """Those of one matrix."""
+        return _Paired(self.cross[expert], self.apart[expert])
+
+
 def _matrix(
-    job: _Job, expert: int | None, sums: Tensor, tokens: int, whole: bool, shared: Tensor | None, cross: Tensor | None
+    job: _Job, expert: int | None, sums: Tensor, tokens: int, whole: bool, shared: Tensor | None, pairs: _Paired | None
 ) -> tuple[Planes, str]:
-    """Planes of one matrix, and what made them; the memory of ``sums`` and ``cross`` is used."""
+    """Planes of one matrix, and what made them; the memory of ``sums`` and ``pairs`` is used."""
     few, w = tokens < job.size.k, job.scaled(expert)
     sums.div_(max(1, tokens))
     squares = sums.diagonal().clone() if whole else sums
     if whole and not few:
-        better = None if cross is None else corrected(w, sums, cross.div_(tokens))
+        better = None
+        if pairs is not None:
+            better = corrected(w, sums, pairs.cross.div_(tokens), pairs.apart.div_(tokens), tokens)
         planes = gptq(w if better is None else better, job.scheme, sums)
         if planes is not None:
             return planes, GPTQ if better is None else GPTAQ

@@ -244,9 +244,13 @@ class Simulation(Following):
         if chosen.scheme.input_activations is None or _summed(found)[0] is None:
             return found.x.float()
         last, factor = self._made, factor_of(chosen.rounding, found.x.device)
+        if torch.is_grad_enabled():
+            last = None
         if last is not None and last.serves(found, chosen, factor):
             return last.made
         made = _quantized_input(found, chosen, factor)
+        if torch.is_grad_enabled():  # what is kept would keep its graph
+            return made
         self._made = _MadeInput(
             found.x.clone(), found.x.data_ptr(), _kind_of(found, chosen), chosen.scale, factor, made
         )
@@ -292,7 +296,9 @@ class _MadeInput:
 
 def _kind_of(found: Meeting, chosen: Chosen) -> tuple[Any, ...]:
     rows = None if found.rows is None else int(found.rows[-1])
-    return chosen.scheme, _summed(found)[0], rows, found.x.shape, found.x.stride(), found.x.dtype
+    x, kind = found.x, found.x.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return chosen.scheme, _summed(found)[0], rows, x.shape, x.stride(), x.dtype, cast
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:

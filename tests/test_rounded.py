@@ -251,8 +251,30 @@ def test_rows_of_experts_are_paired_by_what_they_are(noise: float, room: int, mo
     ours, theirs = moments._partners(rows[plain].bfloat16(), moved.bfloat16())
     assert torch.equal(plain[ours], quantized[theirs])
     assert len(ours) == 250, "all that both have"
+    several = rows[:50].repeat(4, 1)
+    assert len(moments._partners(several, several)[0]) == 200, "rows that are there several times"
+    far = rows.double() + 1e4  # what all share
+    ours, theirs = moments._partners(far.float(), far.float())
+    assert len(ours) == 500 and torch.equal(ours, theirs)
     assert not len(moments._partners(rows[:200], -rows[:200])[0]) and not len(moments._partners(rows[:0], rows)[0])
     assert not len(moments._partners(rows, rows * float("nan"))[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_of_experts_that_are_no_numbers_are_no_fewer_rows(bad: float) -> None:
+    model = FAMILIES["mixtral"].make("eager")
+    ids = torch.randint(0, model.config.vocab_size, (4, 60), generator=torch.Generator().manual_seed(2))
+    batches = [{"input_ids": ids, "use_cache": False}]
+
+    def spoil(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0].clone()
+        x.view(-1, x.shape[-1])[3] = bad
+        return (x, *args[1:])
+
+    model.model.layers[-1].mlp.experts.register_forward_pre_hook(spoil)
+    with pytest.raises(MissingScalesError, match="NaN or inf"):
+        quant_compile.calibrate(model, batches, {"default": "int4.group16+16", "method": "gptaq"}, progress=False)
+    assert not list(Path().glob("*.safetensors"))
 
 
 class Chosen(nn.Module):

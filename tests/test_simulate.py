@@ -186,3 +186,28 @@ def test_weights_that_read_one_input_have_it_quantized_once(
         with Simulation(chosen_by(policy, model)):
             assert torch.equal(model(x), found)
     assert len(made) == inputs + 3
+
+
+def test_an_input_of_one_autocast_is_not_that_of_another() -> None:
+    torch.manual_seed(0)
+    model, x = Siblings("").bfloat16(), torch.randn(5, 64).bfloat16()
+    chosen = {each.name: each for each in chosen_by(Policy.load("NVFP4"), model)}
+
+    def run() -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            first = model.q(x)
+        return first, model.k(x)
+
+    with Simulation(chosen.values()):
+        both = run()
+    for index, name in enumerate(("q.weight", "k.weight")):
+        with Simulation([chosen[name]]):
+            assert torch.equal(run()[index], both[index])
+
+
+def test_gradients_pass_twice() -> None:
+    """Nothing that is kept holds a graph."""
+    model, x = Siblings("").float(), torch.randn(5, 64, requires_grad=True)
+    with torch.enable_grad(), Simulation(chosen_by(Policy.load("W8A8"), model)):
+        for weight in (model.q, model.k):
+            weight(x).sum().backward()

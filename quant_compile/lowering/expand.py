@@ -26,7 +26,7 @@ from quant_compile.lowering import ops
 from quant_compile.lowering.attention import MOST_TOKENS, attention_kernels, full_mask, surely_fit
 from quant_compile.lowering.registry import Kernel, kernels
 from quant_compile.lowering.select import BUCKETS, Dispatch, parse_dispatch
-from quant_compile.lowering.sides import SPLIT, beyond
+from quant_compile.lowering.sides import SPLIT, beyond, is_late
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import tracing
 
@@ -123,8 +123,8 @@ def _expand_attention(
 
 
 def _expand_reach(mask: Tensor, queries: int, keys: int) -> Any:
-    """What ``sglq_kernels.reach`` launches."""
-    if Target.of(mask.device).device != "cuda" or _unbacked(mask) or _is_zero(mask):
+    """What ``sglq_kernels.reach`` launches; late graphs with symbols keep the op, whose attention stays one, too."""
+    if Target.of(mask.device).device != "cuda" or _is_zero(mask) or not (_known(mask) or _askable(mask)):
         return NotImplemented
     with tracing(None):
         return ops.run_reach(mask, queries, keys)
@@ -136,10 +136,11 @@ def _known(*tensors: Tensor) -> bool:
     return all(isinstance(size, int) and size > 0 for size in sizes)
 
 
-def _unbacked(x: Tensor) -> bool:
+def _askable(x: Tensor) -> bool:
+    """Whether conditions on its sizes can be checked from now on."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    return bool(free_unbacked_symbols(x))
+    return not is_late() and not free_unbacked_symbols(x)
 
 
 def _expand_latents(q: Tensor, turned: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None, *more: Any) -> Any:

@@ -174,7 +174,7 @@ LIBRARY.define("reach(Tensor mask, int queries, int keys) -> Tensor")
 
 
 def run_reach(mask: Tensor, queries: int, keys: int) -> Tensor:
-    """[.., T, L] -> int32 [B, Hq, blocks of T, blocks of L]."""
+    """[.., T, L] -> int32 [B, Hq, blocks of T times blocks of L]."""
     return import_module("quant_compile.lowering.kernels.attention.triton_prefill").reach_of(
         full_mask(mask), queries, keys
     )
@@ -189,7 +189,7 @@ def _reach_fake(mask: Tensor, queries: int, keys: int) -> Tensor:
     full = full_mask(mask)
     assert full is not None
     b, heads, t, length = full.shape
-    return mask.new_empty((b, heads, -(-t // queries), -(-length // keys)), dtype=torch.int32)
+    return mask.new_empty((b, heads, -(-t // queries) * -(-length // keys)), dtype=torch.int32)
 
 
 LIBRARY.impl("reach", _reach, "CompositeExplicitAutograd")

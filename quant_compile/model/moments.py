@@ -16,6 +16,7 @@ from quant_compile.model.follow import Following, Meeting
 
 ROWS = 8192  # of inputs in f32 at a time
 PARTNERS = 2048  # rows whose distances to all others are held at a time
+TIE = 1e-3  # of what is FAR, squared: distances that differ by less are equal
 # A row that is further than this share of its norm from its pair is another one, and this share of rows may be.
 FAR, OTHERS = 0.7, 0.05
 
@@ -125,7 +126,7 @@ class Rows(Seeing):
         if self.full:
             return
         last = self._last
-        if last is None or last.shape != x.shape or last.dtype != x.dtype or not torch.equal(last, x):
+        if last is None or not _same(last, x):
             self._last = last = x.clone()  # the model may write over it
             self.taken += last.nbytes
         if self.room is not None and self.taken > self.room:
@@ -133,6 +134,11 @@ class Rows(Seeing):
             self.rows.clear()
             return
         self.rows.setdefault((name, expert), []).append(last)
+
+
+def _same(last: Tensor, x: Tensor) -> bool:
+    alike = (last.shape, last.dtype, last.device) == (x.shape, x.dtype, x.device)
+    return alike and torch.equal(last, x)
 
 
 class Pairs(Moments):
@@ -144,20 +150,26 @@ class Pairs(Moments):
     Attributes:
         plain: of the batch that runs, what weights met in the model itself, as of ``Rows``; taken from as the batch runs.
         cross: by name, [experts or 1, k, k] f32, sums of x y^T; none of a matrix which the two runs did not meet with the same rows.
+        apart: by name, [experts or 1, k] f32, sums of (x - y)^2, of the same rows.
     """
 
     def __init__(self, weights: Mapping[int, str], sizes: Mapping[str, Size]) -> None:
         super().__init__(weights, sizes, whole=True)
         self.plain: dict[tuple[str, int], list[Tensor]] = {}
         self.cross: dict[str, Tensor] = {}
+        self.apart: dict[str, Tensor] = {}
         self.unlike: set[str] = set()
 
     def see(self, name: str, size: Size, expert: int, x: Tensor) -> None:
         rows = self.plain.get((name, expert))
         plain = rows.pop(0) if rows else None
         if size.experts:
-            ours, theirs = _partners(x.new_empty(0, size.k) if plain is None else plain, x)
-            plain, x = x[:0] if plain is None else plain[ours], x[theirs]
+            plain = x[:0] if plain is None else plain
+            if bool(torch.isfinite(plain).all()) and bool(torch.isfinite(x).all()):
+                ours, theirs = _partners(plain, x)
+                plain, x = plain[ours], x[theirs]
+            else:  # shows in the sums
+                plain = x = torch.cat([plain, x])
         super().see(name, size, expert, x)
         if name in self.unlike:
             return
@@ -168,32 +180,36 @@ class Pairs(Moments):
         into = self.cross.get(name)
         if into is None:
             into = self.cross[name] = torch.zeros_like(self.sums[name])
+            self.apart[name] = torch.zeros(into.shape[:2], device=x.device)
         for before, part in zip(plain.split(ROWS), x.split(ROWS), strict=True):
-            into[expert].addmm_(before.float().t(), part.float())
+            before, part = before.float(), part.float()
+            into[expert].addmm_(before.t(), part)
+            self.apart[name][expert] += (before - part).square().sum(0)
 
 
 def _partners(plain: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of rows of either that are nearest to each other, and no further than FAR: two [pairs], by the rows of ``plain``."""
+    """Numbers of rows of either that are nearest to each other, and no further than FAR: two [pairs], by the rows of ``quantized``.
+
+    Of rows that are there several times each gets a partner, since all of these are as near.
+    """
     none = torch.zeros(0, dtype=torch.int64, device=quantized.device)
     if not len(plain) or not len(quantized):
         return none, none
-    y = quantized.float()
-    own, nearest = y.square().sum(-1), list[Tensor]()
+    middle = plain.float().mean(0)  # what all rows share would hide what tells them apart
+    y = quantized.float() - middle
+    own, nearest, far = y.square().sum(-1), list[Tensor](), list[Tensor]()
     least, partner = torch.full_like(own, float("inf")), torch.zeros_like(own, dtype=torch.int64)
-    close = list[Tensor]()
     for start, part in zip(range(0, len(plain), PARTNERS), plain.split(PARTNERS), strict=True):
-        x = part.float()
-        size = x.square().sum(-1)
-        apart = (size[:, None] + own - 2 * (x @ y.t())).nan_to_num(nan=float("inf"))
-        found = apart.min(1)
-        nearest.append(found.indices)
-        close.append(found.values <= FAR**2 * size)
+        far.append(part.float().square().sum(-1) * FAR**2)
+        x = part.float() - middle
+        apart = x.square().sum(-1)[:, None] + own - 2 * (x @ y.t())
+        nearest.append(apart.min(1).values)
         best = apart.min(0)
         better = best.values < least
         least, partner = torch.where(better, best.values, least), torch.where(better, best.indices + start, partner)
-    theirs, numbers = torch.cat(nearest), torch.arange(len(plain), device=y.device)
-    mutual = torch.cat(close) & (partner[theirs] == numbers)
-    return numbers[mutual], theirs[mutual]
+    limit = torch.cat(far)[partner]
+    mutual = (least <= limit) & (least <= torch.cat(nearest)[partner] + TIE * limit)
+    return partner[mutual], mutual.nonzero().squeeze(-1)
 
 
 def _alike(plain: Tensor, quantized: Tensor) -> bool:

@@ -185,24 +185,29 @@ def check_reach() -> None:
     mask = filled(1, 40, 75, 60, window=30)
     for form in (mask, additive(mask, F16)):
         words = triton_prefill.reach_of(form, 32, 16)
-        assert words.shape == (1, 1, 2, 5)
+        assert words.shape == (1, 1, 2 * 5)
         for tile in range(2):
             for block in range(5):
                 part = mask[0, 0, tile * 32 : tile * 32 + 32, block * 16 : block * 16 + 16]
                 some = part.any(0).nonzero().flatten()
-                word = int(words[0, 0, tile, block])
+                word = int(words[0, 0, tile * 5 + block])
                 assert (word >> 18) == (part.shape[1] == 16 and bool(part.all())), (tile, block)
                 wanted = (int(some[0]), int(some[-1]) + 1) if len(some) else (0, 0)
                 assert (word & 511, word >> 9 & 511) == wanted, (tile, block)
-    assert triton_prefill.reach_of(mask.expand(3, 4, 40, 75), 32, 16).shape == (3, 4, 2, 5)
-    assert triton_prefill.reach_of(mask.repeat(3, 4, 1, 1), 32, 16).shape == (3, 4, 2, 5)
+    assert triton_prefill.reach_of(mask.expand(3, 4, 40, 75), 32, 16).shape == (3, 4, 10)
+    assert triton_prefill.reach_of(mask.repeat(3, 4, 1, 1), 32, 16).shape == (3, 4, 10)
     case = Prompt(3, 4, 2, 40, 32, 75, cache=E4M3)
     for form in (mask.expand(3, 4, 40, 75), mask.repeat(3, 4, 1, 1)):
         words = triton_prefill.reach_of(form, 32, 16)
-        assert torch.equal(triton_prefill.reach_of(mask, 32, 16).expand(3, 4, 2, 5), words)
-        assert torch.equal(case.found(form, plan=VALUES, reach=words), case.found(form, plan=VALUES))
-        other = words[..., :1].contiguous()  # by other blocks: made anew
-        assert torch.equal(case.found(form, plan=VALUES, reach=other), case.found(form, plan=VALUES))
+        assert torch.equal(triton_prefill.reach_of(mask, 32, 16).expand(3, 4, 10), words)
+        blocks, other = (VALUES.block_m, VALUES.block_n), triton_prefill.reach_of(form, 16, 16)
+        wanted = case.found(form, plan=VALUES)
+        assert blocks == (32, 16) and torch.equal(case.found(form, plan=VALUES, reach=words, blocks=blocks), wanted)
+        # By other blocks, or by nobody knows which: made anew.
+        assert torch.equal(case.found(form, plan=VALUES, reach=other, blocks=(16, 16)), wanted)
+        assert torch.equal(case.found(form, plan=VALUES, reach=other), wanted)
+        with pytest.raises(ValueError, match="words of a mask"):
+            case.found(form, plan=VALUES, reach=other, blocks=blocks)
 
 
 def check_against_the_truth_of_graphs() -> None:

@@ -139,9 +139,12 @@ def test_correction_is_the_textbooks(k: int) -> None:
     w, (x, y) = weight(24, k, dtype=torch.float32), inputs_of(k, 0.3)
     moments, cross = y.t() @ y / len(y), x.t() @ y / len(y)
     before = moments.clone()
-    found, theirs = corrected(w, moments, cross), textbook.corrected_values(w, x, y, DAMPING)
+    found = corrected(w, moments, cross, (x - y).square().mean(0), len(y))
+    theirs = textbook.corrected_values(w, x, y, DAMPING)
     assert found is not None
-    assert torch.allclose(found.double(), theirs, atol=1e-4 * float(theirs.abs().max()))
+    change, whole = found.double() - w, theirs - w  # a share of it, as it might be chance
+    share = float((change * whole).sum() / whole.square().sum())
+    assert 0.6 < share < 1 and torch.allclose(change, share * whole, atol=1e-4 * float(theirs.abs().max()))
     assert torch.allclose(moments, before, rtol=1e-5, atol=0)
     error, uncorrected = ((y @ each.t() - x @ w.t()).norm() for each in (found, w))
     assert error < 0.9 * uncorrected
@@ -150,7 +153,7 @@ def test_correction_is_the_textbooks(k: int) -> None:
 def test_correction_leaves_a_weight_whose_inputs_are_the_same() -> None:
     w, (x, _) = weight(24, 96), inputs_of(96, 0.0)
     moments = x.t() @ x / len(x)
-    found = corrected(w, moments.clone(), moments.clone())
+    found = corrected(w, moments.clone(), moments.clone(), torch.zeros(96), len(x))
     assert (
         found is not None and found.dtype == w.dtype and torch.allclose(found.float(), w.float(), rtol=2**-7, atol=1e-4)
     )
@@ -160,9 +163,24 @@ def test_correction_leaves_a_weight_whose_inputs_are_the_same() -> None:
 def test_correction_refuses_moments_of_no_use(bad: float) -> None:
     w, (x, y) = weight(8, 64), inputs_of(64, 0.1)
     good = y.t() @ y / len(y), x.t() @ y / len(y)
-    assert corrected(w, torch.full((64, 64), bad), good[1].clone()) is None
+    apart = (x - y).square().mean(0)
+    assert corrected(w, torch.full((64, 64), bad), good[1].clone(), apart, len(y)) is None
     if bad != 0.0:
-        assert corrected(w, good[0].clone(), torch.full((64, 64), bad)) is None
+        assert corrected(w, good[0].clone(), torch.full((64, 64), bad), apart, len(y)) is None
+
+
+@pytest.mark.parametrize(("tokens", "made"), [(100, 0.2), (300, 0.35), (30000, 0.95)])
+def test_of_a_correction_that_chance_explains_little_is_made(tokens: int, made: float) -> None:
+    """Of inputs whose noise has a part that follows from them, and of noise alone: nothing."""
+    w, (y, other) = weight(24, 64, dtype=torch.float32), inputs_of(64, 0.0, 2 * tokens)[0].split(tokens)
+    noise = 0.5 * other
+    for x, least, most in ((y + noise, 0.0, 0.6 * min(1.0, 64 / tokens) ** 0.5), (1.3 * y + noise, made, 1.05)):
+        moments = y.t() @ y / tokens
+        full = textbook.corrected_values(w, x, y, DAMPING).float() - w
+        found = corrected(w, moments, x.t() @ y / tokens, (x - y).square().mean(0), tokens)
+        assert found is not None
+        share = float(((found - w) * full).sum() / full.square().sum())
+        assert least <= share <= most, share
 
 
 def test_gptq_refuses_moments_of_no_use() -> None:

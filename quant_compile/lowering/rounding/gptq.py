@@ -40,29 +40,50 @@ def gptq(w: Tensor, scheme: Scheme, moments: Tensor) -> Planes | None:
     return None if upper is None else _by_rows(w, grid, upper, weights, 1)
 
 
-def corrected(w: Tensor, moments: Tensor, cross: Tensor) -> Tensor | None:
+def corrected(w: Tensor, moments: Tensor, cross: Tensor, apart: Tensor, tokens: int) -> Tensor | None:
     """[n, k] -> the weight whose products with a quantized model's inputs y come nearest to w's with the model's own x, in w's dtype.
 
     It is W E[x y^T] E[y y^T]^-1, both damped alike, so that it is W where the inputs are the same. None: moments of no use.
     Source: Li et al. 2025, arXiv 2504.02692, which spreads the same difference while it rounds; here it is taken whole, before.
 
+    That is a regression of x - y on y. Over t tokens, k inputs that have nothing to do with it seem to explain k/t of it, so of the change
+    as large a share is made as what is explained exceeds that by (the adjusted R^2 over R^2). What the whole is counts x - y of each
+    input by itself.
+
     Args:
         moments: [k, k] f32, E[y y^T].
         cross: [k, k] f32, E[x y^T]; its memory is used.
+        apart: [k] f32, E[(x - y)^2].
+        tokens: how many the means are of.
     """
     damping = DAMPING * moments.diagonal().mean()
     moments.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(moments)
     moments.diagonal().sub_(damping)
-    cross.diagonal().add_(damping)
-    if bool(failed) or not _finite(cross):
+    change = cross.sub_(moments)
+    if bool(failed) or not _finite(change):
         return None
+    explained, whole = torch.zeros((), device=w.device), torch.zeros((), device=w.device)
 
     def rows(part: Tensor) -> Planes:
-        return (torch.cholesky_solve((part.float() @ cross).t(), factor).t().to(w.dtype),)
+        values = part.float()
+        product = values @ change
+        found = torch.cholesky_solve(product.t(), factor).t()
+        explained.add_((found * product).sum())
+        whole.add_((values.square() * apart).sum())
+        return (found.to(w.dtype),)
 
     (found,) = by_row_chunks(w, 1, rows, ELEMENTS)
-    return found if _finite(found) else None
+    better = torch.add(w, found, alpha=_share(float(explained / whole), w.shape[1] / tokens))
+    return better if _finite(better) else None
+
+
+def _share(explained: float, chance: float) -> float:
+    """The adjusted R^2 over R^2, of what is ``explained`` of a whole where ``chance`` alone would explain as much; 0 for no number."""
+    if not explained > chance or chance >= 1:
+        return 0.0
+    explained = min(explained, 1.0)
+    return (explained - chance) / (explained * (1 - chance))
 
 
 def compensated(w: Tensor, scheme: Scheme) -> Planes | None:

@@ -33,7 +33,7 @@ from quant_compile.lowering.kernels.attention.triton_decode import (
 )
 from quant_compile.lowering.registry import Rank
 from quant_compile.lowering.target import Target
-from quant_compile.lowering.trace import enqueue
+from quant_compile.lowering.trace import enqueue, is_tracing
 
 MASKS = ("none", "bool", "additive", "causal")
 # Share of the peak of 16-bit products that ``fit`` assumes.
@@ -128,16 +128,12 @@ def _small_plan(problem: Attention, target: Target) -> Plan:
     return Plan(64, 64, 4, 3 if shared_memory(target) >= 160 * 1024 else 2)
 
 
-def plan_by(problem: Attention, target: Target, blocks: tuple[int, int]) -> Plan:
-    """The plan of ``blocks_of`` this problem with other sizes, whose blocks are these.
-
-    Raises:
-        ValueError: there is none.
-    """
+def plan_by(problem: Attention, target: Target, blocks: tuple[int, int]) -> Plan | None:
+    """The plan of ``blocks_of`` this problem with other sizes, whose blocks are these; None: they are of another GPU."""
     for plan in (plan_of(problem, target), _small_plan(problem, target)):
         if (plan.block_m, plan.block_n) == blocks:
             return plan
-    raise ValueError(f"no plan has blocks of {blocks[0]} queries and {blocks[1]} keys on {target.label}")
+    return None
 
 
 def plans_of(problem: Attention, target: Target) -> list[Plan]:
@@ -179,13 +175,14 @@ def blocks_of(problem: Attention, target: Target) -> tuple[int, int]:
 
 
 def reach_of(mask: Tensor, queries: int, keys: int) -> Tensor:
-    """Words of ``reach_kernel`` for a mask [b, h, t, l], by blocks of so many queries and keys: int32 [b, h, blocks, blocks].
+    """Words of ``reach_kernel`` for a mask [b, h, t, l], by blocks of so many queries and keys: int32 [b, h, blocks * blocks].
 
+    One dimension for both numbers of blocks: of each torch would ask whether it is 1, and a graph for any sizes be one for some.
     Of every sequence and head, also of those that are spread by stride 0: what the words' sizes are must follow from the mask's.
     """
     b, heads, t, length = mask.shape
     tiles, blocks = ceil(t, queries), ceil(length, keys)
-    reach = torch.empty(b, heads, tiles, blocks, dtype=torch.int32, device=mask.device)
+    reach = torch.empty(b, heads, tiles * blocks, dtype=torch.int32, device=mask.device)
     kind = MASKS.index("bool" if mask.dtype == torch.bool else "additive")
     enqueue(
         _source().reach_kernel, (tiles * blocks, b * heads), mask, reach, t, length, heads, *_mask_strides(mask),
@@ -218,11 +215,12 @@ def prefill(
     Args:
         is_causal: query i sees keys 0 to i; without a mask.
         reach: ``reach_of`` the mask; made anew where it is by other blocks than the plan's, or None.
-        blocks: those that ``reach`` is by, queries and keys: the plan is theirs.
-        plan: how to cut the launches up, instead of ``plan_for``.
+        blocks: those that ``reach`` is by, queries and keys.
+        plan: how to cut the launches up, instead of that of ``blocks``, or ``plan_for``.
 
     Raises:
-        ValueError: a tensor does not lie in memory as the kernel reads it; a mask for a causal one; an unsafe plan.
+        ValueError: a tensor does not lie in memory as the kernel reads it; a mask for a causal one; an unsafe plan; words of
+            another mask.
     """
     _check_layout(q, k, v, mask)
     if mask is not None and is_causal:
@@ -231,21 +229,25 @@ def prefill(
     if target.arch < 89:
         k, v = _bytes(k), _bytes(v)
     problem = problem_of(q, k, v, mask, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
-    settings = plan or (plan_for(problem, target) if blocks is None else plan_by(problem, target, blocks))
+    given = None if blocks is None else plan_by(problem, target, blocks)
+    settings = plan or given or plan_for(problem, target)
     wrong = unsafe(problem, settings, target)
     if wrong is not None:
         raise ValueError(wrong)
     if scale < 0:  # the kernel takes the largest score for that of the largest product
         q, scale = -q, -scale
-    if mask is not None and (reach is None or not _by_blocks(reach, mask, settings, blocks is not None)):
+    if mask is not None and (reach is None or blocks != (settings.block_m, settings.block_n)):
         reach = reach_of(_unspread(mask), settings.block_m, settings.block_n)
+    elif mask is not None and reach is not None:
+        _check_reach(reach, mask, settings)
     kind = MASKS.index("causal" if is_causal else problem.mask)
     if settings.values and problem.k_dtype in CODES:
         k, v = _values_of(q, k, v, k_scale, v_scale, reach, problem, settings, kind)
         k_scale = v_scale = None
     out = torch.empty(problem.batch, problem.tokens, problem.heads, problem.value_size, dtype=q.dtype, device=q.device)
     sizes = (float(scale), float(softcap), problem.tokens, problem.length, problem.heads)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_mask_strides(mask), *_reach_strides(reach))
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_mask_strides(mask))
+    strides += _reach_strides(reach, ceil(problem.tokens, settings.block_m))
     grid = (ceil(problem.tokens, settings.block_m) * problem.batch * problem.heads,)
     launch = {"num_warps": settings.warps, "num_stages": settings.stages}
     constants = constants_of(problem, settings, target, is_causal) | launch
@@ -268,7 +270,7 @@ def _values_of(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """K and V in q's dtype, contiguous; of blocks that no query sees, whatever was in memory."""
     made = [torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (k, v)]
-    r_b, _ = _reach_strides(reach)
+    r_b, _ = _reach_strides(reach, ceil(p.tokens, plan.block_m))
     heads = 1 if reach is None else reach.shape[1]
     enqueue(
         _source().values_kernel, (ceil(p.length, plan.block_n), p.batch * p.kv_heads),
@@ -325,21 +327,16 @@ def _unspread(mask: Tensor) -> Tensor:
     return mask
 
 
-def _by_blocks(reach: Tensor, mask: Tensor, plan: Plan, surely: bool) -> bool:
-    """Whether words are those of a mask, by a plan's blocks.
-
-    Other blocks make other counts, but where one holds all keys: whether it is full would be that of a smaller block then. ``surely``:
-    they are known to be by these blocks.
-    """
-    sizes = ceil(mask.shape[2], plan.block_m), ceil(mask.shape[3], plan.block_n)
-    fits = all(a in (1, b) for a, b in zip(reach.shape[:2], mask.shape[:2], strict=True))
-    counts = all(a == b for a, b in zip(reach.shape[2:], sizes, strict=True))
-    return counts and fits and (surely or sizes[1] > 1 or mask.shape[3] < 32) and reach.is_contiguous()
+def _check_reach(reach: Tensor, mask: Tensor, plan: Plan) -> None:
+    """Of a graph that is traced, ``sglq_kernels.reach`` made them of this mask."""
+    words = ceil(mask.shape[2], plan.block_m) * ceil(mask.shape[3], plan.block_n)
+    if not is_tracing() and (reach.shape[2] != words or not reach.is_contiguous()):
+        raise ValueError(f"the words of a mask {tuple(mask.shape)} are {words} for each head, not {tuple(reach.shape)}")
 
 
-def _reach_strides(reach: Tensor | None) -> tuple[int, int]:
+def _reach_strides(reach: Tensor | None, tiles: int) -> tuple[int, int]:
     """Strides of words over sequences and heads, in blocks of queries."""
     if reach is None:
         return 0, 0
-    b, heads, tiles, _ = reach.shape
+    b, heads, _ = reach.shape
     return 0 if b == 1 else heads * tiles, 0 if heads == 1 else tiles
