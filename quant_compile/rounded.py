@@ -154,8 +154,7 @@ def round_weights(
     whole = paired or uses(policy.method, GPTQ)
     plain: list[Rows] | None = None
     if before or paired:
-        plain = [] if paired and not before else None
-        jobs, plain = _with_readers(model, batches if paired else batches[:1], jobs, before, plain)
+        jobs, plain = _with_readers(model, batches if paired else batches[:1], jobs, before, paired and not before)
     groups = list(_stages(jobs) if paired else _groups(jobs, lambda job: job.nbytes(whole)))
     simulated, values, hooked = list[Chosen](), Values(), _has_hooks(model)
     for number, group in enumerate(groups, 1):
@@ -223,13 +222,13 @@ def _addresses(jobs: Iterable[_Job]) -> dict[int, str]:
 
 
 def _with_readers(
-    model: nn.Module, batches: Sequence[Any], jobs: Sequence[_Job], before: str, plain: list[Rows] | None
+    model: nn.Module, batches: Sequence[Any], jobs: Sequence[_Job], before: str, keeps: bool
 ) -> tuple[list[_Job], list[Rows] | None]:
     """Jobs with their leaders, those of one leader beside each other, in the order in which batches meet them.
 
-    Args:
-        plain: gets the rows of each batch, and comes back, unless they take too much; None: no rows are asked for.
+    Beside them, if it ``keeps`` any, the rows of each batch; None where they take too much.
     """
+    plain: list[Rows] | None = [] if keeps else None
     addresses, sizes = _addresses(jobs), {job.name: job.size for job in jobs}
     readers = Readers(addresses, {job.name for job in jobs if job.size.experts})
     most: Counter[str] = Counter()

@@ -243,14 +243,12 @@ class Simulation(Following):
         """x as the scheme makes it, f32; weights that read one input one after the other get it once."""
         if chosen.scheme.input_activations is None or _summed(found)[0] is None:
             return found.x.float()
-        last, factor = self._made, factor_of(chosen.rounding, found.x.device)
-        if torch.is_grad_enabled():
-            last = None
-        if last is not None and last.serves(found, chosen, factor):
-            return last.made
-        made = _quantized_input(found, chosen, factor)
+        factor = factor_of(chosen.rounding, found.x.device)
         if torch.is_grad_enabled():  # what is kept would keep its graph
-            return made
+            return _quantized_input(found, chosen, factor)
+        if self._made is not None and self._made.serves(found, chosen, factor):
+            return self._made.made
+        made = _quantized_input(found, chosen, factor)
         self._made = _MadeInput(
             found.x.clone(), found.x.data_ptr(), _kind_of(found, chosen), chosen.scale, factor, made
         )

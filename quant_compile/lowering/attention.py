@@ -237,23 +237,23 @@ def check_sizes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     Raises:
         ValueError: they differ, as torch's own attention would say.
     """
-    length = k.shape[2]
-    whole = q.shape[0] == k.shape[0] == v.shape[0] and v.shape[2] == length and v.shape[1] == k.shape[1]
-    if mask is not None:
-        leads = mask.shape[0] in (1, q.shape[0]) and mask.shape[1] in (1, q.shape[1])
-        whole = whole and leads and tuple(mask.shape[2:]) == (q.shape[2], length)
-    if not whole:
+    if not all(a == b for a, b in _same_sizes(q, k, v, mask)):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, mask) if x is not None)
         raise ValueError(f"q, k, v and mask of attention do not fit each other: {shapes}")
 
 
 def surely_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether ``check_sizes`` holds whatever the symbols among the sizes are, or because Dynamo checks it from now on."""
+    return all(equal(a, b) for a, b in _same_sizes(q, k, v, mask))
+
+
+def _same_sizes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[tuple[Any, Any]]:
+    """Sizes that must be equal; a mask is spread over sequences or heads where it has one."""
     same = [(q.shape[0], k.shape[0]), (k.shape[0], v.shape[0]), (v.shape[2], k.shape[2]), (v.shape[1], k.shape[1])]
     if mask is not None:
         same += [(mask.shape[2], q.shape[2]), (mask.shape[3], k.shape[2])]
         same += [(mask.shape[i], q.shape[i]) for i in (0, 1) if known(mask.shape[i]) != 1]
-    return all(equal(a, b) for a, b in same)
+    return same
 
 
 def flat_scale(scale: Tensor | None) -> Tensor | None:

@@ -26,7 +26,7 @@ from quant_compile.lowering import ops
 from quant_compile.lowering.attention import MOST_TOKENS, attention_kernels, full_mask, surely_fit
 from quant_compile.lowering.registry import Kernel, kernels
 from quant_compile.lowering.select import BUCKETS, Dispatch, parse_dispatch
-from quant_compile.lowering.sides import SPLIT, beyond, is_late
+from quant_compile.lowering.sides import SPLIT, beyond, can_ask
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import tracing
 
@@ -124,7 +124,7 @@ def _expand_attention(
 
 def _expand_reach(mask: Tensor, queries: int, keys: int) -> Any:
     """What ``sglq_kernels.reach`` launches; late graphs with symbols keep the op, whose attention stays one, too."""
-    if Target.of(mask.device).device != "cuda" or _is_zero(mask) or not (_known(mask) or _askable(mask)):
+    if Target.of(mask.device).device != "cuda" or _is_zero(mask) or not (_known(mask) or can_ask(mask)):
         return NotImplemented
     with tracing(None):
         return ops.run_reach(mask, queries, keys)
@@ -134,13 +134,6 @@ def _known(*tensors: Tensor) -> bool:
     """Whether all sizes are numbers, and none is zero."""
     sizes: list[Any] = [size for x in tensors for size in x.shape]
     return all(isinstance(size, int) and size > 0 for size in sizes)
-
-
-def _askable(x: Tensor) -> bool:
-    """Whether conditions on its sizes can be checked from now on."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    return not is_late() and not free_unbacked_symbols(x)
 
 
 def _expand_latents(q: Tensor, turned: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None, *more: Any) -> Any:

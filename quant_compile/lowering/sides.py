@@ -31,22 +31,26 @@ def is_late() -> bool:
     return _LATE.get()
 
 
+def can_ask(*values: Any) -> bool:
+    """Whether conditions on sizes, or on those of tensors, can be checked from now on: Dynamo is not done, and knows what they were."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return not is_late() and not any(free_unbacked_symbols(value) for value in values)
+
+
 def beyond(m: Any, bound: int = SPLIT) -> bool | None:
     """Whether a symbol m is above ``bound``, which Dynamo checks at each call from now on; None where it cannot, or no longer."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     if statically_known_true(m > bound):
         return True
     if statically_known_true(m <= bound):
         return False
-    return None if is_late() or free_unbacked_symbols(m) else bool(m > bound)
+    return bool(m > bound) if can_ask(m) else None
 
 
 def equal(first: Any, second: Any) -> bool:
     """Whether two sizes are equal, which Dynamo checks at each call from now on if they are of two symbols; False where it cannot."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    if statically_known_true(first == second):
-        return True
-    symbols = free_unbacked_symbols(first) | free_unbacked_symbols(second)
-    return False if is_late() or symbols else bool(first == second)
+    return statically_known_true(first == second) or (can_ask(first, second) and bool(first == second))

@@ -206,8 +206,9 @@ def check_reach() -> None:
         # By other blocks, or by nobody knows which: made anew.
         assert torch.equal(case.found(form, plan=VALUES, reach=other, blocks=(16, 16)), wanted)
         assert torch.equal(case.found(form, plan=VALUES, reach=other), wanted)
-        with pytest.raises(ValueError, match="words of a mask"):
-            case.found(form, plan=VALUES, reach=other, blocks=blocks)
+        for wrong in (other, words[:2].contiguous()):
+            with pytest.raises(ValueError, match="words of a mask"):
+                case.found(form, plan=VALUES, reach=wrong, blocks=blocks)
 
 
 def check_against_the_truth_of_graphs() -> None:

@@ -329,8 +329,11 @@ def _unspread(mask: Tensor) -> Tensor:
 
 def _check_reach(reach: Tensor, mask: Tensor, plan: Plan) -> None:
     """Of a graph that is traced, ``sglq_kernels.reach`` made them of this mask."""
+    if is_tracing():
+        return
     words = ceil(mask.shape[2], plan.block_m) * ceil(mask.shape[3], plan.block_n)
-    if not is_tracing() and (reach.shape[2] != words or not reach.is_contiguous()):
+    fits = all(a in (1, b) for a, b in zip(reach.shape[:2], mask.shape[:2], strict=True))
+    if not fits or reach.shape[2] != words or not reach.is_contiguous():
         raise ValueError(f"the words of a mask {tuple(mask.shape)} are {words} for each head, not {tuple(reach.shape)}")
 
 
