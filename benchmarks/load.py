@@ -8,7 +8,7 @@ Each load is a process of its own, with files in the page cache. Times are of ``
 allocator's on a GPU, and on the host what is not backed by a file, sampled while ``load`` runs.
 
     python benchmarks/load.py            # on a GPU: Llama-3-8B's shape, 16 layers; Qwen3-30B-A3B's, 8 layers
-    python benchmarks/load.py --only qwen
+    python benchmarks/load.py --only gptq llama --policies W4A16   # some of it
     python benchmarks/load.py --smoke    # tiny, on a CPU: does it run?
 """
 
@@ -245,7 +245,7 @@ def child(job: Job) -> dict[str, Any]:
 Row = dict[str, Any]
 
 
-def llama_rows(place: Path, device: str, smoke: bool) -> Iterator[Row]:
+def llama_rows(place: Path, device: str, smoke: bool, policies: Sequence[str]) -> Iterator[Row]:
     """16 bits under each policy, and what was made of them as packed."""
     source = place / "source"
     made = build_llama(TINY if smoke else LLAMA_3_8B, 1 if smoke else LAYERS, torch.device(device))
@@ -253,7 +253,7 @@ def llama_rows(place: Path, device: str, smoke: bool) -> Iterator[Row]:
     del made
     if device == "cuda":
         torch.cuda.empty_cache()
-    for policy in ("W8A16", "W4A16") if smoke else POLICIES:
+    for policy in policies:
         packed = place / f"packed-{policy}"
         plain = child(Job(str(source), policy, device, str(packed), policy == "W4A16"))
         yield {"model": "Llama", "stored": "bf16", "policy": policy, **plain}
@@ -263,14 +263,14 @@ def llama_rows(place: Path, device: str, smoke: bool) -> Iterator[Row]:
         yield {"model": "Llama", "stored": "packed", "policy": policy, **again}
 
 
-def gptq_rows(place: Path, device: str, smoke: bool) -> Iterator[Row]:
+def gptq_rows(place: Path, device: str, smoke: bool, policies: Sequence[str]) -> Iterator[Row]:
     """GPTQ with ``desc_act``."""
     gptq(place / "gptq", TINY if smoke else LLAMA_3_8B, 1 if smoke else LAYERS, torch.device(device))
     found = child(Job(str(place / "gptq"), None, device, None, True))
     yield {"model": "Llama", "stored": "gptq desc_act", "policy": None, **found}
 
 
-def qwen_rows(place: Path, device: str, smoke: bool) -> Iterator[Row]:
+def qwen_rows(place: Path, device: str, smoke: bool, policies: Sequence[str]) -> Iterator[Row]:
     """FP8 for each expert, and the same model quantized from bf16."""
     qwen(place / "fp8", place / "qwen", (SMOKE_MODELS if smoke else MODELS)["Qwen3-30B-A3B"], torch.device(device))
     if device == "cuda":
@@ -285,7 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write checkpoints, load them in all ways, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
-    parser.add_argument("--only", choices=PARTS, help="default: all")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--policies", nargs="+", help=f"of the Llama in bf16; default: {', '.join(POLICIES)}")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=RESULTS / "load.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -297,10 +298,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     meta = {"benchmark": "load", "machine": machine(device), "settings": {"layers": LAYERS, "tokens": TOKENS}}
     rows: list[Row] = []
     for part, made in zip(PARTS, (llama_rows, gptq_rows, qwen_rows), strict=True):
-        if args.only not in (None, part):
+        if part not in args.only:
             continue
+        policies = args.policies or (("W8A16", "W4A16") if args.smoke else POLICIES)
         with tempfile.TemporaryDirectory(dir=args.folder) as place:
-            for row in made(Path(place), device, args.smoke):
+            for row in made(Path(place), device, args.smoke, policies):
                 rows.append(row)
                 print(row, flush=True)
                 write_result(args.out, rows, meta, quiet=True)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 _LATE: ContextVar[bool] = ContextVar("sglquant_late", default=False)
 # Graphs whose m is a symbol are compiled once for m up to it and once for more, each when first met.
 SPLIT = 1024
@@ -39,14 +41,18 @@ def can_ask(*values: Any) -> bool:
 
 
 def beyond(m: Any, bound: int = SPLIT) -> bool | None:
-    """Whether a symbol m is above ``bound``, which Dynamo checks at each call from now on; None where it cannot, or no longer."""
+    """Whether a symbol m is above ``bound``, which Dynamo checks at each call from now on; None where it cannot, or no longer.
+
+    Asked of the larger of both: torch solves no maximum for its symbols, and so learns no upper bounds of them. Inductor would keep all of
+    a sum over such a symbol in registers, up to the bound, with as many threads as the traced size needs: such kernels take minutes to compile.
+    """
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     if statically_known_true(m > bound):
         return True
     if statically_known_true(m <= bound):
         return False
-    return bool(m > bound) if can_ask(m) else None
+    return bool(torch.sym_max(m, bound) > bound) if can_ask(m) else None
 
 
 def equal(first: Any, second: Any) -> bool:

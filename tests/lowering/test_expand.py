@@ -29,7 +29,7 @@ from quant_compile.lowering import ops
 from quant_compile.lowering.expand import BEYOND, Served, expanding, served
 from quant_compile.lowering.registry import Problem, kernels, layouts
 from quant_compile.lowering.select import Dispatch
-from quant_compile.lowering.sides import SPLIT, without_guards
+from quant_compile.lowering.sides import SPLIT, beyond, without_guards
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import analysed_once
 from tests.passes.test_fusion import FakeDriver, sm90
@@ -84,10 +84,19 @@ def on_sm90(sm90: None, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "sm_count_of", lambda device: 132)
 
 
+def as_it_is(y: Tensor) -> Tensor:
+    return y
+
+
 def code_of(
-    dispatch: Dispatch, m: int, monkeypatch: pytest.MonkeyPatch, dynamic: bool = False, bias: bool = False
+    dispatch: Dispatch,
+    m: int,
+    monkeypatch: pytest.MonkeyPatch,
+    dynamic: bool = False,
+    bias: bool = False,
+    after: Callable[[Tensor], Tensor] = as_it_is,
 ) -> str:
-    """Inductor's code for one linear."""
+    """Inductor's code for one linear, and what comes ``after`` it."""
     problem = dispatch.problem
     scheme = problem.scheme
     x = torch.randn(m, problem.k, dtype=problem.dtype)
@@ -109,7 +118,7 @@ def code_of(
     added = torch.zeros(problem.n, dtype=problem.dtype) if bias else None
 
     def linear(x: list[Tensor], w: list[Tensor], bias: Tensor | None) -> Tensor:
-        return ops.linear(x, w, bias, dispatch.text)
+        return after(ops.linear(x, w, bias, dispatch.text))
 
     torch._dynamo.reset()
     if dynamic:
@@ -164,6 +173,43 @@ def test_a_symbol_launches_one_kernel(on_sm90: None, monkeypatch: pytest.MonkeyP
     call = code[code.index("def call") :]
     assert "matmul_w8_kernel" in call and "sglq_kernels" not in call and "\n        if " not in call
     assert cubins(code, tmp_path)
+
+
+def scores(y: Tensor) -> Tensor:
+    """Of every row to every row."""
+    return torch.softmax(y.float() @ y.float().mT, -1)
+
+
+@pytest.mark.parametrize(("kernel", "spec"), [("triton_w8a16", "W8A16"), ("triton_scaled_mm", "FP8_DYNAMIC")])
+def test_sums_over_the_rows_of_a_symbol_are_loops(
+    kernel: str, spec: str, on_sm90: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Inductor is told of no upper bound: it would hold SPLIT rows at once, with the threads that the traced number needs."""
+    code = code_of(dispatch_of(kernel, spec), 30, monkeypatch, dynamic=True, after=scores)
+    assert re.search(r"triton_red_fused\w*softmax", code) and "triton_per_fused" not in code
+    assert cubins(code, tmp_path)
+
+
+@pytest.mark.parametrize(("rows", "answer"), [(30, False), (512, False), (513, True)])
+@pytest.mark.parametrize("bound", [SPLIT, 16])
+def test_a_side_that_was_asked_is_checked_once_and_bounds_no_symbol(rows: int, answer: bool, bound: int) -> None:
+    found: list[Any] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        m = 2 * next(size for size in inputs if isinstance(size, torch.SymInt))
+        environment = m.node.shape_env
+        before = dict(environment.var_to_range)
+        found.append([beyond(m, bound), beyond(m, bound), len(environment.guards), environment.var_to_range == before])
+        return gm.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x * 2, backend=backend, dynamic=True)
+    compiled(torch.zeros(rows, 8))
+    answer = answer or bound < 2 * rows
+    assert found == [[answer, answer, 1, True]]
+    compiled(torch.zeros(rows + 1, 8))
+    compiled(torch.zeros(2 if answer else 4000, 8))
+    assert [row[0] for row in found[-2:]] == [answer, not answer], "the other side is compiled when it is met"
 
 
 def test_what_cannot_be_recorded_stays_an_op(on_sm90: None, monkeypatch: pytest.MonkeyPatch) -> None:
