@@ -210,6 +210,10 @@ def load(results: Path) -> str:
         "memory is what no file backs, decode is `generate` of one sequence by the wall clock. "
         f"{place(result, 'transformers')}."
     )
+    other = [row for row in rows if row.get("source", "") != rows[-1].get("source", "")]
+    if other:
+        runs = " and ".join(dict.fromkeys(f"{row['policy']} of {row['date']}" for row in other))
+        text += f" Rows of {runs} are of another run and older code, the others ran beside another process of the host."
     failed = "; ".join(f"{row['model']}, {row['stored']}: {row['error']}" for row in result["rows"] if "error" in row)
     return "\n\n".join([text, markdown(header, lines), *([f"Not measured: {failed}."] if failed else [])])
 
