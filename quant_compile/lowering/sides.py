@@ -43,8 +43,9 @@ def can_ask(*values: Any) -> bool:
 def beyond(m: Any, bound: int = SPLIT) -> bool | None:
     """Whether a symbol m is above ``bound``, which Dynamo checks at each call from now on; None where it cannot, or no longer.
 
-    Asked of the larger of both: torch solves no maximum for its symbols, and so learns no upper bounds of them. Inductor would keep all of
-    a sum over such a symbol in registers, up to the bound, with as many threads as the traced size needs: such kernels take minutes to compile.
+    Asked of the larger of both: torch solves no maximum for its symbols, and so learns no upper bounds of them. By such a bound
+    Inductor would hold all that is summed over a symbol at once, with the threads that the traced size needs, in kernels that
+    take minutes to compile.
     """
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
