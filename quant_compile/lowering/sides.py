@@ -53,7 +53,13 @@ def beyond(m: Any, bound: int = SPLIT) -> bool | None:
         return True
     if statically_known_true(m <= bound):
         return False
-    return bool(torch.sym_max(m, bound) > bound) if can_ask(m) else None
+    larger = torch.sym_max(m, bound)
+    asked = {guard.expr for guard in m.node.shape_env.guards}  # torch concludes nothing from those either
+    if (larger > bound).node.expr in asked:
+        return True
+    if (larger <= bound).node.expr in asked:
+        return False
+    return bool(larger > bound) if can_ask(m) else None
 
 
 def equal(first: Any, second: Any) -> bool:

@@ -199,14 +199,17 @@ def test_a_side_that_was_asked_is_checked_once_and_bounds_no_symbol(rows: int, a
         m = 2 * next(size for size in inputs if isinstance(size, torch.SymInt))
         environment = m.node.shape_env
         before = dict(environment.var_to_range)
-        found.append([beyond(m, bound), beyond(m, bound), len(environment.guards), environment.var_to_range == before])
+        asked = beyond(m, bound), beyond(m, bound)
+        with without_guards():
+            asked += (beyond(m, bound), beyond(m, bound + 1))
+        found.append([*asked, len(environment.guards), environment.var_to_range == before])
         return gm.forward
 
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: x * 2, backend=backend, dynamic=True)
     compiled(torch.zeros(rows, 8))
     answer = answer or bound < 2 * rows
-    assert found == [[answer, answer, 1, True]]
+    assert found == [[answer, answer, answer, None, 1, True]], "late graphs know what was asked, and nothing else"
     compiled(torch.zeros(rows + 1, 8))
     compiled(torch.zeros(2 if answer else 4000, 8))
     assert [row[0] for row in found[-2:]] == [answer, not answer], "the other side is compiled when it is met"
