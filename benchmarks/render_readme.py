@@ -210,10 +210,11 @@ def load(results: Path) -> str:
         "memory is what no file backs, decode is `generate` of one sequence by the wall clock. "
         f"{place(result, 'transformers')}."
     )
-    other = [row for row in rows if row.get("source", "") != rows[-1].get("source", "")]
-    if other:
-        runs = " and ".join(dict.fromkeys(f"{row['policy']} of {row['date']}" for row in other))
-        text += f" Rows of {runs} are of another run and older code, the others ran beside another process of the host."
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        notes.setdefault(row.get("note", ""), []).append(row["policy"] or row["stored"])
+    text += "".join(f" {', '.join(dict.fromkeys(of))}: {note}." for note, of in notes.items() if note)
+    text += " A first call finds what the rows above it compiled." if len(rows) > 1 else ""
     failed = "; ".join(f"{row['model']}, {row['stored']}: {row['error']}" for row in result["rows"] if "error" in row)
     return "\n\n".join([text, markdown(header, lines), *([f"Not measured: {failed}."] if failed else [])])
 
@@ -364,6 +365,7 @@ def generate_calls(results: Sequence[Result]) -> list[str]:
     text = f"One call without CUDA graphs, B=1, {how}: milliseconds until it returns / until the GPU is done."
     out = ["", text, ""] * bool(rows)
     out += [markdown(["stack", *names], rows)] * bool(rows)
+    out += [text for row in found if row.get("note") for text in ("", f"{generate_name(row)}: {row['note']}.")]
     costs = [row["wrapper"] for result in results for row in result["rows"] if "wrapper" in row]
     for cost in costs[-1:]:
         counts = [(name.removeprefix("us_"), value) for name, value in cost.items() if name.startswith("us_")]

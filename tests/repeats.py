@@ -1,7 +1,8 @@
 """Which tests run with a few of their cases in `make test`, or with none; `make test-all` runs them with all.
 
 Their cases take long and hold much alike: kernels in Triton's interpreter (``tests/gpu`` runs them as well), and whole models that
-are compiled under one scheme after the other. A test with none is of a whole model whose parts others test.
+are compiled under one scheme after the other. A test with none is of a whole model whose parts others test,
+or of a benchmark that runs elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ QUICK: Mapping[str, int | Sequence[str]] = {
     "lowering/test_prefill_attention.py::test_codes_are_operands_in_registers": 2,
     "lowering/test_w4a8.py::test_every_plan_in_interpreter": ("W4AFP8",),
     "lowering/test_w4a8.py::test_in_interpreter": ("check_unaligned_inputs", "check_every_code", "check_dequantized"),
-    "lowering/test_fp4a16.py::test_in_interpreter": 1,
+    "lowering/test_fp4a16.py::test_in_interpreter": 2,
     "lowering/test_fp4_native.py::test_dense_numbers_with_the_block_scaled_product_emulated": 1,
     "lowering/test_gguf_kernels.py::test_in_interpreter": 3,
     "lowering/test_triton_gguf_moe.py::test_form_in_interpreter": 3,
@@ -159,7 +160,7 @@ QUICK: Mapping[str, int | Sequence[str]] = {
     "test_benchmarks.py::test_attention_prefill_smoke": (),
     "test_benchmarks.py::test_gemm_smoke": (),
     "test_moe_benchmarks.py::test_moe_smoke": (),
-    "lowering/test_triton_fp4_moe.py::test_steps_and_blocks": (),
+    "lowering/test_triton_fp4_moe.py::test_steps_and_blocks": 1,
     "checkpoints/test_gguf_save.py::test_convert_quantizes_to_a_file": (),
 }
 

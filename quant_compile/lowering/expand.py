@@ -26,7 +26,7 @@ from quant_compile.lowering import ops
 from quant_compile.lowering.attention import MOST_TOKENS, attention_kernels, full_mask, surely_fit
 from quant_compile.lowering.registry import Kernel, kernels
 from quant_compile.lowering.select import BUCKETS, Dispatch, parse_dispatch
-from quant_compile.lowering.sides import SPLIT, beyond, can_ask
+from quant_compile.lowering.sides import SPLIT, beyond, can_ask, loops_over_symbols
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import tracing
 
@@ -42,7 +42,8 @@ def expanding() -> Generator[None]:
     """Kernel ops traced inside become what they run."""
     token = _EXPANDING.set(True)
     try:
-        yield
+        with loops_over_symbols():
+            yield
     finally:
         _EXPANDING.reset(token)
 

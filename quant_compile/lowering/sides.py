@@ -1,7 +1,7 @@
 """Questions about sizes that are symbols, above all which side of SPLIT a number of rows is on.
 
 Graphs for any number of rows are compiled once for each side. Dynamo checks what was asked at each call from the first question on, and
-compiles the other side when a call first has it.
+compiles the other side when a call first has it. Inductor is not to make more of an answer than that (``loops_over_symbols``).
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-
-import torch
 
 _LATE: ContextVar[bool] = ContextVar("sglquant_late", default=False)
 # Graphs whose m is a symbol are compiled once for m up to it and once for more, each when first met.
@@ -41,25 +39,14 @@ def can_ask(*values: Any) -> bool:
 
 
 def beyond(m: Any, bound: int = SPLIT) -> bool | None:
-    """Whether a symbol m is above ``bound``, which Dynamo checks at each call from now on; None where it cannot, or no longer.
-
-    Asked of the larger of both: torch solves no maximum for its symbols, and so learns no upper bounds of them. By such a bound
-    Inductor would hold all that is summed over a symbol at once, with the threads that the traced size needs, in kernels that
-    take minutes to compile.
-    """
+    """Whether a symbol m is above ``bound``, which Dynamo checks at each call from now on; None where it cannot, or no longer."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     if statically_known_true(m > bound):
         return True
     if statically_known_true(m <= bound):
         return False
-    larger = torch.sym_max(m, bound)
-    asked = {guard.expr for guard in m.node.shape_env.guards}  # torch concludes nothing from those either
-    if (larger > bound).node.expr in asked:
-        return True
-    if (larger <= bound).node.expr in asked:
-        return False
-    return bool(larger > bound) if can_ask(m) else None
+    return bool(m > bound) if can_ask(m) else None
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -67,3 +54,27 @@ def equal(first: Any, second: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(first == second) or (can_ask(first, second) and bool(first == second))
+
+
+@contextmanager
+def loops_over_symbols() -> Generator[None]:
+    """Inside, Inductor makes loops of sums over sizes that are symbols, as it does where it knows no upper bound of them.
+
+    From a side that was asked torch concludes one. Inductor would then hold all of such a sum at once, up to the bound, with rows and
+    threads for the traced size: 256 numbers a thread of a softmax, in kernels that take up to a minute each to compile.
+    """
+    from torch._inductor.virtualized import V
+
+    own: Any = V.choices
+
+    class Choices(type(own)):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, *arguments: Any, **named: Any) -> bool:
+            if getattr(features.reduction_numel, "free_symbols", ()):
+                return False
+            return own.should_use_persistent_reduction(features, *arguments, **named)
+
+    choices = object.__new__(Choices)
+    vars(choices).update(vars(own))
+    with V.set_choices_handler(choices):
+        yield

@@ -12,9 +12,11 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._dynamo.device_interface import CpuInterface
@@ -29,7 +31,7 @@ from quant_compile.lowering import ops
 from quant_compile.lowering.expand import BEYOND, Served, expanding, served
 from quant_compile.lowering.registry import Problem, kernels, layouts
 from quant_compile.lowering.select import Dispatch
-from quant_compile.lowering.sides import SPLIT, beyond, without_guards
+from quant_compile.lowering.sides import SPLIT, without_guards
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.trace import analysed_once
 from tests.passes.test_fusion import FakeDriver, sm90
@@ -184,35 +186,33 @@ def scores(y: Tensor) -> Tensor:
 def test_sums_over_the_rows_of_a_symbol_are_loops(
     kernel: str, spec: str, on_sm90: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Inductor is told of no upper bound: it would hold SPLIT rows at once, with the threads that the traced number needs."""
+    """The side that was asked is an upper bound: by it Inductor would hold SPLIT rows at once, with threads for the traced number."""
     code = code_of(dispatch_of(kernel, spec), 30, monkeypatch, dynamic=True, after=scores)
     assert re.search(r"triton_red_fused\w*softmax", code) and "triton_per_fused" not in code
     assert cubins(code, tmp_path)
 
 
-@pytest.mark.parametrize(("rows", "answer"), [(30, False), (512, False), (513, True)])
-@pytest.mark.parametrize("bound", [SPLIT, 16])
-def test_a_side_that_was_asked_is_checked_once_and_bounds_no_symbol(rows: int, answer: bool, bound: int) -> None:
-    found: list[Any] = []
+def test_what_the_user_chose_for_inductor_is_asked_too() -> None:
+    """Sums over sizes that are known are Inductor's to decide, by its user's class where there is one."""
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
 
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        m = 2 * next(size for size in inputs if isinstance(size, torch.SymInt))
-        environment = m.node.shape_env
-        before = dict(environment.var_to_range)
-        asked = beyond(m, bound), beyond(m, bound)
-        with without_guards():
-            asked += (beyond(m, bound), beyond(m, bound + 1))
-        found.append([*asked, len(environment.guards), environment.var_to_range == before])
-        return gm.forward
+    class Own(InductorChoices):
+        kind = "own"
 
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x * 2, backend=backend, dynamic=True)
-    compiled(torch.zeros(rows, 8))
-    answer = answer or bound < 2 * rows
-    assert found == [[answer, answer, answer, None, 1, True]], "late graphs know what was asked, and nothing else"
-    compiled(torch.zeros(rows + 1, 8))
-    compiled(torch.zeros(2 if answer else 4000, 8))
-    assert [row[0] for row in found[-2:]] == [answer, not answer], "the other side is compiled when it is met"
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, *arguments: Any, **named: Any) -> bool:
+            return features.answer
+
+    def asked(numel: Any, answer: bool) -> bool:
+        return V.choices.should_use_persistent_reduction(SimpleNamespace(reduction_numel=numel, answer=answer), False)
+
+    with V.set_choices_handler(Own()):
+        with expanding():
+            assert isinstance(V.choices, Own) and V.choices.kind == "own"
+            assert not asked(sympy.Symbol("s0") * 2, True)
+            assert asked(sympy.Integer(512), True) and asked(512, True) and not asked(512, False)
+        assert type(V.choices) is Own and asked(sympy.Symbol("s0"), True)
 
 
 def test_what_cannot_be_recorded_stays_an_op(on_sm90: None, monkeypatch: pytest.MonkeyPatch) -> None:
