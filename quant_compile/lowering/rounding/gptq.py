@@ -180,4 +180,4 @@ def _inverted(lower: Tensor, into: Tensor) -> Tensor | None:
 
 def _finite(matrix: Tensor) -> bool:
     """Whether all of a matrix is finite, told by its ends, which keep NaN; a sum in float64 would copy the matrix to float64 first."""
-    return bool(torch.isfinite(torch.stack(matrix.aminmax())).all())
+    return not matrix.numel() or bool(torch.isfinite(torch.stack(matrix.aminmax())).all())
