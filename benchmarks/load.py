@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,14 +264,14 @@ def llama_rows(place: Path, device: str, smoke: bool, policies: Sequence[str]) -
         yield {"model": "Llama", "stored": "packed", "policy": policy, **again}
 
 
-def gptq_rows(place: Path, device: str, smoke: bool, policies: Sequence[str]) -> Iterator[Row]:
+def gptq_rows(place: Path, device: str, smoke: bool) -> Iterator[Row]:
     """GPTQ with ``desc_act``."""
     gptq(place / "gptq", TINY if smoke else LLAMA_3_8B, 1 if smoke else LAYERS, torch.device(device))
     found = child(Job(str(place / "gptq"), None, device, None, True))
     yield {"model": "Llama", "stored": "gptq desc_act", "policy": None, **found}
 
 
-def qwen_rows(place: Path, device: str, smoke: bool, policies: Sequence[str]) -> Iterator[Row]:
+def qwen_rows(place: Path, device: str, smoke: bool) -> Iterator[Row]:
     """FP8 for each expert, and the same model quantized from bf16."""
     qwen(place / "fp8", place / "qwen", (SMOKE_MODELS if smoke else MODELS)["Qwen3-30B-A3B"], torch.device(device))
     if device == "cuda":
@@ -297,12 +298,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cpu" if args.smoke else "cuda"
     meta = {"benchmark": "load", "machine": machine(device), "settings": {"layers": LAYERS, "tokens": TOKENS}}
     rows: list[Row] = []
-    for part, made in zip(PARTS, (llama_rows, gptq_rows, qwen_rows), strict=True):
+    policies = args.policies or (("W8A16", "W4A16") if args.smoke else POLICIES)
+    for part, made in zip(PARTS, (partial(llama_rows, policies=policies), gptq_rows, qwen_rows), strict=True):
         if part not in args.only:
             continue
-        policies = args.policies or (("W8A16", "W4A16") if args.smoke else POLICIES)
         with tempfile.TemporaryDirectory(dir=args.folder) as place:
-            for row in made(Path(place), device, args.smoke, policies):
+            for row in made(Path(place), device, args.smoke):
                 rows.append(row)
                 print(row, flush=True)
                 write_result(args.out, rows, meta, quiet=True)

@@ -64,11 +64,10 @@ def kernel(bound):
 
 def candidates(name, text):
     """(rows, warps) of the configurations that Inductor would compile."""
-    space = {"__file__": "kernel.py", "__name__": "kernel"}
     file = sys.argv[1] + "/kernel.py"
+    space = {"__file__": file, "__name__": "kernel"}
     with open(file, "w") as opened:
         opened.write(re.sub(r"triton_helpers\.set_driver_to_\w+\(\)", "", text))
-    space["__file__"] = file
     exec(compile(open(file).read(), file, "exec"), space)
     return sorted({(c.kwargs["XBLOCK"], c.num_warps) for c in space[name].configs})
 

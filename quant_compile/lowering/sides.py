@@ -6,6 +6,7 @@ compiles the other side when a call first has it. Inductor is not to make more o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -67,14 +68,11 @@ def loops_over_symbols() -> Generator[None]:
 
     own: Any = V.choices
 
-    class Choices(type(own)):
-        @staticmethod
-        def should_use_persistent_reduction(features: Any, *arguments: Any, **named: Any) -> bool:
-            if getattr(features.reduction_numel, "free_symbols", ()):
-                return False
-            return own.should_use_persistent_reduction(features, *arguments, **named)
+    def holds_at_once(features: Any, *arguments: Any, **named: Any) -> bool:
+        symbols = getattr(features.reduction_numel, "free_symbols", ())
+        return not symbols and own.should_use_persistent_reduction(features, *arguments, **named)
 
-    choices = object.__new__(Choices)
-    vars(choices).update(vars(own))
+    choices = copy.copy(own)
+    choices.should_use_persistent_reduction = holds_at_once
     with V.set_choices_handler(choices):
         yield
