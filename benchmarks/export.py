@@ -2,9 +2,10 @@
 
 A package is made from one export with dynamic batch and length. It and the compiled model (``dynamic=True``) take turns call by call
 in one process; logits are those of a fresh process that imports neither transformers nor, where the package is self-contained,
-quant_compile.
+quant_compile. Times are from an idle device to an idle device.
 
-    python benchmarks/export.py --out benchmarks/results/export.json
+    python benchmarks/export.py                 # on a CPU
+    python benchmarks/export.py --device cuda
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, ROOT, Timing, last_line, machine, phase, table, time_calls, write_result
+from e2e import synchronize
 from torch import Tensor
 from torch.export import Dim
 
@@ -50,8 +52,8 @@ assert bool(own) == ("quant_compile" in sys.modules)
 
 def measure(model_name: str, policy: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each size."""
-    model = load(model_name).model.eval()
-    ids = [torch.randint(0, model.config.vocab_size, size) for size in SIZES]
+    model = load(model_name).model.eval().to(args.device)
+    ids = [torch.randint(0, model.config.vocab_size, size).to(args.device) for size in SIZES]
     sizes = {"input_ids": {0: Dim("batch", min=1, max=64), 1: Dim("length", min=1, max=512)}, "use_cache": None}
     started = time.perf_counter()
     exported = quant_compile.export(
@@ -93,14 +95,18 @@ def row(
 ) -> dict[str, Any]:
     """Distance of the logits, and times in turns."""
 
-    def compiled(_: int) -> Any:
-        return model(input_ids=ids, use_cache=False)
+    def timed(run: Callable[..., Any]) -> Callable[[int], Any]:
+        def call(_: int) -> Any:
+            found = run(input_ids=ids, use_cache=False)
+            synchronize(ids.device)
+            return found
 
-    def packaged(_: int) -> Any:
-        return package(input_ids=ids, use_cache=False)
+        return call
 
+    compiled, packaged = timed(model), timed(package)
     truth = compiled(0).logits.float()
-    timings = time_calls({"compiled": compiled, "package": packaged}, torch.device("cpu"), 1, args.repeats)
+    wall = torch.device("cpu")  # each call by the clock, and not in a CUDA graph
+    timings = time_calls({"compiled": compiled, "package": packaged}, wall, 1, args.repeats)
     own, other = timings["package"], timings["compiled"]
     assert isinstance(own, Timing) and isinstance(other, Timing)
     return {
@@ -116,11 +122,13 @@ def row(
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "export.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="default: export_cpu.json or export_cuda.json among the results")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--repeats", type=int, default=50)
     args = parser.parse_args(argv)
+    out = args.out or RESULTS / f"export_{args.device}.json"
     rows: list[dict[str, Any]] = []
     torch.manual_seed(0)
     for name in args.models:
@@ -132,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     rows.append({"model": name, "policy": policy, "problem": last_line(error)})
             torch._dynamo.reset()
             settings = {"dtype": "bfloat16", "sizes": SIZES, "repeats": args.repeats, "inductor": EXACT}
-            write_result(args.out, rows, {"benchmark": "export", "machine": machine("cpu"), "settings": settings})
+            write_result(out, rows, {"benchmark": "export", "machine": machine(args.device), "settings": settings})
     header = ("model", "policy", "batch", "length", "self_contained", "error", "compiled_us", "package_us", "speed")
     print(table(header, [[found.get(key) for key in header] for found in rows]))
 

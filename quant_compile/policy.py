@@ -79,7 +79,7 @@ class Fuse:
 
     share_quant: bool = True
     merge_siblings: bool = True
-    all_reduce: bool = False
+    all_reduce: bool = True
 
 
 @dataclass(frozen=True)

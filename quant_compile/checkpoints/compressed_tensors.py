@@ -12,7 +12,7 @@ Source: compressed-tensors 0.19 and 0.20, whose own dequantized weights these gi
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from quant_compile.checkpoints.weight import (
     nvfp4_weight,
     packed_along,
     packed_floats,
+    powers,
     unpack_bits,
 )  # fmt: skip
 from quant_compile.ir.errors import SchemeError
@@ -219,9 +220,13 @@ def _integers(module: Module, stored: Stored) -> Read:
     codes = module.tensor("weight", (torch.int8,), (module.n, module.k))
     groups = module.groups(stored.group)
     middle = 1 << (stored.bits - 1)
-    if not module.dry and codes.numel() and not (-middle <= int(codes.min()) and int(codes.max()) < middle):
-        where = module.info("weight").where
-        raise CheckpointError(f"{where} has codes beyond {stored.bits} bits.\nFix: correct num_bits in the config.")
+    if not module.dry and codes.numel():
+
+        def fail() -> NoReturn:
+            where = module.info("weight").where
+            raise CheckpointError(f"{where} has codes beyond {stored.bits} bits.\nFix: correct num_bits in the config.")
+
+        module.ask(torch.aminmax(codes), lambda least, most: least < -middle or most >= middle, fail)
     zero = None
     if module.has("weight_zero_point"):
         shapes = ((module.n, groups), (1,), (), (module.n,))
@@ -270,6 +275,6 @@ def _mxfp8(module: Module) -> Read:
     codes = check_fp8(module, "weight", module.tensor("weight", (torch.float8_e4m3fn,), (module.n, module.k)))
     scale = module.tensor("weight_scale", (torch.uint8, torch.float8_e8m0fnu), (module.n, module.groups(32)))
     check_e8m0(module, "weight_scale", scale)
-    factor = torch.ldexp(torch.ones((), device=scale.device), scale.view(torch.uint8).to(torch.int32) - 127)
+    factor = powers(scale)
     values = codes.float() * factor.repeat_interleave(32, 1)[:, : module.k]
     return dense(module, values, "no scheme has MXFP8 weights")

@@ -96,8 +96,15 @@ class Part:
     rows: tuple[int, int] | None = None
     cuts: tuple[tuple[int, Runs], ...] = ()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the tensor as it lies in the file."""
+        return self.index is None and self.rows is None and not self.transposed and not self.cuts
+
     def info(self, whole: TensorInfo) -> TensorInfo:
         """What a module sees of the header's entry."""
+        if self.is_whole:
+            return whole
         shape = whole.shape[1:] if self.index is not None and whole.shape else whole.shape
         if self.transposed and len(shape) > 1:
             shape = (*shape[:-2], shape[-1], shape[-2])

@@ -7,20 +7,20 @@ the store and, for inputs that a checkpoint permutes or scales, a hook on the li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quant_compile.checkpoints.description import Description
+from quant_compile.checkpoints.description import Description, Stored
 from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.files import Files, Part
 from quant_compile.checkpoints.formats import FORMATS
 from quant_compile.checkpoints.names import Copy, ExpertBias, Experts, Job, Linear, Mapped, Slot, Stem
 from quant_compile.checkpoints.staging import staged
-from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Read
+from quant_compile.checkpoints.weight import REAL, Dense, Module, Quantized, Questions, Read
 from quant_compile.checkpoints.wishes import Again, Wishes
 from quant_compile.ir.errors import PolicyError, RangeError
 from quant_compile.ir.family import Planes, family_of
@@ -87,6 +87,9 @@ class Filler:
     _apart: dict[str, str] = field(default_factory=dict)
     _kept: dict[str, str] = field(default_factory=dict)
     _later: dict[str, str] = field(default_factory=dict)
+    _questions: Questions = field(default_factory=Questions)
+    _said: dict[str, Stored | None] = field(default_factory=dict)
+    _alike: dict[tuple[Any, ...], Read] = field(default_factory=dict)
 
     def plan(self, mapped: Mapped) -> list[Outcome]:
         """What each job will do; every header is checked, and no tensor is read.
@@ -116,6 +119,7 @@ class Filler:
                     done = zip(mapped.jobs, out, strict=False)
                     out = [self._run(old, False) if old.slot.name in self._kept else made for old, made in done]
                     out.append(self._run(job, dry=False))
+                self._questions.answer()
                 self.progress(sum(part.nbytes(tensors[part.name]) for part in parts_of(job)))
         self.files.close()
         return out
@@ -227,19 +231,20 @@ class Filler:
             if isinstance(job, Experts):
                 blocks.setdefault(id(job.slot.owner), []).append(job)
         for jobs in blocks.values():
-            found = {job.slot.name: self._expert(job, 0, dry=True) for job in jobs}
-            kinds = {name: read if isinstance(read, str) else read.scheme.spec for name, read in found.items()}
+            parts = ((job.slot.name, self._parts(job, 0, dry=True)) for job in jobs)
+            found = {name: part if isinstance(part, str) else part[0].scheme for name, part in parts}
+            kinds = {name: kind if isinstance(kind, str) else kind.spec for name, kind in found.items()}
             if len(set(kinds.values())) < 2 or "" in kinds.values():
                 continue
             why = self._why_apart(found)
-            for name, read in found.items() if why is not None else ():
+            for name, kind in found.items() if why is not None else ():
                 other = next(other for other in kinds if kinds[other] != kinds[name])
-                if isinstance(read, Quantized):
+                if isinstance(kind, Scheme):
                     self._apart[name] = f"{other.rpartition('.')[2]} of its block is not in {kinds[name]}{why}"
 
-    def _why_apart(self, found: Mapping[str, Quantized | str]) -> str | None:
+    def _why_apart(self, found: Mapping[str, Scheme | str]) -> str | None:
         """What is to be said besides of a block whose weights differ and become values; None: they go together as they are."""
-        schemes = {name: read.scheme for name, read in found.items() if isinstance(read, Quantized)}
+        schemes = {name: kind for name, kind in found.items() if isinstance(kind, Scheme)}
         if len(schemes) != 2 or len(found) != 2:
             return ""
         up, down = sorted(schemes, key=lambda name: "down" in name.rpartition(".")[2])
@@ -261,15 +266,16 @@ class Filler:
         """
         dtype = dtype or self.dtype
         module = Module(
-            stem.name, self.files, stem.tensors, stem.n, stem.k, dtype, dry, self.device, True, stem.whole, stem.column
-        )
+            stem.name, self.files, stem.tensors, stem.n, stem.k, dtype, dry, self.device, True, stem.whole, stem.column,
+            self._questions,
+        )  # fmt: skip
         if set(stem.tensors) == {"weight"} and module.info("weight").dtype in REAL:
             values = module.tensor("weight", REAL, (stem.n, stem.k))
             return Dense(values.to(dtype), "")
         where = f"{self.files.folder}: {stem.name}"
         quantized = sorted(part.name for suffix, part in stem.tensors.items() if suffix != "weight") or [stem.name]
-        stored = self.description.stored(stem.name)
-        if stored is None or self.description.ignores(stem.name):
+        stored = self._said_of(stem.name)
+        if stored is None:
             says = "leaves it unquantized" if self.description.method else "does not describe its quantization"
             config = self.description.where or "config.json"
             raise CheckpointError(f"{where} has {quantized[0]}, and {config} {says}.\nFix: correct the config.")
@@ -279,7 +285,21 @@ class Filler:
             name = stem.tensors[strange[0]].name
             text = f"{where}: {name} is no tensor of {stored.text}, which {self.description.where} names"
             raise CheckpointError(f"{text}.\nFix: correct the config.")
-        return reader.read(module, stored)
+        if not dry or not reader.by_header:
+            return reader.read(module, stored)
+        infos = ((suffix, module.info(suffix)) for suffix in stem.tensors)
+        headers = tuple((suffix, info.dtype, info.shape) for suffix, info in infos)
+        key = (stored, dtype, stem.n, stem.k, stem.whole, stem.column, headers)
+        if key not in self._alike:
+            self._alike[key] = reader.read(module, stored)
+        return self._alike[key]
+
+    def _said_of(self, name: str) -> Stored | None:
+        """What the config says of a module; None: nothing, or that it is not quantized."""
+        if name not in self._said:
+            ignored = self.description.ignores(name)
+            self._said[name] = None if ignored else self.description.stored(name)
+        return self._said[name]
 
     # --- jobs ---
 
@@ -355,6 +375,7 @@ class Filler:
 
     def _dense_linear(self, job: Linear, found: Dense, text: str, dry: bool) -> Outcome:
         if not dry:
+            self._questions.answer()
             _finite(found.values, f"{self.files.folder}: {job.stem.name}")
             return put(job.slot, found, self.dtype, self.device, text, job.transposed, self._orders)
         notes = (found.reason,) if found.reason else ()
@@ -362,36 +383,39 @@ class Filler:
 
     def _experts(self, job: Experts, dry: bool) -> Outcome:
         slot, text = job.slot, self._text(job.stems[0][0])
-        first = self._apart.get(slot.name) or self._expert(job, 0, dry)
-        if isinstance(first, str):
-            return self._dense_experts(job, first, text, dry)
+        parts = self._apart.get(slot.name) or self._parts(job, 0, dry)
+        if isinstance(parts, str):
+            return self._dense_experts(job, parts, text, dry)
+        first = _joined(parts, job.interleaved)
         self._check_cut(slot, first)
         was = first.scheme.spec
         again = self._again(slot, first.scheme)
         if again is not None and not _same_codes(first, again):
             return self._experts_again(job, again, was, text, dry)
         if again is None or again.scheme is None:
-            return self._adopt_read(job, first, first.scheme, text, dry)
-        return _told(self._adopt_read(job, first, again.scheme, text, dry), again, was)
+            return self._adopt_read(job, first, parts, first.scheme, text, dry)
+        return _told(self._adopt_read(job, first, parts, again.scheme, text, dry), again, was)
 
-    def _adopt_read(self, job: Experts, first: Quantized, scheme: Scheme, text: str, dry: bool) -> Outcome:
-        """Every expert's codes as they are, under ``scheme``; ``first`` is that of the first expert."""
+    def _adopt_read(
+        self, job: Experts, first: Quantized, parts: list[Quantized], scheme: Scheme, text: str, dry: bool
+    ) -> Outcome:
+        """Every expert's codes as they are, under ``scheme``; ``first`` is the first expert, made of ``parts``."""
         slot, same = job.slot, scheme == first.scheme
         key = Key(scheme.spec, "experts", job.transposed, self.dtype, job.alternates)
         scales: list[Tensor] = []
         whole: list[Tensor] = []
         for expert in range(len(job.stems)):
-            found = first if expert == 0 else self._expert(job, expert, dry)
-            if isinstance(found, str) or found.scheme != first.scheme:
+            found = parts if expert == 0 else self._parts(job, expert, dry)
+            if isinstance(found, str) or found[0].scheme != first.scheme:
                 return self._dense_experts(
                     job, found if isinstance(found, str) else "experts have different schemes", text, dry
                 )
-            if found.input_scale is not None and same:
-                scales.append(found.input_scale)
+            scale = _largest(found)
+            if scale is not None and same:
+                scales.append(scale)
             if not dry:
-                whole = whole or [plane.new_empty((len(job.stems), *plane.shape)) for plane in found.planes]
-                for out, plane in zip(whole, found.planes, strict=True):
-                    out[expert].copy_(plane)
+                whole = whole or [plane.new_empty((len(job.stems), *plane.shape)) for plane in first.planes]
+                _put_rows([out[expert] for out in whole], found, job.interleaved)
         notes = first.notes
         scale = torch.stack(scales).amax(0) if scales else None
         if not dry:
@@ -401,8 +425,8 @@ class Filler:
             STORE.adopt(hollow(slot, self.device), key, tuple(whole), source, scale)
         return Outcome(slot.name, scheme, text, len(job.stems) * _bytes_of(first.planes), notes, True)
 
-    def _expert(self, job: Experts, expert: int, dry: bool) -> Quantized | str:
-        """One expert's planes, gate rows before up rows; a reason where its parts are no planes of one scheme."""
+    def _parts(self, job: Experts, expert: int, dry: bool) -> list[Quantized] | str:
+        """What an expert's rows are made of, gate before up; a reason where that is no planes of one scheme."""
         found = [self.read(stem, dry) for stem in job.stems[expert]]
         parts = [part for part in found if isinstance(part, Quantized)]
         if len(parts) < len(found):
@@ -417,12 +441,7 @@ class Filler:
         rows = parts[0].n // 2 if job.interleaved else parts[0].n
         if block > 1 and (job.interleaved or (len(parts) > 1 and rows % block)):
             return f"gate has {rows} rows, which is no multiple of the {block} that share a scale"
-        planes = tuple(torch.cat(same) for same in zip(*(part.planes for part in parts), strict=True))
-        if job.interleaved:
-            planes = tuple(map(gates_first, planes))
-        scales = [part.input_scale for part in parts if part.input_scale is not None]
-        scale = torch.stack(scales).amax(0) if scales else None
-        return replace(parts[0], planes=planes, n=sum(part.n for part in parts), input_scale=scale)
+        return parts
 
     def _dense_experts(self, job: Experts, reason: str, text: str, dry: bool) -> Outcome:
         """Experts in 16 bits; by the user's policy on the way, where it names them."""
@@ -481,6 +500,7 @@ class Filler:
     def _exact(self, stem: Stem, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """[n, k] in f32, factors of inputs multiplied in; ``dtype`` as in ``read``."""
         found = self.read(stem, False, dtype)
+        self._questions.answer()  # before what is made of the values is looked at
         values = found.dequantized()
         return values if found.factor is None else values * found.factor.float()
 
@@ -573,6 +593,28 @@ def place(slot: Slot, values: Tensor) -> nn.Parameter:
         else:
             module._buffers[attribute] = made
     return local_of(made)
+
+
+def _joined(parts: Sequence[Quantized], interleaved: bool) -> Quantized:
+    """An expert of its parts, gate rows before up rows."""
+    planes = tuple(torch.cat(same) for same in zip(*(part.planes for part in parts), strict=True))
+    planes = tuple(map(gates_first, planes)) if interleaved else planes
+    return replace(parts[0], planes=planes, n=sum(part.n for part in parts), input_scale=_largest(parts))
+
+
+def _largest(parts: Sequence[Quantized]) -> Tensor | None:
+    """The input scale of an expert whose parts have one each."""
+    scales = [part.input_scale for part in parts if part.input_scale is not None]
+    return torch.stack(scales).amax(0) if scales else None
+
+
+def _put_rows(planes: Sequence[Tensor], parts: Sequence[Quantized], interleaved: bool) -> None:
+    """Fill an expert's planes with those of its parts, one below the other."""
+    for plane, same in zip(planes, zip(*(part.planes for part in parts), strict=True), strict=True):
+        first = 0
+        for part in map(gates_first, same) if interleaved else same:
+            plane[first : first + part.shape[0]].copy_(part)
+            first += part.shape[0]
 
 
 def _same_codes(found: Read, again: Again) -> bool:

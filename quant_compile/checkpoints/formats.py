@@ -35,6 +35,7 @@ class Format:
     suffixes: tuple[str, ...]
     read: Callable[[Module, Stored], Read]
     axes: Callable[[Stored], Axes | None] = lambda stored: None
+    by_header: bool = True
 
 
 FORMATS: dict[str, Format] = {
@@ -42,7 +43,7 @@ FORMATS: dict[str, Format] = {
     awq.FORMAT: Format(awq.SUFFIXES, awq.read, awq.axes),
     fp8_block.FORMAT: Format(fp8_block.SUFFIXES, fp8_block.read, fp8_block.axes),
     mxfp4.FORMAT: Format(mxfp4.SUFFIXES, mxfp4.read, mxfp4.axes),
-    bitsandbytes.FORMAT: Format(bitsandbytes.SUFFIXES, bitsandbytes.read),
+    bitsandbytes.FORMAT: Format(bitsandbytes.SUFFIXES, bitsandbytes.read, by_header=False),
     torchao.FORMAT: Format(torchao.SUFFIXES, torchao.read),
     gguf.FORMAT: Format(gguf.SUFFIXES, gguf.read),
     **{

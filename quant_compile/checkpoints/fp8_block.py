@@ -26,6 +26,7 @@ from quant_compile.checkpoints.weight import (
     check_fp8,
     fp8_blocks,
     fp8_weight,
+    powers,
 )
 from quant_compile.ir.scheme import QuantArgs
 
@@ -89,4 +90,4 @@ def _scale(module: Module, name: str, shape: tuple[int, int]) -> Tensor:
         return module.scale(name, REAL, shape)
     exponents = module.tensor(name, _EXPONENTS, shape).view(torch.uint8)
     check_e8m0(module, name, exponents)
-    return torch.ldexp(torch.ones((), device=exponents.device), exponents.to(torch.int32) - 127)
+    return powers(exponents)

@@ -35,6 +35,7 @@ from quant_compile.checkpoints.weight import (
     mxfp4_weight,
     nvfp4_weight,
     packed_floats,
+    powers,
 )  # fmt: skip
 from quant_compile.ir.scheme import QuantArgs
 
@@ -195,7 +196,7 @@ def _mxfp8(module: Module, stored: Stored) -> Read:
     codes = check_fp8(module, "weight", module.tensor("weight", (torch.float8_e4m3fn,), (module.n, module.k)))
     scale = module.tensor("weight_scale", (torch.uint8, torch.float8_e8m0fnu), (module.n, module.groups(32)))
     check_e8m0(module, "weight_scale", scale)
-    factor = torch.ldexp(torch.ones((), device=scale.device), scale.view(torch.uint8).to(torch.int32) - 127)
+    factor = powers(scale)
     return dense(module, codes.float() * factor.repeat_interleave(32, 1)[:, : module.k], "no scheme has MXFP8 weights")
 
 

@@ -8,8 +8,9 @@ so that a whole checkpoint is checked, and its schemes are known, before a byte 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NoReturn
 
@@ -104,6 +105,51 @@ def packed_along(of: str, bits: int) -> Axis:
     return Axis(of, Fraction(32, bits))
 
 
+Refuses = Callable[..., bool]
+
+
+@dataclass
+class Questions:
+    """What is asked of values on a GPU, answered together: each answer alone would wait until the device has nothing left to do."""
+
+    _numbers: list[Tensor] = field(default_factory=list[Tensor])
+    _asked: list[tuple[int, Refuses, Callable[[], NoReturn]]] = field(default_factory=list)
+
+    def ask(self, numbers: Sequence[Tensor], refuses: Refuses, fail: Callable[[], NoReturn]) -> None:
+        """Let ``fail`` be called, now or at ``answer``, where ``refuses`` says so of the numbers, each one value.
+
+        Raises:
+            CheckpointError: by ``fail``; of values on a CPU at once.
+        """
+        if not self.waits(numbers):
+            if refuses(*(float(number) for number in numbers)):
+                fail()
+            return
+        self._numbers.extend(number.reshape(()).float() for number in numbers)
+        self._asked.append((len(numbers), refuses, fail))
+
+    @staticmethod
+    def waits(numbers: Sequence[Tensor]) -> bool:
+        """Whether looking at numbers would wait for a device."""
+        return any(number.device.type != "cpu" for number in numbers)
+
+    def answer(self) -> None:
+        """Answer all that was asked.
+
+        Raises:
+            CheckpointError: by the first ``fail`` whose numbers are refused.
+        """
+        asked, numbers = self._asked, self._numbers
+        self._asked, self._numbers = [], []
+        if not asked:
+            return
+        found, at = torch.stack(numbers).tolist(), 0
+        for count, refuses, fail in asked:
+            if refuses(*found[at : at + count]):
+                fail()
+            at += count
+
+
 @dataclass(frozen=True)
 class Module:
     """The tensors of one linear weight in a checkpoint.
@@ -120,6 +166,7 @@ class Module:
         copy: planes must not share memory with the tensors.
         whole: rows and columns of the weight that this is a rank's part of; None: it is the weight.
         column: the first of the weight's columns that the part has.
+        questions: where checks of values go that may wait; None: none may.
     """
 
     name: str
@@ -133,6 +180,7 @@ class Module:
     copy: bool = True
     whole: tuple[int, int] | None = None
     column: int = 0
+    questions: Questions | None = None
 
     def has(self, suffix: str) -> bool:
         """Whether the module has this tensor."""
@@ -187,15 +235,28 @@ class Module:
         """Refuse scales of 0, NaN or inf.
 
         Raises:
-            CheckpointError: there is one.
+            CheckpointError: there is one; where checks may wait, when they are answered.
         """
         if self.dry or found.numel() == 0:
             return
-        values = found.float()
-        bad = ~torch.isfinite(values) | (values == 0)
-        if bool(bad.any()):
-            at = torch.nonzero(bad.reshape(values.shape))[0].tolist()
+
+        def fail() -> NoReturn:
+            values = found.float()
+            at = torch.nonzero(~torch.isfinite(values) | (values == 0))[0].tolist()
             _fail(info, f"holds a scale of {float(values[tuple(at)])} at {at}")
+
+        self.ask(torch.aminmax(found.float().abs()), lambda least, most: not (least > 0 and most < math.inf), fail)
+
+    def ask(self, numbers: Sequence[Tensor], refuses: Refuses, fail: Callable[[], NoReturn]) -> None:
+        """As ``Questions.ask``, of which the answers are asked for at once where nothing may wait.
+
+        Raises:
+            CheckpointError: by ``fail``.
+        """
+        questions = self.questions or Questions()
+        questions.ask(numbers, refuses, fail)
+        if self.questions is None:
+            questions.answer()
 
     def one(self, suffix: str) -> Tensor:
         """A single positive number, as [1] f32.
@@ -322,10 +383,17 @@ def integer_weight(module: Module, made: Integers, inputs: QuantArgs | None, inp
     else:
         codes, zero = made.codes, (nibbles(made.zero.to(torch.uint8)),)
     scale = made.scale.to(module.dtype)
-    if not scale.is_meta and not bool((torch.isfinite(scale) & (scale != 0)).all()):
+    narrower = not _holds(module.dtype, made.scale.dtype)
+    if narrower and not scale.is_meta and not bool((torch.isfinite(scale) & (scale != 0)).all()):
         return dense(module, made.values(), f"its scales do not fit {dtype_name(module.dtype)}")
     planes = (nibbles(codes), scale.contiguous(), *zero)
     return with_inputs(module, args, planes, made.values, inputs, input_scale, notes)
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every finite number but 0 of the other dtype is one here."""
+    own, of = torch.finfo(dtype), torch.finfo(other)
+    return own.max >= of.max and own.smallest_normal * own.eps <= of.smallest_normal * of.eps
 
 
 def _legal(group: int) -> bool:
@@ -412,8 +480,17 @@ def check_e8m0(module: Module, suffix: str, scale: Tensor) -> None:
     Raises:
         CheckpointError: there is one.
     """
-    if not module.dry and bool((scale.view(torch.uint8) == 255).any()):
-        _fail(module.info(suffix), "holds a scale of NaN (255)")
+    if not module.dry and scale.numel():
+        most = scale.view(torch.uint8).max()
+        module.ask((most,), lambda most: most == 255, lambda: _fail(module.info(suffix), "holds a scale of NaN (255)"))
+
+
+def powers(exponents: Tensor) -> Tensor:
+    """What e8m0 exponents stand for: f32 2**(e - 127)."""
+    whole = exponents.view(torch.uint8).to(torch.int32)
+    return torch.ldexp(
+        torch.ones_like(whole, dtype=torch.float32), whole - 127
+    )  # of one number, torch says that it resizes
 
 
 def check_fp8(module: Module, suffix: str, codes: Tensor) -> Tensor:
@@ -423,10 +500,9 @@ def check_fp8(module: Module, suffix: str, codes: Tensor) -> Tensor:
         CheckpointError: there is one.
     """
     if not module.dry and codes.numel():
-        bits = codes.view(torch.uint8) & 0x7F
         worst = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x7C
-        if int(bits.max()) >= worst:
-            _fail(module.info(suffix), "holds NaN or inf")
+        most = (codes.view(torch.uint8) & 0x7F).max()
+        module.ask((most,), lambda most: most >= worst, lambda: _fail(module.info(suffix), "holds NaN or inf"))
     return codes
 
 

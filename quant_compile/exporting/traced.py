@@ -6,12 +6,15 @@ modules' identities, and a Parameter that has two names is one argument.
 
 from __future__ import annotations
 
+import builtins
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._prims
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
@@ -54,7 +57,7 @@ class Call:
             ExportError: it cannot be traced, or sizes cannot change as asked; has torch's own words.
         """
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _plain_strides():
                 return torch.export.export(
                     module, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes, strict=strict
                 )
@@ -83,6 +86,25 @@ class Call:
                     f"an argument holds a {type(leaf).__name__}, whose class another process may not have.\n"
                     "Fix: pass tensors, numbers, and tuples, lists and dicts of them; of transformers, use_cache=False."
                 )
+
+
+@contextmanager
+def _plain_strides() -> Generator[None]:
+    """Let strides of views be products of sizes.
+
+    While torch.export traces, ``min`` of sizes is an expression, in torch's own code too. With torch 2.11 a view of repeated heads then has
+    the stride min(64 * length, 128 * length), and a guard on it that is always true is refused as a constraint on ``length``.
+    """
+    names = vars(torch._prims)
+    before = names.get("min")
+    names["min"] = builtins.min
+    try:
+        yield
+    finally:
+        if before is None:
+            del names["min"]
+        else:
+            names["min"] = before
 
 
 def _is_foreign(value: Any) -> bool:

@@ -20,9 +20,9 @@ from quant_compile.ir.family import Reject, family_of
 from quant_compile.ir.scheme import Scheme, parse
 from quant_compile.lowering.ops import LIBRARY, normed
 from quant_compile.lowering.registry import Norm
-from quant_compile.lowering.symmetric import GROUPS, MOST_ROWS, buffers
+from quant_compile.lowering.symmetric import GROUPS, MOST_ROWS, buffers, group_of
 
-# Of one rank's part of a sum. Above, a sum takes as long as its bytes, of which every rank reads all others' in one shot.
+# Of the other ranks' parts, which every rank reads in one shot: the most that was measured. Far above, a sum takes as long as its bytes.
 MOST_BYTES = 1 << 20
 
 LIBRARY.define(
@@ -56,9 +56,11 @@ def fits(x: Tensor, group: str) -> Reject | None:
     sizes: tuple[Any, ...] = tuple(x.shape)
     if not all(isinstance(size, int) for size in sizes):
         return Reject("the number of its rows is a symbol (compile with dynamic=False for graphs of one size)")
-    rows, size = math.prod(sizes[:-1]), math.prod(sizes) * x.dtype.itemsize
+    rows, size = math.prod(sizes[:-1]), math.prod(sizes) * x.dtype.itemsize * (group_of(group).size() - 1)
     if rows > MOST_ROWS or size > MOST_BYTES:
-        return Reject(f"it has {rows} rows and {size} bytes, and NCCL's serves more than {MOST_ROWS} or {MOST_BYTES}")
+        return Reject(
+            f"a rank would read {rows} rows and {size} bytes of others, and NCCL's serves more than {MOST_ROWS} or {MOST_BYTES}"
+        )
     return _kernel().fit(sizes[-1], x.dtype) or buffers(group, sizes[-1], x.dtype, x.device)
 
 

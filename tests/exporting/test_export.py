@@ -49,6 +49,20 @@ class Mlp(nn.Module):
         return self.down_proj(F.hardtanh(self.gate_proj(x)) * self.up_proj(x)) + self.table.weight[0] + self.shift
 
 
+class Grouped(nn.Module):
+    """Attention of four heads over two, which are repeated as transformers writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.kv_proj = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, kv = (proj(x).view(b, t, -1, 16).transpose(1, 2) for proj in (self.q_proj, self.kv_proj))
+        kv = kv[:, :, None].expand(b, 2, 2, t, 16).reshape(b, 4, t, 16)
+        return F.scaled_dot_product_attention(q, kv, kv, is_causal=True).transpose(1, 2).reshape(b, t, HIDDEN)
+
+
 def model() -> Mlp:
     torch.manual_seed(0)
     return Mlp().to(torch.bfloat16).eval()
@@ -109,6 +123,19 @@ def test_kernels_are_chosen_in_the_program() -> None:
     assert "m<=32: torch_cpu_int8pack" in use.kernels and not more
     branches = [node for node in program.program.graph.nodes if "cond" in str(node.target)]
     assert len(branches) == 2
+
+
+def test_lengths_stay_free_where_heads_are_repeated() -> None:
+    torch.manual_seed(0)
+    grouped = Grouped().to(torch.bfloat16).eval()
+    exported = quant_compile.export(grouped, (inputs(2, 16),), policy="W8A16", dynamic_shapes=TOKENS)
+    run = exported.program.module()
+    quant_compile.compile(grouped, "W8A16")
+    for sizes in ((1, 1), (3, 40)):
+        x = inputs(*sizes)
+        with torch.no_grad():
+            wanted = grouped(x)
+            assert (run(x) - wanted).norm() < CLOSE * wanted.norm()
 
 
 def test_a_damaged_plane_is_seen() -> None:

@@ -26,7 +26,7 @@ def test_a_package_has_the_logits_of_the_compiled_model(
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     export = importlib.import_module("export")
     with torch.no_grad():
-        rows = export.measure(name, policy, Namespace(repeats=1))
+        rows = export.measure(name, policy, Namespace(repeats=1, device="cpu"))
     assert [(row["batch"], row["length"]) for row in rows] == list(export.SIZES)
     assert all(row["error"] <= 1e-3 for row in rows), rows
     assert all(row["self_contained"] == (name == "dense") for row in rows)
