@@ -29,10 +29,12 @@ from quant_compile.model import names as naming
 from quant_compile.model.ledger import LEDGER
 from quant_compile.model.places import parameters_of, unwrap
 from quant_compile.options import Options, PolicySource
+from quant_compile.policy import KEEP
 from quant_compile.runtime import GraphRunner
 
-# Options of ``compile`` that mean something for a program; the others are about calls and generate().
 NOT_REPLAYED = "verify: true is not applied: a program is exported without a call whose inputs could be replayed"
+AS_WRITTEN = "attention stays as the model wrote it: torch.export would fix lengths that calls choose to the example's number of blocks"
+# Options of ``compile`` that mean something for a program; the others are about calls and generate().
 OPTIONS = ("kernels", "tune", "attention", "inductor")
 
 
@@ -81,6 +83,9 @@ def export(
         LEDGER.session(model, source.policy, target.label).notes.update(dict.fromkeys(problems))
         if parsed.verifies(source.policy):
             LEDGER.session(model, source.policy, target.label).notes[NOT_REPLAYED] = None
+        if target.device != "cpu" and parsed.attends(source.policy) and _has_free_sizes(traced):
+            parsed = replace(parsed, attention=KEEP)
+            LEDGER.session(model, source.policy, target.label).notes[AS_WRITTEN] = None
         choosers = choosers_of(parsed, source, target, device)
         runner = GraphRunner(
             traced.graph, traced.inputs, source, parsed, lambda gm, inputs: gm.forward, choosers, target
@@ -92,6 +97,11 @@ def export(
         program, planes = exported_program(traced, binding.variant.graph, binding.planes, model, call)
         report = LEDGER.report(model)
     return Exported(program, report, uses, planes, dict(parsed.inductor))
+
+
+def _has_free_sizes(traced: Traced) -> bool:
+    """Whether an input of the program has a size that calls choose."""
+    return any(isinstance(size, torch.SymInt) for x in traced.inputs if isinstance(x, Tensor) for size in x.shape)
 
 
 def _options(options: Mapping[str, Any], policy: Any) -> Options:

@@ -18,9 +18,12 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 import quant_compile
+from quant_compile.demo import load
+from quant_compile.exporting import export as export_module
 from quant_compile.exporting.program import joined
 from quant_compile.ir.errors import ExportError, GradModeError, OptionError, PolicyError, QuantError, WeightError
 from quant_compile.ir.scheme import parse
+from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key
 from tests.runtime_support import reference_of
 
@@ -349,3 +352,20 @@ def test_a_package_runs_in_a_process_without_this_package(tmp_path: Path) -> Non
         for x, (y, apart) in zip(given, torch.load(tmp_path / "results.pt"), strict=True):
             assert distance(y, run(x)) < CLOSE
             assert torch.equal(y, apart)
+
+
+@pytest.mark.parametrize("policy", ["FP8_DYNAMIC", "W4A16"])
+def test_lengths_stay_free_with_kernels_of_a_gpu(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module.Target, "of", staticmethod(lambda device: Target.fake("sm90")))
+    model = load("dense").model.eval()
+    sizes = {"input_ids": {0: Dim("batch", min=1, max=64), 1: Dim("length", min=1, max=512)}, "use_cache": None}
+    call = {"input_ids": torch.randint(0, 512, (2, 16)), "use_cache": False}
+    exported = quant_compile.export(model, (), call, policy, dynamic_shapes=sizes)
+    (shape,) = [
+        node.meta["val"].shape
+        for node in exported.program.graph.find_nodes(op="placeholder")
+        if node.name == "input_ids"
+    ]
+    assert all(isinstance(size, torch.SymInt) for size in shape)
+    assert not exported.self_contained and export_module.AS_WRITTEN in exported.report.notes
+    assert "scaled_dot_product_attention" in str(exported.program.graph)
