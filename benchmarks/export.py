@@ -83,10 +83,12 @@ def run_alone(path: Path, ids: Sequence[Tensor], self_contained: bool) -> list[T
     given, results = path.with_name("inputs.pt"), path.with_name("results.pt")
     torch.save(list(ids), given)
     command = [sys.executable, "-c", ALONE, str(path), str(given), str(results), "" if self_contained else str(ROOT)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [path for path in paths if path and not (Path(path) / "quant_compile").is_dir()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(others), "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, env=environment, check=False)
     if done.returncode:
-        raise RuntimeError(f"the package does not run: {done.stderr[-2000:]}")
+        raise RuntimeError(f"the package does not run ({done.returncode}): {done.stderr[-2000:].strip()}")
     return torch.load(results)
 
 

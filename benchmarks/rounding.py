@@ -3,9 +3,11 @@
     python benchmarks/rounding.py                                  # on a GPU if there is one; writes results/rounding_<device>.json
     python benchmarks/rounding.py --models dense --schemes W4A16 --methods gptq --seeds 1
     python benchmarks/rounding.py --models --large                 # the Llama-3-8B shape alone: seconds and peak memory
+    python benchmarks/rounding.py --roundings --methods --own gptq --out benchmarks/results/rounding_own_cpu.json
 
 Quantization is simulated in the eager model (``quant_compile/simulate.py``), so that all schemes are measured alike and no
-kernel plays a part. Measured is held-out text; calibrated is with windows of what the models were trained on, drawn anew by each seed.
+kernel plays a part. Measured is held-out text; calibrated is with windows of what the models were trained on, drawn anew by each seed, or
+(``own text``) with what the model writes itself, by its seed, the writing counted.
 Extra perplexity is relative to 16 bits, and a method's ratio is its extra to nearest's. KL to 16 bits is beside it, since a perplexity
 is one draw: of two roundings alike one may happen to please this text.
 """
@@ -41,6 +43,7 @@ SOURCE = source_hash()
 LENGTH, WINDOWS, CALIBRATION = 448, 32, 128
 SCHEMES = ("W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16", "W4A8", "NVFP4", "MXFP4", "W8A8")
 WITHOUT_DATA = (SEARCH, COMPENSATE)
+DATA, OWN_TEXT = "data", "own text"
 TRAINED_ON = 6_000_000
 """Bytes of the standard library that calibration windows are drawn from."""
 
@@ -50,7 +53,7 @@ class Row:
     """One rounding.
 
     Attributes:
-        method: nearest, search, compensate (no data), or one of calibrate's, with ``, data`` behind it.
+        method: nearest, search, compensate (no data), or one of calibrate's, with ``, data`` or ``, own text`` behind it.
         extra: perplexity to that of 16 bits, less one.
         kl: mean divergence of the logits from 16 bits', nats.
         to_nearest: ``extra`` over nearest's.
@@ -133,7 +136,14 @@ def judged(at: Setting, found: Iterable[Tensor]) -> tuple[float, float]:
 
 
 def measure(
-    at: Setting, spec: str, roundings: Iterable[str], methods: Iterable[str], seeds: int, count: int, deadline: Deadline
+    at: Setting,
+    spec: str,
+    roundings: Iterable[str],
+    methods: Sequence[str],
+    own: Sequence[str],
+    seeds: int,
+    count: int,
+    deadline: Deadline,
 ) -> Iterator[Row]:
     """Rows of one scheme, nearest first, as they are measured."""
     base: Row | None = None
@@ -154,15 +164,19 @@ def measure(
         base = base or found
         yield found
     with tempfile.TemporaryDirectory() as folder:
-        for method in methods:
+        for method, data in [(method, DATA) for method in methods] + [(method, OWN_TEXT) for method in own]:
             for seed in range(seeds):
                 if deadline.passed:
                     return
                 start, policy = time.perf_counter(), {"default": spec, "method": method}
-                path = Path(folder) / f"{method}{seed}.safetensors"
-                batches = batches_of(at.trained_on, seed, count)
+                path = Path(folder) / f"{method}{data}{seed}.safetensors"
+                batches = (
+                    batches_of(at.trained_on, seed, count)
+                    if data == DATA
+                    else quant_compile.own_text(at.model, seed=seed)
+                )
                 made = quant_compile.calibrate(at.model, batches, policy, path=path, progress=False)
-                yield row(f"{method}, data", seed, made, time.perf_counter() - start)
+                yield row(f"{method}, {data}", seed, made, time.perf_counter() - start)
 
 
 def round_all(model: Any, spec: str, how: Rounding) -> None:
@@ -240,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME")
     parser.add_argument("--roundings", nargs="*", default=list(WITHOUT_DATA), choices=WITHOUT_DATA, help="without data")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="with data")
+    parser.add_argument("--own", nargs="*", default=(), choices=METHODS, help="with text that the model writes itself")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=WINDOWS, help=f"held-out windows of {LENGTH} tokens")
     parser.add_argument("--calibration", type=int, default=CALIBRATION, help=f"windows of {LENGTH} tokens")
@@ -263,7 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if deadline.passed:
                 print(f"{name} {spec}: not run, the time was up")
                 continue
-            for row in measure(at, spec, args.roundings, args.methods, args.seeds, args.calibration, deadline):
+            for row in measure(
+                at, spec, args.roundings, args.methods, args.own, args.seeds, args.calibration, deadline
+            ):
                 rows.append(asdict(row) | ({"seconds": None} if args.busy else {}))
                 write_result(out, rows, meta)
     print_rows(rows)

@@ -40,6 +40,7 @@ from quant_compile.measure.compare import compare
 from quant_compile.measure.recommend import recommend
 from quant_compile.measure.search import search
 from quant_compile.on_import import enter as _enter
+from quant_compile.own_text import own_text
 from quant_compile.policy import Policy, Rule
 from quant_compile.pretrained import load
 from quant_compile.saving import save
@@ -83,6 +84,7 @@ __all__ = [
     "compile",
     "export",
     "load",
+    "own_text",
     "recommend",
     "refresh",
     "release",
