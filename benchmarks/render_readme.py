@@ -661,6 +661,9 @@ def rounding(results: Path) -> str:
     return "\n\n".join(_roundings(result) for result in found if result is not None)
 
 
+OWN_TEXT = "; `own text`: 64 texts of 128 tokens that the model wrote (`own_text`), the writing counted"
+
+
 def _roundings(result: Result) -> str:
     settings, cells = result["settings"], dict[tuple[str, str, str], list[Result]]()
     for row in result["rows"]:
@@ -680,7 +683,7 @@ def _roundings(result: Result) -> str:
     text = (
         f"**Roundings**: bundled models, eager, quantization simulated, {settings['windows']} held-out windows of {settings['length']} "
         f"tokens. Data: {settings['calibration']} windows of {settings['length']} tokens of what the models were trained on, drawn anew by "
-        "each seed; `own text`: 64 texts of 128 tokens that the model wrote (`own_text`), the writing counted. "
+        f"each seed{OWN_TEXT if any('own text' in row['method'] for row in result['rows']) else ''}. "
         "Extra perplexity is relative to 16 bits; ratios are to rounding to nearest; with seeds mean, least and most. "
         f"{place(result, 'transformers')}.\n"
     )

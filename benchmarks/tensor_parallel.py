@@ -7,7 +7,7 @@ model and gives each rank its DTensors and hooks; then each rank fills its own p
 A stack is a group of processes, one for each GPU; both stacks of a model have the same weights. All groups compile a cell at the
 same time, one kernel measurement at a time on each GPU, and are then timed in turns, nobody else being at work. ``bf16`` is
 ``model.compile(dynamic=False)``; of a mixture of experts it is the faster of Hugging Face's two implementations. ``joined`` is
-the policy as it is, without it with ``fuse: {all_reduce: false}``; the ledger's notes on sums are in its rows. ``graphs`` is
+the policy with ``fuse: {all_reduce: true}``; the ledger's notes on sums are in its rows. ``graphs`` is
 ``mode="reduce-overhead"`` on both sides. A step is one call of the model over a filled static cache, by the wall clock from an idle
 device to an idle device, the slowest rank's; medians. Logits of both stacks are compared at each cell, and a stack whose logits are not
 the bf16 model's has no speed-up.

@@ -1,12 +1,13 @@
 """Text that a language model writes itself, for ``calibrate`` where there is none at hand.
 
-A model's own samples have inputs like those that it meets: rounding by them costs little more than by text that it was trained on (after
-Williams, Chrysostomou and Aletras 2024, "Self-calibration for Language Model Quantization and Pruning"). Reads the model, which is not
-changed; neither is torch's generator of random numbers.
+After Williams, Chrysostomou and Aletras 2024, "Self-calibration for Language Model Quantization and Pruning". Reads the model, which is not
+changed; neither are torch's generators of random numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from quant_compile.ir.errors import OptionError
 from quant_compile.model.follow import evaluating
+from quant_compile.model.offload import execution_device
 
 WRITTEN, BATCH = 64, 8
 """Sequences that are written together, and that are one batch: logits of whole sequences may be large."""
@@ -22,9 +24,9 @@ WRITTEN, BATCH = 64, 8
 def own_text(model: nn.Module, sequences: int = 64, length: int = 128, *, seed: int = 0) -> list[Tensor]:
     """Batches of token ids that the model samples from its own distribution, for ``calibrate(model, own_text(model), policy)``.
 
-    Each sequence begins with the config's first token (``bos_token_id``), or with one drawn at random where it has none, and goes on past
-    ends of texts, so that none is padded. Nothing is cut off the distribution: no top-k, top-p or penalties of the model's
-    ``generation_config``.
+    Each sequence begins with the config's first token (``bos_token_id``), or with one drawn at random where it has none. An end of text is
+    a token like others, after which the text goes on, so none is padded. The model's ``generation_config`` plays no part: no top-k, top-p
+    or penalty changes its distribution.
 
     Args:
         model: a causal language model of transformers; called by its ``generate``, so compiled ones are faster.
@@ -43,13 +45,13 @@ def own_text(model: nn.Module, sequences: int = 64, length: int = 128, *, seed: 
     if sequences < 1 or length < 2 or (isinstance(most, int) and length > most):
         limit = f", at most {most} (max_position_embeddings)" if isinstance(most, int) else ""
         raise OptionError(
-            f"own_text wants 1 or more sequences of 2 or more tokens{limit}; got {sequences} of {length}."
+            f"own_text wants 1 or more sequences of 2 or more tokens{limit}; got {sequences} of {length}.\n"
+            "Fix: change sequences or length."
         )
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), evaluating(model):
-        torch.manual_seed(seed)
+    device = torch.device(execution_device(model) or next(model.parameters()).device)
+    with _seeded(seed, device), torch.no_grad(), evaluating(model), _plain_generation(model):
         first = _first(config, sequences, device)
-        written = (_written(model, part, length, config) for part in first.split(WRITTEN))
+        written = (_written(model, part, length) for part in first.split(WRITTEN))
         return [batch for part in written for batch in part.split(BATCH)]
 
 
@@ -65,7 +67,7 @@ def _config_of(model: nn.Module) -> Any:
         raise OptionError(f"{type(model).__name__} has no generate, and writes no text of its own.\n{fix}")
     if getattr(whole, "is_encoder_decoder", False):
         raise OptionError(f"{type(model).__name__} writes text from an encoder's input, not from a first token.\n{fix}")
-    config = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
+    config = whole.get_text_config(decoder=True) if hasattr(whole, "get_text_config") else whole
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise OptionError(f"the config of {type(model).__name__} has no vocab_size.\n{fix}")
     return config
@@ -79,15 +81,38 @@ def _first(config: Any, count: int, device: torch.device) -> Tensor:
     return torch.randint(0, config.vocab_size, (count, 1)).to(device)
 
 
-def _written(model: Any, first: Tensor, length: int, config: Any) -> Tensor:
-    """[rows, length] ids."""
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Generator[None]:
+    """Generators of random numbers of the CPU and of GPUs begin anew, and come back as they were."""
+    kind = device.type if device.type != "cpu" else "cuda"
+    module: Any = torch.get_device_module(kind)
+    gpus = list(range(module.device_count())) if module.is_available() else []
+    with torch.random.fork_rng(gpus, device_type=kind):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Generator[None]:
+    """Out of sight what a model's maker set: transformers takes from there whatever a call leaves open."""
     from transformers import GenerationConfig
 
-    end = getattr(config, "eos_token_id", None)
-    end = end[0] if isinstance(end, (list, tuple)) and end else end
-    how = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1,
-        eos_token_id=getattr(config, "eos_token_id", None), pad_token_id=end if isinstance(end, int) else 0,
-    )  # fmt: skip
-    ids: Tensor = model.generate(first, attention_mask=torch.ones_like(first), generation_config=how)
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _written(model: Any, first: Tensor, length: int) -> Tensor:
+    """[rows, length] ids."""
+    ids: Tensor = model.generate(
+        first,
+        attention_mask=torch.ones_like(first),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        max_new_tokens=length - 1,
+    )
     return ids

@@ -79,7 +79,7 @@ class Fuse:
 
     share_quant: bool = True
     merge_siblings: bool = True
-    all_reduce: bool = True
+    all_reduce: bool = False
 
 
 @dataclass(frozen=True)

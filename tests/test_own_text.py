@@ -25,14 +25,14 @@ def tiny(**more: Any) -> LlamaForCausalLM:
 
 
 class Chain(LlamaForCausalLM):
-    """Writes tokens of a Markov chain: after t comes t + 1, or t + 2 once in four times."""
+    """Writes tokens of a Markov chain over eight: after t comes t + 1, or t + 2 once in four times."""
 
     def forward(self, input_ids: Tensor, **more: Any) -> Any:  # type: ignore[override]
         found = super().forward(input_ids, **more)
         ids = input_ids[:, -1:]
         logits = torch.full((*ids.shape, VOCAB), -1e4)
-        logits.scatter_(-1, (ids[..., None] + 1) % VOCAB, torch.tensor(0.75).log().item())
-        logits.scatter_(-1, (ids[..., None] + 2) % VOCAB, torch.tensor(0.25).log().item())
+        logits.scatter_(-1, (ids[..., None] + 1) % 8, torch.tensor(0.75).log().item())
+        logits.scatter_(-1, (ids[..., None] + 2) % 8, torch.tensor(0.25).log().item())
         found.logits = logits
         return found
 
@@ -53,17 +53,20 @@ def test_texts_have_the_size_asked_and_a_seed_repeats_them() -> None:
 
 
 def test_text_is_drawn_from_the_model_and_nothing_is_cut_off_it() -> None:
-    torch.manual_seed(0)
-    made = tiny()
-    model = Chain(made.config).eval()
-    model.generation_config.update(top_k=1, repetition_penalty=5.0, temperature=0.01)
-    steps = torch.cat(quant_compile.own_text(model, sequences=48, length=40)).diff(dim=1) % VOCAB
+    model = Chain(tiny(eos_token_id=3).config).eval()
+    makers = {"top_k": 1, "repetition_penalty": 5.0, "min_p": 0.5, "suppress_tokens": [5], "num_beams": 3}
+    model.generation_config.update(**makers, stop_strings=["a"], return_dict_in_generate=True)
+    before = model.generation_config
+    whole = torch.cat(quant_compile.own_text(model, sequences=48, length=40))
+    assert model.generation_config is before and before.num_beams == 3
+    steps = whole.diff(dim=1) % 8
     counts = Counter(steps.flatten().tolist())
-    # 2 once in four: 1872 draws, whose share is within 0.05 of a quarter but once in a million.
+    # 2 once in four: of 1872 draws a share that is 0.05 off a quarter comes once in a million.
     assert set(counts) == {1, 2} and abs(counts[2] / steps.numel() - 0.25) < 0.05
+    assert (whole[:, :-1] == 3).any()  # an end of text, and the text goes on
 
 
-def test_ends_of_texts_are_passed_and_a_model_without_a_first_token_begins_anywhere() -> None:
+def test_a_model_without_a_first_token_begins_anywhere() -> None:
     model = tiny(bos_token_id=None, eos_token_id=[3, 5])
     whole = torch.cat(quant_compile.own_text(model, sequences=32, length=20))
     assert whole.shape == (32, 20) and len(set(whole[:, 0].tolist())) > 8
@@ -98,7 +101,7 @@ def test_models_that_write_nothing(make: Any, words: str) -> None:
 def test_sizes_that_it_cannot_write(sizes: tuple[int, int]) -> None:
     with pytest.raises(OptionError, match=r"at most 64 \(max_position_embeddings\); got"):
         quant_compile.own_text(tiny(), *sizes)
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(), is_encoder_decoder=False)
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(), is_encoder_decoder=False)
     with pytest.raises(OptionError, match="has no vocab_size"):
         quant_compile.own_text(SimpleNamespace(config=config, generate=print))  # type: ignore[arg-type]
 

@@ -140,7 +140,7 @@ EDITS: list[dict[str, Any]] = [
     {"strict": True},
     {"allow_reference": True},
     {"fuse": {"share_quant": False}},
-    {"fuse": {"all_reduce": False}},
+    {"fuse": {"all_reduce": True}},
     {"all_reduce": "INT8"},
     {"attention": "keep"},
     {"release_weights": True},

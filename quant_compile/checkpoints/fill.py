@@ -353,6 +353,7 @@ class Filler:
         if again is not None and again.scheme is not None:
             found, text = replace(found, scheme=again.scheme, input_scale=None), f"{text}, with the codes of {was}"
         if not dry:
+            self._questions.answer()
             put(slot, found, self.dtype, self.device, text, job.transposed, self._orders)
         return _told(Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True), again, was)
 
@@ -421,6 +422,7 @@ class Filler:
         if not dry:
             if scale is not None and any(not torch.equal(own, scale) for own in scales):
                 notes = (*notes, "experts have different input scales: the largest serves all of them")
+            self._questions.answer()
             source = text if same else f"{text}, with the codes of {first.scheme.spec}"
             STORE.adopt(hollow(slot, self.device), key, tuple(whole), source, scale)
         return Outcome(slot.name, scheme, text, len(job.stems) * _bytes_of(first.planes), notes, True)

@@ -30,6 +30,7 @@ class Format:
         read: ``(module, stored) -> Quantized | Dense``; also with a dry module.
         axes: which rows and columns of the weight its tensors' dimensions go with, so that ranks read their parts only; None: that is
             not known, and weights are read whole.
+        by_header: of a dry module ``read`` looks at dtypes and shapes only, so that modules with the same ones have the same answer.
     """
 
     suffixes: tuple[str, ...]

@@ -124,7 +124,7 @@ def read(module: Module, stored: Stored) -> Read:
         return _scattered(module, codes, scale, zeros, bits, order)
     if order is not None:
         codes = codes[:, order]
-    made = Integers(codes, scale.to(module.dtype), zeros, bits, stored.group, stored.symmetric)
+    made = Integers(codes, scale.to(module.dtype), zeros, bits, stored.group, stored.symmetric, scale.dtype)
     found = integer_weight(module, made, stored.inputs)
     return found if order is None else ordered(found, order)
 

@@ -106,6 +106,8 @@ def packed_along(of: str, bits: int) -> Axis:
 
 
 Refuses = Callable[..., bool]
+MOST_QUESTIONS = 256
+"""That wait for each other; those about scales keep them in memory."""
 
 
 @dataclass
@@ -127,6 +129,8 @@ class Questions:
             return
         self._numbers.extend(number.reshape(()).float() for number in numbers)
         self._asked.append((len(numbers), refuses, fail))
+        if len(self._asked) >= MOST_QUESTIONS:
+            self.answer()
 
     @staticmethod
     def waits(numbers: Sequence[Tensor]) -> bool:
@@ -335,6 +339,7 @@ class Integers:
         bits: of a code.
         group: columns that share a scale; None: all.
         symmetric: the config says so; zero points that are all in the middle then are none.
+        stored: dtype of the scales in the file, where they have been converted; None: the scales' own.
     """
 
     codes: Tensor
@@ -343,6 +348,7 @@ class Integers:
     bits: int
     group: int | None
     symmetric: bool = True
+    stored: torch.dtype | None = None
 
     @property
     def middle(self) -> int:
@@ -383,7 +389,7 @@ def integer_weight(module: Module, made: Integers, inputs: QuantArgs | None, inp
     else:
         codes, zero = made.codes, (nibbles(made.zero.to(torch.uint8)),)
     scale = made.scale.to(module.dtype)
-    narrower = not _holds(module.dtype, made.scale.dtype)
+    narrower = not _holds(module.dtype, made.stored or made.scale.dtype)
     if narrower and not scale.is_meta and not bool((torch.isfinite(scale) & (scale != 0)).all()):
         return dense(module, made.values(), f"its scales do not fit {dtype_name(module.dtype)}")
     planes = (nibbles(codes), scale.contiguous(), *zero)
@@ -488,9 +494,8 @@ def check_e8m0(module: Module, suffix: str, scale: Tensor) -> None:
 def powers(exponents: Tensor) -> Tensor:
     """What e8m0 exponents stand for: f32 2**(e - 127)."""
     whole = exponents.view(torch.uint8).to(torch.int32)
-    return torch.ldexp(
-        torch.ones_like(whole, dtype=torch.float32), whole - 127
-    )  # of one number, torch says that it resizes
+    # Ones of their shape: of a single one torch warns that it resizes its result.
+    return torch.ldexp(torch.ones_like(whole, dtype=torch.float32), whole - 127)
 
 
 def check_fp8(module: Module, suffix: str, codes: Tensor) -> Tensor:

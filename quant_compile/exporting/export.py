@@ -33,7 +33,9 @@ from quant_compile.policy import KEEP
 from quant_compile.runtime import GraphRunner
 
 NOT_REPLAYED = "verify: true is not applied: a program is exported without a call whose inputs could be replayed"
-AS_WRITTEN = "attention stays as the model wrote it: torch.export would fix lengths that calls choose to the example's number of blocks"
+AS_WRITTEN = (
+    "attention stays as the model wrote it: calls choose sizes of this program, which blocks of a mask would fix"
+)
 # Options of ``compile`` that mean something for a program; the others are about calls and generate().
 OPTIONS = ("kernels", "tune", "attention", "inductor")
 

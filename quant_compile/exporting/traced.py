@@ -18,6 +18,7 @@ import torch._prims
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
@@ -97,7 +98,7 @@ def _plain_strides() -> Generator[None]:
     """
     names = vars(torch._prims)
     before = names.get("min")
-    names["min"] = builtins.min
+    names["min"] = _least
     try:
         yield
     finally:
@@ -105,6 +106,16 @@ def _plain_strides() -> Generator[None]:
             del names["min"]
         else:
             names["min"] = before
+
+
+def _least(*values: Any, **more: Any) -> Any:
+    """``min``; of two sizes the one that is known to be the smaller, else an expression."""
+    if len(values) == 2 and any(isinstance(value, torch.SymInt) for value in values):
+        first, second = values
+        if statically_known_true(first <= second):
+            return first
+        return second if statically_known_true(second <= first) else torch.sym_min(first, second)
+    return builtins.min(*values, **more)
 
 
 def _is_foreign(value: Any) -> bool:

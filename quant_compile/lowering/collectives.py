@@ -54,12 +54,14 @@ def fits(x: Tensor, group: str) -> Reject | None:
     A collective where a group, or rows of a size, are asked about for the first time: the ranks then make their buffers.
     """
     sizes: tuple[Any, ...] = tuple(x.shape)
+    if not sizes:
+        return Reject("it is a sum of one number")
     if not all(isinstance(size, int) for size in sizes):
         return Reject("the number of its rows is a symbol (compile with dynamic=False for graphs of one size)")
     rows, size = math.prod(sizes[:-1]), math.prod(sizes) * x.dtype.itemsize * (group_of(group).size() - 1)
     if rows > MOST_ROWS or size > MOST_BYTES:
         return Reject(
-            f"a rank would read {rows} rows and {size} bytes of others, and NCCL's serves more than {MOST_ROWS} or {MOST_BYTES}"
+            f"it has {rows} rows, and a rank would read {size} bytes of others; NCCL's serves more than {MOST_ROWS} or {MOST_BYTES}"
         )
     return _kernel().fit(sizes[-1], x.dtype) or buffers(group, sizes[-1], x.dtype, x.device)
 

@@ -80,14 +80,15 @@ class Groups:
     """All process groups that were asked about."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Group] = {}
+        self._known: dict[tuple[str, str], Group] = {}
 
     def of(self, name: str, device: torch.device) -> Group:
         """A group; where it is new, a collective that all of its ranks must call alike."""
-        group, known = group_of(name), self._known.get(name)
+        key = (name, device.type)  # of torch's default group each kind of device has its own backend
+        group, known = group_of(name), self._known.get(key)
         if known is None or known.group is not group:
             with _current(device):
-                known = self._known[name] = Group(group, _agreed(group, device))
+                known = self._known[key] = Group(group, _agreed(group, device))
         return known
 
     def workspace(self, name: str, k: int, dtype: torch.dtype, device: torch.device) -> Workspace:

@@ -22,7 +22,7 @@ from quant_compile.checkpoints.errors import CheckpointError
 from quant_compile.checkpoints.formats import FORMATS
 from quant_compile.checkpoints.weight import Questions
 from quant_compile.pretrained import plan_of
-from tests.checkpoints.packers import Case, ct_fp8, ct_int8, deepseek
+from tests.checkpoints.packers import Case, ct_fp8, ct_int8, deepseek, gptq
 from tests.checkpoints.support import quantized, quantized_experts, tiny_llama, tiny_moe
 from tests.checkpoints.test_names import edit
 
@@ -77,6 +77,30 @@ def test_what_waits_is_refused_as_at_once(case: str, tmp_path: Path, request: py
             quant_compile.load(folder, progress=False)
         said.append(str(raised.value))
     assert said[0] == said[1] and "Fix:" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("scale", "found"), [(1e6, "dequantizes to NaN or inf"), (1e-9, "its scales do not fit float16")]
+)
+@pytest.mark.parametrize("waits", [False, True])
+def test_scales_of_a_wider_dtype_than_the_models(
+    scale: float, found: str, waits: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if waits:
+        request.getfixturevalue("waiting")
+    packed = gptq(4, 128, True)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{Q}.scales"] = torch.full_like(tensors[f"{Q}.scales"], scale, dtype=torch.float32)
+
+    folder = edit(quantized(tmp_path, tiny_llama(), packed.pack, packed.config), change)
+    if scale > 1:
+        with pytest.raises(CheckpointError, match=found):
+            quant_compile.load(folder, dtype=torch.float16, progress=False)
+        return
+    model = quant_compile.load(folder, dtype=torch.float16, progress=False)
+    said = [line for line in quant_compile.report(model).lines if Q in str(line)]
+    assert found in str(said) or any(found in str(note) for note in quant_compile.report(model).notes)
 
 
 def test_the_first_that_was_asked_is_named(waiting: Counter[str]) -> None:

@@ -6,6 +6,7 @@ The process group has one rank, whose sum is its own part; two ranks are in ``te
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -310,12 +311,25 @@ def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.empty(1, symmetric.MOST_ROWS + 1, K, dtype=BF16), "rows"),
         (torch.empty(2, K), "float32"),
         (torch.empty(1, 32768, dtype=BF16), "at most"),
+        (torch.empty((), dtype=BF16), "one number"),
     ):
         found = collectives.fits(x, "0")
         assert isinstance(found, Reject) and reason in found.reason
     assert len(made) == 1
     _, report, _ = rewritten(usual, sums=collectives.fits, dynamic=True)
     assert "symbol" in report.refused[0]
+
+
+def test_a_group_is_asked_of_each_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's default group has a backend for each."""
+    groups = symmetric.Groups()
+    monkeypatch.setattr(symmetric, "_agreed", lambda group, device: f"asked of {device.type}")
+    monkeypatch.setattr(symmetric, "_current", lambda device: nullcontext())
+    assert [groups.of("0", torch.device(kind)).reason for kind in ("cpu", "cuda", "cpu")] == [
+        "asked of cpu",
+        "asked of cuda",
+        "asked of cpu",
+    ]
 
 
 @pytest.mark.parametrize("spec", ["", "FP8_DYNAMIC", "W8A8"])
