@@ -29,7 +29,7 @@ ORDER = (
     ("backend",),
     ("generation",),
     ("rounded",),
-    ("inspect", "calibrate", "explain", "api", "exporting"),
+    ("inspect", "calibrate", "own_text", "explain", "api", "exporting"),
     ("measure", "diff"),
     ("building", "gathering"),
     ("pretrained", "_transformers"),

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from quant_compile.lowering.identity import local_of
-from quant_compile.model.places import Place, by_parameter, parameters_of, unwrap
+from quant_compile.model.places import Place, by_parameter, unwrap
 from quant_compile.model.weights import describe, output_embeddings, rule_names
 
 
@@ -68,17 +68,34 @@ class Owners:
     @staticmethod
     def of(parameters: Iterable[nn.Parameter]) -> Owners:
         """Find them; those that no model is found for have no names."""
-        parameters, beside = list(map(local_of, parameters)), list[nn.Module]()
-        found = {identity: unwrap(model) for identity, model in _find(set(map(id, parameters)), beside).items()}
+        parameters, beside, walks = list(map(local_of, parameters)), list[nn.Module](), _Walks()
+        found = {identity: unwrap(model) for identity, model in _find(set(map(id, parameters)), beside, walks).items()}
         models = tuple({id(model): model for p in parameters if (model := found.get(id(p))) is not None}.values())
-        tables = {id(model): names_in(model) for model in models}
-        names = {identity: tables[id(model)].get(identity) for identity, model in found.items()}
-        known_names = {identity: known for identity, known in names.items() if known is not None}
-        return Owners(models, tuple(beside), known_names)
+        heads = {id(model): output_embeddings(model) for model in models}
+        held = {identity: walks.of(model).get(identity) for identity, model in found.items()}
+        names = {
+            identity: _names(places, identity in heads[id(found[identity])])
+            for identity, places in held.items()
+            if places
+        }
+        return Owners(models, tuple(beside), names)
 
     def names(self, parameter: nn.Parameter) -> Names | None:
         """Its names there."""
         return self._names.get(id(local_of(parameter)))
+
+
+class _Walks:
+    """Models that were walked through for one question: graphs of single layers ask it as often as a model has layers."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[nn.Module, dict[int, list[Place]]]] = {}
+
+    def of(self, model: nn.Module) -> dict[int, list[Place]]:
+        """``by_parameter``."""
+        if id(model) not in self._known:
+            self._known[id(model)] = model, by_parameter(model)
+        return self._known[id(model)][1]
 
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -117,18 +134,18 @@ def _names(held: list[Place], is_head: bool) -> Names:
 # --- which model -------------------------------------------------------------------------------------------------------
 
 
-def _find(wanted: set[int], reached: list[nn.Module]) -> dict[int, nn.Module]:
+def _find(wanted: set[int], reached: list[nn.Module], walks: _Walks) -> dict[int, nn.Module]:
     """id of each Parameter -> the outermost model that holds it; ``reached`` gets what was looked at beyond ``self``."""
     found: dict[int, nn.Module] = {}
     for source in (_registered, _selves_on_stack):
-        found |= _outermost(source(), wanted - set(found))
+        found |= _outermost(source(), wanted - set(found), walks)
     if wanted - set(found):
         reached += _reached_from_stack()
-        found |= _outermost(reached, wanted - set(found))
+        found |= _outermost(reached, wanted - set(found), walks)
     return found
 
 
-def _outermost(models: Iterable[nn.Module], wanted: set[int]) -> dict[int, nn.Module]:
+def _outermost(models: Iterable[nn.Module], wanted: set[int], walks: _Walks) -> dict[int, nn.Module]:
     """For each wanted Parameter the model with the most Parameters, of equals the last."""
     best: dict[int, tuple[int, nn.Module]] = {}
     seen: set[int] = set()
@@ -136,7 +153,7 @@ def _outermost(models: Iterable[nn.Module], wanted: set[int]) -> dict[int, nn.Mo
         if id(model) in seen:
             continue
         seen.add(id(model))
-        held = {id(parameter) for parameter in parameters_of(model)}
+        held = walks.of(model).keys()
         for identity in held & wanted:
             if identity not in best or best[identity][0] <= len(held):
                 best[identity] = len(held), model
