@@ -661,7 +661,11 @@ def rounding(results: Path) -> str:
     return "\n\n".join(_roundings(result) for result in found if result is not None)
 
 
-OWN_TEXT = "; `own text`: 64 texts of 128 tokens that the model wrote (`own_text`), the writing counted"
+# What roundings were calibrated by, as methods are called.
+TEXTS = {
+    "data": "Data: {calibration} windows of {length} tokens of what the models were trained on, drawn anew by each seed. ",
+    "own text": "Own text: 64 texts of 128 tokens that the model wrote (`own_text`), the writing counted. ",
+}
 
 
 def _roundings(result: Result) -> str:
@@ -680,10 +684,11 @@ def _roundings(result: Result) -> str:
         ]
         for (model, scheme, method), found in cells.items()
     ]
+    methods = {row["method"].partition(", ")[2] for row in result["rows"]}
+    sources = [text for name, text in TEXTS.items() if name in methods]
     text = (
         f"**Roundings**: bundled models, eager, quantization simulated, {settings['windows']} held-out windows of {settings['length']} "
-        f"tokens. Data: {settings['calibration']} windows of {settings['length']} tokens of what the models were trained on, drawn anew by "
-        f"each seed{OWN_TEXT if any('own text' in row['method'] for row in result['rows']) else ''}. "
+        f"tokens. {''.join(sources).format(**settings)}"
         "Extra perplexity is relative to 16 bits; ratios are to rounding to nearest; with seeds mean, least and most. "
         f"{place(result, 'transformers')}.\n"
     )

@@ -226,7 +226,7 @@ def _integers(module: Module, stored: Stored) -> Read:
             where = module.info("weight").where
             raise CheckpointError(f"{where} has codes beyond {stored.bits} bits.\nFix: correct num_bits in the config.")
 
-        module.ask(torch.aminmax(codes), lambda least, most: least < -middle or most >= middle, fail)
+        module.ask(torch.aminmax(codes), lambda found: found[0] < -middle or found[1] >= middle, fail)
     zero = None
     if module.has("weight_zero_point"):
         shapes = ((module.n, groups), (1,), (), (module.n,))

@@ -105,7 +105,7 @@ def packed_along(of: str, bits: int) -> Axis:
     return Axis(of, Fraction(32, bits))
 
 
-Refuses = Callable[..., bool]
+Refuses = Callable[[Sequence[float]], bool]
 MOST_QUESTIONS = 256
 """That wait for each other; those about scales keep them in memory."""
 
@@ -124,7 +124,7 @@ class Questions:
             CheckpointError: by ``fail``; of values on a CPU at once.
         """
         if not self.waits(numbers):
-            if refuses(*(float(number) for number in numbers)):
+            if refuses([float(number) for number in numbers]):
                 fail()
             return
         self._numbers.extend(number.reshape(()).float() for number in numbers)
@@ -149,7 +149,7 @@ class Questions:
             return
         found, at = torch.stack(numbers).tolist(), 0
         for count, refuses, fail in asked:
-            if refuses(*found[at : at + count]):
+            if refuses(found[at : at + count]):
                 fail()
             at += count
 
@@ -249,7 +249,7 @@ class Module:
             at = torch.nonzero(~torch.isfinite(values) | (values == 0))[0].tolist()
             _fail(info, f"holds a scale of {float(values[tuple(at)])} at {at}")
 
-        self.ask(torch.aminmax(found.float().abs()), lambda least, most: not (least > 0 and most < math.inf), fail)
+        self.ask(torch.aminmax(found.float().abs()), lambda found: not (found[0] > 0 and found[1] < math.inf), fail)
 
     def ask(self, numbers: Sequence[Tensor], refuses: Refuses, fail: Callable[[], NoReturn]) -> None:
         """As ``Questions.ask``, of which the answers are asked for at once where nothing may wait.
@@ -488,7 +488,9 @@ def check_e8m0(module: Module, suffix: str, scale: Tensor) -> None:
     """
     if not module.dry and scale.numel():
         most = scale.view(torch.uint8).max()
-        module.ask((most,), lambda most: most == 255, lambda: _fail(module.info(suffix), "holds a scale of NaN (255)"))
+        module.ask(
+            (most,), lambda found: found[0] == 255, lambda: _fail(module.info(suffix), "holds a scale of NaN (255)")
+        )
 
 
 def powers(exponents: Tensor) -> Tensor:
@@ -507,7 +509,7 @@ def check_fp8(module: Module, suffix: str, codes: Tensor) -> Tensor:
     if not module.dry and codes.numel():
         worst = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x7C
         most = (codes.view(torch.uint8) & 0x7F).max()
-        module.ask((most,), lambda most: most >= worst, lambda: _fail(module.info(suffix), "holds NaN or inf"))
+        module.ask((most,), lambda found: found[0] >= worst, lambda: _fail(module.info(suffix), "holds NaN or inf"))
     return codes
 
 

@@ -96,16 +96,16 @@ def _plain_strides() -> Generator[None]:
     While torch.export traces, ``min`` of sizes is an expression, in torch's own code too. With torch 2.11 a view of repeated heads then has
     the stride min(64 * length, 128 * length), and a guard on it that is always true is refused as a constraint on ``length``.
     """
-    names = vars(torch._prims)
-    before = names.get("min")
-    names["min"] = _least
+    module: Any = torch._prims
+    before = vars(module).get("min")
+    module.min = _least
     try:
         yield
     finally:
         if before is None:
-            del names["min"]
+            del module.min
         else:
-            names["min"] = before
+            module.min = before
 
 
 def _least(*values: Any, **more: Any) -> Any:

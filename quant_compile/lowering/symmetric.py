@@ -100,7 +100,7 @@ class Groups:
         group, size = self.of(name, device), k * dtype.itemsize
         if group.reason is not None:
             raise GraphError(
-                f"the process group {name!r} has no symmetric memory: {group.reason}. Fix: compile with `fuse: {{all_reduce: false}}`."
+                f"the process group {name!r} has no symmetric memory: {group.reason}. Fix: compile without `fuse: {{all_reduce: true}}`."
             )
         if size not in group.spaces:
             if torch.cuda.is_current_stream_capturing():

@@ -111,9 +111,9 @@ def test_the_first_that_was_asked_is_named(waiting: Counter[str]) -> None:
         return raises
 
     questions = Questions()
-    questions.ask((torch.tensor(1.0),), lambda most: most > 2, fail("fine"))
-    questions.ask(torch.aminmax(torch.tensor([1.0, 3.0])), lambda least, most: least < 0 or most > 2, fail("first"))
-    questions.ask((torch.tensor(9, dtype=torch.uint8),), lambda most: most > 2, fail("second"))
+    questions.ask((torch.tensor(1.0),), lambda found: found[0] > 2, fail("fine"))
+    questions.ask(torch.aminmax(torch.tensor([1.0, 3.0])), lambda found: found[0] < 0 or found[1] > 2, fail("first"))
+    questions.ask((torch.tensor(9, dtype=torch.uint8),), lambda found: found[0] > 2, fail("second"))
     with pytest.raises(CheckpointError, match="first"):
         questions.answer()
     questions.answer()  # what was answered is not asked again
