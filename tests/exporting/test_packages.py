@@ -15,21 +15,27 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
+POLICIES = ("FP8_DYNAMIC", "W8A16", "W4A16")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", ["FP8_DYNAMIC", "W8A16", "W4A16"])
-@pytest.mark.parametrize("name", ["dense", "moe"])
+SLOW = [pytest.param("cpu", name, policy, marks=pytest.mark.slow) for name in ("dense", "moe") for policy in POLICIES]
+UNKNOWN = "an H200's package ended without a word in a process of its own (torch 2.11); why is not known"
+ON_GPU = pytest.param(
+    "cuda", "dense", "FP8_DYNAMIC", marks=[pytest.mark.gpu, pytest.mark.xfail(reason=UNKNOWN, strict=False)]
+)
+
+
+@pytest.mark.parametrize(("device", "name", "policy"), [*SLOW, ON_GPU])
 def test_a_package_has_the_logits_of_the_compiled_model(
-    name: str, policy: str, monkeypatch: pytest.MonkeyPatch
+    device: str, name: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     export = importlib.import_module("export")
     with torch.no_grad():
-        rows = export.measure(name, policy, Namespace(repeats=1, device="cpu"))
+        rows = export.measure(name, policy, Namespace(repeats=1, device=device))
     assert [(row["batch"], row["length"]) for row in rows] == list(export.SIZES)
     assert all(row["error"] <= 1e-3 for row in rows), rows
-    assert all(row["self_contained"] == (name == "dense") for row in rows)
+    assert all(row["self_contained"] == (device == "cpu" and name == "dense") for row in rows)
 
 
 @pytest.mark.slow
