@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part, made in zip(PARTS, (partial(llama_rows, policies=policies), gptq_rows, qwen_rows), strict=True):
         if part not in args.only:
             continue
-        with tempfile.TemporaryDirectory(dir=args.folder and args.folder.resolve()) as place:
+        with tempfile.TemporaryDirectory(dir=args.folder) as place:
             for row in made(Path(place), device, args.smoke):
                 rows.append(row)
                 print(row, flush=True)

@@ -1,4 +1,4 @@
-"""Text that a model writes itself: its own samples, the same for a seed, and as good for calibration as a table of its words."""
+"""Text that a model writes itself: its own samples, the same for a seed, whatever its maker set, and batches for calibrate."""
 
 from __future__ import annotations
 

@@ -343,6 +343,7 @@ class Filler:
 
     def _linear(self, job: Linear, dry: bool) -> Outcome:
         slot, found = job.slot, self.read(job.stem, dry)
+        self._questions.answer()
         self._check_cut(slot, found)
         text, was = self._text(job.stem), self._was(job.stem, found)
         again = self._again(slot, found.scheme if isinstance(found, Quantized) else None) if was else None
@@ -353,7 +354,6 @@ class Filler:
         if again is not None and again.scheme is not None:
             found, text = replace(found, scheme=again.scheme, input_scale=None), f"{text}, with the codes of {was}"
         if not dry:
-            self._questions.answer()
             put(slot, found, self.dtype, self.device, text, job.transposed, self._orders)
         return _told(Outcome(slot.name, found.scheme, text, _bytes_of(found.planes), found.notes, True), again, was)
 
@@ -376,7 +376,6 @@ class Filler:
 
     def _dense_linear(self, job: Linear, found: Dense, text: str, dry: bool) -> Outcome:
         if not dry:
-            self._questions.answer()
             _finite(found.values, f"{self.files.folder}: {job.stem.name}")
             return put(job.slot, found, self.dtype, self.device, text, job.transposed, self._orders)
         notes = (found.reason,) if found.reason else ()

@@ -49,7 +49,7 @@ DAMAGE: dict[str, tuple[Callable[[], Case], Callable[[dict[str, Tensor]], None],
 
 
 @pytest.fixture
-def waiting(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Counter[str]:
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Values on the CPU are asked as those on a GPU are; how many answers there were."""
     counts: Counter[str] = Counter()
     answer = Questions.answer
