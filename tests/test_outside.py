@@ -169,6 +169,24 @@ def test_a_whole_model_is_not_watched_for_long(plain_inductor: CompileCounter, m
     assert sys.getprofile() is None
 
 
+def test_dynamo_is_not_watched_at_work(plain_inductor: CompileCounter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls tens of thousands of functions for a frame, before and after what it says of its beginning and end."""
+    seen = list[str]()
+    look = outside.Outside._look
+
+    def spy(self: outside.Outside, frame: Any, event: str, argument: Any) -> None:
+        seen.append(frame.f_code.co_filename)
+        look(self, frame, event, argument)
+
+    monkeypatch.setattr(outside.Outside, "_look", spy)
+    model = quant_compile.compile(nn.Sequential(nn.Linear(32, 32), nn.ReLU()).eval(), STRICT, kernels="reference")
+    with torch.no_grad():
+        model(X)
+    inside = [name for name in seen if "_dynamo" in name and not name.endswith(("eval_frame.py", "external_utils.py"))]
+    assert len(seen) > 10
+    assert len(inside) < 0.2 * len(seen), sorted(set(inside))
+
+
 def test_another_profiler_is_left_alone(plain_inductor: CompileCounter) -> None:
     torch._dynamo.reset()
     model = Disabled().eval().requires_grad_(False)

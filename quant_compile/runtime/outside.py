@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,9 +79,7 @@ class Outside:
         self._frames = _frames()
         ran: dict[Any, _Ran] = {}
         self._seen.ran, self._seen.inside = ran, 0
-        # Dynamo, at work in what is watched, would look at the watcher.
-        look: Any = torch.compiler.disable(cast(Any, self._look))
-        with profiled(look):
+        with profiled(self._look):
             try:
                 yield
             finally:
