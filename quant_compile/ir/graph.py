@@ -249,13 +249,12 @@ def prepare_for_inductor(gm: fx.GraphModule) -> None:
     gm._param_name_to_source = {}  # type: ignore[assignment]
     for node in gm.graph.find_nodes(op="placeholder"):
         node._dynamo_source = None  # type: ignore[attr-defined]
-    _fill_examples(gm.graph)
+    if any(not _has_example(node) for node in gm.graph.find_nodes(op="call_method")):
+        fill_examples(gm.graph)
 
 
-def _fill_examples(graph: fx.Graph) -> None:
+def fill_examples(graph: fx.Graph) -> None:
     """Run what passes have put in on fake tensors; where that does not work, the rest is left as it is."""
-    if not any(node.op == "call_method" and not _has_example(node) for node in graph.nodes):
-        return
     try:
         mode = fake_mode_of(graph)
         with mode, torch.no_grad():
@@ -307,7 +306,34 @@ def trace(function: Callable[..., Any], last_size: int, inputs: int) -> fx.Graph
     proxies = [_InputProxy(graph.placeholder(f"a{i}"), tracer) for i in range(inputs)]
     proxies[0].last_size = last_size
     graph.output(tracer.create_arg(function(*proxies)))
+    for node in graph.find_nodes(op="call_method"):
+        _make_function(node)
     return graph
+
+
+_CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+# Methods whose function takes the same arguments.
+_FUNCTIONS = {
+    function.__name__: function
+    for function in (
+        torch.abs, torch.amax, torch.amin, torch.clamp, torch.clamp_max, torch.clamp_min, torch.flatten, torch.reciprocal,
+        torch.round, torch.squeeze, torch.sum, torch.unflatten,
+    )
+}  # fmt: skip
+_OF_DTYPES = {"to": torch.ops.aten.to.dtype, "view": torch.ops.aten.view.dtype}
+
+
+def _make_function(node: fx.Node) -> None:
+    """Call torch's function instead of a method: of these AOTAutograd's cache wants an example value of the first argument."""
+    name, function = str(node.target), _FUNCTIONS.get(str(node.target))
+    if name in _CASTS:
+        name, node.args = "to", (*node.args, _CASTS[name])
+    if name in _OF_DTYPES and len(node.args) == 2 and isinstance(node.args[1], torch.dtype):
+        function = _OF_DTYPES[name]
+    if name == "reshape" and all(isinstance(size, int | fx.Node) for size in node.args[1:]):
+        function, node.args = torch.reshape, (node.args[0], node.args[1:])
+    if function is not None:
+        node.op, node.target = "call_function", function
 
 
 def inline(graph: fx.Graph, template: fx.Graph, inputs: Iterable[fx.Node], before: fx.Node) -> tuple[fx.Node, ...]:
