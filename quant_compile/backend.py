@@ -29,6 +29,7 @@ from quant_compile.lowering.trace import analysed_once
 from quant_compile.lowering.tune import begin, measured, serve, source_hash
 from quant_compile.lowering.tune_guard import guard_times
 from quant_compile.lowering.tune_moe import measured_moe
+from quant_compile.model.names import walked_once
 from quant_compile.options import Options, PolicySource
 from quant_compile.runtime import Choosers, GraphRunner, native, recompiles
 
@@ -62,8 +63,9 @@ def sglquant(
         native.build_ahead()
     choosers = choosers_of(parsed, source, target, device)
     runner = GraphRunner(gm, example_inputs, source, parsed, _inductor(parsed, target), choosers, target)
-    runner.prepare()
-    recompiles.watch(value for value in example_inputs if isinstance(value, Parameter))
+    with walked_once():
+        runner.prepare()
+        recompiles.watch(value for value in example_inputs if isinstance(value, Parameter))
     return runner
 
 
@@ -202,10 +204,17 @@ def _chooser(
     only: str | None = None,
     rows: Mapping[Problem, int | None] = MappingProxyType({}),
 ) -> Callable[[Problem, str], Dispatch]:
+    estimated: dict[Problem, Dispatch] = {}
+
     def pick(problem: Problem, name: str) -> Dispatch:
         request = options.request(source.policy)
         with _current(device):
-            chosen = choose(problem, target, request, name, measured(target, request.tune), only)
+            cost = measured(target, request.tune)
+            chosen = estimated.get(problem) if cost is None else None
+            if chosen is None:
+                chosen = choose(problem, target, request, name, cost, only)
+            if cost is None:
+                estimated[problem] = chosen
             if target.device == "cuda":
                 serve(chosen, rows.get(problem), device)
             return chosen

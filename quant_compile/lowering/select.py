@@ -209,14 +209,14 @@ def best_layout(
         cost: measured cost of a kernel at a bucket instead of its estimate; asked only of layouts that serve every bucket.
     """
     best: tuple[float, str, dict[int, str]] | None = None
+    estimates = {bucket: _by_layout(answers[bucket], named) for bucket in WEIGHTS}
     for layout in candidates:
-        estimates = {bucket: _of_layout(answers[bucket], named, layout) for bucket in WEIGHTS}
-        if not all(estimates.values()):
+        if not all(layout in by_layout for by_layout in estimates.values()):
             continue  # some m would have no kernel; nothing of this layout needs measuring
         table: dict[int, str] = {}
         score = 0.0
         for bucket, weight in WEIGHTS.items():
-            costs = estimates[bucket]
+            costs = estimates[bucket][layout]
             if cost is not None:
                 costs = {name: cost(name, bucket) for name in costs}
             table[bucket] = min(costs, key=lambda name, costs=costs: (costs[name], name))
@@ -226,9 +226,13 @@ def best_layout(
     return None if best is None else (best[1], _ranges(best[2]))
 
 
-def _of_layout(answers: Mapping[str, float | str], named: Mapping[str, _Fitting], layout: str) -> dict[str, float]:
-    """Estimated costs of the kernels of one layout that fit."""
-    return {name: cost for name, cost in answers.items() if not isinstance(cost, str) and named[name].layout == layout}
+def _by_layout(answers: Mapping[str, float | str], named: Mapping[str, _Fitting]) -> dict[str, dict[str, float]]:
+    """Layout -> estimated costs of its kernels that fit; without layouts that have none."""
+    out: dict[str, dict[str, float]] = {}
+    for name, cost in answers.items():
+        if not isinstance(cost, str):
+            out.setdefault(named[name].layout, {})[name] = cost
+    return out
 
 
 def _ranges(table: Mapping[int, str]) -> Table:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
@@ -68,7 +70,8 @@ class Owners:
     @staticmethod
     def of(parameters: Iterable[nn.Parameter]) -> Owners:
         """Find them; those that no model is found for have no names."""
-        parameters, beside, walks = list(map(local_of, parameters)), list[nn.Module](), _Walks()
+        parameters, beside = list(map(local_of, parameters)), list[nn.Module]()
+        walks = _CURRENT.walks or _Walks()
         found = {identity: unwrap(model) for identity, model in _find(set(map(id, parameters)), beside, walks).items()}
         models = tuple({id(model): model for p in parameters if (model := found.get(id(p))) is not None}.values())
         heads = {id(model): output_embeddings(model) for model in models}
@@ -86,7 +89,7 @@ class Owners:
 
 
 class _Walks:
-    """Models that were walked through for one question: graphs of single layers ask it as often as a model has layers."""
+    """Models that were walked through: graphs of single layers ask for names as often as a model has layers."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[nn.Module, dict[int, list[Place]]]] = {}
@@ -96,6 +99,24 @@ class _Walks:
         if id(model) not in self._known:
             self._known[id(model)] = model, by_parameter(model)
         return self._known[id(model)][1]
+
+
+class _Current(threading.local):
+    walks: _Walks | None = None
+
+
+_CURRENT = _Current()
+
+
+@contextmanager
+def walked_once() -> Generator[None]:
+    """What is asked of models within is asked of them as they are now: each is walked through once, in this thread."""
+    before = _CURRENT.walks
+    _CURRENT.walks = before or _Walks()
+    try:
+        yield
+    finally:
+        _CURRENT.walks = before
 
 
 _TORCH = str(Path(torch.__file__).parent)

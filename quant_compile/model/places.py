@@ -204,25 +204,32 @@ def _adapter(module: nn.Module) -> str:
     return _TUNERS.get(kind, f"PEFT adapter ({kind})")
 
 
-def _walk(module: nn.Module, at: _At, above: tuple[int, ...]) -> Iterator[tuple[_At, nn.Module]]:
+def _walk(module: nn.Module, at: _At, above: tuple[int, ...]) -> list[tuple[_At, nn.Module]]:
     """Modules in the order of ``named_modules``, every place of each."""
-    yield at, module
+    found: list[tuple[_At, nn.Module]] = []
+    _walk_into(found, module, at, above)
+    return found
+
+
+def _walk_into(found: list[tuple[_At, nn.Module]], module: nn.Module, at: _At, above: tuple[int, ...]) -> None:
+    found.append((at, module))
+    around = (*above, id(module))
     for attribute, child in module._modules.items():
-        if child is None or id(child) in (*above, id(module)):
+        if child is None or id(child) in around:
             continue
         below = at.to(module, attribute)
-        if _is_step(module, attribute, _COPIES) and isinstance(child, nn.ModuleDict):
-            yield below, child
+        if isinstance(child, nn.ModuleDict) and _is_step(module, attribute, _COPIES):
+            found.append((below, child))
             for key, copy in child.items():  # one for each adapter
                 step = replace(below, name=_joined(below.name, key), raw=_joined(below.raw, key))
-                yield from _walk(copy, step, (*above, id(module)))
+                _walk_into(found, copy, step, around)
         elif attribute == "parametrizations" and isinstance(child, nn.ModuleDict):
-            yield below, child
+            found.append((below, child))
             for key, parametrization in child.items():
                 step = replace(below.to(child, key), alias=_joined(at.alias, key), owner=module)
-                yield from _walk(parametrization, step, (*above, id(module)))
+                _walk_into(found, parametrization, step, around)
         else:
-            yield from _walk(child, below, (*above, id(module)))
+            _walk_into(found, child, below, around)
 
 
 def _own(at: _At, module: nn.Module) -> Iterator[Place]:

@@ -40,7 +40,7 @@ from quant_compile.lowering.shards import shares_scale
 from quant_compile.lowering.target import Target
 from quant_compile.lowering.weights import STORE, Key
 from quant_compile.model.ledger import Sessions
-from quant_compile.model.names import Owners
+from quant_compile.model.names import Owners, walked_once
 from quant_compile.model.offload import Lent, adopt, adopt_at
 from quant_compile.options import Options, PolicySource
 from quant_compile.passes.insert_moe import weight_names
@@ -168,7 +168,7 @@ class GraphRunner:
         args = self._whole(args)
         binding = self._bound(args)
         if binding is None:
-            with unprofiled():  # binding, and what the graph's first call sets up
+            with unprofiled(), walked_once():  # binding, and what the graph's first call sets up
                 return self.bind(self._pick(args), args).run(args)
         return binding.run(args)
 
