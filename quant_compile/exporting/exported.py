@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,8 @@ from quant_compile.ir.errors import ExportError
 from quant_compile.ir.report import Report
 
 PACKAGE = ".pt2"
+# What the loader is asked for where the C++ library is not part of a shared object: GCC's, or LLVM's.
+_CPP_LIBRARIES = (b"libstdc++.so", b"libc++.so")
 SHOWN = 4
 
 
@@ -83,7 +87,8 @@ class Exported:
             The path.
 
         Raises:
-            ExportError: the path cannot be written, or kernels are not self-contained; nothing has been built.
+            ExportError: the path cannot be written, or kernels are not self-contained; nothing has been built. Or the C++ compiler
+                puts its own C++ library into what it builds; what was at the path stays.
         """
         if self_contained:
             require_self_contained(self.kernels)
@@ -94,6 +99,7 @@ class Exported:
                 package_path=str(Path(folder) / target.name),
                 inductor_configs={"size_asserts": False, **self.inductor},
             )
+            _check_linked(Path(made))
             os.replace(made, target)
         return target
 
@@ -139,6 +145,28 @@ def require_self_contained(uses: tuple[KernelUse, ...]) -> None:
                     '(kernels={"W8A16": "torch_cpu_int8pack"}), or give these weights another scheme in the policy.',
                 ]
             )
+        )
+
+
+def _check_linked(package: Path) -> None:
+    """Refuse a package with a C++ library of its own.
+
+    torch brings another one, and the loader mixes both: such a package ends the process that loads it (torch 2.11, GCC 13.3).
+
+    Raises:
+        ExportError: names the variable that chooses the compiler.
+    """
+    if sys.platform != "linux":
+        return
+    with zipfile.ZipFile(package) as archive:
+        built = [name for name in archive.namelist() if name.endswith(".so")]
+        alone = [name for name in built if not any(library in archive.read(name) for library in _CPP_LIBRARIES)]
+    if alone:
+        raise ExportError(
+            f"the C++ compiler (CXX: {os.environ.get('CXX') or 'not set'}) links its C++ library into what it builds, and torch "
+            "brings another one: a process that loads this package would end with a segmentation fault.\n"
+            "Fix: set the environment variable CXX to a compiler that links libstdc++ dynamically, as g++ does by itself, and "
+            "start anew: torch reads it when it is imported."
         )
 
 

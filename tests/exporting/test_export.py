@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -312,6 +314,28 @@ def test_a_saved_program_is_read_by_torch(program: quant_compile.Exported, tmp_p
 )
 def test_names_of_joined_planes(weights: tuple[str, ...], name: str) -> None:
     assert joined(weights) == name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the linker on Linux")
+@pytest.mark.parametrize(("needs", "whole"), [(b"libstdc++.so.6", True), (b"libc++.so.1", True), (b"libc.so.6", False)])
+def test_a_package_with_a_c_plus_plus_library_of_its_own_is_refused(
+    program: quant_compile.Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: bytes, whole: bool
+) -> None:
+    def build(*_: Any, package_path: str, **__: Any) -> str:
+        with zipfile.ZipFile(package_path, "w") as archive:
+            archive.writestr("model/data/aotinductor/model/c.wrapper.so", b"\x7fELF\0" + needs + b"\0")
+        return package_path
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", build)
+    (path := tmp_path / "model.pt2").write_bytes(b"old")
+    with (
+        nullcontext()
+        if whole
+        else pytest.raises(ExportError, match=r"CXX: .* links its C\+\+ library into what it builds")
+    ):
+        program.package(path)
+    assert (path.read_bytes() == b"old") is not whole
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------
