@@ -248,6 +248,7 @@ class Report:
                 line.reason,
                 line.marks,
                 tuple(self.views[i] for i in line.views),
+                line.verified,
             )
             for line in self.lines
         ]

@@ -55,6 +55,7 @@ class Cell:
         layout, kernels, reason: as in the ledger.
         marks: ``missed``, ``guarded``, ``released``, ``verified``, ``named``.
         views: what graphs do with it.
+        verified: the largest relative error to the unfused reference, where ``verify: true`` has replayed that.
     """
 
     names: tuple[str, ...]
@@ -68,6 +69,7 @@ class Cell:
     reason: str
     marks: tuple[str, ...] = ()
     views: tuple[SiteView, ...] = ()
+    verified: float | None = None
 
     @property
     def fusion(self) -> tuple[str, ...]:

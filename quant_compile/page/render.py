@@ -94,6 +94,7 @@ def _packed(cell: Cell | None, texts: _Table, views: _Table) -> list[Any]:
         list(cell.shape),
         [views.place(view) for view in cell.views],
         list(cell.names[1:]),
+        cell.verified,
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,20 @@ def test_a_weight_shows_what_became_of_it(browser: Any, files: dict[str, Path]) 
         assert part in text or part in opened.page.text_content("#details"), part
     assert "one product of 3 weights that read one input" in text and "the kernels' own estimates" in text
     assert "modeling_qwen3_moe.py" in text and "self.q_proj(" in text
+    opened.close()
+
+
+def test_what_was_replayed_shows_its_error(browser: Any, tmp_path: Path) -> None:
+    errors = {"model.layers.1.self_attn.q_proj.weight": 0.00123, "model.layers.1.self_attn.o_proj.weight": None}
+    lines = tuple(replace(line, verified=errors.get(line.names[0])) for line in moe().lines)
+    opened = Opened(browser, replace(moe(), lines=lines).html(tmp_path / "replayed.html"))
+    for name, error in errors.items():
+        part = name.split(".")[-2]
+        opened.page.fill("#search", f"layers.1.self_attn.{part}")
+        opened.page.locator("#tree .row", has_text=part).click()
+        text = opened.page.inner_text("#details")
+        assert name in text
+        assert ("at most 1.2e-3 off, relative to the unfused reference" in text) is (error is not None)
     opened.close()
 
 

@@ -34,7 +34,7 @@
   }
   const percent = (share) => `${(100 * share).toFixed(share > 0.0995 && share < 0.9995 ? 0 : 1).replace(/\.0$/, "")}%`;
 
-  // --- cells: [before, after, scheme, layout, kernels, reason, dtype, marks, shape, views, aliases] ---
+  // --- cells: [before, after, scheme, layout, kernels, reason, dtype, marks, shape, views, aliases, verified] ---
 
   const exists = (cell) => cell.length > 0;
   const schemeOf = (cell) => T[cell[2]], kernelsOf = (cell) => T[cell[4]], reasonOf = (cell) => T[cell[5]], marksOf = (cell) => T[cell[7]];
@@ -386,6 +386,7 @@
       ["layout", T[cell[3]] || "none"],
       ["bytes", cell[0] === cell[1] ? size(cell[1]) : `${whole.format(cell[0])} → ${whole.format(cell[1])}`],
       ["reason", reasonOf(cell)],
+      ["verified", cell[11] === null ? "" : `at most ${cell[11].toExponential(1)} off, relative to the unfused reference`],
       ["other names", cell[10].join("\n")],
     ];
   }
