@@ -22,7 +22,7 @@ from quant_compile.lowering.expand import expanding
 from quant_compile.lowering.guard import Chain, Rows, Verdict, compare
 from quant_compile.lowering.moe import MoeDispatch, choose_moe, serves
 from quant_compile.lowering.registry import Problem
-from quant_compile.lowering.select import Dispatch, choose
+from quant_compile.lowering.select import Dispatch, Request, choose
 from quant_compile.lowering.sides import is_late
 from quant_compile.lowering.target import Target, default_policy
 from quant_compile.lowering.trace import analysed_once
@@ -204,17 +204,17 @@ def _chooser(
     only: str | None = None,
     rows: Mapping[Problem, int | None] = MappingProxyType({}),
 ) -> Callable[[Problem, str], Dispatch]:
-    estimated: dict[Problem, Dispatch] = {}
+    estimated: dict[tuple[Problem, Request], Dispatch] = {}
 
     def pick(problem: Problem, name: str) -> Dispatch:
         request = options.request(source.policy)
         with _current(device):
             cost = measured(target, request.tune)
-            chosen = estimated.get(problem) if cost is None else None
+            chosen = estimated.get((problem, request)) if cost is None else None
             if chosen is None:
                 chosen = choose(problem, target, request, name, cost, only)
             if cost is None:
-                estimated[problem] = chosen
+                estimated[problem, request] = chosen
             if target.device == "cuda":
                 serve(chosen, rows.get(problem), device)
             return chosen

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn import Parameter
 
 from quant_compile.ir.family import PlaneSpec
-from quant_compile.ir.graph import lines
+from quant_compile.ir.graph import fill_examples, lines
 from quant_compile.ir.moe import MoeProblem
 from quant_compile.ir.report import Report, WeightLine
 from quant_compile.lowering.moe import MoeDispatch, choose_moe, moe_fits, planes_of, serves
@@ -101,6 +101,7 @@ class _Collector:
         runner = GraphRunner(gm, inputs, self.source, self.options, _uncompiled, choosers, self.target)
         variant = runner.prepare()
         self.before += ["graph:", *lines(runner.pristine)]
+        fill_examples(variant.graph.graph)
         self.after += ["graph:", *lines(variant.graph)]
         dispatches = dispatches_of(variant.reports)
         for site in runner.found.linears:

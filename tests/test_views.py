@@ -59,6 +59,23 @@ def text(drawing: Drawing) -> list[str]:
     return [f"{box.kind} {box.label} -> {', '.join(reads[i])}".strip() for i, box in enumerate(drawing.boxes)]
 
 
+@pytest.mark.parametrize("spec", ["FP8_TENSOR_DYNAMIC", "NVFP4", "MXFP4"])
+def test_a_drawing_puts_no_condition_on_sizes(spec: str, plain_inductor: CompileCounter, tmp_path: Path) -> None:
+    """Dynamo is done with them: later graphs would be refused for it."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"default: {spec}\n")
+    model = nn.Sequential(nn.Linear(128, 64)).eval().requires_grad_(False)
+    options = {"policy": str(policy), "kernels": "reference"}
+    run = torch.compile(model, backend="sglquant", dynamic=True, options=options)
+    for tokens in (7, 9):
+        run(torch.randn(3, tokens, 128))
+    (view,) = quant_compile.report(model).views
+    assert view.after is not None and "quantize" in " ".join(text(view.after))
+    policy.write_text("default: FP8_DYNAMIC  # from now on\n")
+    run(torch.randn(3, 11, 128))
+    assert quant_compile.report(model).lines[0].scheme == "FP8_DYNAMIC" and len(plain_inductor.graphs) == 2
+
+
 def test_a_linear_before_and_after() -> None:
     view = view_of(planned(Block()), "proj.weight")
     assert text(view.before) == [

@@ -160,14 +160,26 @@ def _check_linked(package: Path) -> None:
         return
     with zipfile.ZipFile(package) as archive:
         built = [name for name in archive.namelist() if name.endswith(".so")]
-        alone = [name for name in built if not any(library in archive.read(name) for library in _CPP_LIBRARIES)]
+        alone = [name for name in built if not _names_library(archive, name)]
     if alone:
         raise ExportError(
-            f"the C++ compiler (CXX: {os.environ.get('CXX') or 'not set'}) links its C++ library into what it builds, and torch "
-            "brings another one: a process that loads this package would end with a segmentation fault.\n"
+            f"the C++ compiler (CXX: {os.environ.get('CXX') or 'not set'}, unless `inductor` names another) links its C++ library "
+            "into what it builds, and torch brings another one: a process that loads this package would end with a segmentation "
+            "fault.\n"
             "Fix: set the environment variable CXX to a compiler that links libstdc++ dynamically, as g++ does by itself, and "
             "start anew: torch reads it when it is imported."
         )
+
+
+def _names_library(archive: zipfile.ZipFile, name: str) -> bool:
+    """Whether a shared object, which may hold a model's constants, names a C++ library that the loader should find."""
+    before = b""
+    with archive.open(name) as file:
+        while part := file.read(1 << 20):
+            if any(library in before + part for library in _CPP_LIBRARIES):
+                return True
+            before = part[-max(map(len, _CPP_LIBRARIES)) :]
+    return False
 
 
 def _writable(path: str | Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quant_compile.ir.errors import GraphError
@@ -242,7 +243,7 @@ def plane_name(parameter: str, plane: str) -> str:
 
 
 def prepare_for_inductor(gm: fx.GraphModule) -> None:
-    """Drop what ties placeholders to Dynamo's guards, and give every node an example value.
+    """Drop what ties placeholders to Dynamo's guards, and give example values to a graph whose passes have called methods.
 
     Without one, torch does not take a method's first argument for a tensor and leaves the graph out of AOTAutograd's cache.
     """
@@ -257,7 +258,8 @@ def fill_examples(graph: fx.Graph) -> None:
     """Run what passes have put in on fake tensors; where that does not work, the rest is left as it is."""
     try:
         mode = fake_mode_of(graph)
-        with mode, torch.no_grad():
+        # Without torch's own dispatcher in Python, as when it traces, operations that are made of others put conditions on sizes.
+        with mode, enable_python_dispatcher(), torch.no_grad():
             for node in graph.nodes:
                 if node.op in ("call_function", "call_method") and not _has_example(node):
                     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["example_value"])
@@ -330,7 +332,7 @@ def _make_function(node: fx.Node) -> None:
         name, node.args = "to", (*node.args, _CASTS[name])
     if name in _OF_DTYPES and len(node.args) == 2 and isinstance(node.args[1], torch.dtype):
         function = _OF_DTYPES[name]
-    if name == "reshape" and all(isinstance(size, int | fx.Node) for size in node.args[1:]):
+    if name == "reshape" and node.args[1:] and all(isinstance(size, int | fx.Node) for size in node.args[1:]):
         function, node.args = torch.reshape, (node.args[0], node.args[1:])
     if function is not None:
         node.op, node.target = "call_function", function

@@ -168,8 +168,10 @@ class GraphRunner:
         args = self._whole(args)
         binding = self._bound(args)
         if binding is None:
-            with unprofiled(), walked_once():  # binding, and what the graph's first call sets up
-                return self.bind(self._pick(args), args).run(args)
+            with unprofiled():  # binding, and what the graph's first call sets up
+                with walked_once():
+                    binding = self.bind(self._pick(args), args)
+                return binding.run(args)
         return binding.run(args)
 
     def bound(self, args: tuple[Any, ...]) -> Binding | None:

@@ -20,7 +20,6 @@ from quant_compile.lowering.kernel_times import kernel_times
 from quant_compile.lowering.latent import AbsorbedDispatch
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.select import Dispatch
-from quant_compile.lowering.sides import without_guards
 from quant_compile.lowering.target import Target
 from quant_compile.page.views import Box, Drawing, SiteView, joined_of, tail
 from quant_compile.passes.insert_moe import weight_names
@@ -67,8 +66,7 @@ class Views:
         dispatches = dispatches_of(self.reports)
         near = [miss for report in self.reports for miss in report.near]
         out: dict[int, SiteView] = {}
-        with without_guards():  # Dynamo is done with them
-            fill_examples(self.lowered)
+        fill_examples(self.lowered)
         scenes = Scene(self.pristine), Scene(self.lowered)
         times = lru_cache(maxsize=None)(partial(kernel_times, target=self.target, level=self.level))
         for slots, kernel in self._groups:

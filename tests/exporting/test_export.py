@@ -328,11 +328,7 @@ def test_a_package_with_a_c_plus_plus_library_of_its_own_is_refused(
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", build)
     (path := tmp_path / "model.pt2").write_bytes(b"old")
-    with (
-        nullcontext()
-        if whole
-        else pytest.raises(ExportError, match=r"CXX: .* links its C\+\+ library into what it builds")
-    ):
+    with nullcontext() if whole else pytest.raises(ExportError, match=r"CXX: .* links its C\+\+ library into what it"):
         program.package(path)
     assert (path.read_bytes() == b"old") is not whole
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]

@@ -112,7 +112,9 @@ def test_a_graph_without_tensors_has_no_fake_mode() -> None:
 
 @pytest.mark.parametrize("k", [128, 200, 256])
 @pytest.mark.parametrize(
-    "spec", ["FP8_DYNAMIC", "FP8_TENSOR_DYNAMIC", "FP8_BLOCK", "FP8_E5M2_DYNAMIC", "W8A8", "FP8", "W8A8_STATIC"]
+    "spec",
+    ["FP8_DYNAMIC", "FP8_TENSOR_DYNAMIC", "FP8_BLOCK", "FP8_E5M2_DYNAMIC", "W8A8", "FP8", "W8A8_STATIC"]
+    + ["NVFP4", "MXFP4", "QSERVE_W4A8_CHANNEL"],
 )
 def test_traced_quantization_is_the_schemes_own(spec: str, k: int) -> None:
     """What is inlined into graphs computes what the reference computes, for any number of dimensions."""
