@@ -1028,6 +1028,8 @@ def export(results: Path) -> str:
         "length",
         "needs quant_compile",
         "error",
+        "to eager",
+        "compiled to eager",
         "compiled ms",
         "package ms",
         "speed",
@@ -1036,7 +1038,8 @@ def export(results: Path) -> str:
     for result in read_all(("export_cpu", "export_cuda"), results):
         rows = [
             [row["model"], row["policy"], str(row["batch"]), str(row["length"])]
-            + ["no" if row["self_contained"] else "yes", f"{row['error']:.1e}"]
+            + ["no" if row["self_contained"] else "yes"]
+            + [f"{row[key]:.1e}" for key in ("error", "package_error", "compiled_error")]
             + [number(row["compiled_us"] / 1000), number(row["package_us"] / 1000), times(row["speed"])]
             for row in result["rows"]
             if "problem" not in row

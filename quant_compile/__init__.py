@@ -7,14 +7,10 @@ print(quant_compile.report(model))
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from quant_compile.api import compile, refresh, release, report, restore, uncompile, watch
-from quant_compile.calibrate import calibrate
-from quant_compile.checkpoints.errors import CheckpointError, SaveError
-from quant_compile.checkpoints.gguf.tokenizer import tokenizer
-from quant_compile.exporting.export import export
-from quant_compile.exporting.exported import Exported
+import quant_compile.backend  # noqa: F401  # pyright: ignore[reportUnusedImport]  # the ops that programs and packages call
 from quant_compile.ir.errors import (
     CoverageError,
     ExportError,
@@ -35,18 +31,24 @@ from quant_compile.ir.errors import (
 )
 from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import PRESETS, QuantArgs, Scheme
-from quant_compile.measure.attribute import attribute
-from quant_compile.measure.compare import compare
-from quant_compile.measure.recommend import recommend
-from quant_compile.measure.search import search
 from quant_compile.on_import import enter as _enter
-from quant_compile.own_text import own_text
 from quant_compile.policy import Policy, Rule
-from quant_compile.pretrained import load
-from quant_compile.saving import save
 
 if TYPE_CHECKING:
     from quant_compile._transformers import HfConfig as HfConfig
+    from quant_compile.api import compile, refresh, release, report, restore, uncompile, watch
+    from quant_compile.calibrating import calibrate
+    from quant_compile.checkpoints.errors import CheckpointError, SaveError
+    from quant_compile.checkpoints.gguf.tokenizer import tokenizer
+    from quant_compile.exporting.export import export
+    from quant_compile.exporting.exported import Exported
+    from quant_compile.measure.attribute import attribute
+    from quant_compile.measure.compare import compare
+    from quant_compile.measure.recommend import recommend
+    from quant_compile.measure.search import search
+    from quant_compile.pretrained import load
+    from quant_compile.sampled_text import own_text
+    from quant_compile.saving import save
 
     QuantizedStaticCache: type[Any]
 
@@ -97,11 +99,31 @@ __all__ = [
     "watch",
 ]
 
+# Imported at their first use, where they are: a process that runs a backend needs neither loaders nor searches.
+_HOMES = {
+    **dict.fromkeys(("compile", "refresh", "release", "report", "restore", "uncompile", "watch"), "api"),
+    **dict.fromkeys(("CheckpointError", "SaveError"), "checkpoints.errors"),
+    "Exported": "exporting.exported",
+    "attribute": "measure.attribute",
+    "calibrate": "calibrating",
+    "compare": "measure.compare",
+    "export": "exporting.export",
+    "load": "pretrained",
+    "own_text": "sampled_text",
+    "recommend": "measure.recommend",
+    "save": "saving",
+    "search": "measure.search",
+    "tokenizer": "checkpoints.gguf.tokenizer",
+}
+
 _enter()
 
 
 def __getattr__(name: str) -> Any:
-    """What imports transformers: at its first use, since ``import quant_compile`` is to work without."""
+    """What is imported at its first use. ``HfConfig`` and the cache import transformers, which ``import quant_compile`` does without."""
+    if name in _HOMES:
+        globals()[name] = found = getattr(import_module(f"quant_compile.{_HOMES[name]}"), name)
+        return found
     if name == "HfConfig":
         from quant_compile._transformers import HfConfig
 
@@ -114,4 +136,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "HfConfig", "QuantizedStaticCache"])
+    return sorted({*globals(), *__all__, "HfConfig", "QuantizedStaticCache"})

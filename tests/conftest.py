@@ -8,11 +8,7 @@ import sys
 import pytest
 import torch
 
-from quant_compile.lowering.rounding import recipe
 from tests import repeats
-
-# What tests compare with is rounded to nearest; those of other roundings name them in their policies.
-recipe.DEFAULT = recipe.NEAREST
 
 worker = os.environ.get("PYTEST_XDIST_WORKER")
 if worker:
@@ -25,6 +21,16 @@ if worker:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", action="store_true", help="test every model family of transformers (an hour)")
+
+
+def pytest_pycollect_makemodule() -> None:
+    """What tests compare with is rounded to nearest; those of other roundings name them in their policies.
+
+    Here, since a process that only hands tests to others need not import the package.
+    """
+    from quant_compile.lowering.rounding import recipe
+
+    recipe.DEFAULT = recipe.NEAREST
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m reads the markers

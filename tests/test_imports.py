@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ ORDER = (
     ("backend",),
     ("generation",),
     ("rounded",),
-    ("inspect", "calibrate", "own_text", "explain", "api", "exporting"),
+    ("inspect", "calibrating", "sampled_text", "explain", "api", "exporting"),
     ("measure", "diff"),
     ("building", "gathering"),
     ("pretrained", "_transformers"),
@@ -257,3 +259,28 @@ def test_the_rule_can_fail(tmp_path: Path) -> None:
         tree = ast.parse(text)
         assert all(wrong_way(found) for found in _walk(tree, file, late=False)), text
         assert list(_walk(tree, file, late=False))
+
+
+def test_what_the_package_offers_is_imported_at_its_first_use() -> None:
+    """No module takes the place of a function of its name; and the ops of saved programs are there from the start."""
+    script = """
+import pkgutil, sys, types
+import torch
+import quant_compile
+late = {"quant_compile.pretrained", "quant_compile.measure", "quant_compile.generation", "transformers"} & set(sys.modules)
+assert not late, late
+assert hasattr(torch.ops.sglq, "linear") and torch.ops.sglq.linear.default
+from quant_compile import *
+first = {name: getattr(quant_compile, name) for name in quant_compile.__all__}
+for found in pkgutil.walk_packages(quant_compile.__path__, "quant_compile."):
+    if not any(part.startswith("_") for part in found.name.split(".")[1:]):
+        try:
+            __import__(found.name)
+        except ImportError:
+            pass  # a library that is not here
+assert not [name for name, value in first.items() if isinstance(value, types.ModuleType)]
+assert not [name for name, value in first.items() if getattr(quant_compile, name) is not value]
+assert set(quant_compile.__all__) <= set(dir(quant_compile))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

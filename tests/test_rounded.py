@@ -575,7 +575,7 @@ def test_what_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mo
     def useless(*given: Any) -> None:
         raise MissingScalesError("no scale follows")
 
-    monkeypatch.setattr(sys.modules["quant_compile.calibrate"], "_refuse_useless", useless)
+    monkeypatch.setattr(sys.modules["quant_compile.calibrating"], "_refuse_useless", useless)
     with pytest.raises(MissingScalesError):
         quant_compile.calibrate(Stack(2).bfloat16(), data(), path, progress=False)
     assert [file.name for file in tmp_path.iterdir()] == ["both.yaml"] and "planes" not in path.read_text()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import quant_compile
 from quant_compile.ir.errors import OptionError, VerifyError
-from quant_compile.ir.experts import Verdicts
 from quant_compile.ir.family import family_of
 from quant_compile.ir.graph import PlaneRef, copy_graph
 from quant_compile.lowering import ops
@@ -241,7 +240,7 @@ def compared(block: nn.Module, spec: str, *inputs: Tensor) -> list[Comparison]:
     traced = trace(block, *inputs)
     plan = plan_for(traced, spec, target=Target.fake("sm100"))
     pristine = copy_graph(traced.gm)
-    found = Found.of(pristine, traced.parameters, Verdicts())
+    found = Found.of(pristine, traced.parameters)
     gm = traced.gm
     for one_pass in PIPELINE:
         gm, _ = one_pass(gm, plan)

@@ -64,10 +64,10 @@ class BatchedSite:
 
 
 def find_batched(
-    gm: fx.GraphModule, parameters: Mapping[int, Parameter], taken: Collection[fx.Node]
+    gm: fx.GraphModule, parameters: Mapping[int, Parameter], taken: Collection[fx.Node], writes: Writes | None = None
 ) -> list[BatchedSite]:
     """Products with all experts outside of ``taken``; what does not fit is left for the misses of others."""
-    writes = Writes(gm.graph)
+    writes = writes or Writes(gm.graph)
     found = (
         _match(product)
         for node in gm.graph.nodes

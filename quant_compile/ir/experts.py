@@ -127,7 +127,10 @@ class _Shape:
 
 
 def find_experts(
-    gm: fx.GraphModule, parameters: Mapping[int, Parameter], verdicts: Verdicts | None = None
+    gm: fx.GraphModule,
+    parameters: Mapping[int, Parameter],
+    verdicts: Verdicts | None = None,
+    writes: Writes | None = None,
 ) -> tuple[list[MoeSite], list[MoeMiss]]:
     """Expert blocks of a copied Dynamo graph, and blocks that were seen and not understood.
 
@@ -135,9 +138,11 @@ def find_experts(
         gm: a graph from ``copy_graph``.
         parameters: argument position -> Parameter (or anything with its shape and dtype).
         verdicts: shared between graphs of one model, to probe each kind of block once.
+        writes: of this graph, where they are known.
     """
     verdicts = verdicts or Verdicts()
-    writes, order = Writes(gm.graph), {node: i for i, node in enumerate(gm.graph.nodes)}
+    writes = writes or Writes(gm.graph)
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     readers, experts = _readers(gm.graph, parameters, writes)
     if not readers:
         return [], []

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from quant_compile.ir.errors import GraphError
 from quant_compile.ir.family import PlaneSpec
@@ -140,7 +141,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for position, old in enumerate(gm.graph.find_nodes(op="placeholder")):
         mapping[old].meta.setdefault("argument", position)
         mapping[old].meta.pop("grapharg", None)  # a weak reference to the real tensor; see forget_tensors
-    copy = fx.GraphModule(gm, graph)
+    copy = _LazyGraphModule(gm, graph)  # Python code is made of it when it is called, not after each pass
     copy.meta = dict(gm.meta)
     return copy
 
@@ -382,7 +383,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def verify(gm: fx.GraphModule, stage: str) -> fx.GraphModule:
-    """Check a rewritten graph and recompile it.
+    """Check a rewritten graph; its Python code is made anew when it is next called.
 
     Args:
         gm: the graph.

@@ -88,7 +88,10 @@ class Miss:
 
 
 def find_sites(
-    gm: fx.GraphModule, parameters: Mapping[int, torch.nn.Parameter], taken: Collection[fx.Node] = ()
+    gm: fx.GraphModule,
+    parameters: Mapping[int, torch.nn.Parameter],
+    taken: Collection[fx.Node] = (),
+    writes: Writes | None = None,
 ) -> tuple[list[LinearSite], list[Miss]]:
     """Sites and misses of a copied Dynamo graph.
 
@@ -96,10 +99,11 @@ def find_sites(
         gm: a graph from ``copy_graph``.
         parameters: argument position -> Parameter.
         taken: nodes that belong to expert blocks.
+        writes: of this graph, where they are known.
     """
     sites: list[LinearSite] = []
     misses: list[Miss] = []
-    writes = Writes(gm.graph)
+    writes = writes or Writes(gm.graph)
     for node in gm.graph.nodes:
         if node in taken:
             continue

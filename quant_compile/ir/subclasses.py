@@ -33,7 +33,7 @@ def of_subclasses(graph: fx.Graph, parameters: Mapping[int, Any]) -> dict[fx.Nod
 
     Args:
         graph: of ``copy_graph``.
-        parameters: argument position -> Parameter, or what has its class as ``kind``.
+        parameters: argument position -> Parameter.
     """
     found: dict[fx.Node, str] = {}
     for node in graph.nodes:
@@ -52,5 +52,4 @@ def _kind(node: fx.Node, parameters: Mapping[int, Any]) -> type | None:
     if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
         return type(value)
     parameter = parameters.get(node.meta.get("argument", -1)) if node.op == "placeholder" else None
-    kind = getattr(parameter, "kind", type(parameter))
-    return kind if parameter is not None and own_operations(kind) else None
+    return type(parameter) if parameter is not None and own_operations(type(parameter)) else None

@@ -148,9 +148,10 @@ def answers_of(
 ) -> dict[str, float | str]:
     """Every kernel's estimated cost, or its reason why not; ``pin`` refuses all others."""
     out: dict[str, float | str] = {}
+    pinned = f"the options pin {problem.spec} to {pin}"
     for name, kernel in named.items():
         if pin is not None and name != pin:
-            out[name] = f"the options pin {problem.spec} to {pin}"
+            out[name] = pinned
         elif kernel.reference and pin is None and target.device != "cpu" and not request.allow_reference:
             out[name] = "the torch reference on a GPU needs allow_reference: true"
         elif kernel.only_pinned is not None and pin is None:

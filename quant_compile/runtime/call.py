@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, fx
 from torch.nn import Parameter
 
-from quant_compile.ir.experts import Verdicts
 from quant_compile.ir.graph import (
     BiasRef,
     ExpertBiasRef,
@@ -118,8 +117,7 @@ class GraphRunner:
         self._parameters = {i: v for i, v in enumerate(inputs) if i in local or isinstance(v, Parameter)}
         self._slots = tuple(self._parameters)
         self._pick = picker(self._slots)
-        verdicts = Verdicts()
-        self.found = Found.of(self.pristine, self._parameters, verdicts)
+        self.found = Found.of(self.pristine, self._parameters)
         self._decider = Decider(self.found, source, options, choosers, target)
         self._verifier = Verifier(self.pristine, self.found, source, options)
         self._slices = multiplied_slices(self.pristine, own)
@@ -135,7 +133,6 @@ class GraphRunner:
             compile_graph,
             choosers,
             target,
-            verdicts,
         )
         self._lock = threading.RLock()
         self._looks: Looks | None = None  # chosen at the first call, so that all bindings have one kind of key

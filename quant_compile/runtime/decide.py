@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -20,7 +20,7 @@ from quant_compile.ir.account import Read, Use, account
 from quant_compile.ir.attention import AttentionMiss, AttentionSite, find_attention
 from quant_compile.ir.batched import BatchedSite, find_batched
 from quant_compile.ir.errors import MissingScalesError, PolicyError, PolicyWarning
-from quant_compile.ir.experts import MoeMiss, MoeSite, Verdicts, find_experts
+from quant_compile.ir.experts import MoeMiss, MoeSite, find_experts
 from quant_compile.ir.moe import MoeProblem, may_differ
 from quant_compile.ir.numerics import dtype_name
 from quant_compile.ir.routers import routers
@@ -28,6 +28,7 @@ from quant_compile.ir.scheme import Scheme
 from quant_compile.ir.sites import LinearSite, Miss, find_sites
 from quant_compile.ir.subclasses import of_subclasses
 from quant_compile.ir.transforms import transformed
+from quant_compile.ir.writes import Writes
 from quant_compile.lowering.moe import MoeDispatch
 from quant_compile.lowering.registry import Problem
 from quant_compile.lowering.select import Dispatch, fallback_of
@@ -80,13 +81,14 @@ class Found:
     attention_misses: tuple[AttentionMiss, ...] = ()
 
     @staticmethod
-    def of(gm: fx.GraphModule, parameters: Mapping[int, Any], verdicts: Verdicts) -> Found:
+    def of(gm: fx.GraphModule, parameters: Mapping[int, Any]) -> Found:
         """Look through a copied Dynamo graph."""
-        blocks, unknown = find_experts(gm, parameters, verdicts)
+        writes = Writes(gm.graph)
+        blocks, unknown = find_experts(gm, parameters, writes=writes)
         taken = {node for block in blocks for node in block.nodes}
-        batched = find_batched(gm, parameters, taken)
+        batched = find_batched(gm, parameters, taken, writes)
         taken |= {site.node for site in batched}
-        linears, misses = find_sites(gm, parameters, taken)
+        linears, misses = find_sites(gm, parameters, taken, writes)
         done = {site.slot for site in (*batched, *linears)}
         unknown = [miss for miss in unknown if not done.issuperset(miss.slots)]
         explained = {slot for miss in unknown for slot in miss.slots}
@@ -103,6 +105,10 @@ class Found:
             tuple(blocks), tuple(batched), tuple(linears), (*misses, *unknown), others, gates, tuple(attention), tuple(unlike)
         )  # fmt: skip
         return everything.outside_of(transformed(gm.graph) | of_subclasses(gm.graph, parameters))
+
+    def moved(self, copies: Mapping[fx.Node, fx.Node]) -> Found:
+        """The same in a copy of the graph: node -> its copy."""
+        return cast(Found, _moved(self, copies))
 
     def outside_of(self, reasons: Mapping[fx.Node, str]) -> Found:
         """What is left where nodes must stay as they are, for ``reasons``; sites there are misses."""
@@ -134,6 +140,16 @@ class Found:
         """The slot of every weight that a site multiplies by."""
         single = [site.slot for site in (*self.linears, *self.batched)]
         return single + [slot for block in self.blocks for slot in block.slots]
+
+
+def _moved(value: Any, copies: Mapping[fx.Node, fx.Node]) -> Any:
+    """A value with each node in it, however deep, replaced by its copy."""
+    if is_dataclass(value):
+        moved = {field.name: _moved(getattr(value, field.name), copies) for field in fields(value)}
+        return replace(cast(Any, value), **moved)
+    if isinstance(value, tuple):
+        return tuple(_moved(each, copies) for each in value)
+    return fx.map_arg(value, copies.__getitem__)
 
 
 def _reason_in(nodes: Collection[fx.Node], reasons: Mapping[fx.Node, str]) -> str:

@@ -19,7 +19,6 @@ from torch._guards import TracingContext, tracing
 from torch.nn import Parameter
 
 from quant_compile.ir.errors import GraphError, OptionError
-from quant_compile.ir.experts import Verdicts
 from quant_compile.ir.family import Reject
 from quant_compile.ir.graph import Ref, copy_graph, fake_mode_of, prepare_for_inductor
 from quant_compile.lowering import collectives
@@ -75,14 +74,13 @@ class Variants:
         compile_graph: Compile,
         choosers: Choosers,
         target: Target,
-        verdicts: Verdicts,
     ) -> None:
         self.pristine, self.found = pristine, found
         self.source, self.options, self.target = source, options, target
-        self._compile, self._choosers, self._verdicts = compile_graph, choosers, verdicts
+        self._compile, self._choosers = compile_graph, choosers
         # Dynamo passes Python floats as 0-d tensors whose value only the real tensor still has when it is traced again.
         self._scalars = {i: value for i, value in enumerate(inputs) if _is_scalar(value)}
-        self._shape_only = {i: _Shaped(value) for i, value in parameters.items()}
+        self._slots = frozenset(parameters)
         self._guards = 0
         self._made: dict[Any, Variant] = {}
 
@@ -151,14 +149,14 @@ class Variants:
         attends: bool,
     ) -> Variant:
         gm = copy_graph(self.pristine)
-        found = Found.of(gm, self._shape_only, self._verdicts)
+        found = self.found.moved(dict(zip(self.pristine.graph.nodes, gm.graph.nodes, strict=True)))
         fuse = self.source.policy.fuse
         choosing = Choosing(len(found.linears) + len(found.blocks) + len(found.batched))
         plan = Plan(
             found.linears,
             decisions,
             _timed(sessions, self._choosers.linear, choosing),
-            lambda slot: slot in self._shape_only,
+            self._slots.__contains__,
             classes,
             fuse.share_quant,
             fuse.merge_siblings,
@@ -246,17 +244,6 @@ def _timed(sessions: Sessions, choose: Callable[[Any, str], Any], choosing: Choo
             add_time(sessions, "selection", time.perf_counter() - started)
 
     return timed
-
-
-class _Shaped:
-    """Shape, dtype and class of a Parameter, so that a runner need not keep the Parameter alive."""
-
-    def __init__(self, parameter: Parameter) -> None:
-        self.shape, self.dtype, self.kind = parameter.shape, parameter.dtype, type(parameter)
-
-    def dim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
 
 
 def _is_scalar(value: Any) -> bool:

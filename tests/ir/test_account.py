@@ -218,8 +218,8 @@ def test_experts_that_nobody_looks_for_lower_the_coverage(
     def dense(s: Any, x: torch.Tensor) -> torch.Tensor:
         return torch.einsum("tk,enk->etn", x, s.experts).sum(0)
 
-    monkeypatch.setattr(decide, "find_batched", lambda *_: [])
-    monkeypatch.setattr(decide, "find_experts", lambda *_: ([], []))
+    monkeypatch.setattr(decide, "find_batched", lambda *_, **__: [])
+    monkeypatch.setattr(decide, "find_experts", lambda *_, **__: ([], []))
     module = Holder(dense, experts=torch.randn(4, 8, 16)).eval()
     quant_compile.compile(module, "W8A16", kernels="reference")
     with torch.no_grad():

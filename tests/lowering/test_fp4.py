@@ -346,7 +346,7 @@ def test_small_groups_beside_large_ones_keep_what_they_can() -> None:
 def test_calibration_gives_the_global_scale() -> None:
     family, scheme = of("NVFP4_STATIC")
     x = torch.randn(3, 64)
-    calibrated = import_module("quant_compile.calibrate")._scale(x.abs().max(), scheme)
+    calibrated = import_module("quant_compile.calibrating")._scale(x.abs().max(), scheme)
     dynamic = family.quantize_input(x, scheme, None)[2]
     assert calibrated.shape == (1,) and torch.allclose(calibrated, dynamic, rtol=1e-6, atol=0)
 
