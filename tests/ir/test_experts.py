@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from transformers import StaticCache
 
 import quant_compile  # noqa: F401  (registers the schemes)
+from quant_compile.exporting.traced import Call, Traced
 from quant_compile.ir import experts as experts_module
 from quant_compile.ir import ops
 from quant_compile.ir.experts import MoeMiss, MoeSite, Verdicts, find_experts
@@ -304,3 +305,29 @@ def test_the_graph_that_a_gpu_gives_is_understood() -> None:
     with torch.no_grad():
         torch.compile(model, backend=backend, dynamic=False)(torch.arange(6)[None])
     assert [len(sites) for sites in found] == [1]
+
+
+def test_the_program_that_a_gpu_gives_is_understood() -> None:
+    """Exported: the same, in torch's own overloads, and products are torch's own too."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        intermediate_size=64, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    traced = Traced.of(model, Call((), {"input_ids": torch.arange(6)[None], "use_cache": False}))
+    gpu, changed = torch.device("cuda", 0), dict[str, int]()
+    for node in traced.graph.graph.nodes:
+        if node.target is torch.ops.aten.histc.default:
+            cast = node.args[0]
+            assert cast.target is torch.ops.aten.to.dtype
+            cast.args = (cast.args[0], torch.int32)
+            changed["histc"] = 1
+        if "grouped_mm" in str(node.target):
+            node.target = torch.ops.aten._grouped_mm.default
+            changed["grouped_mm"] = changed.get("grouped_mm", 0) + 1
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": gpu}
+    assert changed == {"histc": 1, "grouped_mm": 2}
+    parameters = {i: value for i, value in enumerate(traced.inputs) if isinstance(value, nn.Parameter)}
+    sites, misses = find_experts(traced.graph, parameters)
+    assert len(sites) == 1 and not misses, [miss.reason for miss in misses]
