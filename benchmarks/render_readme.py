@@ -1044,7 +1044,9 @@ def export(results: Path) -> str:
             for row in result["rows"]
             if "problem" not in row
         ]
-        tables.append(f"{place(result)}.\n\n{markdown(header, rows)}")
+        notes = {row["note"]: row["model"] for row in result["rows"] if "note" in row}
+        text = "".join(f"\n\n{model}: {note}." for note, model in notes.items())
+        tables.append(f"{place(result)}.\n\n{markdown(header, rows)}{text}")
     return "\n\n".join(tables)
 
 
