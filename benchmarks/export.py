@@ -2,8 +2,8 @@
 
 A package is made from one export with dynamic batch and length. It and the compiled model (``dynamic=True``) take turns call by call
 in one process; logits are those of a fresh process that imports neither transformers nor, where the package is self-contained,
-quant_compile. Both are also held to the eager model whose weights and inputs are quantized one by one: on a GPU they have other kernels
-than each other. Times are from an idle device to an idle device; packages are built before, ``--jobs`` at a time.
+quant_compile. Both are also held to the eager model whose weights and inputs are quantized one by one: on a GPU they may have other
+kernels than each other. Times are from an idle device to an idle device; packages are built before, ``--jobs`` at a time.
 
     python benchmarks/export.py                 # on a CPU
     python benchmarks/export.py --device cuda
@@ -160,8 +160,9 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def build_all(cases: Sequence[tuple[str, str]], device: str, folder: Path, jobs: int) -> dict[tuple[str, str], Path]:
     """All packages, ``jobs`` at a time and each by a process of its own; what is known of each lies beside it."""
 
-    def one(case: tuple[str, str]) -> Path:
-        path = folder / f"{case[0]}-{case[1]}.pt2"
+    def one(numbered: tuple[int, tuple[str, str]]) -> Path:
+        number, case = numbered
+        path = folder / f"{number}.pt2"
         command = [sys.executable, __file__, "--device", device, "--models", case[0], "--policies", case[1]]
         done = subprocess.run([*command, "--build", str(path)], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -169,7 +170,7 @@ def build_all(cases: Sequence[tuple[str, str]], device: str, folder: Path, jobs:
         return path
 
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(cases, pool.map(one, cases), strict=True))
+        return dict(zip(cases, pool.map(one, enumerate(cases)), strict=True))
 
 
 def rows_of(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:

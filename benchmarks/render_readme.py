@@ -1044,8 +1044,8 @@ def export(results: Path) -> str:
             for row in result["rows"]
             if "problem" not in row
         ]
-        notes = {row["note"]: row["model"] for row in result["rows"] if "note" in row}
-        text = "".join(f"\n\n{model}: {note}." for note, model in notes.items())
+        notes = dict.fromkeys((row["model"], row["note"]) for row in result["rows"] if "note" in row)
+        text = "".join(f"\n\n{model}: {note}." for model, note in notes)
         tables.append(f"{place(result)}.\n\n{markdown(header, rows)}{text}")
     return "\n\n".join(tables)
 

@@ -7,10 +7,10 @@ print(quant_compile.report(model))
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
-import quant_compile.backend  # noqa: F401  # pyright: ignore[reportUnusedImport]  # the ops that programs and packages call
+from quant_compile import backend as _backend  # noqa: F401  # pyright: ignore[reportUnusedImport]  # has the ops of saved programs
 from quant_compile.ir.errors import (
     CoverageError,
     ExportError,
@@ -116,13 +116,11 @@ _HOMES = {
     "tokenizer": "checkpoints.gguf.tokenizer",
 }
 
-_enter()
-
 
 def __getattr__(name: str) -> Any:
     """What is imported at its first use. ``HfConfig`` and the cache import transformers, which ``import quant_compile`` does without."""
     if name in _HOMES:
-        globals()[name] = found = getattr(import_module(f"quant_compile.{_HOMES[name]}"), name)
+        globals()[name] = found = getattr(_import_module(f"quant_compile.{_HOMES[name]}"), name)
         return found
     if name == "HfConfig":
         from quant_compile._transformers import HfConfig
@@ -137,3 +135,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "HfConfig", "QuantizedStaticCache"})
+
+
+_enter()

@@ -158,6 +158,7 @@ def _inductor(options: Options, target: Target) -> Callable[[fx.GraphModule, Seq
         except exceptions_allowed_to_be_fallback as error:
             # Dynamo answers these by running the whole frame eagerly, with all its linears in 16 bits, and in silence.
             if as_traced is not None:
+                as_traced.real_recompile()  # here, since threads may call it at once
                 return as_traced
             raise _cannot_compile(weights, error) from error
 

@@ -136,8 +136,8 @@ def find_experts(
 
     Args:
         gm: a graph from ``copy_graph``.
-        parameters: argument position -> Parameter (or anything with its shape and dtype).
-        verdicts: shared between graphs of one model, to probe each kind of block once.
+        parameters: argument position -> Parameter, or this rank's part of it.
+        verdicts: of copies of this graph that were looked through before; layers of one graph share them anyway.
         writes: of this graph, where they are known.
     """
     verdicts = verdicts or Verdicts()

@@ -131,7 +131,7 @@ def slots_of(ref: Ref) -> tuple[int, ...]:
     return tuple(slot for slot in ref.slots if slot is not None)
 
 
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+def copy_graph(gm: fx.GraphModule) -> _LazyGraphModule:
     """A copy whose placeholders carry ``meta["argument"]``; shares the original's fake values, not its nodes."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}

@@ -147,8 +147,10 @@ def _moved(value: Any, copies: Mapping[fx.Node, fx.Node]) -> Any:
     if is_dataclass(value):
         moved = {field.name: _moved(getattr(value, field.name), copies) for field in fields(value)}
         return replace(cast(Any, value), **moved)
-    if isinstance(value, tuple):
-        return tuple(_moved(each, copies) for each in value)
+    if isinstance(value, tuple | list | frozenset | set):
+        return type(value)(_moved(each, copies) for each in cast(Any, value))
+    if isinstance(value, dict):
+        return {_moved(key, copies): _moved(each, copies) for key, each in cast(Any, value).items()}
     return fx.map_arg(value, copies.__getitem__)
 
 

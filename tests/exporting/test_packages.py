@@ -32,10 +32,9 @@ def test_a_package_has_the_logits_of_the_compiled_model(
         rows = export.measure(name, policy, Namespace(repeats=1, device=device))
     assert [(row["batch"], row["length"]) for row in rows] == list(export.SIZES)
     for row in rows:
-        if device == "cpu":
-            assert row["error"] <= 1e-3, rows
-        else:  # other kernels than the compiled model's add in another order, and codes of inputs flip: it is as near to the truth
-            assert row["package_error"] <= 1.5 * row["compiled_error"], rows
+        assert device != "cpu" or row["error"] <= 1e-3, rows
+        # On a GPU they may have other kernels, which add in another order: it is as near to the eager quantized model.
+        assert row["package_error"] <= min(2 * row["compiled_error"] + 0.01, 0.1), rows
     assert all(row["self_contained"] == (device == "cpu" and name == "dense") for row in rows)
 
 

@@ -6,9 +6,9 @@ One Dynamo trace a case, no Inductor. The replaced graph gets its planes from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from quant_compile.lowering.weights import Key, pack_experts
 from quant_compile.passes.insert_moe import after, replace_block
 from quant_compile.passes.plan import SiteDecision
 from quant_compile.runtime.call import _expert_bias
+from quant_compile.runtime.decide import Found
 from tests.moe_support import EXPERTS, FAMILIES, Family, one_thread, tokens
 
 __all__ = ["one_thread"]
@@ -331,3 +332,35 @@ def test_the_program_that_a_gpu_gives_is_understood() -> None:
     parameters = {i: value for i, value in enumerate(traced.inputs) if isinstance(value, nn.Parameter)}
     sites, misses = find_experts(traced.graph, parameters)
     assert len(sites) == 1 and not misses, [miss.reason for miss in misses]
+
+
+def test_sites_of_a_copy_are_those_that_are_found_there() -> None:
+    """Experts, attention, a linear of its own: no node of the first graph is left in what is moved to a copy."""
+    found: list[tuple[Found, Found, fx.Graph]] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        first = copy_graph(gm)
+        second = copy_graph(first)
+        parameters = {i: value for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)}
+        moved = Found.of(first, parameters).moved(dict(zip(first.graph.nodes, second.graph.nodes, strict=True)))
+        found.append((moved, Found.of(second, parameters), second.graph))
+        return gm.forward
+
+    torch._dynamo.reset()
+    model = FAMILIES["qwen3_moe"].make(layers=1)
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=False)(tokens(), use_cache=False)
+    assert found and any(each.blocks and each.linears and each.attention for each, _, _ in found)
+    for moved, own, graph in found:
+        assert parts(moved) == parts(own)
+        nodes = [value for value in parts(moved) if isinstance(value, fx.Node)]
+        assert len(nodes) > 10 and all(node.graph is graph for node in nodes)
+
+
+def parts(value: Any) -> list[Any]:
+    """All that a dataclass holds, flat and in order."""
+    if is_dataclass(value):
+        return [part for each in fields(value) for part in parts(getattr(value, each.name))]
+    if isinstance(value, tuple | list):
+        return [part for each in cast(Any, value) for part in parts(each)]
+    return [value]
