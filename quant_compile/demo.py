@@ -30,7 +30,7 @@ import quant_compile
 from quant_compile.ir.errors import PolicyWarning, QuantError, RecompileLimitWarning
 from quant_compile.measure.windows import windows_of
 
-POLICIES = ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16")
+POLICIES = ("FP8_DYNAMIC", "W8A16", "W4A16")
 MOE_POLICIES = ("FP8_DYNAMIC",)
 BASELINE = "bf16"
 SEQUENCES = 16

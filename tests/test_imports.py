@@ -281,6 +281,9 @@ for found in pkgutil.walk_packages(quant_compile.__path__, "quant_compile."):
 assert not [name for name, value in first.items() if isinstance(value, types.ModuleType)]
 assert not [name for name, value in first.items() if getattr(quant_compile, name) is not value]
 assert set(quant_compile.__all__) <= set(dir(quant_compile))
+model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+quant_compile.compile(model, policy="W8A16")
+assert "torch._dynamo.repro.after_dynamo" not in sys.modules, "torch.compile was asked before the first call"
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

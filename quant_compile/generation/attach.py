@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count
 from typing import Any
 
@@ -304,8 +304,15 @@ def _compiled(module: nn.Module, options: dict[str, Any], **arguments: Any) -> C
 def _compiled_function(
     call: Callable[..., Any], options: dict[str, Any], hooks: BackwardHooks, dynamic: bool | None, fullgraph: bool
 ) -> Callable[..., Any]:
-    run = torch.compile(_of_its_own(call), backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)
-    return hooks.out_of_sight(run)
+    """A function, compiled; torch.compile is asked at the first call, since what torch imports for it takes as long as reading some GB."""
+    own = _of_its_own(call)
+
+    @lru_cache(None)
+    def run() -> Callable[..., Any]:
+        compiled = torch.compile(own, backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)
+        return hooks.out_of_sight(compiled)
+
+    return lambda *args, **kwargs: run()(*args, **kwargs)
 
 
 _COUNT = count()
