@@ -17,15 +17,15 @@ from quant_compile.ir.errors import NoKernelError, SchemeError
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
 from quant_compile.ir.moe import Activation, MoeProblem, parse_spec
 from quant_compile.ir.numerics import dtype_name
-from quant_compile.lowering.registry import Problem, Rank, _modules
+from quant_compile.lowering.registry import Problem, Rank, _modules, kernels, layouts
 from quant_compile.lowering.select import (
     BUCKETS,
     Request,
     Table,
     answers_of,
     best_layout,
-    choose,
     fallback_fix,
+    fits,
     name_for,
     parse_table,
     ranges_text,
@@ -167,13 +167,15 @@ def planes_of(layout: str, problem: MoeProblem) -> tuple[tuple[PlaneSpec, ...], 
 CostOf = Callable[[MoeKernel, MoeProblem, int], float]
 
 
-def moe_fits(problem: MoeProblem, target: Target, request: Request, tokens: int) -> dict[str, float | str]:
-    """Kernel name -> its estimated cost for this many tokens, or its reason why not."""
+def moe_fits(
+    problem: MoeProblem, target: Target, request: Request, tokens: int, provider: str = ""
+) -> dict[str, float | str]:
+    """Kernel name -> its estimated cost for this many tokens, or its reason why not; of names that begin so."""
     names = moe_kernels()
     pins = (request.pin_for(scheme.spec, names, "reference_moe") for scheme in problem.schemes)
     pin = next((pin for pin in pins if pin is not None), None)
     unable = {name: reason for name, kernel in names.items() if (reason := kernel.refuses(problem)) is not None}
-    able = {name: kernel for name, kernel in names.items() if name not in unable}
+    able = {name: kernel for name, kernel in names.items() if name not in unable and name.startswith(provider)}
     return {**answers_of(able, pin, problem, target, request, tokens), **unable}
 
 
@@ -204,12 +206,19 @@ def choose_moe(
 
 @lru_cache(maxsize=None)
 def serves(problem: Problem | MoeProblem, target: Target, request: Request) -> bool:
-    """Whether the device has kernels for a linear or a block at every size; by estimates, nothing is measured."""
+    """Whether the device has kernels for a linear or a block at every size; by estimates, nothing is measured.
+
+    Libraries are asked only where Triton's kernels do not serve: their answer is an import, and a trial on the GPU.
+    """
     try:
-        if isinstance(problem, MoeProblem):
-            choose_moe(problem, target, request)
-        else:
-            choose(problem, target, request)
-    except (NoKernelError, SchemeError):
+        return any(_served(problem, target, request, provider) for provider in ("triton_", ""))
+    except SchemeError:
         return False
-    return True
+
+
+def _served(problem: Problem | MoeProblem, target: Target, request: Request, provider: str) -> bool:
+    if isinstance(problem, MoeProblem):
+        blocks = {tokens: moe_fits(problem, target, request, tokens, provider) for tokens in BUCKETS}
+        return best_layout(blocks, moe_kernels(), moe_layouts(), None) is not None
+    linears = {m: fits(problem, target, request, m, provider) for m in BUCKETS}
+    return best_layout(linears, kernels(), layouts(), None) is not None

@@ -124,10 +124,11 @@ class Request:
         return own.get(spec, own.get("*"))
 
 
-def fits(problem: Problem, target: Target, request: Request, bucket: int) -> dict[str, float | str]:
-    """Kernel name -> its estimated cost at m = bucket, or its reason why not."""
+def fits(problem: Problem, target: Target, request: Request, bucket: int, provider: str = "") -> dict[str, float | str]:
+    """Kernel name -> its estimated cost at m = bucket, or its reason why not; of names that begin so."""
     pin = request.pin_for(problem.scheme.spec, kernels())
-    return answers_of(kernels(), pin, problem, target, request, bucket)
+    named = {name: kernel for name, kernel in kernels().items() if name.startswith(provider)}
+    return answers_of(named, pin, problem, target, request, bucket)
 
 
 class _Fitting(Protocol):

@@ -16,7 +16,7 @@ from quant_compile.ir.family import Reject
 from quant_compile.ir.moe import Activation, MoeProblem
 from quant_compile.ir.scheme import PRESETS, parse
 from quant_compile.lowering.kernels.gguf import triton_gguf
-from quant_compile.lowering.moe import choose_moe
+from quant_compile.lowering.moe import choose_moe, serves
 from quant_compile.lowering.registry import Kernel, Problem, kernels, layouts
 from quant_compile.lowering.select import BUCKETS, Dispatch, Request, bucket_of, choose, fits, parse_dispatch
 from quant_compile.lowering.target import FAKE_OPS, FAKE_SM_COUNT, Target, default_policy
@@ -175,6 +175,51 @@ def test_libraries_are_used_where_they_are() -> None:
     }  # fmt: skip
     assert {"sgl_fp8", "sgl_int8", "deep_gemm", "humming_w4a16"} <= served
     assert any(name.startswith("triton") for name in served)
+
+
+class Asked(frozenset[str]):
+    """Libraries that are here, and which of them were asked for."""
+
+    names: set[str]
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+
+COMMON = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W8A16", "W4A16", "MXFP4A16", "NVFP4A16", "GGUF_Q4_K", "GGUF_Q8_0")
+
+
+@pytest.mark.parametrize("spec", COMMON)
+def test_what_tritons_kernels_serve_asks_no_library(spec: str) -> None:
+    """A library's answer is an import, and on a GPU a trial: a second or more, while a checkpoint waits to be read."""
+    ops = Asked(FAKE_OPS)
+    ops.names = set()
+    target = replace(Target.fake("sm90"), ops=ops)
+    assert serves(problem(spec), target, Request())
+    assert serves(MoeProblem(parse(spec), 128, 2048, 768, 8, Activation("silu"), torch.bfloat16), target, Request())
+    assert ops.names <= {"triton"}, ops.names
+
+
+@pytest.mark.parametrize("target", ("cpu", "sm80", "sm90", "sm100"))
+@pytest.mark.parametrize("kernel", (None, "sgl_fp8", "humming_w4a16"))
+def test_what_is_served_can_be_chosen(target: str, kernel: str | None) -> None:
+    """With and without libraries, for odd sizes too, and where a library's kernel is pinned."""
+
+    def chosen(asked: Any, of: Target, request: Request) -> bool:
+        try:
+            (choose_moe if isinstance(asked, MoeProblem) else choose)(asked, of, request)
+        except NoKernelError:
+            return False
+        return True
+
+    request = Request() if kernel is None else Request(kernels=(("*", kernel),))
+    for of in (Target.fake(target), Target.fake(target, frozenset({"triton"}))):
+        for i, spec in enumerate(SPECS):
+            sizes = (problem(spec), MoeProblem(parse(spec), 8, 96, 51, 2, Activation("silu"), torch.bfloat16))
+            odd = (problem(spec, 33, 51), MoeProblem(parse(spec), 8, 512, 256, 2, Activation("silu"), torch.bfloat16))
+            for asked in odd if i % 2 else sizes:
+                assert serves(asked, of, request) == chosen(asked, of, request), (asked, of.label)
 
 
 def test_no_cpu_kernel_serves_a_gpu_and_none_of_a_gpu_the_cpu() -> None:
