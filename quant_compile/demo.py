@@ -30,7 +30,8 @@ import quant_compile
 from quant_compile.ir.errors import PolicyWarning, QuantError, RecompileLimitWarning
 from quant_compile.measure.windows import windows_of
 
-POLICIES = ("FP8_DYNAMIC", "W8A16", "W4A16")
+# Of the dense model, by the type of device: a CPU, which compiles each for half a minute, should be done in three.
+POLICIES = {"cuda": ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16"), "cpu": ("W8A16", "W4A16")}
 MOE_POLICIES = ("FP8_DYNAMIC",)
 BASELINE = "bf16"
 SEQUENCES = 16
@@ -354,7 +355,7 @@ def run_all(
 
 
 def main(
-    policies: Sequence[str] = POLICIES,
+    policies: Sequence[str] | None = None,
     moe_policies: Sequence[str] = MOE_POLICIES,
     full: bool = False,
     model: str | Path | None = None,
@@ -364,7 +365,7 @@ def main(
     """Run the demo; returns the exit status (1: the model is missing).
 
     Args:
-        policies: presets or policy files for the dense model; none: leave it out.
+        policies: presets or policy files for the dense model; none: leave it out; None: those of ``POLICIES`` for the device.
         moe_policies: the same for the MoE.
         full: print each policy's ledger too.
         model: folder made by ``examples/tiny_lm/train.py``; None: the checkout's.
@@ -373,11 +374,9 @@ def main(
     """
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dense = POLICIES.get(place.type, POLICIES["cuda"]) if policies is None else policies
     runs = [
-        (name, policy)
-        for name, own in (("dense", policies), ("moe", moe_policies))
-        if own
-        for policy in (BASELINE, *own)
+        (name, policy) for name, own in (("dense", dense), ("moe", moe_policies)) if own for policy in (BASELINE, *own)
     ]
     console.print(
         f"sglquant demo: {len(runs)} runs of tiny language models, in bf16 and quantized; compiling takes most of the time.",
