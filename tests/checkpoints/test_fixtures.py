@@ -22,6 +22,7 @@ from tests.checkpoints.fixtures.common import (
     SOME,
     tiny,
     tiny_deepseek,
+    tiny_gpt_oss,
     tiny_mixtral,
     tiny_qwen3_moe,
 )
@@ -53,10 +54,16 @@ WHOLE: dict[str, tuple[str, Callable[[], Any]]] = {
     "autoround-w4a16-qwen3-moe": ("W4A16", tiny_qwen3_moe),
     "llmcompressor-fp8-block-deepseek": ("FP8_BLOCK", tiny_deepseek),
     "llmcompressor-fp8-dynamic-mixtral": ("FP8_DYNAMIC", tiny_mixtral),
+    "llmcompressor-mxfp4-gpt-oss": ("MXFP4", tiny_gpt_oss),
+    "llmcompressor-mxfp4a16-gpt-oss": ("MXFP4A16", tiny_gpt_oss),
     "llmcompressor-nvfp4a16-qwen3-moe": ("NVFP4A16", tiny_qwen3_moe),
     "llmcompressor-w4a16-qwen3-moe": ("W4A16", tiny_qwen3_moe),
+    "modelopt-fp8-gpt-oss": ("FP8", tiny_gpt_oss),
     "modelopt-fp8-mixtral": ("FP8", tiny_mixtral),
+    "modelopt-nvfp4-gpt-oss": ("NVFP4_STATIC", tiny_gpt_oss),
 }
+# The library's logits are of its model in f32, in which ours are the same.
+IN_F32 = ("llmcompressor-mxfp4-gpt-oss", "llmcompressor-mxfp4a16-gpt-oss")
 KEPT_CACHE = ("autofp8-kv", "autofp8-kv-scale", "autoround-fp8-static-kv")
 
 
@@ -66,7 +73,7 @@ def test_every_fixture_is_small_and_known() -> None:
     for folder in folders:
         assert sum(file.stat().st_size for file in folder.iterdir()) <= MOST
         values = set(load_file(folder / "truth.safetensors")) - {"logits"}
-        assert not values if folder.name in WHOLE else len(values) == len(SOME)
+        assert len(values) == len(SOME) or (folder.name in WHOLE and not values)
 
 
 def checkpoint(name: str, folder: Path) -> Path:
@@ -113,25 +120,32 @@ def test_whole_models(name: str, tmp_path: Path) -> None:
     exact = quant_compile.load(folder, {"default": "keep", "requantize": True}, device="cpu", dtype="fp32")
     for (path, found), wanted in zip(exact.named_parameters(), source.parameters(), strict=True):
         # e4m3 rounds by 0.027 in the mean square, 4 bits by 0.1; another order is above 1.
-        assert distance(found, wanted.detach()) < (0.15 if scheme.endswith("4A16") else 0.04), path
+        assert distance(found, wanted.detach()) < (0.15 if "4" in scheme and "8" not in scheme else 0.04), path
+    truth, weights = load_file(FIXTURES / name / "truth.safetensors"), dict(exact.named_parameters())
+    library = truth.pop("logits", None)
+    for path, values in truth.items():
+        weight = weights[path] if path in weights else weights[f"{path}.weight"]
+        assert torch.equal(weight.to(values.dtype), values), path
     torch._dynamo.reset()
-    model = quant_compile.load(folder, device="cpu")
+    model = quant_compile.load(folder, device="cpu", dtype="fp32" if name in IN_F32 else None)
     held = [entry for p in model.parameters() if (entry := STORE.held(p)) is not None]
     assert held and {parse(key.spec) for key in held} == {parse(scheme)}
-    library = load_file(FIXTURES / name / "truth.safetensors").get("logits")
     with torch.no_grad():
         wanted = source(torch.tensor([*IDS])[None]).logits
         found = model(torch.tensor([*IDS])[None]).logits.float()
     ours = off(found, wanted)
     # One or two tokens whose two best experts are nearly equal go to the other one, and are off by 0.5 or more; the library has such, too.
     if library is None:
-        assert int((ours > 0.3).sum()) <= 3
-        assert float(ours.median()) < 0.15
+        # Inputs in 4 bits move more tokens: llm-compressor's own MXFP4 is off by 0.22, and 7 of its tokens by more than 0.3.
+        most, middle = (10, 0.25) if scheme.startswith("NVFP4") else (3, 0.15)
+        assert int((ours > 0.3).sum()) <= most
+        assert float(ours.median()) < middle
     else:
         theirs = off(library, wanted)
         assert int((ours > 0.3).sum()) <= int((theirs > 0.3).sum()) + 3
         assert float(ours.median()) <= 1.1 * float(theirs.median())
         assert float(off(found, library).median()) < 0.1
+        assert name not in IN_F32 or float(off(found, library).max()) < 1e-5
 
 
 @pytest.mark.parametrize("name", KEPT_CACHE)
