@@ -110,7 +110,7 @@ QUICK: Mapping[str, int | Sequence[str]] = {
     "test_prefill_attention.py::test_a_prompt_and_its_continuation": 1,
     "checkpoints/test_staging.py::test_a_model_is_the_same": 1,
     "checkpoints/test_fixtures.py::test_values_are_those_of_the_library": 3,
-    "checkpoints/test_fixtures.py::test_whole_models": ("modelopt-fp8-mixtral",),
+    "checkpoints/test_fixtures.py::test_whole_models": ("modelopt-fp8-mixtral", "llmcompressor-mxfp4a16-gpt-oss"),
     "test_families.py::test_logits_equal_the_eager_quantized_reference": 2,
     "checkpoints/test_requantize.py::test_planes_are_those_of_the_dequantized_weights": 3,
     "checkpoints/test_requantize.py::test_fp4_below_sm100": 2,
