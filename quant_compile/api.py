@@ -56,6 +56,9 @@ def compile(
     Raises:
         OptionError, PolicyError, WeightError, LockError: nothing of the model has been changed.
     """
+    for name, value, valid in (("dynamic", dynamic, (None, True, False)), ("fullgraph", fullgraph, (True, False))):
+        if not any(value is one for one in valid):  # torch.compile would say so at the first call, or not at all
+            raise OptionError(f"{name} must be one of {', '.join(map(str, valid))}, got {value!r}")
     parsed = Options.of({**options, "policy": policy})
     refuse_wrapped(model)
     lent = set(map(id, offload.lent_parameters(model)))

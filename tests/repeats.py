@@ -45,7 +45,6 @@ QUICK: Mapping[str, int | Sequence[str]] = {
     "test_bad_input_4bit.py::test_experts_of_any_size": 8,
     "ir/test_experts.py::test_the_replaced_graph_is_the_model": 8,
     "test_kv_cache.py::test_compiled_generate_is_the_eager_cache": 1,
-    "test_kv_cache.py::test_encoder_decoders_keep_their_own_tokens_in_codes": 1,
     "test_latent.py::test_decode_absorbs_and_is_eager": (),
     "test_routers.py::test_routers_of_families": ("gemma4-name", "lfm2_moe-graph", "zaya-graph"),
     "checkpoints/test_adopted_modules.py::test_fp8_experts_run_on_their_own_codes": 1,
@@ -111,7 +110,7 @@ QUICK: Mapping[str, int | Sequence[str]] = {
     "checkpoints/test_staging.py::test_a_model_is_the_same": 1,
     "checkpoints/test_fixtures.py::test_values_are_those_of_the_library": 3,
     "checkpoints/test_fixtures.py::test_whole_models": ("modelopt-fp8-mixtral", "llmcompressor-mxfp4a16-gpt-oss"),
-    "test_families.py::test_logits_equal_the_eager_quantized_reference": 2,
+    "test_families.py::test_logits_equal_the_eager_quantized_reference": ("llama3", "gemma3"),
     "checkpoints/test_requantize.py::test_planes_are_those_of_the_dequantized_weights": 3,
     "checkpoints/test_requantize.py::test_fp4_below_sm100": 2,
     "test_attention.py::test_encoders_and_their_decoders_are_found_or_named": 4,
@@ -160,7 +159,6 @@ QUICK: Mapping[str, int | Sequence[str]] = {
     "test_benchmarks.py::test_attention_prefill_smoke": (),
     "test_benchmarks.py::test_gemm_smoke": (),
     "test_moe_benchmarks.py::test_moe_smoke": (),
-    "lowering/test_triton_fp4_moe.py::test_steps_and_blocks": 1,
     "checkpoints/test_gguf_save.py::test_convert_quantizes_to_a_file": (),
     "test_families.py::test_every_linear_is_quantized": ("llama3", "gemma3"),
     "test_families.py::test_bytes_add_up": ("llama3", "gemma3"),
@@ -190,21 +188,37 @@ QUICK: Mapping[str, int | Sequence[str]] = {
 }
 
 
-def mark(items: Sequence[pytest.Item]) -> None:
-    """Mark the other cases slow."""
+def mark(items: Sequence[pytest.Item], whole: bool = False) -> None:
+    """Mark the other cases slow; those that are slow by themselves do not count.
+
+    Args:
+        items: what was collected.
+        whole: all tests were: every name must be one of theirs.
+
+    Raises:
+        pytest.UsageError: a name is no test's or no case's, or a number leaves nothing out.
+    """
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0].removeprefix("tests/"), []).append(item)
+    wrong = []
     for test, quick in QUICK.items():
-        found = cases.get(test, [])
-        for index, item in enumerate(found):
-            name = item.nodeid.partition("[")[2].removesuffix("]")
-            if name not in quick if not isinstance(quick, int) else index not in _spread(len(found), quick):
-                item.add_marker(pytest.mark.slow)
+        found = {_case(item): item for item in cases.get(test, []) if item.get_closest_marker("slow") is None}
+        kept = _spread(list(found), quick) if isinstance(quick, int) else set(quick)
+        if whole and (not found or not kept <= found.keys() or len(kept) == len(found)):
+            wrong.append(f"tests/repeats.py: {test}: {quick} is not a part of its cases: {', '.join(found) or 'none'}")
+        for case in found.keys() - kept:
+            found[case].add_marker(pytest.mark.slow)
+    if wrong:
+        raise pytest.UsageError("\n".join(wrong))
 
 
-def _spread(total: int, count: int) -> set[int]:
-    """Indices from first to last: all if there are no more than ``count``."""
-    if total <= count:
-        return set(range(total))
-    return {round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
+def _case(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[2].removesuffix("]")
+
+
+def _spread(cases: Sequence[str], count: int) -> set[str]:
+    """From first to last: all if there are no more than ``count``."""
+    if len(cases) <= count:
+        return set(cases)
+    return {cases[round(i * (len(cases) - 1) / max(1, count - 1))] for i in range(count)}

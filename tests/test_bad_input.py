@@ -82,6 +82,15 @@ def test_bad_options(case: str, plain_inductor: CompileCounter) -> None:
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("name, value", [("dynamic", "yes"), ("dynamic", 1), ("fullgraph", "no"), ("fullgraph", None)])
+def test_what_torch_compile_would_refuse_at_the_first_call(name: str, value: Any) -> None:
+    model = Mlp()
+    given: dict[str, Any] = {name: value}
+    with pytest.raises(OptionError, match=f"{name} must be one of .*True, False, got {value!r}"):
+        quant_compile.compile(model, EXACT, **given)
+    assert model._compiled_call_impl is None
+
+
 BAD_POLICIES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "name": ("fp8_dynamc", ("fp8_dynamc", "FP8_DYNAMIC", "presets:", "shipped policies:")),
     "file": ("./no/such/policy.yaml", ("no/such/policy.yaml", "cannot be read")),
