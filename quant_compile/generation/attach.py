@@ -43,6 +43,7 @@ from quant_compile.options import Options, PolicySource
 from quant_compile.policy import Policy
 from quant_compile.rules import strict_error
 from quant_compile.runtime.outside import Outside
+from quant_compile.runtime.profiling import unprofiled
 
 RECORDED = ("auto", "reduce-overhead", "max-autotune")  # modes whose decode steps become CUDA graphs
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -309,7 +310,8 @@ def _compiled_function(
 
     @lru_cache(None)
     def run() -> Callable[..., Any]:
-        compiled = torch.compile(own, backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)
+        with unprofiled():
+            compiled = torch.compile(own, backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)
         return hooks.out_of_sight(compiled)
 
     return lambda *args, **kwargs: run()(*args, **kwargs)
