@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/sglquant demo --html demo.html
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --durations=30
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --check-repeats --durations=30
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -30,7 +30,7 @@ import quant_compile
 from quant_compile.ir.errors import PolicyWarning, QuantError, RecompileLimitWarning
 from quant_compile.measure.windows import windows_of
 
-# Of the dense model, by the type of device: a CPU, which compiles each for half a minute, should be done in three.
+# Of the dense model, by the type of device: a CPU, where compiling takes most of the time, should be done in three minutes.
 POLICIES = {"cuda": ("FP8_DYNAMIC", "W8A8", "W8A16", "W4A16"), "cpu": ("W8A16", "W4A16")}
 MOE_POLICIES = ("FP8_DYNAMIC",)
 BASELINE = "bf16"

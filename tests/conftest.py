@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +21,9 @@ if worker:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", action="store_true", help="test every model family of transformers (an hour)")
+    parser.addoption(
+        "--check-repeats", action="store_true", help="every name in tests/repeats.py must be of a collected test"
+    )
 
 
 def pytest_pycollect_makemodule() -> None:
@@ -36,7 +38,7 @@ def pytest_pycollect_makemodule() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m reads the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    repeats.mark(items, whole=[Path(arg).resolve() for arg in config.args] == [Path(__file__).parent])
+    repeats.mark(items, whole=config.getoption("--check-repeats"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and this machine has none")

@@ -308,7 +308,7 @@ def _compiled_function(
     """A function, compiled; torch.compile is asked at the first call, since what torch imports for it takes as long as reading some GB."""
     own = _of_its_own(call)
 
-    @lru_cache(None)
+    @lru_cache(maxsize=None)
     def run() -> Callable[..., Any]:
         with unprofiled():
             compiled = torch.compile(own, backend=noted, options=options, dynamic=dynamic, fullgraph=fullgraph)

@@ -170,12 +170,12 @@ CostOf = Callable[[MoeKernel, MoeProblem, int], float]
 def moe_fits(
     problem: MoeProblem, target: Target, request: Request, tokens: int, provider: str = ""
 ) -> dict[str, float | str]:
-    """Kernel name -> its estimated cost for this many tokens, or its reason why not; of names that begin so."""
-    names = moe_kernels()
-    pins = (request.pin_for(scheme.spec, names, "reference_moe") for scheme in problem.schemes)
+    """Kernel name -> its estimated cost for this many tokens, or its reason why not; of names that begin with ``provider``."""
+    pins = (request.pin_for(scheme.spec, moe_kernels(), "reference_moe") for scheme in problem.schemes)
     pin = next((pin for pin in pins if pin is not None), None)
-    unable = {name: reason for name, kernel in names.items() if (reason := kernel.refuses(problem)) is not None}
-    able = {name: kernel for name, kernel in names.items() if name not in unable and name.startswith(provider)}
+    named = {name: kernel for name, kernel in moe_kernels().items() if name.startswith(provider)}
+    unable = {name: reason for name, kernel in named.items() if (reason := kernel.refuses(problem)) is not None}
+    able = {name: kernel for name, kernel in named.items() if name not in unable}
     return {**answers_of(able, pin, problem, target, request, tokens), **unable}
 
 

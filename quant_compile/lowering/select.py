@@ -125,7 +125,7 @@ class Request:
 
 
 def fits(problem: Problem, target: Target, request: Request, bucket: int, provider: str = "") -> dict[str, float | str]:
-    """Kernel name -> its estimated cost at m = bucket, or its reason why not; of names that begin so."""
+    """Kernel name -> its estimated cost at m = bucket, or its reason why not; of names that begin with ``provider``."""
     pin = request.pin_for(problem.scheme.spec, kernels())
     named = {name: kernel for name, kernel in kernels().items() if name.startswith(provider)}
     return answers_of(named, pin, problem, target, request, bucket)
