@@ -1059,11 +1059,22 @@ def tensor_parallel(results: Path) -> str:
     rows = [
         [row["model"], row["cell"], str(row["gpus"]), row["stack"].removesuffix(" graphs")]
         + ["yes" if row["stack"].endswith(" graphs") else "no", number(row["ms"])]
-        + [times(row.get("speedup")) if "reason" not in row else row["reason"], number(row.get("cosine"), 3)]
+        + [times(row.get("speedup")) if "reason" not in row else row["reason"]]
+        + [times(row.get("scaling")), number(row.get("cosine"), 3)]
         for row in shown
         if "ms" in row
     ]
-    header = ["model", "call", "GPUs", "stack", "CUDA graphs", "ms", "to bf16", "cosine of logits to bf16's"]
+    header = [
+        "model",
+        "call",
+        "GPUs",
+        "stack",
+        "CUDA graphs",
+        "ms",
+        "to bf16",
+        "to one GPU",
+        "cosine of logits to bf16's",
+    ]
     return f"{place(result)}.\n\n{markdown(header, rows)}"
 
 

@@ -7,10 +7,10 @@ model and gives each rank its DTensors and hooks; then each rank fills its own p
 A stack is a group of processes, one for each GPU; both stacks of a model have the same weights. All groups compile a cell at the
 same time, one kernel measurement at a time on each GPU, and are then timed in turns, nobody else being at work. ``bf16`` is
 ``model.compile(dynamic=False)``; of a mixture of experts it is the faster of Hugging Face's two implementations. ``joined`` is
-the policy with ``fuse: {all_reduce: true}``; the ledger's notes on sums are in its rows. ``graphs`` is
-``mode="reduce-overhead"`` on both sides. A step is one call of the model over a filled static cache, by the wall clock from an idle
-device to an idle device, the slowest rank's; medians. Logits of both stacks are compared at each cell, and a stack whose logits are not
-the bf16 model's has no speed-up.
+the policy with ``fuse: {all_reduce: true}``; the ledger's notes on sums are in its rows. ``released`` is with ``release_weights: true``.
+``graphs`` is ``mode="reduce-overhead"`` on both sides. A step is one call of the model over a filled static cache, by the wall
+clock from an idle device to an idle device, the slowest rank's; medians. Putting the cache's length back is not timed. Logits of both
+stacks are compared at each cell, and a stack whose logits are not the bf16 model's has no speed-up.
 
     python benchmarks/tensor_parallel.py --gpus 2 --seconds 240     # both models, without CUDA graphs and with
     python benchmarks/tensor_parallel.py --gpus 1,2,4 --models Llama-3-70B --stacks bf16,FP8_DYNAMIC    # scaling
@@ -61,8 +61,8 @@ from moe_e2e import MODELS, SMOKE_MODELS, config_of
 LLAMA, QWEN = "Llama-3-70B", "Qwen3-30B-A3B"
 LLAMA_3_70B = LlamaShape(128256, 8192, 28672, 64, 8)
 LAYERS = {LLAMA: 16, QWEN: 12}
-BF16, BATCHED, GRAPHS, JOINED = "bf16", "bf16 batched_mm", " graphs", " joined"
-STACKS = (BF16, BATCHED, "FP8_DYNAMIC", "FP8_DYNAMIC" + JOINED)
+BF16, BATCHED, GRAPHS, JOINED, RELEASED = "bf16", "bf16 batched_mm", " graphs", " joined", " released"
+STACKS = (BF16, BATCHED, "FP8_DYNAMIC", "FP8_DYNAMIC" + JOINED, "FP8_DYNAMIC" + RELEASED)
 MODES = {"both": ("", GRAPHS), "without": ("",), "with": (GRAPHS,)}
 DECODE = {"decode B=1": 1, "decode B=16": 16}
 PREFILL = f"prefill {PROMPT}"
@@ -97,11 +97,18 @@ class Setup:
 
     @property
     def policy(self) -> str | dict[str, Any] | None:
-        """The policy, None for bf16; ``joined``: small sums over ranks are one kernel with what follows them."""
+        """The policy, None for bf16.
+
+        ``joined``: small sums over ranks are one kernel with what follows them. ``released``: ranks give up their 16-bit values,
+        and with them the DTensors, for each of which Dynamo asks Python at every call.
+        """
         name = self.stack.removesuffix(GRAPHS)
         if name in (BF16, BATCHED):
             return None
-        return {"default": name.removesuffix(JOINED), "fuse": {"all_reduce": name.endswith(JOINED)}}
+        released = name.endswith(RELEASED)
+        name = name.removesuffix(RELEASED)
+        joined = name.endswith(JOINED)
+        return {"default": name.removesuffix(JOINED), "fuse": {"all_reduce": joined}, "release_weights": released}
 
     def runs(self, cell: str) -> bool:
         """Prompts are not launch bound, and batched_mm would copy every token's experts."""
@@ -117,7 +124,8 @@ class Rank:
     def __init__(self, setup: Setup, rank: int) -> None:
         self.setup, self.rank = setup, rank
         self.device = torch.device("cpu") if setup.smoke else torch.device("cuda", rank)
-        self.steps: dict[str, Callable[[], torch.Tensor]] = {}
+        # Cell -> what puts the cache back to where it was, and a step.
+        self.steps: dict[str, tuple[Callable[[], None], Callable[[], torch.Tensor]]] = {}
 
     def build(self) -> dict[str, Any]:
         """The divided model, compiled in place; nothing is traced yet."""
@@ -150,17 +158,19 @@ class Rank:
         ids = torch.arange(batch * length, device=self.device).reshape(batch, length) % self.model.config.vocab_size
         cache = local_cache(self.model.config, self.setup.gpus, batch, tokens, self.device)
 
-        def step() -> torch.Tensor:
+        def again() -> None:
             set_position(cache, position)
+
+        def step() -> torch.Tensor:
             if self.setup.graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-            synchronize(self.device)
             return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
         started = time.perf_counter()
         with torch.no_grad(), alone(f"{self.setup.lock}.{self.rank}"):
+            again()
             logits = step()[0, -1].float().cpu()
-        self.steps[cell] = step
+        self.steps[cell] = again, step
         return {"compile_s": time.perf_counter() - started, "logits": logits, "peak_gib": peak(self.device) / GIB} | (
             {"coverage": coverage(self.model), "sums": sums(self.model)} if self.setup.policy else {}
         )
@@ -170,12 +180,13 @@ class Rank:
         samples: list[float] = []
         with torch.no_grad():
             for turn in range(WARM + count):
-                started = self._timed(self.steps[cell])
+                started = self._timed(*self.steps[cell])
                 if turn >= WARM:
                     samples.append(started * 1e3)
         return {"samples": samples}
 
-    def _timed(self, step: Callable[[], torch.Tensor]) -> float:
+    def _timed(self, again: Callable[[], None], step: Callable[[], torch.Tensor]) -> float:
+        again()
         synchronize(self.device)
         started = time.perf_counter()
         step()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
-from quant_compile.ir.shards import Shard, is_distributed, local_tensor
+from quant_compile.ir.shards import Shard, is_distributed
 from quant_compile.ir.subclasses import own_operations
 
 ANCHOR = "_sglquant_anchor"
@@ -67,16 +67,16 @@ def local_of(parameter: T) -> T:
 
     A DTensor whose local values are no part of it (``Partial``) stays what it is.
     """
-    if not is_distributed(parameter):
+    local = getattr(
+        parameter, "_local_tensor", None
+    )  # asked for each weight at each call, so it comes before torch's own answer
+    if local is None:
         return parameter
-    local = local_tensor(parameter)
-    anchor = peek_anchor(local)
-    if anchor is not None and anchor.shard is not None:
-        return cast(T, local)
-    described = Shard.of(parameter)
-    if not isinstance(described, Shard):
-        return parameter
-    anchor_of(local).shard = described
+    if getattr(vars(local).get(ANCHOR), "shard", None) is None:
+        described = Shard.of(parameter) if is_distributed(parameter) else None
+        if not isinstance(described, Shard):
+            return parameter
+        anchor_of(local).shard = described
     return cast(T, local)
 
 
