@@ -52,6 +52,7 @@ WHOLE: dict[str, tuple[str, Callable[[], Any]]] = {
     "autoround-fp8-block-deepseek": ("FP8_BLOCK", tiny_deepseek),
     "autoround-fp8-static-kv": ("fp8e4m3.channel+fp8e4m3.tensor", tiny),
     "autoround-w4a16-qwen3-moe": ("W4A16", tiny_qwen3_moe),
+    "gptqmodel-qwen3-moe": ("W4A16", tiny_qwen3_moe),
     "llmcompressor-fp8-block-deepseek": ("FP8_BLOCK", tiny_deepseek),
     "llmcompressor-fp8-dynamic-mixtral": ("FP8_DYNAMIC", tiny_mixtral),
     "llmcompressor-mxfp4-gpt-oss": ("MXFP4", tiny_gpt_oss),
@@ -119,8 +120,9 @@ def test_whole_models(name: str, tmp_path: Path) -> None:
     folder, source = checkpoint(name, tmp_path / name), make().float()
     exact = quant_compile.load(folder, {"default": "keep", "requantize": True}, device="cpu", dtype="fp32")
     for (path, found), wanted in zip(exact.named_parameters(), source.parameters(), strict=True):
-        # e4m3 rounds by 0.027 in the mean square, 4 bits by 0.1; another order is above 1.
-        assert distance(found, wanted.detach()) < (0.15 if "4" in scheme and "8" not in scheme else 0.04), path
+        # e4m3 rounds by 0.027 in the mean square, 4 bits by 0.1, GPTQ, which makes good what others lost, by 0.17; another order is above 1.
+        most = 0.2 if name.startswith("gptq") else 0.15 if "4" in scheme and "8" not in scheme else 0.04
+        assert distance(found, wanted.detach()) < most, path
     truth, weights = load_file(FIXTURES / name / "truth.safetensors"), dict(exact.named_parameters())
     library = truth.pop("logits", None)
     for path, values in truth.items():
