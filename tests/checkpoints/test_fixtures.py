@@ -59,6 +59,7 @@ WHOLE: dict[str, tuple[str, Callable[[], Any]]] = {
     "llmcompressor-mxfp4a16-gpt-oss": ("MXFP4A16", tiny_gpt_oss),
     "llmcompressor-nvfp4a16-qwen3-moe": ("NVFP4A16", tiny_qwen3_moe),
     "llmcompressor-w4a16-qwen3-moe": ("W4A16", tiny_qwen3_moe),
+    "modelopt-fp8-deepseek": ("FP8", tiny_deepseek),
     "modelopt-fp8-gpt-oss": ("FP8", tiny_gpt_oss),
     "modelopt-fp8-mixtral": ("FP8", tiny_mixtral),
     "modelopt-nvfp4-gpt-oss": ("NVFP4_STATIC", tiny_gpt_oss),
@@ -120,7 +121,7 @@ def test_whole_models(name: str, tmp_path: Path) -> None:
     folder, source = checkpoint(name, tmp_path / name), make().float()
     exact = quant_compile.load(folder, {"default": "keep", "requantize": True}, device="cpu", dtype="fp32")
     for (path, found), wanted in zip(exact.named_parameters(), source.parameters(), strict=True):
-        # e4m3 rounds by 0.027 in the mean square, 4 bits by 0.1, GPTQ, which makes good what others lost, by 0.17; another order is above 1.
+        # e4m3 rounds by 0.027 in the mean square, 4 bits by 0.1, GPTQ, which makes good others, by 0.17; another order is above 1.
         most = 0.2 if name.startswith("gptq") else 0.15 if "4" in scheme and "8" not in scheme else 0.04
         assert distance(found, wanted.detach()) < most, path
     truth, weights = load_file(FIXTURES / name / "truth.safetensors"), dict(exact.named_parameters())
