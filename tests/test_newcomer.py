@@ -117,7 +117,6 @@ def test_the_notebook_is_python_and_has_no_outputs() -> None:
         assert step in whole
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("nbclient", "ipykernel")),
     reason="the extra `notebook` is not here",
