@@ -303,6 +303,25 @@ def long_contexts(results: Path) -> str:
     return "\n\n".join([text, markdown(["stack", *(f"B={b} P={p}" for b, p in cells), "peak"], lines)])
 
 
+def capacity(results: Path) -> str:
+    """The largest batch that decodes on one GPU, by the kind of cache."""
+    result = read("capacity", results)
+    if result is None:
+        return ""
+    rows = [
+        [row["cache"], str(row["context"]), str(row["rows"]), f"{row['tokens'] / 1e6:.2f}", times(row.get("times"))]
+        for row in result["rows"]
+        if "rows" in row
+    ]
+    text = (
+        f"**How many rows fit**: {result['settings']['shape']} shape, {result['settings']['layers']} layers, "
+        "FP8_DYNAMIC, 16-bit weights released; the largest batch of which compiled decode steps run over a static cache. "
+        f"{place(result, 'transformers')}."
+    )
+    header = ["K and V in", "tokens of a row", "rows", "million tokens", "to bf16"]
+    return "\n\n".join([text, markdown(header, rows)])
+
+
 def _of_stack(stack: str, rows: Sequence[Mapping[str, Any]], cells: Sequence[tuple[int, int]]) -> list[str]:
     own = {(row["batch"], row["prompt"]): row for row in rows if row["stack"] == stack and "token_ms" in row}
     name = "HF bf16, static cache, compiled by HF" if stack == "hf-auto" else stack
@@ -1336,6 +1355,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "attention_decode": attention_decode,
     "attention_prefill": attention_prefill,
     "long_contexts": long_contexts,
+    "capacity": capacity,
     "generate_start": generate_start,
     "generate_cpu": generate_cpu,
     "e2e": e2e,

@@ -111,6 +111,28 @@ def test_long_context_smoke(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_capacity_smoke(tmp_path: Path) -> None:
+    rows = run("capacity.py", tmp_path)["rows"]
+    assert [(row["cache"], row["context"], row["rows"]) for row in rows] == [
+        (cache, context, 3) for cache in ("bf16", "FP8") for context in (16, 32)
+    ]
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 61, 230])
+@pytest.mark.parametrize("guess", [0, 3, 60, 500])
+def test_the_largest_batch_is_found(most: int, guess: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tried: list[int] = []
+
+    def fits(rows: int) -> bool:
+        tried.append(rows)
+        return rows <= most
+
+    assert importlib.import_module("capacity").largest(fits, guess) == most
+    assert len(tried) == len(set(tried)) <= 18 and min(tried) >= 1
+
+
 def test_all_reduce_smoke(tmp_path: Path) -> None:
     """Both ways have the same sums on two processes; nothing is missing."""
     rows = run("all_reduce.py", tmp_path)["rows"]
