@@ -75,7 +75,8 @@ def compile(
     target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu" if device is None else device))
     source = PolicySource(parsed.policy, default_policy(target))
     source.check_planes(name for weight in linear_weights(unwrap(model)) for name in weight.site.names)
-    begin_lock(parsed)
+    named = (name for held in naming.names_in(unwrap(model)).values() for name in held.full) if parsed.lock else ()
+    locked = begin_lock(parsed, unwrap(model), named, source.policy.strict)
     source, loaded = _with_loaded(unwrap(model), source, policy is not None)
     problems = source.policy.resolve(unwrap(model)).problems
     if parsed.releases(source.policy):
@@ -87,7 +88,7 @@ def compile(
     for text in [text for text in session.notes if text.startswith(KEPT)]:
         del session.notes[text]  # of an earlier compile
     session.notes |= dict.fromkeys(problems)
-    session.notes |= dict.fromkeys(loaded)
+    session.notes |= dict.fromkeys((*loaded, *([locked] if locked else [])))
     if policy is None and not source.policy.name.startswith(OWN):
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
     if parsed.releases(source.policy):
@@ -154,11 +155,19 @@ def uncompile(model: nn.Module) -> nn.Module:
     for parameter in parameters_of(inner):
         disclaim(parameter)
     put_back(inner)
+    LEDGER.forget(inner)
     return model
 
 
 def report(model: nn.Module) -> Report:
-    """The ledger of a model: what became of every parameter's bytes, and why. See ``Report``."""
+    """The ledger of a model: what became of every parameter's bytes, and why.
+
+    Args:
+        model: compiled, or any other, of which it says that it is not; a part of a compiled model has a report, too.
+
+    Returns:
+        The report as it is now; it does not change with later calls.
+    """
     return LEDGER.report(model)
 
 
@@ -193,6 +202,9 @@ def release(model: nn.Module) -> int:
 
     Args:
         model: compiled, and called once, so that its weights are packed.
+
+    Returns:
+        Bytes of 16-bit values that were freed; 0 where nothing is packed.
     """
     stand_in(unwrap(model), lambda parameter: (entry := STORE.peek(parameter)) is not None and bool(entry.packs))
     return from_transformers.forget(unwrap(model)) + sum(STORE.release(parameter) for parameter in parameters_of(model))

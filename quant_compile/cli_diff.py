@@ -73,7 +73,7 @@ def _compared(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(found.to_json())
     elif found.same:
-        print(f"no weight differs, of {found.total}")
+        print("; ".join((f"no weight differs, of {found.total}", *found.around)))
     else:
         console_of().print(found.table(arguments.full))
     return 0 if found.same else 1

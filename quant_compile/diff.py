@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ from quant_compile.inspect.models import ModelSpec, build_model, example_inputs
 from quant_compile.ir.errors import OptionError
 from quant_compile.ir.lock import Lock, LockedSite, shown
 from quant_compile.ir.report import Report
+from quant_compile.ir.scheme import parse
+from quant_compile.lowering.rounding.recipe import has_choices
 from quant_compile.lowering.target import Target
 from quant_compile.page.content import Cell
 from quant_compile.policy import Policy
 
 KINDS = ("lock", "report", "policy")
+OF_WEIGHTS = ("version", "name", "description", "default", "rules")  # what of a policy its weights show
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Fact:
         layout: of its planes.
         joined: what was fused or merged around it.
         reason: why, where the source tells.
+        shape: with the dtype, where the source tells.
+        missed: whether some graph reads it unquantized, against the policy; of a lock, which does not tell, None.
+        rounding: of a policy, how codes are chosen where its scheme has a choice.
     """
 
     scheme: str | None
@@ -43,6 +49,9 @@ class Fact:
     layout: str
     joined: tuple[str, ...]
     reason: str = ""
+    shape: str = ""
+    missed: bool | None = None
+    rounding: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Source:
         facts: name of a weight -> what it got; of a lock, only weights that graphs multiply by.
         report: where there is one.
         lock: where it is one.
+        policy: where it is one.
     """
 
     label: str
@@ -62,6 +72,7 @@ class Source:
     facts: Mapping[str, Fact]
     report: Report | None = None
     lock: Lock | None = None
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -141,12 +152,20 @@ def read(source: str, model: ModelSpec | None, target: Target, tokens: int = 16)
         return Source(source, "lock", {name: _of_lock(site) for name, site in lock.sites.items()}, lock=lock)
     if text.lstrip().startswith("{"):
         return of_report(_report(text, source), source)
+    if path.suffix in (".lock", ".json") and not path.is_file():
+        raise OptionError(f"{source}: there is no such file.")
     policy = Policy.load(source)
     if model is None:
         raise OptionError(f"{source} is a policy, and what it does depends on the model. Fix: --model DIR_OR_ID.")
     built = build_model(model)
     explained = explain(built, example_inputs(built, tokens), policy, target)
-    return of_report(explained.report, f"{policy.name} of {model.source}", "policy")
+    found = of_report(explained.report, f"{policy.name} of {model.source}", "policy")
+    rounding = policy.rounding if policy.method is None else f"{policy.method}, {policy.rounding}"
+    facts = {
+        name: replace(fact, rounding=rounding) if fact.scheme and has_choices(parse(fact.scheme)) else fact
+        for name, fact in found.facts.items()
+    }
+    return replace(found, facts=facts, policy=policy)
 
 
 def of_report(report: Report, label: str, kind: str = "report") -> Source:
@@ -166,7 +185,7 @@ def _report(text: str, label: str) -> Report:
 
 
 def compare(before: Source, after: Source) -> Diff:
-    """Weights whose scheme, kernels, layout or fusion differ, and those that only one has.
+    """Weights whose scheme, kernels, layout, fusion, rounding, shape or coverage differ, and those that only one has.
 
     Of a lock and something else, only weights that are in the lock are compared: it has no others.
     """
@@ -183,14 +202,25 @@ def _difference(name: str, old: Fact | None, new: Fact | None) -> Difference:
         return Difference(
             name, ("added",) if old is None else ("removed",), old, new, "only one of them has a weight of this name"
         )
-    pairs = {
+    pairs: dict[str, tuple[Any, Any]] = {
         "scheme": (old.scheme, new.scheme),
         "kernel": (old.kernels, new.kernels),
         "layout": (old.layout, new.layout),
         "fusion": (old.joined, new.joined),
     }
+    if old.shape and new.shape:  # a lock has no dtype
+        known = min(len(old.shape.split("] ")), len(new.shape.split("] ")))
+        pairs["shape"] = (old.shape, new.shape) if known == 2 else (_sizes(old.shape), _sizes(new.shape))
+    if old.rounding and new.rounding:
+        pairs["rounding"] = old.rounding, new.rounding
+    if old.missed is not None and new.missed is not None:
+        pairs["coverage"] = old.missed, new.missed
     what = tuple(word for word, (a, b) in pairs.items() if a != b)
     return Difference(name, what, old, new, _why(old, new, what))
+
+
+def _sizes(shape: str) -> str:
+    return shape.partition("]")[0]
 
 
 def _why(old: Fact, new: Fact, what: Sequence[str]) -> str:
@@ -198,6 +228,12 @@ def _why(old: Fact, new: Fact, what: Sequence[str]) -> str:
         return f"{old.reason} → {new.reason}"
     if "scheme" in what:
         return new.reason or old.reason
+    if "shape" in what:
+        return "the models have it in other sizes"
+    if "rounding" in what:
+        return "the policies choose its codes in another way"
+    if "coverage" in what:
+        return "some graph of one of them reads it unquantized"
     return "its scheme is the same; another kernel is chosen" if "kernel" in what else ""
 
 
@@ -207,20 +243,31 @@ def _around(before: Source, after: Source) -> tuple[str, ...]:
         policy = () if old.policy_hash == new.policy_hash else (f"policy {old.policy} → {new.policy}",)
         return (*policy, *old.environment(new))
     if before.report is not None and after.report is not None:
-        pairs = [
+        pairs: list[tuple[str, Any, Any]] = [
             ("policy", before.report.policy, after.report.policy),
             ("device", before.report.target, after.report.target),
         ]
+        if before.policy is not None and after.policy is not None:
+            old, new = before.policy.to_dict(), after.policy.to_dict()
+            keys = [key for key in dict.fromkeys((*old, *new)) if key not in OF_WEIGHTS]
+            pairs += [(key, _plain(old.get(key)), _plain(new.get(key))) for key in keys]
         return tuple(f"{what} {a} → {b}" for what, a, b in pairs if a != b)
     return ()
 
 
+def _plain(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _of_lock(site: LockedSite) -> Fact:
-    return Fact(site.scheme, " / ".join(site.kernels), site.layout, site.joined)
+    shape = str(list(site.shape)) if site.shape else ""
+    return Fact(site.scheme, " / ".join(site.kernels), site.layout, site.joined, shape=shape)
 
 
 def _of_cell(cell: Cell) -> Fact:
-    return Fact(cell.scheme, " / ".join(sorted(cell.kernels.split(" / "))), cell.layout, cell.fusion, cell.reason)
+    kernels = " / ".join(sorted(cell.kernels.split(" / ")))
+    missed = "missed" in cell.marks
+    return Fact(cell.scheme, kernels, cell.layout, cell.fusion, cell.reason, cell.size, missed)
 
 
 def _values(fact: Fact | None, what: Sequence[str]) -> str:
@@ -232,5 +279,8 @@ def _values(fact: Fact | None, what: Sequence[str]) -> str:
         "kernel": fact.kernels or "none",
         "layout": fact.layout or "none",
         "fusion": "; ".join(fact.joined) or "none",
+        "shape": fact.shape,
+        "rounding": fact.rounding,
+        "coverage": "missed" if fact.missed else "whole",
     }
     return "\n".join(texts.get(word, fact.scheme or "kept") for word in what)

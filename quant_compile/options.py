@@ -139,7 +139,7 @@ class Options:
 
 
 def _lock(path: Any, update: bool) -> None:
-    if path is not None and not isinstance(path, str | Path):
+    if path is not None and (not isinstance(path, str | Path) or not str(path).strip()):
         raise OptionError(f"lock must be the path of a file, got {path!r}")
     if update and path is None:
         raise OptionError('lock_update writes a lock anew, and none is named. Fix: lock="model.lock".')

@@ -102,3 +102,45 @@ def test_wrong_usage(capsys: Captured, tmp_path: Path) -> None:
     assert "got 3" in run(capsys, "diff", "W8A8", "W8A8", "--model", "a", "b", "c")[2]
     code, _, err = run(capsys, "diff", "W8A8", "W8A16", "--model", str(tmp_path))
     assert code == 2 and "has no config.json" in err
+
+
+def test_sizes_of_two_models(capsys: Captured, tmp_path: Path, llama: str) -> None:
+    wide = {**TINY, "intermediate_size": 2 * TINY["intermediate_size"]}
+    transformers.LlamaConfig(**wide, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "wide")
+    code, out, _ = run(capsys, "diff", "W8A8", "W8A8", "--model", llama, str(tmp_path / "wide"), "--json")
+    found = json.loads(out)["differences"]
+    assert code == 1 and {one["name"].split(".")[-2] for one in found} == {"gate_proj", "up_proj", "down_proj"}
+    assert all("shape" in one["what"] and one["why"] for one in found)
+
+
+def test_policies_that_round_otherwise(capsys: Captured, tmp_path: Path, llama: str) -> None:
+    a = saved(tmp_path, "a.yaml", "default: W4A16\nrounding: search\n")
+    b = saved(tmp_path, "b.yaml", "default: W4A16\nrounding: nearest\nkv_cache: FP8\n")
+    code, out, _ = run(capsys, "diff", a, b, "--model", llama, "--json")
+    found = json.loads(out)
+    assert code == 1 and {tuple(one["what"]) for one in found["differences"]} == {("rounding",)}
+    assert "kv_cache none → FP8" in found["around"]
+    c = saved(tmp_path, "c.yaml", "default: W8A8\nkv_cache: FP8\n")
+    code, out, _ = run(capsys, "diff", "W8A8", c, "--model", llama)
+    assert code == 0 and "kv_cache none → FP8" in out  # no weight, but told
+
+
+def test_coverage_of_two_reports(capsys: Captured, tmp_path: Path) -> None:
+    first = synthetic(100)
+    line = next(line for line in first.lines if line.scheme)
+    lines = tuple(replace(one, missed=True) if one is line else one for one in first.lines)
+    a, b = saved(tmp_path, "a.json", first), saved(tmp_path, "b.json", replace(first, lines=lines))
+    code, out, _ = run(capsys, "diff", a, b, "--json")
+    assert code == 1 and [one["what"] for one in json.loads(out)["differences"]] == [["coverage"]]
+
+
+def test_sizes_of_two_locks(capsys: Captured, tmp_path: Path) -> None:
+    name = "layers.2.w"
+    site = replace(LOCK.sites[name], shape=(4, 8))
+    a = saved(tmp_path, "a.lock", replace(LOCK, sites={**LOCK.sites, name: site}))
+    b = saved(tmp_path, "b.lock", replace(LOCK, sites={**LOCK.sites, name: replace(site, shape=(4, 16))}))
+    code, out, _ = run(capsys, "diff", a, b, "--json")
+    assert code == 1 and [one["what"] for one in json.loads(out)["differences"]] == [["shape"]]
+    assert run(capsys, "diff", a, saved(tmp_path, "c.lock", LOCK))[0] == 0  # written before locks had shapes
+    code, _, err = run(capsys, "diff", a, str(tmp_path / "nothere.lock"))
+    assert code == 2 and "there is no such file" in err

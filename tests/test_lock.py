@@ -181,3 +181,72 @@ def test_bad_input_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="lock must be the path of a file, got 3"):
         quant_compile.compile(made, "W8A8", lock=3)
     assert "no compiled graph" in quant_compile.report(made).notes[0]
+
+
+def test_two_models_on_one_file_do_not_overwrite_each_other(tmp_path: Path, plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+    a, b, lock = model(), model(), tmp_path / "l"
+    quant_compile.compile(a, "W8A16", lock=lock)
+    quant_compile.compile(b, "W4A16", lock=lock)  # neither was called: there is no file yet
+    with torch.inference_mode():
+        a(torch.ones(3, 32))
+        text = lock.read_text()
+        with pytest.warns(LockWarning, match="W8A16"):
+            b(torch.ones(3, 32))
+        assert lock.read_text() == text  # the second is held to what the first wrote
+        a(torch.ones(5, 32))
+    assert set(Lock.load(lock).sites) == {f"{i}.{name}_proj.weight" for i in (0, 1) for name in ("gate", "up", "down")}
+
+
+def test_two_models_that_update_one_file_are_an_error(tmp_path: Path, plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+    a, b, lock = model(), nn.Sequential(Mlp()), tmp_path / "l"
+    for one in (a, b):
+        quant_compile.compile(one, "W8A16", lock=lock, lock_update=True)
+    with torch.inference_mode():
+        a(torch.ones(3, 32))
+        b(torch.ones(3, 32))
+        with pytest.raises(Exception, match="written by something else since this model wrote it"):
+            a(torch.ones(2, 2, 32))
+
+
+def test_a_policy_that_changed_is_told_though_no_kernel_did(tmp_path: Path, plain_inductor: CompileCounter) -> None:
+    policy = {"default": "W4A16", "rounding": "search"}
+    run(model(), tmp_path / "l", policy)
+    with pytest.warns(LockWarning, match="the policy has changed since the lock") as caught:
+        run(model(), tmp_path / "l", {**policy, "rounding": "nearest"})
+    assert len([one for one in caught if one.category is LockWarning]) == 1
+    with pytest.raises(Exception, match="whose content differs"):
+        run(model(), tmp_path / "l", {**policy, "rounding": "nearest", "strict": True})
+
+
+def test_weights_that_are_gone_are_named_before_anything_runs(tmp_path: Path, plain_inductor: CompileCounter) -> None:
+    run(model(), tmp_path / "l")
+    smaller = nn.Sequential(Mlp())
+    with pytest.raises(LockError, match=r"3 weights of the lock are not in the model.*1\.down_proj\.weight"):
+        quant_compile.compile(smaller, {"default": "W8A8", "strict": True}, lock=tmp_path / "l")
+    assert quant_compile.report(smaller).policy == "none"
+    with pytest.warns(LockWarning, match="not in the model"):
+        run(smaller, tmp_path / "l")
+    assert any("not in the model" in note for note in quant_compile.report(smaller).notes)
+
+
+def test_other_sizes_are_a_change(tmp_path: Path, plain_inductor: CompileCounter) -> None:
+    text = run(nn.Sequential(nn.Linear(32, 64)), tmp_path / "l")
+    assert '"shape": [64, 32]' in text
+    with pytest.warns(LockWarning, match=r"shape \[64, 32\] → \[96, 32\]: 0.weight"):
+        run(nn.Sequential(nn.Linear(32, 96)), tmp_path / "l")
+    (tmp_path / "l").write_text(text.replace(', "shape": [64, 32]', ""))  # as files were written before
+    assert Lock.load(tmp_path / "l").sites["0.weight"].shape == ()
+    run(nn.Sequential(nn.Linear(32, 64)), tmp_path / "l")
+
+
+@pytest.mark.parametrize("name", ["a\u2028b", "a\x85b", "x1²2", "\ud800", "a\tb", "ц"])
+def test_whatever_a_module_is_called(name: str, tmp_path: Path) -> None:
+    lock = Lock("W8A8", "", "", "", {}, {name: LockedSite("W8A8"), "b": LockedSite(None)})
+    assert Lock.load(lock.save(tmp_path / "l")) == lock
+
+
+def test_an_empty_name_is_no_file() -> None:
+    with pytest.raises(OptionError, match="lock must be the path of a file, got ''"):
+        quant_compile.compile(model(), "W8A8", lock="")

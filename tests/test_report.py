@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 import quant_compile
 from quant_compile import CoverageError, Report
-from quant_compile.ir.report import WeightLine
+from quant_compile.ir.errors import OptionError
+from quant_compile.ir.report import WeightLine, _summed
 from tests.runtime_support import EXACT, CompileCounter, Mlp, bf16, plain_inductor, store_bytes
 
 __all__ = ["plain_inductor"]
@@ -172,3 +174,55 @@ def test_one_report_for_shared_weights(plain_inductor: CompileCounter) -> None:
     report = quant_compile.report(model)
     assert len(report.lines) == 1 and report.lines[0].names == ("a.weight", "b.weight")
     assert report.bytes_total == 32 * 32 * 2 and report.lines[0].bytes_after == 32 * 32 + 4 * 32
+
+
+@pytest.mark.parametrize("name", ["[/bold]", "[bold]red", "[link=x]"])
+def test_names_are_no_markup(name: str, plain_inductor: CompileCounter) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(32, 32))
+    quant_compile.compile(model, "W8A16")
+    with torch.inference_mode():
+        model(torch.ones(2, 32))
+    assert f"{name}.weight" in str(quant_compile.report(model))
+
+
+def test_a_summed_report_keeps_its_graphs(made: tuple[nn.Module, Report], tmp_path: Any) -> None:
+    _, one = made
+    half = [replace(line, shard="Shard(0)", copies=1) for line in one.lines]
+    other = replace(one, lines=tuple(reversed(half)), views=one.views[::-1])  # graphs in another order
+    other = replace(
+        other, lines=tuple(replace(x, views=tuple(len(one.views) - 1 - i for i in x.views)) for x in other.lines)
+    )
+    whole = _summed([replace(one, lines=tuple(half)), other])
+    assert whole.views == one.views
+    assert [set(line.views) for line in whole.lines] == [set(line.views) for line in one.lines]
+    assert whole.html(tmp_path / "all.html").stat().st_size > 10_000
+    assert Report.from_json(whole.to_json()).cells() == whole.cells()
+
+
+def test_a_comparison_with_no_report_is_refused(made: tuple[nn.Module, Report], tmp_path: Any) -> None:
+    model, one = made
+    with pytest.raises(OptionError, match="other must be a report, got a"):
+        one.html(tmp_path / "a.html", other=model)  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "a.html").exists()
+
+
+def test_after_uncompile_nothing_is_said_of_quantization(plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+    model, alone = nn.Sequential(nn.Linear(32, 32)), nn.Linear(32, 32)
+    for one in (model, alone):
+        quant_compile.compile(one, "W8A16")
+        with torch.inference_mode():
+            one(torch.ones(2, 32))
+    quant_compile.uncompile(model)
+    report = quant_compile.report(model)
+    assert report.policy == "none" and {line.reason for line in report.lines} == {
+        "not compiled yet",
+        "not a linear weight: vector (norm, bias)",
+    }
+    assert report.notes == ("no compiled graph has read this model yet",) and not report.views
+    assert quant_compile.report(alone).coverage == 1
+    quant_compile.compile(model, "W8A16")
+    with torch.inference_mode():
+        model(torch.ones(2, 32))
+    assert quant_compile.report(model).coverage == 1

@@ -18,6 +18,7 @@ from quant_compile.page.files import written_whole
 
 VERSION = 1
 IN_16_BITS = "16 bits"
+_KEYS = ("scheme", "layout", "kernels", "joined", "shape")  # shape came later: files without are read as well
 _SITE = re.compile(r'  ("(?:[^"\\]|\\.)*"): (\{.*\})')
 _HEAD = re.compile(r"(\w+): (.+)")
 
@@ -31,27 +32,29 @@ class LockedSite:
         layout: of its planes; empty where it is kept.
         kernels: for each way that graphs multiply by it, the kernels by m; IN_16_BITS where a graph reads it so.
         joined: what was fused or merged around it.
+        shape: of the Parameter; empty in files that were written without.
     """
 
     scheme: str | None
     layout: str = ""
     kernels: tuple[str, ...] = ()
     joined: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
 
     def also(self, other: LockedSite) -> LockedSite:
         """With what another graph does."""
         kernels = tuple(sorted({*self.kernels, *other.kernels}))
-        return LockedSite(
-            other.scheme, other.layout or self.layout, kernels, tuple(sorted({*self.joined, *other.joined}))
-        )
+        joined = tuple(sorted({*self.joined, *other.joined}))
+        return LockedSite(other.scheme, other.layout or self.layout, kernels, joined, other.shape or self.shape)
 
     def differs(self, now: LockedSite) -> tuple[str, ...]:
-        """What a graph does now that is not in this: ``scheme``, ``kernel``, ``layout``, ``fusion``."""
+        """What a graph does now that is not in this: ``scheme``, ``kernel``, ``layout``, ``fusion``, ``shape``."""
         found = {
             "scheme": now.scheme != self.scheme,
             "kernel": not set(now.kernels) <= set(self.kernels),
             "layout": bool(now.layout) and now.layout != self.layout,
             "fusion": not set(now.joined) <= set(self.joined),
+            "shape": bool(now.shape and self.shape) and now.shape != self.shape,
         }
         return tuple(what for what, changed in found.items() if changed)
 
@@ -87,8 +90,7 @@ class Lock:
         ]
         for name in sorted(self.sites, key=_natural):
             site = self.sites[name]
-            fields = {"scheme": site.scheme, "layout": site.layout, "kernels": site.kernels, "joined": site.joined}
-            lines.append(f"  {_json(name)}: {_json(fields)}")
+            lines.append(f"  {_json(name)}: {_json({key: getattr(site, key) for key in _KEYS})}")
         return "\n".join(lines) + "\n"
 
     def save(self, path: Path) -> Path:
@@ -124,7 +126,7 @@ class Lock:
         Raises:
             LockError: a line is not one that ``text`` gives; names it.
         """
-        lines = _Lines(text.splitlines(), label)
+        lines = _Lines(text.removesuffix("\n").replace("\r\n", "\n").split("\n"), label)
         if (version := lines.head("lock", int)) != VERSION:
             lines.fail(1, f"is of version {version}, and this sglquant reads version {VERSION}")
         policy = lines.head("policy", _words("name", "hash"))
@@ -142,12 +144,14 @@ class Lock:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    """On one line, whatever the text is: half of a surrogate pair, which no encoding has, is escaped as other letters are not."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(value)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts ``layers.2`` before ``layers.10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _words(*keys: str) -> Callable[[str], dict[str, str]]:
@@ -184,15 +188,16 @@ def _object(text: str) -> dict[str, Any]:
 
 def _site(text: str) -> LockedSite:
     found = _object(text)
-    keys = ("scheme", "layout", "kernels", "joined")
-    if tuple(found) != keys:
-        raise ValueError(f"must have the keys {', '.join(keys)}, and has {', '.join(found) or 'none'}")
-    scheme, layout, kernels, joined = found.values()
+    if tuple(found) not in (_KEYS, _KEYS[:-1]):
+        raise ValueError(f"must have the keys {', '.join(_KEYS)}, and has {', '.join(found) or 'none'}")
+    scheme, layout, kernels, joined, shape = *found.values(), *([] if "shape" in found else [[]])
     if not isinstance(scheme, str | None) or not isinstance(layout, str):
         raise ValueError("has a scheme or layout that is no text")
     if not _all_text(kernels) or not _all_text(joined):
         raise ValueError("has kernels or joined that are no list of texts")
-    return LockedSite(scheme, layout, tuple(kernels), tuple(joined))
+    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        raise ValueError("has a shape that is no list of whole numbers")
+    return LockedSite(scheme, layout, tuple(kernels), tuple(joined), tuple(shape))
 
 
 def _all_text(value: Any) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from quant_compile.ir.errors import CoverageError, OptionError
@@ -185,7 +186,9 @@ class Report:
     def table(self, full: bool = False) -> Table:
         """The ledger as a rich table: lines alike are joined unless ``full``."""
         table = Table(
-            title=f"sglquant ledger: {self.policy} on {self.target}", caption=self._caption(), title_justify="left"
+            title=escape(f"sglquant ledger: {self.policy} on {self.target}"),
+            caption=self._caption(),
+            title_justify="left",
         )
         for column in ("weights", "scheme", "layout", "kernels", "bytes", "reason"):
             table.add_column(column, overflow="fold", justify="right" if column == "bytes" else "left")
@@ -193,11 +196,13 @@ class Report:
             first = group[0]
             before, after = sum(line.bytes_before for line in group), sum(line.bytes_after for line in group)
             size = f"{_size(before)} → {_size(after)}" if first.scheme else _size(before)
-            table.add_row(_label(group), first.scheme or "kept", first.layout, first.kernels, size, first.reason)
+            cells = (_label(group), first.scheme or "kept", first.layout, first.kernels, size, first.reason)
+            table.add_row(*map(escape, cells))
         for site in self.attention:
-            table.add_row(f"attention: {site.what} ({site.count})", "", "", site.runs, "", site.reason)
+            cells = (f"attention: {site.what} ({site.count})", "", "", site.runs, "", site.reason)
+            table.add_row(*map(escape, cells))
         for note in self.notes:
-            table.add_row("note", "", "", "", "", note)
+            table.add_row("note", "", "", "", "", escape(note))
         return table
 
     def _caption(self) -> str:
@@ -222,12 +227,17 @@ class Report:
             The path.
 
         Raises:
-            OptionError: the file cannot be written; what was there is untouched.
+            OptionError: the file cannot be written, and what was there is untouched; ``other`` is no report.
         """
+        if other is not None and not isinstance(other, Report):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(
+                f"other must be a report, got a {type(other).__name__}. Fix: quant_compile.report(model)."
+            )
+        path = Path(path).expanduser()
         reports = [self] if other is None else [self, other]
         page = side_by_side([report._side() for report in reports], [report.cells() for report in reports])
         try:
-            return written_whole(Path(path), render(page))
+            return written_whole(path, render(page))
         except OSError as error:
             raise OptionError(
                 f"{path} cannot be written: {error.strerror}. Fix: name a file in a folder that is there."
@@ -287,9 +297,11 @@ def _summed(reports: list[Report]) -> Report:
     """One report of those of all ranks."""
     lines: dict[tuple[str, ...], list[WeightLine]] = {}
     attention: dict[AttentionLine, None] = {}
+    views: dict[SiteView, int] = {}
     for report in reports:
         for line in report.lines:
-            lines.setdefault(line.names, []).append(line)
+            seen = tuple(views.setdefault(report.views[i], len(views)) for i in line.views)
+            lines.setdefault(line.names, []).append(replace(line, views=seen))
         attention |= dict.fromkeys(report.attention)
     first = reports[0]
     notes = dict.fromkeys(note for report in reports for note in report.notes)
@@ -299,7 +311,9 @@ def _summed(reports: list[Report]) -> Report:
         for key in dict.fromkeys(key for report in reports for key in report.timings)
     }
     whole = tuple(_joined(parts) for parts in lines.values())
-    return Report(first.policy, first.target, whole, tuple(notes), tuple(misses), timings, tuple(attention))
+    return Report(
+        first.policy, first.target, whole, tuple(notes), tuple(misses), timings, tuple(attention), tuple(views)
+    )
 
 
 def _joined(parts: list[WeightLine]) -> WeightLine:
@@ -323,6 +337,8 @@ def _joined(parts: list[WeightLine]) -> WeightLine:
         named=any(line.named for line in parts),
         missed=unlike or any(line.missed for line in parts),
         released=all(line.released for line in parts),
+        views=tuple(dict.fromkeys(i for line in parts for i in line.views)),
+        verified=None if any(line.verified is None for line in parts) else max(line.verified or 0.0 for line in parts),
         copies=1,
     )
 

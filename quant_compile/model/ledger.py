@@ -132,6 +132,15 @@ class Ledger:
             if session is not None:
                 self._sessions[model] = session
 
+    def forget(self, model: nn.Module) -> None:
+        """A model is not compiled any more: what is known of it alone goes."""
+        self._sessions.pop(model, None)
+        others = {id(p) for other in list(self._sessions) for p in parameters_of(other)}
+        for parameter in parameters_of(model):
+            anchor = peek_anchor(parameter)
+            if anchor is not None and id(parameter) not in others:
+                self._records.pop(anchor.identity, None)
+
     def peek(self, parameter: nn.Parameter) -> Record | None:
         """The record of a Parameter if there is one."""
         anchor = peek_anchor(parameter)

@@ -72,6 +72,11 @@ class Cell:
     verified: float | None = None
 
     @property
+    def size(self) -> str:
+        """Shape and dtype, where they are known."""
+        return f"{list(self.shape)} {self.dtype}".strip() if self.shape or self.dtype else ""
+
+    @property
     def fusion(self) -> tuple[str, ...]:
         """What was joined around it, in any graph, with the weights that share its kernel."""
         return tuple(sorted({text for view in self.views for text in view.joined}))
@@ -95,7 +100,7 @@ class Page:
 
 
 def changes(before: Cell | None, after: Cell | None) -> tuple[str, ...]:
-    """What differs of a weight: ``added``, ``removed``, or some of ``scheme``, ``kernel``, ``layout``, ``fusion``, ``coverage``."""
+    """What differs of a weight: ``added``, ``removed``, or of ``scheme``, ``kernel``, ``layout``, ``fusion``, ``coverage``, ``shape``."""
     if before is None or after is None:
         return ("added",) if before is None else ("removed",)
     pairs = {
@@ -104,6 +109,7 @@ def changes(before: Cell | None, after: Cell | None) -> tuple[str, ...]:
         "layout": (before.layout, after.layout),
         "fusion": (before.fusion, after.fusion),
         "coverage": ("missed" in before.marks, "missed" in after.marks),
+        "shape": (before.size, after.size),
     }
     return tuple(what for what, (old, new) in pairs.items() if old != new)
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from quant_compile.ir.errors import LockError, LockWarning
 from quant_compile.ir.lock import IN_16_BITS, Lock, LockedSite, shown
+from quant_compile.lowering.identity import identity_of
 from quant_compile.lowering.target import Target
 from quant_compile.model.ledger import Sessions
 from quant_compile.model.names import Owners
@@ -38,9 +40,10 @@ class Keeper:
         Raises:
             LockError: it is no lock; names the line. Or there is no folder to write it into.
         """
-        self.path = path
+        self.path, self._update = path, update
         self.locked = None if update or not path.exists() else Lock.load(path)
         self._written: Lock | None = None
+        self._told = set[str]()
         self._mutex = RLock()
         if self.locked is None and not path.absolute().parent.is_dir():
             raise LockError(
@@ -55,18 +58,38 @@ class Keeper:
         """
         with self._mutex:
             now = Lock(policy.name, policy.content_hash, target.label, target.name, versions(), sites)
+            if self.locked is None and self._written is None and not self._update and self.path.exists():
+                self.locked = Lock.load(self.path)  # another model was compiled with the same file, and called first
             if self.locked is None:
                 self._write(now)
             elif text := self.differences(self.locked, now):
                 if policy.strict:
                     raise LockError(text)
                 sessions.note(text)
-                warnings.warn(text, LockWarning, stacklevel=2)
+                if text not in self._told:  # a graph is kept when it is compiled, and when it is bound
+                    self._told.add(text)
+                    warnings.warn(text, LockWarning, stacklevel=2)
+
+    def without(self, names: Iterable[str]) -> str:
+        """Weights of the lock that are not among these, in words, or nothing."""
+        known = set(names)
+        gone = [name for name in self.locked.sites if name not in known] if self.locked is not None else []
+        if not gone:
+            return ""
+        what = "weight of the lock is" if len(gone) == 1 else "weights of the lock are"
+        return (
+            f"{len(gone)} {what} not in the model, {self.path}: {shown(gone)}\n"
+            "Fix: lock_update=True, if this is meant to be so."
+        )
 
     def _write(self, now: Lock) -> None:
         known = self._written.sites if self._written is not None else {}
         added = {name: known[name].also(site) if name in known else site for name, site in now.sites.items()}
         whole = replace(now, sites={**known, **added})
+        if self._written is not None and self.path.exists() and self.path.read_text("utf-8") != self._written.text():
+            raise LockError(
+                f"the lock {self.path} was written by something else since this model wrote it. Fix: a file for each model."
+            )
         if whole != self._written:
             whole.save(self.path)
             self._written = whole
@@ -80,10 +103,11 @@ class Keeper:
                 groups.setdefault("not in the lock", []).append(name)
             elif what := old.differs(site):
                 groups.setdefault(_said(old, site, what), []).append(name)
-        if not groups:
+        if not groups and locked.policy_hash == now.policy_hash:
             return ""
         count = sum(map(len, groups.values()))
-        lines = [f"{count} {'weight has' if count == 1 else 'weights have'} changed since the lock {self.path}:"]
+        said = {0: "the policy has", 1: "1 weight has"}.get(count, f"{count} weights have")
+        lines = [f"{said} changed since the lock {self.path}{':' if count else ', and no scheme or kernel with it.'}"]
         lines += [f"  {said}: {shown(names)}" for said, names in groups.items()]
         around = locked.environment(now)
         if locked.policy_hash != now.policy_hash:
@@ -99,6 +123,7 @@ def _said(old: LockedSite, now: LockedSite, what: Sequence[str]) -> str:
         "kernel": (" / ".join(old.kernels) or "none", " / ".join(now.kernels) or "none"),
         "layout": (old.layout or "none", now.layout or "none"),
         "fusion": ("; ".join(old.joined) or "none", "; ".join(now.joined) or "none"),
+        "shape": (list(old.shape), list(now.shape)),
     }
     return ", ".join(f"{word} {values[word][0]} → {values[word][1]}" for word in what)
 
@@ -114,27 +139,53 @@ def versions() -> dict[str, str]:
     return found
 
 
-_KEEPERS: dict[Path, Keeper] = {}
+# A file's keepers: of each model that was compiled with it, and of functions and models that torch.compile was given.
+_OF_MODELS: dict[Path, weakref.WeakKeyDictionary[Module, Keeper]] = {}
+_OF_OTHERS: dict[Path, Keeper] = {}
 
 
-def begin(options: Options) -> None:
-    """A compilation begins: its lock is read, or is to be written anew.
+def begin(options: Options, model: Module, names: Iterable[str], strict: bool) -> str:
+    """A model's compilation begins: its lock is read, or is to be written anew.
+
+    Args:
+        names: of its weights.
+        strict: a weight of the lock that the model has not is an error.
+
+    Returns:
+        What to note: weights of the lock that the model has not; or nothing.
+
+    Raises:
+        LockError: as ``Keeper``, or by ``strict``.
+    """
+    if options.lock is None:
+        return ""
+    path = Path(options.lock)
+    keeper = Keeper(path, options.lock_update)
+    text = keeper.without(names)
+    if text and strict:
+        raise LockError(text)
+    if text:
+        warnings.warn(text, LockWarning, stacklevel=3)
+    _OF_MODELS.setdefault(path.absolute(), weakref.WeakKeyDictionary())[model] = keeper
+    return text
+
+
+def keeper_of(options: Options, parameters: Iterable[Parameter]) -> Keeper | None:
+    """What keeps the lock that the options name, for the model that has these weights.
 
     Raises:
         LockError: as ``Keeper``.
     """
-    if options.lock is not None:
-        path = Path(options.lock)
-        _KEEPERS[path.absolute()] = Keeper(path, options.lock_update)
-
-
-def keeper_of(options: Options) -> Keeper | None:
-    """What keeps the lock that the options name."""
     if options.lock is None:
         return None
-    if Path(options.lock).absolute() not in _KEEPERS:
-        begin(options)
-    return _KEEPERS[Path(options.lock).absolute()]
+    path = Path(options.lock).absolute()
+    wanted = set(map(identity_of, parameters))
+    for model, keeper in list(_OF_MODELS.get(path, {}).items()):
+        if any(identity_of(parameter) in wanted for parameter in model.parameters()):
+            return keeper
+    if path not in _OF_OTHERS:
+        _OF_OTHERS[path] = Keeper(Path(options.lock), options.lock_update)
+    return _OF_OTHERS[path]
 
 
 def sites_of(
@@ -152,5 +203,6 @@ def sites_of(
         else:
             dispatch, joined = dispatches[slot], variant.views.joined.get(slot, ())
             site = LockedSite(decision.scheme.spec, dispatch.layout, (dispatch.ranges,), joined)
+        site = replace(site, shape=tuple(parameters[slot].shape))
         out[name] = out[name].also(site) if name in out else site
     return out

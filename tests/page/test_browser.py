@@ -197,6 +197,34 @@ def test_two_reports_show_what_changed(browser: Any, files: dict[str, Path]) -> 
     opened.close()
 
 
+def test_a_module_of_two_reports_has_both(browser: Any, files: dict[str, Path]) -> None:
+    """Bytes by scheme of A and of B, in the details and in the treemap of each; none of them are the other's."""
+    page = Opened(browser, files["two"])
+    one, two = moe(), other()
+    rows = page.page.locator("#details table[aria-label='By scheme'] tbody tr").all_text_contents()
+    heads = page.page.locator("#details table[aria-label='By scheme'] th").all_text_contents()
+    assert heads == ["scheme", "weights in A", "bytes", "weights in B", "bytes"]
+    schemes = {line.scheme or "kept" for report in (one, two) for line in report.lines}
+    assert len(rows) == len(schemes) and all(any(row.startswith(scheme) for row in rows) for scheme in schemes)
+    labels = set()
+    for letter in "AB":
+        page.page.locator("#bytes-side").get_by_role("button", name=letter, exact=True).click()
+        labels.add(page.page.locator("#treemap svg").get_attribute("aria-label"))
+    assert len(labels) == 2
+    page.close()
+
+
+def test_a_step_up_keeps_the_keyboard(browser: Any, files: dict[str, Path]) -> None:
+    page = Opened(browser, files["moe"])
+    page.page.locator("#tree").focus()
+    for key in ("ArrowDown", "ArrowRight", "ArrowDown", "Enter"):
+        page.page.keyboard.press(key)
+    page.page.locator("#details .crumbs button").first.focus()
+    page.page.keyboard.press("Enter")
+    assert page.page.evaluate("document.activeElement.id") == "tree"
+    page.close()
+
+
 def test_colours_may_be_chosen(browser: Any, files: dict[str, Path]) -> None:
     opened = Opened(browser, files["moe"])
     background = "getComputedStyle(document.body.parentElement).backgroundColor"

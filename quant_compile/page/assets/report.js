@@ -97,15 +97,19 @@
       node.missed = marksOf(cell).includes("missed") ? 1 : 0;
       return;
     }
-    Object.assign(node, { weights: 0, sizes: SIDES.map(() => [0, 0]), changes: 0, missed: 0, split: new Map() });
+    Object.assign(node, { weights: 0, sizes: SIDES.map(() => [0, 0]), changes: 0, missed: 0, splits: [new Map(), new Map()] });
     for (const kid of node.kids) {
       node.weights += kid.weights;
       node.changes += kid.changes;
       node.missed += kid.missed;
       kid.sizes.forEach((own, s) => { node.sizes[s][0] += own[0]; node.sizes[s][1] += own[1]; });
-      const add = (bytes, scheme) => node.split.set(scheme, (node.split.get(scheme) || 0) + bytes);
-      if (kid.row < 0) kid.split.forEach(add);
-      else add(main(D.rows[kid.row])[1], schemeOf(main(D.rows[kid.row])));
+      // Bytes by scheme of what the treemap draws: after, of A and of B; of one report before and after.
+      node.splits.forEach((split, s) => {
+        const add = (bytes, scheme) => split.set(scheme, (split.get(scheme) || 0) + bytes);
+        if (kid.row < 0) return kid.splits[s].forEach(add);
+        const cell = D.rows[kid.row][2 + (TWO ? s : 0)];
+        if (exists(cell)) add(TWO ? cell[1] : cell[s], schemeOf(cell));
+      });
     }
   })(root, 0);
   const pathOf = (node) => (node.parent && node.parent !== root ? `${pathOf(node.parent)}.${node.name}` : node.name);
@@ -214,7 +218,7 @@
         module && el("span", { class: "tally" }, whole.format(filtering ? node.hits : node.weights)),
         node.missed > 0 && el("span", { class: "flag", title: "some graph reads it unquantized, against the policy" }),
         node.changes > 0 && el("span", { class: module ? "changed" : "flag mark", title: module ? null : `changed: ${D.rows[node.row][1].join(", ")}` }, module && `${whole.format(node.changes)} changed`)),
-      module ? el("span", { class: "what" }, splitBar(node.split)) : el("span", { class: "what" }, dot(cell && exists(cell) ? schemeOf(cell) : ""), el("span", {}, TWO ? words(node) : kept)),
+      module ? el("span", { class: "what" }, splitBar(node.splits[1])) : el("span", { class: "what" }, dot(cell && exists(cell) ? schemeOf(cell) : ""), el("span", {}, TWO ? words(node) : kept)),
       el("span", { class: "size" }, before(node) === after(node) ? el("b", {}, size(after(node))) : [`${size(before(node))} → `, el("b", {}, size(after(node)))]));
   }
   function words(node) {
@@ -308,7 +312,7 @@
   function crumbs(node) {
     const way = [];
     for (let up = node.parent; up; up = up.parent) way.unshift(up);
-    return el("p", { class: "crumbs" }, way.map((up, i) => [i > 0 && " . ", el("button", { type: "button", on: { click: () => (up === root ? select(root) : reveal(up)) } }, up === root ? "all" : up.name)]));
+    return el("p", { class: "crumbs" }, way.map((up, i) => [i > 0 && " . ", el("button", { type: "button", on: { click: () => { if (up === root) select(root); else reveal(up); $("tree").focus(); } } }, up === root ? "all" : up.name)]));
   }
   function rowsBelow(node, out = []) {
     if (node.row >= 0) out.push(D.rows[node.row]);
@@ -331,6 +335,19 @@
     }
     return [...out].sort((a, b) => b[1][1] - a[1][1]);
   }
+  function schemesOfBoth(rows) {
+    const sums = new Map();
+    for (const row of rows) cellsOf(row).forEach((cell, s) => {
+      if (!exists(cell)) return;
+      const sum = sums.get(schemeOf(cell)) || [[0, 0], [0, 0]];
+      sum[s][0]++;
+      sum[s][1] += cell[1];
+      sums.set(schemeOf(cell), sum);
+    });
+    const found = [...sums].sort((a, b) => b[1][0][1] + b[1][1][1] - a[1][0][1] - a[1][1][1]);
+    return tableOf(["scheme", "#weights in A", "#bytes", "#weights in B", "#bytes"], found.map(([scheme, [a, b]]) => [
+      el("span", {}, dot(scheme), pick("by-scheme", named(scheme), named(scheme))), whole.format(a[0]), size(a[1]), whole.format(b[0]), size(b[1])]), "By scheme");
+  }
   function moduleDetails(node) {
     const rows = rowsBelow(node), [b, a] = [before(node), after(node)];
     const schemesHere = grouped(rows, (cell) => schemeOf(cell));
@@ -339,9 +356,9 @@
       el("div", { class: "chips" }, el("span", { class: "chip" }, count(node.weights, "weight")), el("span", { class: "chip" }, b === a ? size(a) : `${size(b)} → ${size(a)}`),
         node.missed > 0 && el("span", { class: "badge warn" }, `${count(node.missed, "weight")} missed`), node.changes > 0 && el("span", { class: "chip" }, `${whole.format(node.changes)} changed`)),
       el("h3", {}, "By scheme"),
-      tableOf(["scheme", "#weights", "#before", "#after"], schemesHere.map(([scheme, sum]) => [
+      TWO ? schemesOfBoth(rows) : tableOf(["scheme", "#weights", "#before", "#after"], schemesHere.map(([scheme, sum]) => [
         el("span", {}, dot(scheme), pick("by-scheme", named(scheme), named(scheme))), whole.format(sum[0]), size(sum[1]), size(sum[2])]), "By scheme"),
-      el("h3", {}, "By reason"),
+      el("h3", {}, TWO ? "By reason, of B" : "By reason"),
       tableOf(["reason", "#weights", "#bytes"], reasons.slice(0, 40).map(([text, sum]) => [pick("by-reason", String(text), T[text] || "none"), whole.format(sum[0]), size(sum[1])]), "By reason"),
     ];
     if (reasons.length > 40) parts.push(el("p", { class: "muted" }, `${whole.format(reasons.length - 40)} more reasons; search finds them.`));
@@ -525,7 +542,7 @@
 
   let drawnSide = 1;
   const valueOf = (node) => (TWO ? node.sizes[drawnSide][1] : node.sizes[0][drawnSide]);
-  const splitOf = (node) => (node.row >= 0 ? schemeOf(TWO && exists(D.rows[node.row][2 + drawnSide]) ? D.rows[node.row][2 + drawnSide] : main(D.rows[node.row])) : sorted(node.split)[0][0]);
+  const splitOf = (node) => (node.row >= 0 ? schemeOf(TWO && exists(D.rows[node.row][2 + drawnSide]) ? D.rows[node.row][2 + drawnSide] : main(D.rows[node.row])) : (sorted(node.splits[drawnSide])[0] || [""])[0]);
   let cells = new Map();
   function squarify(kids, x, y, w, h, place) {
     let total = kids.reduce((sum, kid) => sum + valueOf(kid), 0), i = 0;
@@ -564,7 +581,7 @@
         const group = kid.kids.length && w > 22 && h > 16 && w * h > 700;
         if (!group) {
           if (w * h < 0.6) return;
-          const scheme = splitOf(kid), gap = w > 3 && h > 3 ? 0.75 : 0, split = kid.row >= 0 || w < 24 ? [[scheme, 1]] : sorted(kid.split);
+          const scheme = splitOf(kid), gap = w > 3 && h > 3 ? 0.75 : 0, split = kid.row >= 0 || w < 24 ? [[scheme, 1]] : sorted(kid.splits[drawnSide]);
           const total = split.reduce((sum, [, bytes]) => sum + bytes, 0) || 1, title = `${pathOf(kid)}\n${size(valueOf(kid))}, ${split.map(([one]) => named(one)).join(", ")}`;
           let left = x + gap;
           for (const [one, bytes] of split) {
@@ -582,7 +599,7 @@
         fillIn(kid, x + 2, y + 2 + head, w - 4, h - 4 - head);
       });
     })(topOf(root), 0, 0, w, h);
-    const label = `Treemap of ${size(valueOf(root))}: ${sorted(root.split).map(([scheme, bytes]) => `${named(scheme)} ${size(bytes)}`).join(", ")}`;
+    const label = `Treemap of ${size(valueOf(root))}: ${sorted(root.splits[drawnSide]).map(([scheme, bytes]) => `${named(scheme)} ${size(bytes)}`).join(", ")}`;
     box.replaceChildren(svg("svg", { width: w, height: h, role: "img", "aria-label": label }, parts, svg("rect", { class: "picked", id: "picked", width: 0, height: 0 })));
     markPicked();
   }
