@@ -18,6 +18,7 @@ from quant_compile.ir.family import PlaneSpec, Reject, family_of
 from quant_compile.ir.graph import BiasRef, PlaneRef, add_plane, erase_with_inputs, stand_for, verify
 from quant_compile.ir.scheme import parse
 from quant_compile.ir.writes import Writes, storage_of
+from quant_compile.page.views import tail
 from quant_compile.passes.plan import PassReport, Plan
 
 
@@ -67,7 +68,7 @@ def _say_why_apart(groups: Mapping[tuple[Any, ...], Sequence[fx.Node]], report: 
         source = key[0].args[0] if key[0].target is ops.quantize else key[0]
         by_input.setdefault(source, []).append(key)
     for first, *others in by_input.values():
-        beside = " + ".join(_names(groups[first]))
+        beside = " + ".join(map(tail, _names(groups[first])))  # so that layers alike say the same
         for other in others:
             if other[1] != first[1]:
                 why = f"its scheme is {other[1]}, and theirs is {first[1]}"

@@ -12,6 +12,7 @@ from torch import fx
 from quant_compile.ir import ops
 from quant_compile.ir.graph import ScaleRef, erase_with_inputs, names_reading, verify
 from quant_compile.ir.writes import Writes
+from quant_compile.page.views import tail
 from quant_compile.passes.plan import PassReport, Plan
 
 TURNED_OFF = "the policy's `fuse` turns share_quant off"
@@ -50,7 +51,7 @@ def _say_why_apart(graph: fx.Graph, plan: Plan, report: PassReport) -> None:
     for first, *others in by_input.values():
         for other in others:
             names = names_reading(other)
-            beside = " + ".join(names_reading(first))
+            beside = " + ".join(map(tail, names_reading(first)))  # so that layers alike say the same
             if other.args[1] != first.args[1]:
                 what = f"{other.args[1]}, that of {beside} as {first.args[1]}"
                 report.nearly(names, f"its input is quantized on its own: as {what}")

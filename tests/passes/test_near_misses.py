@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import quant_compile
 from quant_compile.lowering.target import Target
 from quant_compile.passes import PIPELINE
 from quant_compile.passes.plan import NearMiss
 from tests.ir.tracing import Holder, plan_for, trace
 from tests.passes.test_fuse_input import Block, K, LlamaRMSNorm, with_residual
 from tests.passes.test_fuse_input import inputs as wide
+from tests.runtime_support import CompileCounter, Mlp, plain_inductor
+
+__all__ = ["plain_inductor"]
 
 F = nn.functional
 
@@ -93,3 +97,17 @@ def test_a_norm_that_no_kernel_takes() -> None:
     (miss,) = found["lower"]
     assert miss.names == ("first.weight", "second.weight") and "MeanNorm is no RMSNorm that it knows" in miss.reason
     assert near(Block(LlamaRMSNorm(K), with_residual), "MXFP4", *wide(), target=Target.fake("sm100")) == {}
+
+
+def test_layers_alike_share_their_near_misses(plain_inductor: CompileCounter) -> None:
+    counts = []
+    for layers in (4, 6):  # the first ones draw another input
+        torch._dynamo.reset()
+        model = nn.Sequential(*(Mlp() for _ in range(layers)))
+        quant_compile.compile(model, {"default": "W8A8", "fuse": {"share_quant": False}})
+        with torch.inference_mode():
+            model(torch.ones(3, 32))
+        report = quant_compile.report(model)
+        assert any("gate_proj" in text for view in report.views for text in view.missed)
+        counts.append(len(report.views))
+    assert counts[0] == counts[1]
