@@ -20,7 +20,7 @@ from quant_compile.checkpoints.adopted import OWN, policy_of
 from quant_compile.checkpoints.description import Description
 from quant_compile.generation import install, outside_of, uninstall
 from quant_compile.generation.loop import KEPT
-from quant_compile.ir.errors import OptionError, PolicyError, StaleWeightError, WeightError
+from quant_compile.ir.errors import LockError, OptionError, PolicyError, StaleWeightError, WeightError
 from quant_compile.ir.report import Report
 from quant_compile.lowering.shards import whole_shape
 from quant_compile.lowering.target import Target, default_policy
@@ -34,6 +34,8 @@ from quant_compile.model.weights import linear_weights
 from quant_compile.options import Options, PolicySource
 from quant_compile.policy import Policy
 from quant_compile.runtime.locked import begin as begin_lock
+from quant_compile.runtime.locked import drop as drop_lock
+from quant_compile.runtime.locked import hold as hold_lock
 from quant_compile.runtime.ranks import together
 
 
@@ -75,9 +77,7 @@ def compile(
     target = Target.of(next((p.device for p in model.parameters() if p.is_cuda), "cpu" if device is None else device))
     source = PolicySource(parsed.policy, default_policy(target))
     source.check_planes(name for weight in linear_weights(unwrap(model)) for name in weight.site.names)
-    named = (name for held in naming.names_in(unwrap(model)).values() for name in held.full) if parsed.lock else ()
-    locked = begin_lock(parsed, unwrap(model), named, source.policy.strict)
-    source, loaded = _with_loaded(unwrap(model), source, policy is not None)
+    source, loaded = _with_lock(unwrap(model), parsed, source, policy is not None)
     problems = source.policy.resolve(unwrap(model)).problems
     if parsed.releases(source.policy):
         stand_in(unwrap(model))
@@ -88,7 +88,7 @@ def compile(
     for text in [text for text in session.notes if text.startswith(KEPT)]:
         del session.notes[text]  # of an earlier compile
     session.notes |= dict.fromkeys(problems)
-    session.notes |= dict.fromkeys((*loaded, *([locked] if locked else [])))
+    session.notes |= dict.fromkeys(loaded)
     if policy is None and not source.policy.name.startswith(OWN):
         session.notes[f"no policy was given: {source.policy.name} is the default on this device"] = None
     if parsed.releases(source.policy):
@@ -98,6 +98,26 @@ def compile(
     for part in _called(model):
         install(part, options, note, dynamic=dynamic, fullgraph=fullgraph)
     return model
+
+
+def _with_lock(model: nn.Module, parsed: Options, source: PolicySource, given: bool) -> tuple[PolicySource, list[str]]:
+    """``_with_loaded``, and the lock held by the names that the model's weights have then.
+
+    Raises:
+        LockError, CheckpointError, PolicyError: nothing has been changed.
+    """
+    keeper, adopted = begin_lock(parsed), any(True for _ in from_transformers.adopted(model))
+    source, loaded = _with_loaded(model, source, given)
+    if keeper is None:
+        drop_lock(model)
+        return source, loaded
+    try:
+        text = hold_lock(keeper, model, source.policy.strict)
+    except LockError:
+        if not adopted:
+            from_transformers.undo(model)
+        raise
+    return source, [*loaded, *([text] if text else [])]
 
 
 def _with_loaded(model: nn.Module, source: PolicySource, given: bool) -> tuple[PolicySource, list[str]]:
@@ -155,7 +175,9 @@ def uncompile(model: nn.Module) -> nn.Module:
     for parameter in parameters_of(inner):
         disclaim(parameter)
     put_back(inner)
-    LEDGER.forget(inner)
+    for part in _called(model):
+        LEDGER.forget(unwrap(part))
+        drop_lock(unwrap(part))
     return model
 
 

@@ -20,7 +20,7 @@ from quant_compile.ir.errors import OptionError
 from quant_compile.ir.lock import Lock, LockedSite, shown
 from quant_compile.ir.report import Report
 from quant_compile.ir.scheme import parse
-from quant_compile.lowering.rounding.recipe import has_choices
+from quant_compile.lowering.rounding import recipe
 from quant_compile.lowering.target import Target
 from quant_compile.page.content import Cell
 from quant_compile.policy import Policy
@@ -162,7 +162,7 @@ def read(source: str, model: ModelSpec | None, target: Target, tokens: int = 16)
     found = of_report(explained.report, f"{policy.name} of {model.source}", "policy")
     rounding = policy.rounding if policy.method is None else f"{policy.method}, {policy.rounding}"
     facts = {
-        name: replace(fact, rounding=rounding) if fact.scheme and has_choices(parse(fact.scheme)) else fact
+        name: replace(fact, rounding=rounding) if fact.scheme and recipe.has_choices(parse(fact.scheme)) else fact
         for name, fact in found.facts.items()
     }
     return replace(found, facts=facts, policy=policy)
@@ -229,7 +229,7 @@ def _why(old: Fact, new: Fact, what: Sequence[str]) -> str:
     if "scheme" in what:
         return new.reason or old.reason
     if "shape" in what:
-        return "the models have it in other sizes"
+        return "the models have it in other sizes or another dtype"
     if "rounding" in what:
         return "the policies choose its codes in another way"
     if "coverage" in what:
@@ -250,12 +250,14 @@ def _around(before: Source, after: Source) -> tuple[str, ...]:
         if before.policy is not None and after.policy is not None:
             old, new = before.policy.to_dict(), after.policy.to_dict()
             keys = [key for key in dict.fromkeys((*old, *new)) if key not in OF_WEIGHTS]
-            pairs += [(key, _plain(old.get(key)), _plain(new.get(key))) for key in keys]
+            pairs += [(key, _plain(old.get(key), key), _plain(new.get(key), key)) for key in keys]
         return tuple(f"{what} {a} → {b}" for what, a, b in pairs if a != b)
     return ()
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, key: str) -> str:
+    if value is None and key == "rounding":
+        return recipe.DEFAULT
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -111,7 +111,6 @@ def test_long_context_smoke(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_capacity_smoke(tmp_path: Path) -> None:
     rows = run("capacity.py", tmp_path)["rows"]
     assert [(row["cache"], row["context"], row["rows"]) for row in rows] == [
@@ -133,6 +132,7 @@ def test_the_largest_batch_is_found(most: int, guess: int, monkeypatch: pytest.M
     assert len(tried) == len(set(tried)) <= 18 and min(tried) >= 1
 
 
+@pytest.mark.slow
 def test_all_reduce_smoke(tmp_path: Path) -> None:
     """Both ways have the same sums on two processes; nothing is missing."""
     rows = run("all_reduce.py", tmp_path)["rows"]

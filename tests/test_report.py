@@ -226,3 +226,28 @@ def test_after_uncompile_nothing_is_said_of_quantization(plain_inductor: Compile
     with torch.inference_mode():
         model(torch.ones(2, 32))
     assert quant_compile.report(model).coverage == 1
+
+
+def test_uncompile_ends_the_ledger_of_what_a_wrapper_is_around(plain_inductor: CompileCounter) -> None:
+    peft = pytest.importorskip("peft")
+    torch._dynamo.reset()
+    inner = nn.Sequential(nn.Linear(32, 32))
+    outer = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["0"]))
+    quant_compile.compile(outer, "W8A16")
+    with torch.inference_mode():
+        outer(torch.ones(2, 32))
+    assert quant_compile.report(outer).coverage == 1
+    quant_compile.uncompile(outer)
+    assert quant_compile.report(outer).policy == quant_compile.report(inner).policy == "none"
+
+
+def test_a_shared_weight_brings_no_other_models_policy(plain_inductor: CompileCounter) -> None:
+    torch._dynamo.reset()
+    a, b = (nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)) for _ in range(2))
+    a[0].weight = b[0].weight
+    quant_compile.compile(b, "W8A16")
+    with torch.inference_mode():
+        b(torch.ones(2, 32))
+    report = quant_compile.report(a)
+    assert report.policy == "none" and "no compiled graph has read this model yet" in report.notes
+    assert quant_compile.report(b[1]).policy == "W8A16"  # a part of it

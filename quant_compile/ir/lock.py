@@ -126,7 +126,7 @@ class Lock:
         Raises:
             LockError: a line is not one that ``text`` gives; names it.
         """
-        lines = _Lines(text.removesuffix("\n").replace("\r\n", "\n").split("\n"), label)
+        lines = _Lines(text.replace("\r\n", "\n").removesuffix("\n").split("\n"), label)
         if (version := lines.head("lock", int)) != VERSION:
             lines.fail(1, f"is of version {version}, and this sglquant reads version {VERSION}")
         policy = lines.head("policy", _words("name", "hash"))

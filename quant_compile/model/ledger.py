@@ -217,7 +217,7 @@ class Ledger:
         if inside:
             return inside[0]
         wanted = set(map(id, parameters_of(model)))
-        around = (s for m, s in list(self._sessions.items()) if any(id(p) in wanted for p in parameters_of(m)))
+        around = (s for m, s in list(self._sessions.items()) if wanted and wanted <= set(map(id, parameters_of(m))))
         return next(around, None)
 
     def _line(

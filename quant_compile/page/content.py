@@ -109,7 +109,7 @@ def changes(before: Cell | None, after: Cell | None) -> tuple[str, ...]:
         "layout": (before.layout, after.layout),
         "fusion": (before.fusion, after.fusion),
         "coverage": ("missed" in before.marks, "missed" in after.marks),
-        "shape": (before.size, after.size),
+        "shape": (before.size, after.size) if before.size and after.size else ("", ""),
     }
     return tuple(what for what, (old, new) in pairs.items() if old != new)
 

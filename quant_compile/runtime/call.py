@@ -285,7 +285,7 @@ class GraphRunner:
         decisions: Mapping[str, SiteDecision],
         variant: Variant,
     ) -> None:
-        keeper = keeper_of(self.options, parameters.values())
+        keeper = keeper_of(self.options, parameters.values()) if parameters else None  # a graph between two others
         if keeper is not None:
             sites = sites_of(self.found, parameters, decisions, variant)
             keeper.keep(self.source.policy, self._target, sites, sessions)

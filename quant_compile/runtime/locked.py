@@ -10,7 +10,7 @@ import importlib.metadata
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from threading import RLock
 
@@ -18,10 +18,11 @@ from torch.nn import Module, Parameter
 
 from quant_compile.ir.errors import LockError, LockWarning
 from quant_compile.ir.lock import IN_16_BITS, Lock, LockedSite, shown
-from quant_compile.lowering.identity import identity_of
+from quant_compile.lowering.identity import local_of, peek_anchor, shard_of
 from quant_compile.lowering.target import Target
 from quant_compile.model.ledger import Sessions
-from quant_compile.model.names import Owners
+from quant_compile.model.names import Owners, names_in
+from quant_compile.model.places import parameters_of
 from quant_compile.options import Options
 from quant_compile.passes.plan import SiteDecision, dispatches_of
 from quant_compile.policy import Policy
@@ -53,16 +54,20 @@ class Keeper:
     def keep(self, policy: Policy, target: Target, sites: Mapping[str, LockedSite], sessions: Sessions) -> None:
         """Take in what one graph does with its weights.
 
+        Where another model of this process has written the file since, this one is held to that.
+
         Raises:
             LockError: it differs from the lock, and the policy is strict; or the file cannot be written.
         """
         with self._mutex:
-            now = Lock(policy.name, policy.content_hash, target.label, target.name, versions(), sites)
-            if self.locked is None and self._written is None and not self._update and self.path.exists():
-                self.locked = Lock.load(self.path)  # another model was compiled with the same file, and called first
+            now = Lock(policy.name, hash_of(policy), target.label, target.name, versions(), sites)
+            last = _WROTE.get(self.path.absolute())
+            other = last is not None and last() not in (None, self)
+            if other and (self._written is not None or not self._update) and self.locked is None:
+                self.locked = Lock.load(self.path)
             if self.locked is None:
                 self._write(now)
-            elif text := self.differences(self.locked, now):
+            elif text := self.differences(self.locked, now, policy.content_hash):
                 if policy.strict:
                     raise LockError(text)
                 sessions.note(text)
@@ -86,16 +91,13 @@ class Keeper:
         known = self._written.sites if self._written is not None else {}
         added = {name: known[name].also(site) if name in known else site for name, site in now.sites.items()}
         whole = replace(now, sites={**known, **added})
-        if self._written is not None and self.path.exists() and self.path.read_text("utf-8") != self._written.text():
-            raise LockError(
-                f"the lock {self.path} was written by something else since this model wrote it. Fix: a file for each model."
-            )
         if whole != self._written:
             whole.save(self.path)
             self._written = whole
+            _WROTE[self.path.absolute()] = weakref.ref(self)
 
-    def differences(self, locked: Lock, now: Lock) -> str:
-        """What differs, in words, or nothing."""
+    def differences(self, locked: Lock, now: Lock, also: str) -> str:
+        """What differs, in words, or nothing; ``also``: what the policy's hash was in files of earlier versions."""
         groups: dict[str, list[str]] = {}
         for name, site in now.sites.items():
             old = locked.sites.get(name)
@@ -103,14 +105,15 @@ class Keeper:
                 groups.setdefault("not in the lock", []).append(name)
             elif what := old.differs(site):
                 groups.setdefault(_said(old, site, what), []).append(name)
-        if not groups and locked.policy_hash == now.policy_hash:
+        same = locked.policy_hash in (now.policy_hash, also)
+        if not groups and same:
             return ""
         count = sum(map(len, groups.values()))
         said = {0: "the policy has", 1: "1 weight has"}.get(count, f"{count} weights have")
         lines = [f"{said} changed since the lock {self.path}{':' if count else ', and no scheme or kernel with it.'}"]
         lines += [f"  {said}: {shown(names)}" for said, names in groups.items()]
         around = locked.environment(now)
-        if locked.policy_hash != now.policy_hash:
+        if not same:
             around = (f"policy {locked.policy} → {now.policy}, whose content differs", *around)
         lines += [f"Since then: {', '.join(around)}."] if around else []
         return "\n".join([*lines, "Fix: lock_update=True, if this is meant to be so."])
@@ -142,32 +145,51 @@ def versions() -> dict[str, str]:
 # A file's keepers: of each model that was compiled with it, and of functions and models that torch.compile was given.
 _OF_MODELS: dict[Path, weakref.WeakKeyDictionary[Module, Keeper]] = {}
 _OF_OTHERS: dict[Path, Keeper] = {}
+_WROTE: dict[Path, weakref.ref[Keeper]] = {}  # file -> who wrote it last, in this process: ranks write one file alike
 
 
-def begin(options: Options, model: Module, names: Iterable[str], strict: bool) -> str:
+def hash_of(policy: Policy) -> str:
+    """Of all that decides what a policy computes, but not of how its user wants to hear of it."""
+    plain = {
+        f.name: f.default
+        for f in fields(Policy)
+        if f.name in ("strict", "verify", "release_weights", "allow_reference")
+    }
+    return replace(policy, **plain).content_hash
+
+
+def begin(options: Options) -> Keeper | None:
     """A model's compilation begins: its lock is read, or is to be written anew.
 
-    Args:
-        names: of its weights.
-        strict: a weight of the lock that the model has not is an error.
+    Raises:
+        LockError: as ``Keeper``.
+    """
+    return None if options.lock is None else Keeper(Path(options.lock), options.lock_update)
+
+
+def hold(keeper: Keeper, model: Module, strict: bool) -> str:
+    """Let a keeper have a model, of all that hold its weights the last one.
 
     Returns:
         What to note: weights of the lock that the model has not; or nothing.
 
     Raises:
-        LockError: as ``Keeper``, or by ``strict``.
+        LockError: there are such weights, and ``strict``; nothing has been changed.
     """
-    if options.lock is None:
-        return ""
-    path = Path(options.lock)
-    keeper = Keeper(path, options.lock_update)
-    text = keeper.without(names)
+    text = keeper.without(name for held in names_in(model).values() for name in held.full)
     if text and strict:
         raise LockError(text)
     if text:
         warnings.warn(text, LockWarning, stacklevel=3)
-    _OF_MODELS.setdefault(path.absolute(), weakref.WeakKeyDictionary())[model] = keeper
+    drop(model)
+    _OF_MODELS.setdefault(keeper.path.absolute(), weakref.WeakKeyDictionary())[model] = keeper
     return text
+
+
+def drop(model: Module) -> None:
+    """A model is compiled anew, or not any more."""
+    for keepers in _OF_MODELS.values():
+        keepers.pop(model, None)
 
 
 def keeper_of(options: Options, parameters: Iterable[Parameter]) -> Keeper | None:
@@ -178,14 +200,18 @@ def keeper_of(options: Options, parameters: Iterable[Parameter]) -> Keeper | Non
     """
     if options.lock is None:
         return None
-    path = Path(options.lock).absolute()
-    wanted = set(map(identity_of, parameters))
-    for model, keeper in list(_OF_MODELS.get(path, {}).items()):
-        if any(identity_of(parameter) in wanted for parameter in model.parameters()):
+    path, wanted = Path(options.lock).absolute(), set(map(_identity, parameters))
+    for model, keeper in reversed(list(_OF_MODELS.get(path, {}).items())):
+        if any(_identity(parameter) in wanted for parameter in parameters_of(model)):
             return keeper
     if path not in _OF_OTHERS:
         _OF_OTHERS[path] = Keeper(Path(options.lock), options.lock_update)
     return _OF_OTHERS[path]
+
+
+def _identity(parameter: Parameter) -> int:
+    anchor = peek_anchor(parameter)
+    return id(local_of(parameter)) if anchor is None else anchor.identity
 
 
 def sites_of(
@@ -203,6 +229,7 @@ def sites_of(
         else:
             dispatch, joined = dispatches[slot], variant.views.joined.get(slot, ())
             site = LockedSite(decision.scheme.spec, dispatch.layout, (dispatch.ranges,), joined)
-        site = replace(site, shape=tuple(parameters[slot].shape))
+        if shard_of(parameters[slot]) is None:  # ranks have other sizes of one weight
+            site = replace(site, shape=tuple(parameters[slot].shape))
         out[name] = out[name].also(site) if name in out else site
     return out

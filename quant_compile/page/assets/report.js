@@ -351,7 +351,7 @@
   function moduleDetails(node) {
     const rows = rowsBelow(node), [b, a] = [before(node), after(node)];
     const schemesHere = grouped(rows, (cell) => schemeOf(cell));
-    const reasons = grouped(rows, (cell) => cell[5]);
+    const reasons = grouped(rows.filter((row) => exists(row[2 + LAST])), (cell) => cell[5]);
     const parts = [
       el("div", { class: "chips" }, el("span", { class: "chip" }, count(node.weights, "weight")), el("span", { class: "chip" }, b === a ? size(a) : `${size(b)} → ${size(a)}`),
         node.missed > 0 && el("span", { class: "badge warn" }, `${count(node.missed, "weight")} missed`), node.changes > 0 && el("span", { class: "chip" }, `${whole.format(node.changes)} changed`)),
