@@ -153,6 +153,28 @@ def test_every_format_of_compressed_tensors_is_adopted(name: str, tmp_path: Path
 # --- packed -----------------------------------------------------------------------------------------------------------
 
 
+@compressed_tensors
+@pytest.mark.filterwarnings("error::quant_compile.ir.errors.LockWarning")
+def test_a_lock_knows_what_transformers_has_loaded(tmp_path: Path) -> None:
+    folder, lock = tmp_path / "ours", tmp_path / "l"
+    made = pretrained(saved(tmp_path / "m", tiny_llama(1)), quantization_config=quant_compile.HfConfig("W4A16"))
+    quant_compile.save(made, folder)
+    for _ in range(
+        2
+    ):  # the first writes it; the second has its integers as buffers of other names until it is compiled
+        plain = pretrained(folder)
+        before = bits(plain)
+        quant_compile.compile(plain, lock=lock)
+        logits(plain)
+    lines = lock.read_text().splitlines()
+    lock.write_text("\n".join([*lines, lines[-1].replace("model.", "nothing."), ""]))
+    plain = pretrained(folder)
+    with pytest.raises(quant_compile.LockError, match=r"1 weight of the lock is not in the model.*nothing\."):
+        quant_compile.compile(plain, {"default": "W8A16", "strict": True}, lock=lock)
+    after = bits(plain)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def packed_folder(folder: Path, model: nn.Module, policy: Any = "W8A16") -> tuple[Path, torch.Tensor]:
     """A folder that ``save`` has packed, and the logits of its model."""
     found = logits(quant_compile.compile(model, policy))
