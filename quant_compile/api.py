@@ -106,11 +106,13 @@ def _with_lock(model: nn.Module, parsed: Options, source: PolicySource, given: b
     Raises:
         LockError, CheckpointError, PolicyError: nothing has been changed.
     """
-    keeper, adopted = begin_lock(parsed), any(True for _ in from_transformers.adopted(model))
-    source, loaded = _with_loaded(model, source, given)
+    keeper = begin_lock(parsed)
     if keeper is None:
+        found = _with_loaded(model, source, given)
         drop_lock(model)
-        return source, loaded
+        return found
+    adopted = any(True for _ in from_transformers.adopted(model))
+    source, loaded = _with_loaded(model, source, given)
     try:
         text = hold_lock(keeper, model, source.policy.strict)
     except LockError:

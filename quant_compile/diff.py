@@ -39,7 +39,8 @@ class Fact:
         layout: of its planes.
         joined: what was fused or merged around it.
         reason: why, where the source tells.
-        shape: with the dtype, where the source tells.
+        shape: of the Parameter; None where the source does not tell.
+        dtype: the same; of a lock, empty.
         missed: whether some graph reads it unquantized, against the policy; of a lock, which does not tell, None.
         rounding: of a policy, how codes are chosen where its scheme has a choice.
     """
@@ -49,7 +50,8 @@ class Fact:
     layout: str
     joined: tuple[str, ...]
     reason: str = ""
-    shape: str = ""
+    shape: tuple[int, ...] | None = None
+    dtype: str = ""
     missed: bool | None = None
     rounding: str = ""
 
@@ -208,19 +210,15 @@ def _difference(name: str, old: Fact | None, new: Fact | None) -> Difference:
         "layout": (old.layout, new.layout),
         "fusion": (old.joined, new.joined),
     }
-    if old.shape and new.shape:  # a lock has no dtype
-        known = min(len(old.shape.split("] ")), len(new.shape.split("] ")))
-        pairs["shape"] = (old.shape, new.shape) if known == 2 else (_sizes(old.shape), _sizes(new.shape))
+    if old.shape is not None and new.shape is not None:
+        dtypes = (old.dtype, new.dtype) if old.dtype and new.dtype else ("", "")
+        pairs["shape"] = (old.shape, dtypes[0]), (new.shape, dtypes[1])
     if old.rounding and new.rounding:
         pairs["rounding"] = old.rounding, new.rounding
     if old.missed is not None and new.missed is not None:
         pairs["coverage"] = old.missed, new.missed
     what = tuple(word for word, (a, b) in pairs.items() if a != b)
     return Difference(name, what, old, new, _why(old, new, what))
-
-
-def _sizes(shape: str) -> str:
-    return shape.partition("]")[0]
 
 
 def _why(old: Fact, new: Fact, what: Sequence[str]) -> str:
@@ -262,14 +260,14 @@ def _plain(value: Any, key: str) -> str:
 
 
 def _of_lock(site: LockedSite) -> Fact:
-    shape = str(list(site.shape)) if site.shape else ""
-    return Fact(site.scheme, " / ".join(site.kernels), site.layout, site.joined, shape=shape)
+    return Fact(site.scheme, " / ".join(site.kernels), site.layout, site.joined, shape=site.shape or None)
 
 
 def _of_cell(cell: Cell) -> Fact:
     kernels = " / ".join(sorted(cell.kernels.split(" / ")))
     missed = "missed" in cell.marks
-    return Fact(cell.scheme, kernels, cell.layout, cell.fusion, cell.reason, cell.size, missed)
+    shape = cell.shape if cell.size else None
+    return Fact(cell.scheme, kernels, cell.layout, cell.fusion, cell.reason, shape, cell.dtype, missed)
 
 
 def _values(fact: Fact | None, what: Sequence[str]) -> str:
@@ -281,7 +279,7 @@ def _values(fact: Fact | None, what: Sequence[str]) -> str:
         "kernel": fact.kernels or "none",
         "layout": fact.layout or "none",
         "fusion": "; ".join(fact.joined) or "none",
-        "shape": fact.shape,
+        "shape": f"{list(fact.shape or ())} {fact.dtype}".strip(),
         "rounding": fact.rounding,
         "coverage": "missed" if fact.missed else "whole",
     }

@@ -67,9 +67,8 @@ def local_of(parameter: T) -> T:
 
     A DTensor whose local values are no part of it (``Partial``) stays what it is.
     """
-    local = getattr(
-        parameter, "_local_tensor", None
-    )  # asked for each weight at each call, so it comes before torch's own answer
+    # Asked for each weight at each call, so it comes before torch's own answer.
+    local = getattr(parameter, "_local_tensor", None)
     if local is None:
         return parameter
     if getattr(vars(local).get(ANCHOR), "shard", None) is None:

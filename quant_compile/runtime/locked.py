@@ -10,7 +10,7 @@ import importlib.metadata
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 
@@ -103,14 +103,14 @@ class Keeper:
             old = locked.sites.get(name)
             if old is None:
                 groups.setdefault("not in the lock", []).append(name)
-            elif what := old.differs(site):
-                groups.setdefault(_said(old, site, what), []).append(name)
+            elif changed := old.differs(site):
+                groups.setdefault(_said(old, site, changed), []).append(name)
         same = locked.policy_hash in (now.policy_hash, also)
         if not groups and same:
             return ""
         count = sum(map(len, groups.values()))
-        said = {0: "the policy has", 1: "1 weight has"}.get(count, f"{count} weights have")
-        lines = [f"{said} changed since the lock {self.path}{':' if count else ', and no scheme or kernel with it.'}"]
+        what = {0: "the policy has", 1: "1 weight has"}.get(count, f"{count} weights have")
+        lines = [f"{what} changed since the lock {self.path}{':' if count else ', and no scheme or kernel with it.'}"]
         lines += [f"  {said}: {shown(names)}" for said, names in groups.items()]
         around = locked.environment(now)
         if not same:
@@ -150,12 +150,8 @@ _WROTE: dict[Path, weakref.ref[Keeper]] = {}  # file -> who wrote it last, in th
 
 def hash_of(policy: Policy) -> str:
     """Of all that decides what a policy computes, but not of how its user wants to hear of it."""
-    plain = {
-        f.name: f.default
-        for f in fields(Policy)
-        if f.name in ("strict", "verify", "release_weights", "allow_reference")
-    }
-    return replace(policy, **plain).content_hash
+    plain = replace(policy, strict=False, verify=False, release_weights=None, allow_reference=False)
+    return plain.content_hash
 
 
 def begin(options: Options) -> Keeper | None:
