@@ -7,10 +7,13 @@ Reads sources as text: neither torch nor this package is imported.
 from __future__ import annotations
 
 import ast
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mkdocs.structure.files import File
 
@@ -44,6 +47,49 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links of a document of docs/ as links of the site."""
     uri = page.file.src_uri
     return markdown if uri in (*PAGES.values(), "reference.md") else rewritten(markdown, Path("docs") / uri)
+
+
+def on_post_build(config: Any) -> None:
+    """Tell of every link within the site that leads nowhere: mkdocs looks at those of Markdown, not at those written as HTML."""
+    for where, link in broken(Path(config["site_dir"])):
+        logging.getLogger("mkdocs.hooks").warning("%s: the link %s leads nowhere", where, link)
+
+
+class _Links(HTMLParser):
+    """What a page links, and what can be linked in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links, self.anchors = list[str](), {""}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Collect."""
+        for name, value in attrs:
+            if name in ("id", "name"):
+                self.anchors.add(value or "")
+            elif name in ("href", "src"):
+                self.links.append(value or "")
+            elif name == "srcset":
+                self.links += [part.split()[0] for part in (value or "").split(",") if part.strip()]
+
+
+def broken(site: Path) -> Iterator[tuple[str, str]]:
+    """Links of a built site to files or places of it that are not there: (page, link)."""
+    pages = {page: _Links(page.read_text(encoding="utf-8")) for page in sorted(site.rglob("*.html"))}
+    for page, found in pages.items():
+        if page.name == "404.html":  # its links are from the root of a server
+            continue
+        for link in dict.fromkeys(found.links):
+            if re.match(r"[a-z][a-z0-9+.-]*:|//", link):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / unquote(path.partition("?")[0])).resolve() if path else page
+            if target.is_dir():
+                target /= "index.html"
+            known = pages.get(target)
+            if not target.is_file() or (known is not None and unquote(anchor) not in known.anchors):
+                yield page.relative_to(site).as_posix(), link
 
 
 def rewritten(text: str, source: Path) -> str:

@@ -56,6 +56,50 @@ def test_a_broken_link_is_an_error(link: str, tmp_path: Path) -> None:
     assert done.returncode == 1 and "Aborted with 1 warnings in strict mode" in done.stdout + done.stderr
 
 
+@needs_mkdocs
+@pytest.mark.parametrize("link", ["images/nothing.svg", "index.md#nothing", "nowhere.html"])
+@pytest.mark.parametrize(
+    "html", ['<img alt="a" src="{}">', '<a href="{}">b</a>', '<picture><source srcset="{}"></picture>']
+)
+def test_a_broken_link_in_html_is_found(link: str, html: str, tmp_path: Path) -> None:
+    site_hooks = hooks()
+    page = '<html><body><h2 id="here">A</h2><a href="#here"></a><a href="b/index.html#there"></a><a href="b/"></a>{}</body></html>'
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "index.html").write_text('<i id="there"></i><a href="../index.html#here"></a>', encoding="utf-8")
+    (tmp_path / "index.html").write_text(page.format(""), encoding="utf-8")
+    assert list(site_hooks.broken(tmp_path)) == []
+    (tmp_path / "index.html").write_text(page.format(html.format(link)), encoding="utf-8")
+    assert list(site_hooks.broken(tmp_path)) == [("index.html", link)]
+
+
+def hooks() -> Any:
+    """``docs/site_hooks.py``, which is in no package."""
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_mkdocs
+def test_a_broken_link_in_html_stops_the_build(tmp_path: Path) -> None:
+    """The hook of the real site, over one page."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "index.md").write_text('# A\n\n<a href="nothing.html">b</a>\n', encoding="utf-8")
+    hook = tmp_path / "hook.py"
+    hook.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'docs')!r})\nfrom site_hooks import on_post_build\n",
+        encoding="utf-8",
+    )
+    config = tmp_path / "mkdocs.yml"
+    config.write_text(
+        f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: {docs}\nhooks: [{hook}]\nplugins: []\nnav: null\n", encoding="utf-8"
+    )
+    done = build(config, tmp_path / "site")
+    assert done.returncode == 1 and "index.html: the link nothing.html leads nowhere" in done.stdout + done.stderr
+
+
 PUBLIC = [(name, getattr(quant_compile, name)) for name in [*quant_compile.__all__, "HfConfig"]]
 
 
