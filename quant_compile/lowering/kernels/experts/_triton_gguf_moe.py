@@ -12,14 +12,14 @@ import triton.language as tl
 from quant_compile.lowering.kernels._triton_pieces import _tile_of, _words
 from quant_compile.lowering.kernels.experts._triton_frame import _activate, _block_at, _store_block
 from quant_compile.lowering.kernels.gguf._triton_gguf import (
+    _byte_weights,
     _dots,
     _high_words,
     _load_high,
     _matrices,
-    _raw_scales,
     _scale_words,
     _scales,
-    _spread,
+    _step_scales,
 )
 
 # --- few pairs: rows of the chosen experts, on plain cores ---
@@ -79,7 +79,7 @@ def rows_kernel(
 
 
 @triton.jit
-def _codes_at(w_at, h_ptr, rows, start, column, groups, BITS: tl.constexpr, EVEN: tl.constexpr):
+def _codes_at(w_at, h_ptr, rows, start, column, groups, G: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
     """Words (8 bits: codes) of one step, and their high bits."""
     WORDS: tl.constexpr = 32 if BITS == 8 else 8
     live = column // WORDS < groups - start
@@ -89,7 +89,7 @@ def _codes_at(w_at, h_ptr, rows, start, column, groups, BITS: tl.constexpr, EVEN
         w = tl.load(w_at + start * WORDS, mask=live[None, :], other=0)
     h = w
     if BITS == 5 or BITS == 6:
-        h = _load_high(h_ptr, rows, start * 8 + column, groups, live, BITS, EVEN)
+        h = _load_high(h_ptr, rows, start, groups, G, BITS, EVEN)
     return w, h
 
 
@@ -101,7 +101,7 @@ def _add_step(
     """total [BLOCK_N, BLOCK_M] + codes of one step, under their scales, times the inputs x (a tuple: one for each place)."""
     scales = _scales(own, whole, KIND, ZERO)
     if BITS == 8:
-        total = tl.dot((w.to(tl.float32) * _spread(scales[0], 32)).to(OUT), x[0], total)
+        total = tl.dot(_byte_weights(w, scales[0], OUT, ASM), x[0], total)
     else:
         matrices = _matrices(w, h, scales, OUT, BITS, KIND, ASM)
         for j in tl.static_range(4):
@@ -123,6 +123,8 @@ def grouped_kernel(
     """
     WORDS: tl.constexpr = 32 if BITS == 8 else 8
     PLACES: tl.constexpr = 1 if BITS == 8 else 4
+    if EVEN:
+        groups = tl.multiple_of(groups, G)
     w_ptr = _words(w_ptr, tl.int8 if BITS == 8 else tl.int16)
     s_ptr, d_ptr = _scale_words(s_ptr, d_ptr, KIND)
     if BITS == 5 or BITS == 6:
@@ -137,19 +139,12 @@ def grouped_kernel(
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     line = expert * n * (2 if GATED else 1) + tl.minimum(rows, n - 1)
     column = tl.arange(0, WORDS * G)
-    spot = tl.arange(0, G)[None, :]
     w_at = w_ptr + line[:, None] * (groups * WORDS) + column[None, :]
     up_at = w_at + tl.cast(n, tl.int64) * groups * WORDS
     spread = column // WORDS * 32 + column % WORDS
     x_at = x_ptr + x_row.to(tl.int64)[None, :] * (groups * 32) + spread[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     total_up = total
-    # Scales are asked for a step ahead: they are too few bytes a row for the pipeline of loads.
-    near = tl.minimum(spot, groups - 1)
-    own, whole = _raw_scales(s_ptr, d_ptr, line[:, None], near, groups, None, KIND, True)
-    own_up, whole_up = own, whole
-    if GATED:
-        own_up, whole_up = _raw_scales(s_ptr, d_ptr, line[:, None] + n, near, groups, None, KIND, True)
     for start in range(0, groups, G):
         x = ()
         for j in tl.static_range(PLACES):
@@ -158,14 +153,13 @@ def grouped_kernel(
                 x = x + (tl.load(here),)
             else:
                 x = x + (tl.load(here, mask=(column // WORDS < groups - start)[:, None], other=0.0),)
-        near = tl.minimum(start + G + spot, groups - 1)
-        w, h = _codes_at(w_at, h_ptr, line, start, column, groups, BITS, EVEN)
+        own, whole = _step_scales(s_ptr, d_ptr, line, start, groups, G, KIND, EVEN)
+        w, h = _codes_at(w_at, h_ptr, line, start, column, groups, G, BITS, EVEN)
         total = _add_step(total, w, h, own, whole, x, BITS, KIND, ZERO, OUT, ASM)
-        own, whole = _raw_scales(s_ptr, d_ptr, line[:, None], near, groups, None, KIND, True)
         if GATED:
-            w, h = _codes_at(up_at, h_ptr, line + n, start, column, groups, BITS, EVEN)
-            total_up = _add_step(total_up, w, h, own_up, whole_up, x, BITS, KIND, ZERO, OUT, ASM)
-            own_up, whole_up = _raw_scales(s_ptr, d_ptr, line[:, None] + n, near, groups, None, KIND, True)
+            own, whole = _step_scales(s_ptr, d_ptr, line + n, start, groups, G, KIND, EVEN)
+            w, h = _codes_at(up_at, h_ptr, line + n, start, column, groups, G, BITS, EVEN)
+            total_up = _add_step(total_up, w, h, own, whole, x, BITS, KIND, ZERO, OUT, ASM)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + line).to(tl.float32)[:, None]
     if GATED:

@@ -28,37 +28,101 @@ BYTE_MASK = tl.constexpr(0x007F8000)
 BYTE_MAGIC = tl.constexpr(0x43C00000)
 BYTE_OFFSET = tl.constexpr(384.0)
 
-# Two words ($4) of four nibbles each, scale ($5, $6: the same) and minimum ($7, $8) in f32 -> four pairs of 16 bits, rounded once.
-# Constants of near and far nibbles are taken off with the minimum. 0xEA is (a & b) | c.
+# Assembly that decodes two or four words at once, under f32 scales and minima, into 16-bit weights, each rounded once. Constants of
+# near and far nibbles are taken off with the minimum. 0xEA is (a & b) | c, 0x6A is (a & b) ^ c.
 # No line breaks: Inductor, which copies a recorded kernel's constants into its code, cannot write them.
-_PAIR = (
-    "lop3.b32 u, {first}, {mask}, {magic}, 0xEA; lop3.b32 v, {second}, {mask}, {magic}, 0xEA; "
-    "mov.b32 a, u; mov.b32 b, v; fma.rn.f32 a, a, $5, {offset}; fma.rn.f32 b, b, $5, {offset}; "
-    "cvt.rn.{out}.f32 {to}, b, a; "
+_NEAR = {"mask": "nm", "magic": "nb"}
+_FAR = {"mask": "fm", "magic": "fb"}
+_MAGIC = "mov.b32 nm, 0x000F0000; mov.b32 nb, 0x43000000; mov.b32 fm, 0x0000F000; mov.b32 fb, 0x45000000;"
+_NIBBLE = "lop3.b32 {to}, {word}, {mask}, {magic}, 0xEA;"
+_ROUND = (
+    "mov.b32 a, u; mov.b32 b, v; fma.rn.f32 a, a, {scale}, {offset}; fma.rn.f32 b, b, {scale}, {offset}; "
+    "cvt.rn.{out}.f32 {to}, b, a;"
 )
-_NEAR = {"mask": "nm", "magic": "nb", "offset": "nc"}
-_FAR = {"mask": "fm", "magic": "fb", "offset": "fc"}
 
 
-def _pairs_asm(out: str) -> str:
-    near = _NEAR | {"out": out}
-    far = _FAR | {"out": out}
-    return (
-        "{ .reg .b32 u, v, up, dn, tu, nm, nb, fm, fb; .reg .f32 a, b, nc, fc, mi;"
-        "mov.b32 nm, 0x000F0000; mov.b32 nb, 0x43000000; mov.b32 fm, 0x0000F000; mov.b32 fb, 0x45000000;"
-        "neg.f32 mi, $7; fma.rn.f32 nc, $5, 0fC3000000, mi; fma.rn.f32 fc, $5, 0fC5000000, mi;"
-        "shl.b32 up, $4, 8; shr.u32 dn, $4, 8; prmt.b32 tu, $4, $4, 0x1032;"
-        + _PAIR.format(first="tu", second="$4", to="$0", **near)
-        + _PAIR.format(first="up", second="dn", to="$1", **far)
-        + _PAIR.format(first="up", second="dn", to="$2", **near)
-        + _PAIR.format(first="$4", second="tu", to="$3", **far)
-        + "}"
-    )
+def _turns(word: str) -> str:
+    """up, dn and tu: the two words in ``word`` moved so that each nibble comes to a near or a far place."""
+    return f"shl.b32 up, {word}, 8; shr.u32 dn, {word}, 8; prmt.b32 tu, {word}, {word}, 0x1032;"
 
 
-BF16_ASM = tl.constexpr(_pairs_asm("bf16x2"))
-F16_ASM = tl.constexpr(_pairs_asm("f16x2"))
-FOUR = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r")
+def _places(word: str) -> tuple[tuple[str, str, dict[str, str]], ...]:
+    """By place: where the first word's nibble and the second's is found, and whether they are near or far."""
+    return ("tu", word, _NEAR), ("up", "dn", _FAR), ("up", "dn", _NEAR), (word, "tu", _FAR)
+
+
+def _nibbles_asm(out: str) -> str:
+    """Two words $4, scale $5 (and $6, the same), minimum $7 (and $8) -> two weights of each place, $0 to $3."""
+    code = "{ .reg .b32 u, v, up, dn, tu, nm, nb, fm, fb; .reg .f32 a, b, nc, fc, mi;" + _MAGIC
+    code += "neg.f32 mi, $7; fma.rn.f32 nc, $5, 0fC3000000, mi; fma.rn.f32 fc, $5, 0fC5000000, mi;" + _turns("$4")
+    for j, (first, second, kind) in enumerate(_places("$4")):
+        code += _NIBBLE.format(to="u", word=first, **kind) + _NIBBLE.format(to="v", word=second, **kind)
+        code += _ROUND.format(scale="$5", offset="nc" if kind is _NEAR else "fc", out=out, to=f"${j}")
+    return code + "}"
+
+
+def _moved(register: str, bits: int) -> str:
+    """z: ``register`` moved up by ``bits``, which may be below 0."""
+    if bits < 0:
+        return f"shr.u32 z, {register}, {-bits};"
+    return f"shl.b32 z, {register}, {bits};"
+
+
+def _high_asm(out: str, bits: int) -> str:
+    """Four words $8 and $9 with high bits in the four bytes of $10 -> weights of each place, two registers each, $0 to $7.
+
+    Of 5 bits both words of a register have the same byte; scales are $11 and $13, minima $15 and $17. Of 6 bits these are scales of
+    places 0 and 1, and of 2 and 3, whose codes are too large by 32.
+    """
+    names = "u, v, z, up, dn, tu, nm, nb, fm, fb, hn, hf"
+    masks = ("0x100000", "0x10000") if bits == 5 else ("0x300000", "0x30000")
+    code = f"{{ .reg .b32 {names}; .reg .f32 a, b, nc, fc, nd, fd, mi;{_MAGIC}"
+    code += f"mov.b32 hn, {masks[0]}; mov.b32 hf, {masks[1]};"
+    for half in (0, 1):
+        word, scale, other = f"${8 + half}", f"${11 + 2 * half}", f"${15 + 2 * half}"
+        code += _turns(word)
+        if bits == 5:
+            code += (
+                f"neg.f32 mi, {other}; fma.rn.f32 nc, {scale}, 0fC3000000, mi; fma.rn.f32 fc, {scale}, 0fC5000000, mi;"
+            )
+        else:  # -160 and -2080
+            code += f"mul.f32 nc, {scale}, 0fC3200000; mul.f32 fc, {scale}, 0fC5020000;"
+            code += f"mul.f32 nd, {other}, 0fC3200000; mul.f32 fd, {other}, 0fC5020000;"
+        for j, (first, second, kind) in enumerate(_places(word)):
+            mask, to = ("hn", 20) if kind is _NEAR else ("hf", 16)
+            for e, (register, found) in enumerate((("u", first), ("v", second))):
+                at = 16 * half + j + 4 * e if bits == 5 else 16 * half + 8 * e + 2 * j
+                code += _NIBBLE.format(to=register, word=found, **kind) + _moved("$10", to - at)
+                code += f"lop3.b32 {register}, z, {mask}, {register}, 0xEA;"
+            early = bits == 5 or j < 2
+            offset = ("nc" if early else "nd") if kind is _NEAR else ("fc" if early else "fd")
+            code += _ROUND.format(scale=scale if early else other, offset=offset, out=out, to=f"${2 * j + half}")
+    return code + "}"
+
+
+def _bytes_asm(out: str) -> str:
+    """Four int8 in $2 under scales $3 and $5 -> four weights, $0 and $1."""
+    code = "{ .reg .b32 u, v, z, bm, bb; .reg .f32 a, b, o; mov.b32 bm, 0x007F8000; mov.b32 bb, 0x43C00000;"
+    for half, moves in enumerate(((15, 7), (-1, -9))):
+        scale = f"${3 + 2 * half}"
+        code += f"mul.f32 o, {scale}, 0fC3C00000;"  # -384
+        for register, bits in zip(("u", "v"), moves, strict=True):
+            code += _moved("$2", bits) + f"lop3.b32 {register}, z, bm, bb, 0x6A;"
+        code += _ROUND.format(scale=scale, offset="o", out=out, to=f"${half}")
+    return code + "}"
+
+
+def _registers(outputs: int, inputs: int) -> str:
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+
+
+BF16_4_ASM, F16_4_ASM = tl.constexpr(_nibbles_asm("bf16x2")), tl.constexpr(_nibbles_asm("f16x2"))
+BF16_5_ASM, F16_5_ASM = tl.constexpr(_high_asm("bf16x2", 5)), tl.constexpr(_high_asm("f16x2", 5))
+BF16_6_ASM, F16_6_ASM = tl.constexpr(_high_asm("bf16x2", 6)), tl.constexpr(_high_asm("f16x2", 6))
+BF16_8_ASM, F16_8_ASM = tl.constexpr(_bytes_asm("bf16x2")), tl.constexpr(_bytes_asm("f16x2"))
+NIBBLES = tl.constexpr(_registers(4, 5))
+HIGH = tl.constexpr(_registers(8, 11))
+BYTES = tl.constexpr(_registers(2, 5))
 
 # --- scales ---
 
@@ -376,31 +440,55 @@ def _spread(scale, RUN: tl.constexpr):
 
 @triton.jit
 def _place(w, h, J: tl.constexpr, BITS: tl.constexpr):
-    """Codes of place J of 16-bit words, with their high bits (one byte for each word; of 5 bits, its low half), as f32."""
+    """Codes of place J of 16-bit words, with their high bits from ``_load_high``, as f32."""
     code = (w.to(tl.int32) >> (4 * J)) & 15
     if BITS == 5:
-        code = code | (((h.to(tl.int32) >> J) & 1) << 4)
+        odd = (tl.arange(0, w.shape[1]) % 2)[None, :]
+        code = code | (((h.to(tl.int32) >> (4 * odd + J)) & 1) << 4)
     if BITS == 6:
         code = code | (((h.to(tl.int32) >> (2 * J)) & 3) << 4)
     return code.to(tl.float32)
 
 
 @triton.jit
+def _floats(bits, OUT: tl.constexpr):
+    """Four tensors of bits as ``OUT``."""
+    return (
+        bits[0].to(OUT, bitcast=True), bits[1].to(OUT, bitcast=True),
+        bits[2].to(OUT, bitcast=True), bits[3].to(OUT, bitcast=True),
+    )  # fmt: skip
+
+
+@triton.jit
 def _matrices(w, h, scales, OUT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
     """16-bit words w [rows, 8 G], high bits h of the same shape, scales [rows, G] -> four matrices of weights, one a place."""
+    BF16: tl.constexpr = tl.bfloat16 == OUT
     s0, m0 = _spread(scales[0], 8), _spread(scales[1], 8)
+    s1, m1 = s0, m0
+    if KIND == "signed":
+        s1, m1 = _spread(scales[2], 8), _spread(scales[3], 8)
     if ASM and BITS == 4:
-        a, b, c, d = tl.inline_asm_elementwise(
-            BF16_ASM if tl.bfloat16 == OUT else F16_ASM, FOUR, [w, s0, m0],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+        out = _floats(
+            tl.inline_asm_elementwise(
+                BF16_4_ASM if BF16 else F16_4_ASM, NIBBLES, [w, s0, m0],
+                dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+            ), OUT,
         )  # fmt: skip
-        out = (
-            a.to(OUT, bitcast=True), b.to(OUT, bitcast=True), c.to(OUT, bitcast=True), d.to(OUT, bitcast=True)
+    elif ASM and BITS == 5:
+        out = _floats(
+            tl.inline_asm_elementwise(
+                BF16_5_ASM if BF16 else F16_5_ASM, HIGH, [w, h, s0, m0],
+                dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=4,
+            ), OUT,
+        )  # fmt: skip
+    elif ASM:
+        out = _floats(
+            tl.inline_asm_elementwise(
+                BF16_6_ASM if BF16 else F16_6_ASM, HIGH, [w, h, s0, s1],
+                dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=4,
+            ), OUT,
         )  # fmt: skip
     else:
-        s1, m1 = s0, m0
-        if KIND == "signed":
-            s1, m1 = _spread(scales[2], 8), _spread(scales[3], 8)
         out = (
             (_place(w, h, 0, BITS) * s0 - m0).to(OUT), (_place(w, h, 1, BITS) * s0 - m0).to(OUT),
             (_place(w, h, 2, BITS) * s1 - m1).to(OUT), (_place(w, h, 3, BITS) * s1 - m1).to(OUT),
@@ -409,76 +497,106 @@ def _matrices(w, h, scales, OUT: tl.constexpr, BITS: tl.constexpr, KIND: tl.cons
 
 
 @triton.jit
-def _load_high(h_ptr, rows, column, groups, live, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """High bits of each word [rows, 8 G], whose group-wise places are ``column`` [8 G]; of 5 bits two words share a byte."""
-    if BITS == 5:
-        at = h_ptr + rows[:, None] * (groups * 4) + (column // 2)[None, :]
+def _byte_weights(w, scale, OUT: tl.constexpr, ASM: tl.constexpr):
+    """int8 codes w [rows, 32 G], scale [rows, G] -> weights."""
+    wide = _spread(scale, 32)
+    if ASM:
+        bits = tl.inline_asm_elementwise(
+            BF16_8_ASM if tl.bfloat16 == OUT else F16_8_ASM, BYTES, [w, wide], dtype=tl.int16, is_pure=True, pack=4
+        )
+        out = bits.to(OUT, bitcast=True)
     else:
-        at = h_ptr + rows[:, None] * (groups * 8) + column[None, :]
+        out = (w.to(tl.float32) * wide).to(OUT)
+    return out
+
+
+@triton.jit
+def _load_high(h_ptr, rows, start, groups, G: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
+    """High bits of G groups from ``start`` on, a byte for each word: u8 [rows, 8 G]; of 5 bits two words share one, and both get it."""
+    BYTES_A_GROUP: tl.constexpr = 4 if BITS == 5 else 8
+    spot = tl.arange(0, BYTES_A_GROUP * G)
+    at = h_ptr + rows[:, None] * (groups * BYTES_A_GROUP) + (start * BYTES_A_GROUP + spot)[None, :]
     if EVEN:
         h = tl.load(at)
     else:
-        h = tl.load(at, mask=live[None, :], other=0)
-    h = h.to(tl.int32)
+        h = tl.load(at, mask=(spot // BYTES_A_GROUP < groups - start)[None, :], other=0)
     if BITS == 5:
-        h = h >> (4 * (column % 2))[None, :]
+        h = tl.reshape(tl.join(h, h), (h.shape[0], 8 * G))
     return h
+
+
+@triton.jit
+def _step_scales(s_ptr, d_ptr, rows, start, groups, G: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr):
+    """What scales G groups of each row from ``start`` on, as it lies in memory. With EVEN in loads that a pipeline takes."""
+    spot = tl.arange(0, G)[None, :]
+    if EVEN:
+        own = tl.load(s_ptr + rows[:, None] * groups + (start + spot))
+        whole = own
+        if KIND != "half":
+            whole = tl.load(d_ptr + rows[:, None] * (groups // 8) + start // 8)
+    else:
+        own, whole = _raw_scales(
+            s_ptr, d_ptr, rows[:, None], tl.minimum(start + spot, groups - 1), groups, None, KIND, True
+        )
+    return own, whole
 
 
 @triton.jit(do_not_specialize=["m", "groups_per_split"])
 def matmul_kernel(
     x_ptr, w_ptr, h_ptr, s_ptr, d_ptr, bias_ptr, y_ptr, m, n, groups, groups_per_split,
     BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
-    EVEN: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr, ASM: tl.constexpr,
+    EVEN: tl.constexpr, SPLIT: tl.constexpr, PLACED: tl.constexpr, OUT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = x @ w.T on tensor cores; with SPLIT, f32 parts [splits, m, n] without bias instead.
 
-    Each place of the words is a product of its own, so that codes never change places; x is taken in runs of eight instead.
-    Weights are the tall operand, which goes from registers into the tensor core.
+    Each place of the words is a product of its own, so that codes never change places; x is taken in runs of eight instead, or,
+    PLACED, lies so that the columns of one place in G groups are beside each other. Weights are the tall operand, which goes from
+    registers into the tensor core. EVEN: G divides all groups and those of a part; 8 does where a scale is of 8 groups.
     """
     WORDS: tl.constexpr = 32 if BITS == 8 else 8
     w_ptr = _words(w_ptr, tl.int8 if BITS == 8 else tl.int16)
     s_ptr, d_ptr = _scale_words(s_ptr, d_ptr, KIND)
     if BITS == 5 or BITS == 6:
         h_ptr = _words(h_ptr, tl.uint8)
+    if EVEN:
+        # Loads of a step's scales are whole words then, which the pipeline of loads needs.
+        groups = tl.multiple_of(groups, G)
+    groups_per_split = tl.multiple_of(groups_per_split, G)
     first_row, first_token = tl.program_id(0) * BN, tl.program_id(1) * BM
     first = tl.program_id(2) * groups_per_split
     rows = tl.minimum(first_row + tl.arange(0, BN), n - 1).to(tl.int64)
     tokens = tl.minimum(first_token + tl.arange(0, BM), m - 1).to(tl.int64)
     column = tl.arange(0, WORDS * G)
-    spot = tl.arange(0, G)[None, :]
     w_at = w_ptr + rows[:, None] * (groups * WORDS) + column[None, :]
-    x_at = x_ptr + tokens[:, None] * (groups * 32) + (column // WORDS * 32 + column % WORDS)[None, :]
+    x_column = column if PLACED else column // WORDS * 32 + column % WORDS
+    x_at = x_ptr + tokens[:, None] * (groups * 32) + x_column[None, :]
+    NEXT: tl.constexpr = 8 * G if PLACED else 8
     acc = tl.zeros((BN, BM), tl.float32)
-    # Scales are asked for a step ahead: they are too few bytes a row for the pipeline of loads.
-    near = tl.minimum(first + spot, groups - 1)
-    own, whole = _raw_scales(s_ptr, d_ptr, rows[:, None], near, groups, None, KIND, True)
     for start in range(first, tl.minimum(first + groups_per_split, groups), G):
         live = column // WORDS < groups - start
         if EVEN:
             w = tl.load(w_at + start * WORDS)
         else:
             w = tl.load(w_at + start * WORDS, mask=live[None, :], other=0)
+        own, whole = _step_scales(s_ptr, d_ptr, rows, start, groups, G, KIND, EVEN)
         scales = _scales(own, whole, KIND, ZERO)
         if BITS == 8:
             if EVEN:
                 x = tl.load(x_at + start * 32)
             else:
                 x = tl.load(x_at + start * 32, mask=live[None, :], other=0.0)
-            acc = tl.dot((w.to(tl.float32) * _spread(scales[0], 32)).to(OUT), tl.trans(x), acc)
+            acc = tl.dot(_byte_weights(w, scales[0], OUT, ASM), tl.trans(x), acc)
         else:
             h = w
             if BITS > 4:
-                h = _load_high(h_ptr, rows, start * 8 + column, groups, live, BITS, EVEN)
+                h = _load_high(h_ptr, rows, start, groups, G, BITS, EVEN)
             matrices = _matrices(w, h, scales, OUT, BITS, KIND, ASM)
             for j in tl.static_range(4):
                 if EVEN:
-                    x = tl.load(x_at + start * 32 + 8 * j)
+                    x = tl.load(x_at + start * 32 + NEXT * j)
                 else:
-                    x = tl.load(x_at + start * 32 + 8 * j, mask=live[None, :], other=0.0)
+                    x = tl.load(x_at + start * 32 + NEXT * j, mask=live[None, :], other=0.0)
                 acc = tl.dot(matrices[j], tl.trans(x), acc)
-        near = tl.minimum(start + G + spot, groups - 1)
-        own, whole = _raw_scales(s_ptr, d_ptr, rows[:, None], near, groups, None, KIND, True)
     out_rows = (first_row + tl.arange(0, BN))[:, None]
     out_tokens = (first_token + tl.arange(0, BM))[None, :]
     inside = (out_rows < n) & (out_tokens < m)
@@ -495,6 +613,7 @@ def matmul_kernel(
 def dequantize_kernel(
     w_ptr, h_ptr, s_ptr, d_ptr, out_ptr, n, groups,
     BN: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, OUT: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Weights as a plain matrix [n, 32 groups] in ``OUT``, each rounded once."""
     WORDS: tl.constexpr = 32 if BITS == 8 else 8
@@ -505,22 +624,24 @@ def dequantize_kernel(
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(row, n - 1).to(tl.int64)
     start = tl.program_id(1) * G
-    column = tl.arange(0, WORDS * G)
-    live = column // WORDS < groups - start
+    word = tl.arange(0, WORDS * G)
     w = tl.load(
-        w_ptr + rows[:, None] * (groups * WORDS) + (start * WORDS + column)[None, :], mask=live[None, :], other=0
-    )
-    group = (start + tl.arange(0, G))[None, :]
-    own, whole = _raw_scales(s_ptr, d_ptr, rows[:, None], tl.minimum(group, groups - 1), groups, None, KIND, True)
+        w_ptr + rows[:, None] * (groups * WORDS) + (start * WORDS + word)[None, :],
+        mask=(word // WORDS < groups - start)[None, :], other=0,
+    )  # fmt: skip
+    own, whole = _step_scales(s_ptr, d_ptr, rows, start, groups, G, KIND, False)
     scales = _scales(own, whole, KIND, ZERO)
-    out_at = out_ptr + rows[:, None] * (groups * 32) + (start * 32 + column // WORDS * 32 + column % WORDS)[None, :]
-    inside = (row < n)[:, None] & live[None, :]
     if BITS == 8:
-        tl.store(out_at, (w.to(tl.float32) * _spread(scales[0], 32)).to(OUT), mask=inside)
+        out = _byte_weights(w, scales[0], OUT, ASM)
     else:
         h = w
         if BITS > 4:
-            h = _load_high(h_ptr, rows, start * 8 + column, groups, live, BITS, False)
-        matrices = _matrices(w, h, scales, OUT, BITS, KIND, False)
-        for j in tl.static_range(4):
-            tl.store(out_at + 8 * j, matrices[j], mask=inside)
+            h = _load_high(h_ptr, rows, start, groups, G, BITS, False)
+        a, b, c, d = _matrices(w, h, scales, OUT, BITS, KIND, ASM)
+        # By place, then word -> by column, so that what is stored together lies together.
+        even = tl.join(tl.reshape(a, (BN, G, 8)), tl.reshape(c, (BN, G, 8)))
+        odd = tl.join(tl.reshape(b, (BN, G, 8)), tl.reshape(d, (BN, G, 8)))
+        out = tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2)), (BN, 32 * G))
+    column = tl.arange(0, 32 * G)
+    inside = (row < n)[:, None] & (column // 32 < groups - start)[None, :]
+    tl.store(out_ptr + rows[:, None] * (groups * 32) + (start * 32 + column)[None, :], out, mask=inside)

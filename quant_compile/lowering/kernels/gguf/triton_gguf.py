@@ -29,7 +29,7 @@ from torch import Tensor
 from quant_compile.ir.family import Planes, PlaneSpec, Reject, family_of
 from quant_compile.ir.ggml import decode as ggml
 from quant_compile.ir.ggml import encode as to_bytes
-from quant_compile.lowering.kernels._launch import ceil, sm_count_of, triton_type
+from quant_compile.lowering.kernels._launch import ceil, sm_count_of, target_of, triton_type
 from quant_compile.lowering.kernels._roofline import estimate
 from quant_compile.lowering.registry import Kernel, Layout, Problem, Rank, anyhow
 from quant_compile.lowering.schemes.gguf import block_of
@@ -253,10 +253,10 @@ def fit_matmul(problem: Problem, m: int, target: Target) -> Rank | Reject:
         return reject
     if m > MATMUL_ROWS:
         return Reject(f"runs at most {MATMUL_ROWS} rows of x, got {m}")
-    plan = matmul_plan(problem, m, target.sm_count)
+    plan = matmul_plan(problem, m, target)
     cost = estimate(
-        problem, m, target, 0.12, form_of(problem).stored, math_bits=16, bandwidth_efficiency=0.3,
-        tile_m=plan.block_m, launches=2 if plan.splits > 1 else 1,
+        problem, m, target, 0.2, form_of(problem).stored, math_bits=16, bandwidth_efficiency=0.3,
+        tile_m=plan.block_m, launches=1 + (form_of(problem).bits != 8) + (plan.splits > 1),
         extra_bytes=8.0 * plan.splits * m * problem.n if plan.splits > 1 else 0.0,
     )  # fmt: skip
     return Rank(cost)
@@ -356,20 +356,34 @@ class MatmulPlan:
     splits: int
 
 
-def matmul_plan(problem: Problem, m: int, sm_count: int) -> MatmulPlan:
-    """Parts of k so that SMs have programs enough, each part of at least 512 columns."""
-    step = 2 if form_of(problem).bits == 8 else 4
-    # Four matrices of weights beside wider tiles leave no registers, nor, on sm100, tensor memory.
-    tile = (16 if m <= 16 else 32, 64, step, 4, 4) if m <= 32 else (64, 128, step, 8, 3)
+def matmul_plan(problem: Problem, m: int, target: Target) -> MatmulPlan:
+    """Tiles that were the fastest on an H200; parts of k so that SMs have programs enough, each part of at least 512 columns.
+
+    Few tokens are multiplied by two warps, which have mma.sync, not wgmma, and seldom wait for each other.
+    """
+    bits, newer = form_of(problem).bits, 90 <= target.arch < 120
+    if m <= 16:
+        tile, per_sm = (16, 64, 4, 2, 3), 6
+    elif m <= 32:
+        tile, per_sm = (32, 64, 4, 4, 3), 4
+    elif m <= 64 or not newer:  # mma.sync has no registers left for wider ones
+        tile, per_sm = (64, 128, 4, 4 if newer and bits == 4 else 8, 3), 2
+    else:
+        tile, per_sm = (128, 128, 2, 8, 3) if bits == 8 else (128, 64, 4, 4, 3), 2
     programs = ceil(problem.n, tile[1]) * ceil(m, tile[0])
-    per_sm = 6 if m <= 32 else 2
-    splits = min(max(1, per_sm * sm_count // programs), max(1, problem.k // 512), 8)
+    splits = min(max(1, per_sm * target.sm_count // programs), max(1, problem.k // 512), 8)
     return MatmulPlan(*tile, splits)
 
 
 def recorded_matmul(problem: Problem, m: int, target: Target) -> object:
     """How a launch for m rows is cut up."""
-    return matmul_plan(problem, m, target.sm_count)
+    return matmul_plan(problem, m, target)
+
+
+def by_place(x: Tensor, groups: int) -> Tensor:
+    """x [m, k], the columns of each step of ``groups`` groups ordered by the place of their codes in words of ``gguf_planes``."""
+    steps = x.unflatten(1, (-1, groups, 4, 8))
+    return steps.transpose(2, 3).flatten(1)
 
 
 def run_matmul(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan: MatmulPlan | None = None) -> Tensor:
@@ -379,16 +393,19 @@ def run_matmul(x: Planes, w: Planes, bias: Tensor | None, problem: Problem, plan
     """
     rows, form = _whole_rows(x[0]), form_of(problem)
     m, n, groups = rows.shape[0], problem.n, problem.k // GROUP
-    plan = plan or matmul_plan(problem, rows_of(x[0]), sm_count_of(rows.device))
+    plan = plan or matmul_plan(problem, rows_of(x[0]), target_of(rows.device))
     per_split = math.ceil(groups / plan.groups / plan.splits) * plan.groups
     splits = ceil(groups, per_split)
     y = rows.new_empty(m, n)
     parts = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=rows.device)
+    placed = form.bits != 8 and groups % plan.groups == 0
+    if placed:
+        rows = by_place(rows, plan.groups)
     enqueue(
         _source().matmul_kernel, (ceil(n, plan.block_n), ceil(m, plan.block_m), splits),
         rows, *weight_of(w, form).tensors, bias if splits == 1 else None, parts, m, n, groups, per_split,
         BM=plan.block_m, BN=plan.block_n, G=plan.groups, **form.constants, EVEN=groups % plan.groups == 0,
-        SPLIT=splits > 1, OUT=triton_type(problem.dtype), ASM=not _interpreted(),
+        SPLIT=splits > 1, PLACED=placed, OUT=triton_type(problem.dtype), ASM=not _interpreted(),
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     if splits > 1:
@@ -404,11 +421,12 @@ def dequantize(w: Planes, problem: Problem) -> Tensor:
     """``gguf_planes`` -> [n, k] in the problem's dtype, each weight rounded once."""
     form, groups, n = form_of(problem), problem.k // GROUP, problem.n
     out = torch.empty(n, problem.k, dtype=problem.dtype, device=w[0].device)
-    rows, step = 8, 16
+    rows, step = 4, 32
     enqueue(
         _source().dequantize_kernel, (ceil(n, rows), ceil(groups, step)),
         *weight_of(w, form).tensors, out, n, groups,
-        BN=rows, G=step, **form.constants, OUT=triton_type(problem.dtype), num_warps=4,
+        BN=rows, G=step, **form.constants, OUT=triton_type(problem.dtype),
+        ASM=problem.dtype in DTYPES and not _interpreted(), num_warps=2,
     )  # fmt: skip
     return out
 
