@@ -115,11 +115,13 @@ def grouped_kernel(
     GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G: tl.constexpr, BAND: tl.constexpr,
     BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, ACT: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, OUT: tl.constexpr, ASM: tl.constexpr,
+    PLACED: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """One block of pairs times BLOCK_N rows (GATED: as many gate and as many up rows) of its expert's weight.
 
     GATED: x are tokens [T, k], gathered; y is the hidden layer [pairs, n] in the order of ``sorted``. Otherwise x is the hidden
-    layer in that order; y [pairs, n] is in the order of the pairs. A step is G groups.
+    layer in that order; y [pairs, n] is in the order of the pairs. A step is G groups. PLACED: columns of x are ordered by place, as in
+    ``matmul_kernel``; NEXT: y's are for steps of that many groups (0: they are not).
     """
     WORDS: tl.constexpr = 32 if BITS == 8 else 8
     PLACES: tl.constexpr = 1 if BITS == 8 else 4
@@ -141,14 +143,15 @@ def grouped_kernel(
     column = tl.arange(0, WORDS * G)
     w_at = w_ptr + line[:, None] * (groups * WORDS) + column[None, :]
     up_at = w_at + tl.cast(n, tl.int64) * groups * WORDS
-    spread = column // WORDS * 32 + column % WORDS
+    spread = column if PLACED else column // WORDS * 32 + column % WORDS
     x_at = x_ptr + x_row.to(tl.int64)[None, :] * (groups * 32) + spread[:, None]
+    PLACE: tl.constexpr = 8 * G if PLACED else 8
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     total_up = total
     for start in range(0, groups, G):
         x = ()
         for j in tl.static_range(PLACES):
-            here = x_at + start * 32 + 8 * j
+            here = x_at + start * 32 + PLACE * j
             if EVEN:
                 x = x + (tl.load(here),)
             else:
@@ -169,4 +172,7 @@ def grouped_kernel(
         y_row = first + lanes
     else:
         y_row = tl.load(sorted_ptr + place)
-    _store_block(y_ptr, total, y_row, rows, rows, lanes, count, n)
+    columns = rows
+    if NEXT > 0:  # group, place and word of a column -> place, group and word
+        columns = rows // (32 * NEXT) * (32 * NEXT) + rows // 8 % 4 * (8 * NEXT) + rows // 32 % NEXT * 8 + rows % 8
+    _store_block(y_ptr, total, y_row, rows, columns, lanes, count, n)

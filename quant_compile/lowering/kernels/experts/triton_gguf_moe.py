@@ -100,21 +100,36 @@ def products(
 ) -> Tensor:  # fmt: skip
     """All steps between ``align`` and ``add``."""
     first, second = problem.halves
-    hidden = product(x[0], pairs, w13, b13, first, chosen.first, gated=True)
-    return product(hidden, pairs, w2, b2, second, chosen.second, gated=False)
+    by_place, step = _placed(first, problem.hidden, chosen.first), chosen.first.block_k // GROUP
+    tokens = dense.by_place(x[0], step) if by_place else x[0]
+    following = chosen.second.block_k // GROUP if _placed(second, problem.intermediate, chosen.second) else 0
+    hidden = product(tokens, pairs, w13, b13, first, chosen.first, gated=True, placed=by_place, following=following)
+    return product(hidden, pairs, w2, b2, second, chosen.second, gated=False, placed=following > 0)
+
+
+def _placed(problem: MoeProblem, k: int, tiles: Tiles) -> bool:
+    """Whether the product takes inputs whose columns are ordered by place."""
+    return _form(problem).bits != 8 and k % tiles.block_k == 0
 
 
 def product(
-    x: Tensor, pairs: Pairs, w: Planes, bias: Tensor | None, problem: MoeProblem, tiles: Tiles, *, gated: bool
-) -> Tensor:
-    """Tokens x to the hidden layer [T k, I] in the order of ``pairs``, or that to [T k, H] in the order of the pairs themselves."""
+    x: Tensor, pairs: Pairs, w: Planes, bias: Tensor | None, problem: MoeProblem, tiles: Tiles, *,
+    gated: bool, placed: bool, following: int = 0,
+) -> Tensor:  # fmt: skip
+    """Tokens x to the hidden layer [T k, I] in the order of ``pairs``, or that to [T k, H] in the order of the pairs themselves.
+
+    Args:
+        placed: x's columns are ordered by place, in steps of the tiles.
+        following: groups of the steps for which y's columns are ordered so; 0: they are not.
+    """
     n, k = (problem.intermediate, problem.hidden) if gated else (problem.hidden, problem.intermediate)
     y = torch.empty((pairs.order.numel(), n), dtype=problem.dtype, device=x.device)
     groups, step, most = k // GROUP, tiles.block_k // GROUP, pairs.blocks.shape[1]
     source("_triton_gguf_moe").grouped_kernel[(most * ceil(n, tiles.block_n),)](
         x, *weight_of(w, _form(problem)).tensors, bias, y, pairs.order, pairs.blocks, most, n, groups, problem.top_k,
         GATED=gated, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, G=step, BAND=tiles.band, EVEN=groups % step == 0,
-        **_constants(problem), ASM=not interpreted(), num_warps=tiles.warps, num_stages=tiles.stages,
+        **_constants(problem), ASM=not interpreted(), PLACED=placed, NEXT=following,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y
 
@@ -160,7 +175,9 @@ def plan(problem: MoeProblem, tokens: int, target: Target) -> Plan:
     # Eight matrices of weights beside a wide product: only wgmma and tcgen05 leave the registers for it.
     most = 64 if 90 <= target.arch < 120 else 32
     block_m = min(most, max(16, pow2(int(tokens * problem.top_k / problem.experts))))
-    first, second = (Tiles(block_m, 64, 64 if _form(half).bits == 8 else 128, 4, 3) for half in problem.halves)
+    # Two warps have mma.sync alone, and seldom wait for each other.
+    warps = 2 if block_m == 16 else 4
+    first, second = (Tiles(block_m, 64, 64 if _form(half).bits == 8 else 128, warps, 3) for half in problem.halves)
     return Plan(first, second)
 
 
