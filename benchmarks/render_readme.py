@@ -612,7 +612,44 @@ def gemm_gguf(results: Path) -> str:
         "**GGUF linears**, microseconds, weights rotated past the L2. sgl-kernel's ops round inputs to Q8_1, ours do not; where one took "
         f"longer than the benchmark waits for, or does not serve so many tokens, there is none. {place(result, 'triton', 'sgl_kernel')}."
     )
-    return "\n\n".join([text, markdown(header, lines)])
+    return "\n\n".join([text, markdown(header, lines), *gguf_wholes(results)])
+
+
+GGUF_CELLS = ("decode B=1", "decode B=16", "prefill 1x2048")
+
+
+def gguf_wholes(results: Path) -> list[str]:
+    """Experts alone and a whole model in GGUF blocks."""
+    experts, models, out = read("moe_gguf", results), read("e2e_gguf", results), []
+    if experts is not None:
+        columns = list(dict.fromkeys((row["routing"], row["t"]) for row in experts["summary"]))
+        cells = {(row["scheme"], row["routing"], row["t"]): row for row in experts["summary"]}
+        lines = [
+            [scheme, *(f"{(c := cells[scheme, *at])['dispatch_us']:.0f} ({times(c['speedup'])})" for at in columns)]
+            for scheme in dict.fromkeys(row["scheme"] for row in experts["summary"])
+        ]
+        names = [f"T={t}" + ("" if routing == "even" else f" {routing}") for routing, t in columns]
+        out += [
+            f"Experts of {experts['summary'][0]['shape']} alone, microseconds, and speed over the faster of Hugging Face's two bf16 "
+            f"implementations compiled by Inductor. {place(experts, 'triton', 'transformers')}.",
+            markdown(["type", *names], lines),
+        ]
+    if models is not None:
+        lines = [
+            [
+                "Inductor bf16" if row["stack"] == "inductor" else row["stack"],
+                *(stream_and_wall(row[cell], row[cell].get("speedup") or 1.0) for cell in GGUF_CELLS),
+            ]
+            for row in models["rows"]
+        ]
+        settings = models["settings"]
+        out += [
+            f"A whole model, {settings['shape']} shape, {settings['layers']} layers, every linear but lm_head in blocks that were "
+            f"quantized from 16 bits, milliseconds: in a stream that never drains / by the wall clock with a sync after each step. "
+            f"{place(models, 'triton', 'transformers')}.",
+            markdown(["stack", *GGUF_CELLS], lines),
+        ]
+    return out
 
 
 def inverse(ratio: float | None) -> str:
@@ -676,7 +713,7 @@ def quality_row(found: Sequence[Result], model: str, scheme: str) -> list[str]:
 
 def rounding(results: Path) -> str:
     """Extra perplexity and KL of each rounding beside nearest's, and what a large model takes; for each device."""
-    found = (read(f"rounding_{which}", results) for which in ("cuda", "cpu", "own_cpu"))
+    found = (read(f"rounding_{which}", results) for which in ("cuda", "cpu", "own_cpu", "own_cuda"))
     return "\n\n".join(_roundings(result) for result in found if result is not None)
 
 
