@@ -119,6 +119,10 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """What the configs and the names leave to say, one sentence each."""
         out = [f"{self.files.folder}: {self.description.text}", *self.description.notes, *self.cache.notes]
+        out += [
+            f"not tied: {one} and {other}, of which the files have different values"
+            for one, other in self.mapped.untied
+        ]
         for reason in dict.fromkeys(self.mapped.ignored.values()):
             names = [name for name, why in self.mapped.ignored.items() if why == reason]
             out.append(f"not used: {len(names)} tensors, {names[0]} first: {reason}")
@@ -232,7 +236,7 @@ def _loaded(
     plan.serving()  # an error shows before anything is read
     if max_memory is not None and plan.nbytes > max_memory:
         raise OptionError(
-            f"{plan.files.folder} takes {plan.nbytes / 1e9:.2f} GB, and max_memory is {max_memory / 1e9:.2f} GB.\n"
+            f"{plan.files.folder} takes {plan.nbytes / 1e9:.4g} GB, and max_memory is {max_memory / 1e9:.4g} GB.\n"
             "Fix: a policy with fewer bits for what is not quantized, or a larger device."
         )
     scales = plan.cache_scales()

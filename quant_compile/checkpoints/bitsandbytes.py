@@ -4,8 +4,9 @@
     4 bit, two levels    absmax = nested_table[u8] * nested_absmax of its 256 + offset
     int8                 weight * SCB / 127
 
-``weight`` u8 [n k/2, 1] beside ``weight.absmax``, ``weight.quant_map`` and ``weight.quant_state.bitsandbytes__nf4``, a JSON text as
-bytes. No scheme has such a table, so 4-bit weights become values of the model's dtype; int8 rows are planes of W8A16.
+``weight`` u8 [n k/2, 1], or these bytes as elements of another dtype (``bnb_4bit_quant_storage``), beside ``weight.absmax``,
+``weight.quant_map`` and ``weight.quant_state.bitsandbytes__nf4``, a JSON text as bytes. No scheme has such a table, so 4-bit weights become
+values of the model's dtype; int8 rows are planes of W8A16.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SUFFIXES = (
     "weight", "SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *STATES
 )  # fmt: skip
 FORMAT = "bitsandbytes"
+STORAGES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
 NO_SCHEME = "no scheme has codes that look up a table (NF4, FP4 of bitsandbytes)"
 _HARMLESS = (
     "quant_method", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "bnb_4bit_quant_type",
@@ -62,16 +64,23 @@ def _four_bits(module: Module) -> Read:
     state = _state(module, state_name)
     block = _number(module, state_name, state, "blocksize", int)
     count = n * k
-    packed = module.tensor("weight", (torch.uint8,), (-(-count // 2), 1), (1, -(-count // 2)), (-(-count // 2),))
+    packed = _packed(module, -(-count // 2))
     table = module.tensor("weight.quant_map", (torch.float32,), (16,))
     absmax = _absmax(module, state_name, state, -(-count // block))
-    data = packed.reshape(-1)
+    data = packed.reshape(-1).view(torch.uint8)
     codes = torch.stack((data >> 4, data & 15), -1).reshape(-1)[:count]
     if module.dry:
         values = torch.empty(n, k, device="meta")
     else:
         values = (table[codes.int()] * absmax.repeat_interleave(block)[:count]).reshape(n, k)
     return dense(module, values, NO_SCHEME)
+
+
+def _packed(module: Module, nbytes: int) -> Tensor:
+    """The codes' bytes, which ``bnb_4bit_quant_storage`` lets be elements of any dtype."""
+    width = module.info("weight").dtype.itemsize
+    size = -(-nbytes // width)
+    return module.tensor("weight", STORAGES if nbytes % width == 0 else (torch.uint8,), (size, 1), (1, size), (size,))
 
 
 def _absmax(module: Module, state_name: str, state: Mapping[str, Any], blocks: int) -> Tensor:

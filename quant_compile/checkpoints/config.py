@@ -55,9 +55,11 @@ def _configs(folder: Path) -> list[Keys]:
         config = read_json(path, LONGEST_CONFIG)
         text = config.get("text_config")
         inner = cast(dict[str, Any], text).get("quantization_config") if isinstance(text, Mapping) else None
-        for value, where in ((config.get("quantization_config"), ""), (inner, "text_config.")):
+        found = ((config.get("quantization_config"), "quantization_config"), (inner, "text_config.quantization_config"))
+        # Older compressed-tensors called it so.
+        for value, where in (*found, (config.get("compression_config"), "compression_config")):
             if value is not None:
-                out.append(_object(value, f"{path}: {where}quantization_config"))
+                out.append(_object(value, f"{path}: {where}"))
     for name, key in (
         ("hf_quant_config.json", "quantization"),
         ("quantize_config.json", ""),
@@ -100,6 +102,8 @@ def _own_method(keys: Keys) -> str | None:
             _fail(keys.where, f"quant_method must be a text, got {shown(value)}", METHOD_FIX)
         method = value.lower().replace("_", "-")
         return "modelopt" if method.startswith("modelopt") else method
+    if keys.where.endswith("compression_config"):
+        return "compressed-tensors"
     if "hf_quant_config.json" in keys.where or "quant_algo" in keys.data:
         return "modelopt"
     return "gptq" if "quantize_config.json" in keys.where else None

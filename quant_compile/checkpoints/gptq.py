@@ -183,10 +183,10 @@ def order_of(module: Module, suffix: str, group: int | None) -> Tensor | str | N
     if not module.has(suffix):
         return None
     index = module.tensor(suffix, (torch.int32, torch.int64), (module.k,))
-    if module.dry or group is None:
+    if module.dry or group is None or bool((index == -1).all()):  # compressed-tensors: no order
         return None
     index = index.long() - module.column // group
-    groups = module.k // group
+    groups = module.groups(group)
     if module.whole is not None and module.whole[1] != module.k and not bool((index // groups == 0).all()):
         raise CheckpointError(
             f"{module.info(suffix).where}: groups of its inputs are spread over all of them (desc_act), and ranks have parts of these.\n"

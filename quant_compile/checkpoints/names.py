@@ -7,16 +7,18 @@
     anything else            a Parameter's or a buffer's own name
 
 transformers' renamings of older names, and a missing or additional prefix of the base model, are undone. Every tensor of the file is used,
-or ignored with a reason; every Parameter and every persistent buffer is filled. What is left over on either side is an error.
+or ignored with a reason; every Parameter and every persistent buffer is filled. What is left over on either side is an error. So are two
+tensors for one place, unless they are the same; where a config ties weights that a file has with different values, they are not tied.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from quant_compile.checkpoints import cache
@@ -34,6 +36,8 @@ _FUSED = {
     "_weight_scale_inv": "weight_scale_inv", "_scale_inv": "weight_scale_inv", "_weight_scale_2": "weight_scale_2",
     "_weight_scale": "weight_scale", "_input_scale": "input_scale", "_blocks": "blocks", "_scales": "scales", "_scale": "weight_scale",
 }  # fmt: skip
+# Of these a weight has one.
+_CODES = ("weight", "weight_packed", "qweight", "blocks")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 SHOWN = 6
 
@@ -140,11 +144,13 @@ class Mapped:
         jobs: in the order of the model's Parameters.
         ignored: tensor -> why it is not used.
         cache: tensor with scales of the KV cache -> names that it may have in the model.
+        untied: weights that the config ties and the file has apart, in pairs.
     """
 
     jobs: tuple[Job, ...]
     ignored: Mapping[str, str]
     cache: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    untied: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -191,14 +197,17 @@ class Resolver:
         self.slots = slots_of(model)
         self._rename = names_from_file(model)
         self._claims = _Claims()
+        self._same: dict[str, str] = {}
 
     def resolve(self) -> Mapped:
-        """The jobs.
+        """The jobs; a model's tied weights that the file has with different values are tied no longer.
 
         Raises:
-            CheckpointError: tensors that belong nowhere, weights that no tensor fills, experts that are missing.
+            CheckpointError: tensors that belong nowhere, or two of them to one place; weights that no tensor fills, experts that are
+                missing.
         """
-        ignored: dict[str, str] = {}
+        untied = self._untie()
+        ignored = self._same
         cached: dict[str, tuple[str, ...]] = {}
         left: list[str] = []
         for name in names_of(self.files):
@@ -215,7 +224,74 @@ class Resolver:
         filled = {id(job.slot) for job in jobs}
         missing = [slot.name for slot in dict.fromkeys(self.slots.values()) if id(slot) not in filled]
         complain(self.files, self.model, left, missing)
-        return Mapped(tuple(jobs), ignored, cached)
+        return Mapped(tuple(jobs), ignored, cached, untied)
+
+    # --- two tensors for one place ---
+
+    def _untie(self) -> tuple[tuple[str, str], ...]:
+        """Give each place of a tied weight its own Parameter where the file has other values for it, as transformers does."""
+        tied = {id(slot): slot for slot in self.slots.values() if len(slot.names) > 1}
+        found: dict[int, dict[str, dict[str, str]]] = {}
+        for name in names_of(self.files) if tied else ():
+            for key in self._spellings(name):
+                place = self._tied_place(key)
+                if place is not None and id(self.slots[place[0]]) in tied:
+                    own = found.setdefault(id(self.slots[place[0]]), {}).setdefault(place[0], {})
+                    own.setdefault(place[1], name)
+                    break
+        apart: list[tuple[str, str]] = []
+        for identity, places in found.items():
+            slot = tied[identity]
+            with_codes = [place for place in slot.names if set(places.get(place, ())).intersection(_CODES)]
+            for other in with_codes[1:]:
+                if not self._alike(places[with_codes[0]], places[other]):
+                    module, attribute = slot.places[slot.names.index(other)]
+                    module._parameters[attribute] = nn.Parameter(torch.empty_like(slot.tensor), requires_grad=False)
+                    apart.append((with_codes[0], other))
+        if apart:
+            _tie_no_more(self.model)
+            self.slots = slots_of(self.model)
+        return tuple(apart)
+
+    def _tied_place(self, key: str) -> tuple[str, str] | None:
+        """The name of the model that a spelling belongs to, and what it is of it."""
+        if key in self.slots:
+            return key, "weight"
+        for suffix in SUFFIXES:
+            if key.endswith(f".{suffix}") and f"{key[: -len(suffix) - 1]}.weight" in self.slots:
+                return f"{key[: -len(suffix) - 1]}.weight", suffix
+        return None
+
+    def _alike(self, one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+        """Whether two places have the same tensors."""
+        return set(one) == set(other) and all(self._equal(one[suffix], other[suffix]) for suffix in one)
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors of the file are the same bits."""
+        a, b = self.files.tensors[one], self.files.tensors[other]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        first, second = (self.files.get(name).contiguous().reshape(-1).view(torch.uint8) for name in (one, other))
+        return torch.equal(first, second)
+
+    def _take(self, table: MutableMapping[Any, Any], key: Any, name: str, value: Any) -> None:
+        """Enter a tensor, unless another has its place already.
+
+        Raises:
+            CheckpointError: the other has other values.
+        """
+        known = table.setdefault(key, value)
+        first = known.name if isinstance(known, Part) else known
+        if first != name:
+            self._double(first, name)
+
+    def _double(self, first: str, second: str) -> None:
+        if not self._equal(first, second):
+            self._fail(
+                f"{first} and {second} are of one weight of the model, with different values",
+                "Fix: remove the one that is not of this checkpoint.",
+            )
+        self._same[second] = f"the same as {first}"
 
     def _spellings(self, name: str) -> Iterator[str]:
         """What transformers may call this tensor."""
@@ -236,14 +312,14 @@ class Resolver:
             if slot.tensor.dim() == 2 and key.endswith(".weight"):
                 self._claim_linear(slot, key.removesuffix(".weight"), "weight", name)
             elif slot.tensor.dim() == 3:
-                claims.fused.setdefault(slot.name, {})["weight"] = name
+                self._take(claims.fused.setdefault(slot.name, {}), "weight", name, name)
             else:
-                claims.plain.setdefault(slot.name, name)
+                self._take(claims.plain, slot.name, name, name)
             return True
         return self._claim_suffixed(name, key) or self._claim_fused(name, key) or self._claim_expert_bias(name, key)
 
     def _claim_linear(self, slot: Slot, stem: str, suffix: str, name: str) -> None:
-        self._claims.linear.setdefault(slot.name, {}).setdefault(suffix, Part(name))
+        self._take(self._claims.linear.setdefault(slot.name, {}), suffix, name, Part(name))
         self._claims.stems.setdefault(slot.name, stem)
 
     def _claim_suffixed(self, name: str, key: str) -> bool:
@@ -257,7 +333,7 @@ class Resolver:
                 return True
             fused = self.slots.get(stem)
             if fused is not None and fused.tensor.dim() == 3:
-                self._claims.fused.setdefault(fused.name, {})[suffix] = name
+                self._take(self._claims.fused.setdefault(fused.name, {}), suffix, name, name)
                 return True
             if self._claim_expert(name, stem, suffix):
                 return True
@@ -269,7 +345,7 @@ class Resolver:
         if found is None or slot is None or slot.tensor.dim() != 3:
             return False
         parts = self._claims.experts.setdefault(slot.name, {})
-        parts.setdefault((int(found[2]), _PARTS[found[3]]), {})[suffix] = Part(name)
+        self._take(parts.setdefault((int(found[2]), _PARTS[found[3]]), {}), suffix, name, Part(name))
         return True
 
     def _expert_slot(self, found: re.Match[str], ending: str) -> Slot | None:
@@ -284,14 +360,14 @@ class Resolver:
         slot = self._expert_slot(found, "_bias") if found else None
         if found is None or slot is None:
             return False
-        self._claims.biases.setdefault(slot.name, {})[int(found[2]), _PARTS[found[3]]] = name
+        self._take(self._claims.biases.setdefault(slot.name, {}), (int(found[2]), _PARTS[found[3]]), name, name)
         return True
 
     def _claim_fused(self, name: str, key: str) -> bool:
         for ending, suffix in _FUSED.items():
             slot = self.slots.get(key.removesuffix(ending)) if key.endswith(ending) else None
             if slot is not None and slot.tensor.dim() == 3:
-                self._claims.fused.setdefault(slot.name, {})[suffix] = name
+                self._take(self._claims.fused.setdefault(slot.name, {}), suffix, name, name)
                 return True
         return False
 
@@ -311,7 +387,21 @@ class Resolver:
             elif slot.name in claims.biases:
                 yield self._bias(slot, claims.biases[slot.name])
 
+    def _one_of(self, names: Mapping[str, str]) -> None:
+        """Refuse codes, or codes and values, of one weight in two forms.
+
+        Raises:
+            CheckpointError: there are.
+        """
+        codes = [name for suffix, name in names.items() if suffix in _CODES]
+        if len(codes) > 1:
+            self._fail(
+                f"{codes[0]} and {codes[1]} are both the values of one weight",
+                "Fix: remove the one that is not of this checkpoint.",
+            )
+
     def _linear(self, slot: Slot, tensors: Mapping[str, Part]) -> Job:
+        self._one_of({suffix: part.name for suffix, part in tensors.items()})
         if set(tensors) == {"weight"} and self.files.tensors[tensors["weight"].name].shape == tuple(slot.tensor.shape):
             return Copy(slot, tensors["weight"])
         transposed = type(slot.owner).__name__ == "Conv1D"
@@ -341,6 +431,7 @@ class Resolver:
                 if (expert, kind) not in parts:
                     self._fail(f"expert {expert} of {slot.name} has no {kind} tensors", "Fix: download the rest of it.")
                 tensors = dict(parts[expert, kind])
+                self._one_of({suffix: part.name for suffix, part in tensors.items()})
                 rows = n // len(kinds)
                 for suffix, name in fused.items():
                     tensors.setdefault(suffix, self._share(name, expert, place, len(kinds)))
@@ -360,6 +451,7 @@ class Resolver:
         return Part(name, expert, rows=(place * rows, (place + 1) * rows) if kinds > 1 and rows else None)
 
     def _fused(self, slot: Slot, tensors: Mapping[str, str]) -> Job:
+        self._one_of(tensors)
         info = {suffix: self.files.tensors[name] for suffix, name in tensors.items()}
         if set(tensors) == {"weight"} and info["weight"].shape == tuple(slot.tensor.shape):
             return Copy(slot, Part(tensors["weight"]))
@@ -410,13 +502,32 @@ class Resolver:
             return reason
         if name.endswith("rotary_emb.inv_freq"):
             return "computed from the config"
+        if name.endswith(".bias") and self._is_bias_of_zeros(name):
+            return "zeros, and the model has no such bias"
         patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         if any(re.search(pattern, name) for pattern in patterns):
             return "transformers' model has no such part"
         return None
 
+    def _is_bias_of_zeros(self, name: str) -> bool:
+        """Whether a tensor is what some libraries write for every linear, whether it has a bias or not."""
+        weights = (f"{key.removesuffix('.bias')}.weight" for key in self._spellings(name))
+        return any(key in self.slots for key in weights) and not bool(self.files.get(name).any())
+
     def _fail(self, what: str, fix: str) -> NoReturn:
         raise CheckpointError(f"{self.files.folder}: {what}.\n{fix}")
+
+
+def _tie_no_more(model: nn.Module) -> None:
+    """Let a model's config say that its embeddings are its own where its head is no longer that Parameter."""
+    config = getattr(model, "config", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    if config is None or head is None or embedding is None or head.weight is embedding.weight:
+        return
+    for own in (config, config.get_text_config()):
+        if getattr(own, "tie_word_embeddings", False):
+            own.tie_word_embeddings = False
 
 
 def complain(files: Files, model: nn.Module, left: Sequence[str], missing: Sequence[str]) -> None:
