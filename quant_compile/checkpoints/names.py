@@ -543,7 +543,14 @@ def complain(files: Files, model: nn.Module, left: Sequence[str], missing: Seque
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             lines.append(f"  {len(names)} {what}: {', '.join(map(cut, names[:SHOWN]))}{more}")
-    lines.append("Fix: load a checkpoint of this architecture, whole; nothing has been filled with made-up values.")
+    scaled = next((name for name in left if name.endswith(".act.scales")), None)
+    if scaled is not None:
+        lines.append(f"{cut(scaled)} is what AWQ divides an activation by, which is not read here.")
+        lines.append(
+            "Fix: quantize without scaled activations, or load the original checkpoint with a policy (`method: awq`)."
+        )
+    else:
+        lines.append("Fix: load a checkpoint of this architecture, whole; nothing has been filled with made-up values.")
     raise CheckpointError("\n".join(lines))
 
 

@@ -163,3 +163,11 @@ def test_bytes_stored_as_other_elements(storage: torch.dtype, tmp_path: Path) ->
 
     folder = quantized(tmp_path, model, pack, case.config)
     assert distance(logits(load_f32(folder)), logits(model.float())) < 1e-2
+
+
+def test_scaled_activations_are_named(tmp_path: Path) -> None:
+    case, model = CASES["awq"], tiny_llama(1)
+    folder = quantized(tmp_path, model, case.pack, case.config)
+    edit(folder, lambda t: t.update({"model.layers.0.mlp.act.scales": torch.ones(INNER)}))
+    with pytest.raises(CheckpointError, match=r"mlp\.act\.scales is what AWQ divides an activation by"):
+        load_f32(folder)
