@@ -230,7 +230,8 @@ class Resolver:
 
     def _untie(self) -> tuple[tuple[str, str], ...]:
         """Give each place of a tied weight its own Parameter where the file has other values for it, as transformers does."""
-        tied = {id(slot): slot for slot in self.slots.values() if len(slot.names) > 1}
+        several = (slot for slot in self.slots.values() if len(slot.names) > 1)
+        tied = {id(slot): slot for slot in several if isinstance(slot.tensor, nn.Parameter)}
         found: dict[int, dict[str, dict[str, str]]] = {}
         for name in names_of(self.files) if tied else ():
             for key in self._spellings(name):
