@@ -512,8 +512,10 @@ class Resolver:
 
     def _is_bias_of_zeros(self, name: str) -> bool:
         """Whether a tensor is what some libraries write for every linear, whether it has a bias or not."""
-        weights = (f"{key.removesuffix('.bias')}.weight" for key in self._spellings(name))
-        return any(key in self.slots for key in weights) and not bool(self.files.get(name).any())
+        weights = (self.slots.get(f"{key.removesuffix('.bias')}.weight") for key in self._spellings(name))
+        shape = self.files.tensors[name].shape
+        fits = any(slot is not None and len(shape) == 1 and shape[0] in slot.tensor.shape for slot in weights)
+        return fits and not bool(self.files.get(name).any())
 
     def _fail(self, what: str, fix: str) -> NoReturn:
         raise CheckpointError(f"{self.files.folder}: {what}.\n{fix}")

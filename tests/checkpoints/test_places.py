@@ -103,8 +103,8 @@ def test_biases_that_the_model_has_not(value: float, tmp_path: Path) -> None:
     """Zeros, which AutoGPTQ wrote for every linear, are left alone by name; others are an error."""
     case, model = CASES["gptq desc_act"], tiny_llama(1)
     folder = quantized(tmp_path, model, case.pack, case.config)
-    names = [f"{name}.bias" for name in linears(model)]
-    edit(folder, lambda t: t.update({name: torch.full((4,), value).half() for name in names}))
+    own = {f"{name}.bias": torch.full((linear.out_features,), value).half() for name, linear in linears(model).items()}
+    edit(folder, lambda t: t.update(own))
     if value:
         with pytest.raises(CheckpointError, match="7 tensors that belong to no weight"):
             load_f32(folder)
