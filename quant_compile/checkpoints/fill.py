@@ -37,7 +37,6 @@ from quant_compile.model.weights import _stores_columns
 
 Progress = Callable[[int], None]
 AS_READ = "quantized as it was read"
-LOOKED_UP = "rows are looked up in it (embedding), which is done in values"
 LATER = "quantized at the first call, since its planes depend on more than this rank's part"
 
 
@@ -348,8 +347,6 @@ class Filler:
         self._check_cut(slot, found)
         text, was = self._text(job.stem), self._was(job.stem, found)
         again = self._again(slot, found.scheme if isinstance(found, Quantized) else None) if was else None
-        if isinstance(found, Quantized) and any(isinstance(module, nn.Embedding) for module, _ in slot.places):
-            again = Again(None, False, LOOKED_UP)
         if again is not None and not _same_codes(found, again):
             return self._linear_again(job, again, was, text, dry)
         if isinstance(found, Dense):

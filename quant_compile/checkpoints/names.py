@@ -258,10 +258,8 @@ class Resolver:
         """The name of the model that a spelling belongs to, and what it is of it."""
         if key in self.slots:
             return key, "weight"
-        for suffix in SUFFIXES:
-            if key.endswith(f".{suffix}") and f"{key[: -len(suffix) - 1]}.weight" in self.slots:
-                return f"{key[: -len(suffix) - 1]}.weight", suffix
-        return None
+        places = ((f"{stem}.weight", suffix) for stem, suffix in _split(key))
+        return next((place for place in places if place[0] in self.slots), None)
 
     def _alike(self, one: Mapping[str, str], other: Mapping[str, str]) -> bool:
         """Whether two places have the same tensors."""
@@ -324,10 +322,7 @@ class Resolver:
         self._claims.stems.setdefault(slot.name, stem)
 
     def _claim_suffixed(self, name: str, key: str) -> bool:
-        for suffix in SUFFIXES:
-            if not key.endswith(f".{suffix}"):
-                continue
-            stem = key[: -len(suffix) - 1]
+        for stem, suffix in _split(key):
             slot = self.slots.get(f"{stem}.weight")
             if slot is not None:
                 self._claim_linear(slot, stem, suffix, name)
@@ -555,6 +550,11 @@ def complain(files: Files, model: nn.Module, left: Sequence[str], missing: Seque
     else:
         lines.append("Fix: load a checkpoint of this architecture, whole; nothing has been filled with made-up values.")
     raise CheckpointError("\n".join(lines))
+
+
+def _split(key: str) -> Iterator[tuple[str, str]]:
+    """What a tensor's name may be cut into: a module's name, and a suffix that some reader knows."""
+    return ((key[: -len(suffix) - 1], suffix) for suffix in SUFFIXES if key.endswith(f".{suffix}"))
 
 
 def _kinds(slot: Slot, parts: Collection[tuple[int, str]]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from quant_compile.rules import Decision
 
 ProblemOf = Callable[[Scheme], Problem | MoeProblem]
 _T = TypeVar("_T")
+LOOKED_UP = "rows are looked up in it (embedding), which is done in values"
 _WITHOUT = " for experts without a gate"
 
 
@@ -91,6 +92,8 @@ class Wishes:
 
     def again(self, slot: Slot, scheme: Scheme | None) -> Again | None:
         """What a quantized weight becomes instead of ``scheme`` (None: of values, since no scheme takes its form)."""
+        if scheme is not None and any(isinstance(module, nn.Embedding) for module, _ in slot.places):
+            return Again(None, False, LOOKED_UP)
         decision = _found(self.decisions, slot)
         if decision is not None and decision.requantize and not decision.refused and decision.origin != "convention":
             wanted = None if decision.scheme is None else self._served(slot, decision.scheme)
